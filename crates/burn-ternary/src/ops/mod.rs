@@ -1,0 +1,1 @@
+//! Tensor primitives that need a backend.

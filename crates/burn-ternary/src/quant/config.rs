@@ -1,0 +1,111 @@
+//! What is quantized, and how: the `[quant]` section of an experiment.
+
+use serde::{Deserialize, Serialize};
+
+/// Which weights share a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Granularity {
+    /// One scale for the whole matrix.
+    PerTensor,
+    /// One scale an output channel (a row of a PyTorch or GGUF weight).
+    PerChannel,
+    /// One scale for each run of so many consecutive inputs of an output channel.
+    PerGroup(usize),
+}
+
+/// How the scale of a group of weights is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleRule {
+    /// `mean |w|` (BitNet b1.58).
+    Absmean,
+    /// `median |w|` (BitNet b1.58 Reloaded).
+    Absmedian,
+    /// Zero where `|w| <= 0.7 mean |w|`; scale is the mean of the kept `|w|` (ternary weight networks).
+    Twn,
+    /// A parameter, trained by the gradient of learned step size quantization (LSQ).
+    Learned,
+    /// A parameter, balanced levels `{-2/3, 0, 2/3} a` (stretched elastic quantization, ParetoQ).
+    Seq,
+}
+
+/// What the straight-through estimator does outside the clipping range of a learned scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Estimator {
+    /// `dw = G` everywhere.
+    Identity,
+    /// `dw = G` inside the clipping range, 0 outside.
+    Masked,
+}
+
+/// Precision of the activations that a quantized linear layer multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationPrecision {
+    /// As they come.
+    Float,
+    /// Fake quantized to int8 with one absmax scale a token.
+    Int8,
+}
+
+/// Precision of a table (token embedding, output head), one scale a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TablePrecision {
+    Float,
+    Int8,
+    Int4,
+    Ternary,
+}
+
+/// The `[quant]` section of an experiment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantConfig {
+    /// `false` gives the float twin: the same model, the same norms, no quantizer.
+    pub enabled: bool,
+    pub scale: ScaleRule,
+    pub granularity: Granularity,
+    /// Dead zone in units of the scale: `|w| <= threshold * scale` becomes 0. Ignored by `twn`. In (0, 1).
+    pub threshold: f64,
+    pub estimator: Estimator,
+    pub activations: ActivationPrecision,
+    /// An RMS norm without parameters right before every quantized linear layer.
+    pub input_norm: bool,
+    /// Precision of the token embedding (and of the head when they are tied).
+    pub embedding: TablePrecision,
+    /// Precision of an untied head.
+    pub head: TablePrecision,
+    /// Weight of the mean squared distance between latent and fake quantized weights in the loss.
+    pub quantization_penalty: f64,
+    /// Weight of the mean squared log distance of learned scales from their least-squares value in the loss.
+    pub scale_penalty: f64,
+}
+
+impl Default for QuantConfig {
+    /// absmean, one scale a channel, weights only: the recipe with the most evidence behind it for small models.
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            scale: ScaleRule::Absmean,
+            granularity: Granularity::PerChannel,
+            threshold: 0.5,
+            estimator: Estimator::Identity,
+            activations: ActivationPrecision::Float,
+            input_norm: false,
+            embedding: TablePrecision::Float,
+            head: TablePrecision::Float,
+            quantization_penalty: 0.0,
+            scale_penalty: 0.0,
+        }
+    }
+}
+
+impl QuantConfig {
+    /// The float twin of this configuration.
+    pub fn float(self) -> Self {
+        Self { enabled: false, ..self }
+    }
+}

@@ -1,0 +1,4 @@
+//! Ternary quantizers: scale rules, granularity, and one rounding rule.
+
+mod config;
+pub use config::*;
