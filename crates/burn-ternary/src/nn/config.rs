@@ -60,3 +60,8 @@ pub struct DuckConfig {
     pub rope_theta: f64,
     pub compute: Compute,
 }
+
+impl DuckConfig {
+    pub fn head_dim(&self) -> usize { self.d_model / self.n_heads }
+    pub fn is_gated(&self) -> bool { self.family != Family::Gpt2 }
+}

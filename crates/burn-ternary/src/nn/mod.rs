@@ -1,4 +1,19 @@
 //! Layers and models: float twins and ternary ones from one description.
 
+mod attention;
 mod config;
+mod duck;
+mod feed_forward;
+mod linear;
+mod norm;
+mod position;
+mod transformer;
+
+pub use attention::CausalAttention;
 pub use config::*;
+pub use duck::{DuckQuantized, ModelSize};
+pub use feed_forward::FeedForward;
+pub use linear::{QuantizedLinear, QuantizedLinearConfig};
+pub use norm::{MixedLayerNorm, Norm, RmsNorm, rms_normalize};
+pub use position::Rotary;
+pub use transformer::{QuantizedTransformer, TransformerBlock};

@@ -1,4 +1,13 @@
 //! Ternary quantizers: scale rules, granularity, and one rounding rule.
 
 mod config;
+mod dial;
+mod granularity;
+mod prepare;
+mod quantizer;
+mod table;
+
 pub use config::*;
+pub use dial::Dial;
+pub use prepare::{TernaryReparameterization, prepare};
+pub use quantizer::{GAUSSIAN_SCALE, TernaryQuantizer, TernaryQuantizerConfig, compute_optimal_scale};

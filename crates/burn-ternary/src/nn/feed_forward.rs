@@ -1,0 +1,56 @@
+//! The feed-forward block, plain or gated.
+
+use super::{Activation, Family, QuantizedLinear, norm::RmsNorm, transformer::LayerFactory};
+use burn::module::Module;
+use burn::tensor::{
+    Device, Tensor,
+    activation::{gelu_approximate, relu, silu},
+};
+use rand::Rng;
+
+/// `down(f(up(x)))`, or `down(f(gate(x)) * up(x))` where there is a gate.
+#[derive(Module, Debug)]
+pub struct FeedForward {
+    pub gate: Option<QuantizedLinear>,
+    pub up: QuantizedLinear,
+    pub down: QuantizedLinear,
+    /// Norm before the down projection, in the bitnet family.
+    pub sub_norm: Option<RmsNorm>,
+    #[module(skip)]
+    activation: Activation,
+}
+
+impl FeedForward {
+    pub(super) fn new(factory: &LayerFactory, rng: &mut impl Rng, device: &Device) -> Self {
+        let config = factory.config;
+        Self {
+            gate: config.is_gated().then(|| factory.linear(config.d_model, config.d_ff).init(rng, device)),
+            up: factory.linear(config.d_model, config.d_ff).init(rng, device),
+            down: factory.residual_linear(config.d_ff, config.d_model).init(rng, device),
+            sub_norm: (config.family == Family::Bitnet).then(|| RmsNorm::new(config.d_ff, config.norm_eps, device)),
+            activation: config.activation,
+        }
+    }
+
+    /// # Shapes
+    /// `[batch, seq, d_model]` to the same
+    pub fn forward(&self, input: Tensor<3>) -> Tensor<3> {
+        let up = self.up.forward(input.clone());
+        let hidden = match &self.gate {
+            Some(gate) => self.activate(gate.forward(input)) * up,
+            None => self.activate(up),
+        };
+        self.down.forward(match &self.sub_norm {
+            Some(norm) => norm.forward(hidden),
+            None => hidden,
+        })
+    }
+
+    fn activate(&self, input: Tensor<3>) -> Tensor<3> {
+        match self.activation {
+            Activation::Gelu => gelu_approximate(input),
+            Activation::Swiglu => silu(input),
+            Activation::SquaredRelu => relu(input).square(),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! [`QuantizedTransformer`]: the stack of blocks between embedding and head.
+
+use super::{DuckConfig, Family, attention::CausalAttention, feed_forward::FeedForward, linear::QuantizedLinearConfig};
+use super::{MixedLayerNorm, Norm, RmsNorm, position::Rotary};
+use crate::quant::{Dial, QuantConfig};
+use burn::module::Module;
+use burn::nn::{Dropout, DropoutConfig};
+use burn::tensor::{Bool, Device, Tensor};
+use rand::Rng;
+
+/// Standard deviation of initial weights, GPT-2's.
+pub(super) const INIT_STD: f64 = 0.02;
+
+/// What the layers of one model have in common.
+pub(super) struct LayerFactory<'a> {
+    pub config: &'a DuckConfig,
+    pub quant: &'a QuantConfig,
+    pub lambda: &'a Dial,
+}
+
+impl LayerFactory<'_> {
+    pub fn linear(&self, d_input: usize, d_output: usize) -> QuantizedLinearConfig {
+        QuantizedLinearConfig {
+            d_input,
+            d_output,
+            bias: self.config.family == Family::Gpt2,
+            std: INIT_STD,
+            compute: self.config.compute,
+            quant: self.quant.clone(),
+            lambda: self.lambda.clone(),
+        }
+    }
+
+    /// A linear layer that ends a residual branch: its start is smaller the more branches add up (GPT-2).
+    pub fn residual_linear(&self, d_input: usize, d_output: usize) -> QuantizedLinearConfig {
+        let std = INIT_STD / (2.0 * self.config.n_layers as f64).sqrt();
+        QuantizedLinearConfig { std, ..self.linear(d_input, d_output) }
+    }
+
+    pub fn norm(&self, device: &Device) -> Norm {
+        let (d, eps) = (self.config.d_model, self.config.norm_eps);
+        match self.config.family {
+            Family::Gpt2 => Norm::Layer(MixedLayerNorm::new(d, eps, device)),
+            Family::Llama | Family::Bitnet => Norm::Rms(RmsNorm::new(d, eps, device)),
+        }
+    }
+}
+
+/// `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
+#[derive(Module, Debug)]
+pub struct TransformerBlock {
+    pub attention_norm: Norm,
+    pub attention: CausalAttention,
+    pub feed_forward_norm: Norm,
+    pub feed_forward: FeedForward,
+    dropout: Dropout,
+}
+
+impl TransformerBlock {
+    fn new(factory: &LayerFactory, rng: &mut impl Rng, device: &Device) -> Self {
+        Self {
+            attention_norm: factory.norm(device),
+            attention: CausalAttention::new(factory, rng, device),
+            feed_forward_norm: factory.norm(device),
+            feed_forward: FeedForward::new(factory, rng, device),
+            dropout: DropoutConfig::new(factory.config.dropout).init(),
+        }
+    }
+
+    fn forward(&self, input: Tensor<3>, rotary: Option<&Rotary>, future: Tensor<4, Bool>) -> Tensor<3> {
+        let attended = self.attention.forward(self.attention_norm.forward(input.clone()), rotary, future);
+        let hidden = input + self.dropout.forward(attended);
+        let fed = self.feed_forward.forward(self.feed_forward_norm.forward(hidden.clone()));
+        hidden + self.dropout.forward(fed)
+    }
+}
+
+/// Blocks and the final norm; positions of the rotary kind live here, learned ones with the embedding.
+#[derive(Module, Debug)]
+pub struct QuantizedTransformer {
+    pub blocks: Vec<TransformerBlock>,
+    pub norm: Norm,
+    rotary: Option<Rotary>,
+}
+
+impl QuantizedTransformer {
+    pub(super) fn new(factory: &LayerFactory, rng: &mut impl Rng, device: &Device) -> Self {
+        let config = factory.config;
+        let rotary = (config.family != Family::Gpt2)
+            .then(|| Rotary::new(config.context, config.head_dim(), config.rope_theta, device));
+        Self {
+            blocks: (0..config.n_layers).map(|_| TransformerBlock::new(factory, rng, device)).collect(),
+            norm: factory.norm(device),
+            rotary,
+        }
+    }
+
+    /// # Shapes
+    /// `[batch, seq, d_model]` to the same
+    pub fn forward(&self, input: Tensor<3>) -> Tensor<3> {
+        let [_, seq, _] = input.dims();
+        let future = Tensor::<2, Bool>::tril_mask([seq, seq], 0, &input.device()).unsqueeze::<4>();
+        let hidden = self
+            .blocks
+            .iter()
+            .fold(input, |hidden, block| block.forward(hidden, self.rotary.as_ref(), future.clone()));
+        self.norm.forward(hidden)
+    }
+}

@@ -1,0 +1,161 @@
+//! The ops fused for the CPU backend Flex: one pass over memory each, in f32, over all cores.
+//!
+//! The default bodies are the oracle: the tests below demand the same bits. Sums run over fixed blocks of rows and
+//! are added in order, so that a result does not depend on the number of threads.
+
+use super::{StraightThrough, TernaryBackend, absmax, absmax::ABSMAX_MIN, scale, ternary};
+use burn::backend::{Flex, ops::FloatTensorOps, tensor::FloatTensor};
+use burn::tensor::{Bytes, DType, Shape};
+use burn_flex::{FlexTensor, Layout};
+use half::f16;
+use rayon::prelude::*;
+
+/// Weights a task has; below it threads cost more than they give.
+const BLOCK: usize = 1 << 14;
+
+impl TernaryBackend for Flex {
+    fn ternary_quantize(
+        weight: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        threshold: FloatTensor<Self>,
+        _estimator: StraightThrough,
+    ) -> FloatTensor<Self> {
+        let fused = [&weight, &scale, &threshold].iter().all(|tensor| tensor.dtype() == DType::F32)
+            && threshold.layout().shape() == scale.layout().shape();
+        if !fused {
+            return Self::float_mul(ternary::codes::<Self>(weight, threshold), scale);
+        }
+        let shape = weight.layout().shape().clone();
+        let [_, n, channels] = shape.dims();
+        let (weight, scale, threshold) = (dense(weight), dense(scale), dense(threshold));
+        let (weight, scale, threshold) = (values(&weight), values(&scale), values(&threshold));
+        let mut output = vec![0f32; weight.len()];
+        // A row of `channels` weights when each has its own scale, a run of `n` weights when they share one.
+        let row = if channels == 1 { n } else { channels };
+        let rows_a_task = (BLOCK / row).max(1);
+        output.par_chunks_mut(rows_a_task * row).zip(weight.par_chunks(rows_a_task * row)).enumerate().for_each(
+            |(task, (output, weight))| {
+                for (index, (output, weight)) in output.chunks_mut(row).zip(weight.chunks(row)).enumerate() {
+                    let index = task * rows_a_task + index;
+                    if channels == 1 {
+                        let (scale, threshold) = (scale[index], threshold[index]);
+                        for (output, &weight) in output.iter_mut().zip(weight) {
+                            *output = quantized(weight, scale, threshold);
+                        }
+                    } else {
+                        let group = (index / n) * channels;
+                        let scale = &scale[group..group + channels];
+                        let threshold = &threshold[group..group + channels];
+                        for (((output, &weight), &scale), &threshold) in
+                            output.iter_mut().zip(weight).zip(scale).zip(threshold)
+                        {
+                            *output = quantized(weight, scale, threshold);
+                        }
+                    }
+                }
+            },
+        );
+        tensor(output, shape)
+    }
+
+    fn mean_abs(weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        if weight.dtype() != DType::F32 {
+            return Self::float_mean_dim(Self::float_abs(weight), 1);
+        }
+        let [groups, n, channels] = weight.layout().shape().dims();
+        let weight = dense(weight);
+        let weight = values(&weight);
+        let rows_a_block = (BLOCK / channels).clamp(1, n);
+        let mut means = Vec::with_capacity(groups * channels);
+        // Groups in parallel when there are many of them, blocks of rows in parallel within a group otherwise.
+        let group_sums: Vec<Vec<f32>> = weight
+            .par_chunks(n * channels)
+            .map(|group| {
+                let blocks: Vec<Vec<f32>> =
+                    group.par_chunks(rows_a_block * channels).map(|block| abs_sums(block, channels)).collect();
+                let mut sums = vec![0f64; channels];
+                for block in blocks {
+                    for (sum, value) in sums.iter_mut().zip(block) {
+                        *sum += f64::from(value);
+                    }
+                }
+                sums.into_iter().map(|sum| (sum / n as f64) as f32).collect()
+            })
+            .collect();
+        group_sums.into_iter().for_each(|sums| means.extend(sums));
+        tensor(means, Shape::new([groups, 1, channels]))
+    }
+
+    fn round_scale(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        let shape = input.layout().shape().clone();
+        let input = dense(input);
+        let rounded = values(&input)
+            .iter()
+            .map(|&value| f16::from_f32(value.clamp(scale::SCALE_MIN, scale::SCALE_MAX)).to_f32())
+            .collect();
+        tensor(rounded, shape)
+    }
+
+    fn absmax_quantize(input: FloatTensor<Self>, levels: f32) -> FloatTensor<Self> {
+        if input.dtype() != DType::F32 {
+            return absmax::quantize::<Self>(input, levels);
+        }
+        let shape = input.layout().shape().clone();
+        let d = shape[shape.num_dims() - 1];
+        let input = dense(input);
+        let input = values(&input);
+        let mut output = vec![0f32; input.len()];
+        output.par_chunks_mut(d).with_min_len((BLOCK / d).max(1)).zip(input.par_chunks(d)).for_each(
+            |(output, input)| {
+                let max = input.iter().fold(0f32, |max, value| max.max(value.abs())).max(ABSMAX_MIN);
+                let scale = max / levels;
+                for (output, value) in output.iter_mut().zip(input) {
+                    *output = (value / scale).round_ties_even() * scale;
+                }
+            },
+        );
+        tensor(output, shape)
+    }
+}
+
+/// `scale` with the sign of `weight` where `|weight| > threshold`, else 0.
+#[inline(always)]
+fn quantized(weight: f32, scale: f32, threshold: f32) -> f32 {
+    if weight.abs() > threshold { scale.copysign(weight) } else { 0.0 }
+}
+
+/// Sums of magnitudes down the rows of `[rows, channels]`; for one channel, along the run.
+fn abs_sums(block: &[f32], channels: usize) -> Vec<f32> {
+    if channels == 1 {
+        // Sixteen partial sums let the compiler use the vector units.
+        let mut lanes = [0f32; 16];
+        let chunks = block.chunks_exact(16);
+        let rest: f32 = chunks.remainder().iter().map(|value| value.abs()).sum();
+        for chunk in chunks {
+            for (lane, value) in lanes.iter_mut().zip(chunk) {
+                *lane += value.abs();
+            }
+        }
+        return vec![lanes.iter().sum::<f32>() + rest];
+    }
+    let mut sums = vec![0f32; channels];
+    for row in block.chunks_exact(channels) {
+        for (sum, value) in sums.iter_mut().zip(row) {
+            *sum += value.abs();
+        }
+    }
+    sums
+}
+
+fn dense(tensor: FlexTensor) -> FlexTensor {
+    if tensor.is_contiguous() { tensor } else { tensor.to_contiguous() }
+}
+
+fn values(tensor: &FlexTensor) -> &[f32] {
+    let start = tensor.layout().start_offset();
+    &tensor.storage::<f32>()[start..start + tensor.layout().num_elements()]
+}
+
+fn tensor(values: Vec<f32>, shape: Shape) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::F32)
+}

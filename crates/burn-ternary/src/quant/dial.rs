@@ -1,0 +1,36 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A number that the training loop turns and that modules and optimizers read; clones share it.
+///
+/// It carries what the schedule decides for a step (the share of the ternary weight, the strength of weight decay)
+/// into places that Burn calls without telling them the step. It is not a parameter and is not saved: the schedule
+/// sets it again from the step.
+#[derive(Clone)]
+pub struct Dial(Arc<AtomicU32>);
+
+impl Dial {
+    pub fn new(value: f32) -> Self {
+        Self(Arc::new(AtomicU32::new(value.to_bits())))
+    }
+
+    pub fn get(&self) -> f32 {
+        f32::from_bits(self.0.load(Ordering::Relaxed))
+    }
+
+    pub fn set(&self, value: f32) {
+        self.0.store(value.to_bits(), Ordering::Relaxed);
+    }
+}
+
+impl Default for Dial {
+    fn default() -> Self {
+        Self::new(1.0)
+    }
+}
+
+impl std::fmt::Debug for Dial {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Dial({})", self.get())
+    }
+}

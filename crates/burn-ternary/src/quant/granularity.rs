@@ -1,0 +1,31 @@
+use super::Granularity;
+use burn::tensor::Tensor;
+
+impl Granularity {
+    /// `[groups, n, channels]` of a `[d_input, d_output]` weight: whoever shares a scale lies along `n`.
+    ///
+    /// # Panics
+    /// When a group size does not divide `d_input`.
+    pub fn shape(self, [d_input, d_output]: [usize; 2]) -> [usize; 3] {
+        match self {
+            Self::PerTensor => [1, d_input * d_output, 1],
+            Self::PerChannel => [1, d_input, d_output],
+            Self::PerGroup(n) => {
+                assert!(n > 0 && d_input % n == 0, "groups of {n} do not divide {d_input} inputs");
+                [d_input / n, n, d_output]
+            }
+        }
+    }
+
+    /// The weight seen as `[groups, n, channels]`; moves no data.
+    pub fn view(self, weight: Tensor<2>) -> Tensor<3> {
+        let shape = self.shape(weight.dims());
+        weight.reshape(shape)
+    }
+
+    /// How many scales a `[d_input, d_output]` weight has.
+    pub fn scales(self, dims: [usize; 2]) -> usize {
+        let [groups, _, channels] = self.shape(dims);
+        groups * channels
+    }
+}

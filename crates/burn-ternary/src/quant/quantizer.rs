@@ -1,0 +1,182 @@
+//! [`TernaryQuantizer`]: from a latent weight to codes, scales and the fake quantized weight.
+
+use super::{Dial, Estimator, Granularity, QuantConfig, ScaleRule};
+use crate::ops::{StraightThrough, mean_abs, round_scale, ternary_codes, ternary_quantize};
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+
+/// Least-squares scale of a Gaussian over its mean magnitude: where a learned scale starts.
+pub const GAUSSIAN_SCALE: f32 = 1.534;
+/// Zero where `|w| <= TWN_THRESHOLD * mean |w|`. Li et al., Ternary Weight Networks, equation 6.
+const TWN_THRESHOLD: f32 = 0.7;
+/// SEQ clips at `0.99 a`, which is `1.485` scales, since its outer levels are at `2a / 3`.
+const SEQ_CLIP: f32 = 1.485;
+
+/// How weights become ternary; makes a [`TernaryQuantizer`] for each weight.
+#[derive(Clone, Debug)]
+pub struct TernaryQuantizerConfig {
+    pub rule: ScaleRule,
+    pub granularity: Granularity,
+    /// Dead zone in units of the scale; `twn` has its own.
+    pub threshold: f32,
+    pub estimator: Estimator,
+    /// The share of the ternary weight in the fake quantized one; 1 but for float-first schedules.
+    pub lambda: Dial,
+}
+
+impl TernaryQuantizerConfig {
+    pub fn new(config: &QuantConfig, lambda: &Dial) -> Self {
+        Self {
+            rule: config.scale,
+            granularity: config.granularity,
+            threshold: config.threshold as f32,
+            estimator: config.estimator,
+            lambda: lambda.clone(),
+        }
+    }
+
+    /// A quantizer for `weight`; a learned scale starts from its values.
+    ///
+    /// # Shapes
+    /// weight: `[d_input, d_output]`
+    pub fn init(&self, weight: &Tensor<2>) -> TernaryQuantizer {
+        let start = match self.rule {
+            ScaleRule::Learned => Some(GAUSSIAN_SCALE),
+            // The parameter is a; its levels are at 2a / 3.
+            ScaleRule::Seq => Some(GAUSSIAN_SCALE * 1.5),
+            _ => None,
+        };
+        let scale = start.map(|factor| {
+            let mean = mean_abs(self.granularity.view(weight.clone().detach()));
+            Param::from_tensor(mean.mul_scalar(factor))
+        });
+        TernaryQuantizer { scale, config: self.clone() }
+    }
+}
+
+/// Quantizes one weight to `{-scale, 0, +scale}`.
+///
+/// # Example
+/// ```
+/// # use burn_ternary::quant::{Dial, QuantConfig, TernaryQuantizerConfig};
+/// # use burn::tensor::{Device, Tensor};
+/// let weight = Tensor::<2>::from_data([[0.9, -0.1], [-1.1, 0.3]], &Device::default());
+/// let quantizer = TernaryQuantizerConfig::new(&QuantConfig::default(), &Dial::default()).init(&weight);
+/// assert_eq!(quantizer.codes(weight).into_data().to_vec::<f32>().unwrap(), [1.0, 0.0, -1.0, 1.0]);
+/// ```
+#[derive(Module, Debug)]
+pub struct TernaryQuantizer {
+    /// The trained scale of the rules `learned` and `seq`, `[groups, 1, channels]`.
+    pub scale: Option<Param<Tensor<3>>>,
+    #[module(skip)]
+    config: TernaryQuantizerConfig,
+}
+
+impl TernaryQuantizer {
+    pub fn granularity(&self) -> Granularity {
+        self.config.granularity
+    }
+
+    /// The scale that the forward pass multiplies codes with: a positive value that f16 holds exactly.
+    ///
+    /// # Shapes
+    /// weight `[d_input, d_output]` to `[groups, 1, channels]`
+    pub fn scales(&self, weight: Tensor<2>) -> Tensor<3> {
+        self.scale_and_threshold(&self.config.granularity.view(weight)).0.detach()
+    }
+
+    /// The codes -1, 0, +1 of the weight, as floats. No gradient.
+    ///
+    /// # Shapes
+    /// `[d_input, d_output]` to the same
+    pub fn codes(&self, weight: Tensor<2>) -> Tensor<2> {
+        let dims = weight.dims();
+        let weight = self.config.granularity.view(weight.detach());
+        let (_, threshold) = self.scale_and_threshold(&weight);
+        ternary_codes(weight, threshold, None).reshape(dims)
+    }
+
+    /// `scale * codes`, blended with the latent weight while lambda is below 1.
+    ///
+    /// # Shapes
+    /// `[d_input, d_output]` to the same
+    pub fn fake_quantize(&self, weight: Tensor<2>) -> Tensor<2> {
+        let lambda = self.config.lambda.get();
+        if lambda <= 0.0 {
+            return weight;
+        }
+        let dims = weight.dims();
+        let latent = self.config.granularity.view(weight);
+        let (scale, threshold) = self.scale_and_threshold(&latent);
+        let ternary = ternary_quantize(latent.clone(), scale, threshold, None, self.estimator());
+        let blended = match lambda < 1.0 {
+            true => latent.clone() + (ternary - latent).mul_scalar(lambda),
+            false => ternary,
+        };
+        blended.reshape(dims)
+    }
+
+    /// Scale (with the gradient of a learned one) and threshold (without), both `[groups, 1, channels]`.
+    fn scale_and_threshold(&self, weight: &Tensor<3>) -> (Tensor<3>, Tensor<3>) {
+        let latent = weight.clone().detach();
+        let scale = match (&self.scale, self.config.rule) {
+            (Some(scale), ScaleRule::Seq) => scale.val().mul_scalar(2.0 / 3.0),
+            (Some(scale), _) => scale.val(),
+            (None, ScaleRule::Absmedian) => median_abs(latent),
+            (None, ScaleRule::Twn) => {
+                let threshold = mean_abs(latent.clone()).mul_scalar(TWN_THRESHOLD);
+                let kept = ternary_codes(latent.clone(), threshold.clone(), None);
+                let count = kept.clone().abs().sum_dim(1).clamp_min(1.0);
+                return (round_scale((kept * latent).sum_dim(1) / count), threshold);
+            }
+            (None, _) => mean_abs(latent),
+        };
+        let scale = round_scale(scale);
+        let threshold = scale.clone().detach().mul_scalar(self.config.threshold);
+        (scale, threshold)
+    }
+
+    fn estimator(&self) -> StraightThrough {
+        StraightThrough {
+            clip: if self.config.rule == ScaleRule::Seq { SEQ_CLIP } else { 1.0 },
+            masked: self.config.estimator == Estimator::Masked,
+        }
+    }
+}
+
+/// `median |w|` along dimension 1; of an even number, the mean of the middle two.
+fn median_abs(weight: Tensor<3>) -> Tensor<3> {
+    let n = weight.dims()[1];
+    let sorted = weight.abs().sort(1);
+    let upper = sorted.clone().narrow(1, n / 2, 1);
+    if n % 2 == 1 { upper } else { (upper + sorted.narrow(1, n / 2 - 1, 1)).mul_scalar(0.5) }
+}
+
+/// The scale that minimizes `sum h (w - scale * code(w))^2` with the best codes for it: exact, not iterated.
+///
+/// For a given scale the best code is 0 below half of it, so the kept weights are the largest: sort the magnitudes
+/// and take, of all prefixes k, the one with the largest `(sum_k h |w|)^2 / sum_k h`; its scale is
+/// `sum_k h |w| / sum_k h`. `second_moment` is `h`, the mean of the squared inputs over a batch, when the error that
+/// counts is that of the layer's output; without it every weight counts the same.
+///
+/// # Shapes
+/// - weight: `[d_input, d_output]`
+/// - second_moment: `[d_input]`
+/// - output: `[groups, 1, channels]`
+pub fn compute_optimal_scale(
+    weight: Tensor<2>,
+    granularity: Granularity,
+    second_moment: Option<Tensor<1>>,
+) -> Tensor<3> {
+    let dims = weight.dims();
+    let importance = match second_moment {
+        Some(moment) => moment.reshape([dims[0], 1]).expand(dims),
+        None => Tensor::ones(dims, &weight.device()),
+    };
+    let (magnitude, order) = granularity.view(weight.abs()).sort_descending_with_indices(1);
+    let importance = granularity.view(importance).gather(1, order);
+    let gain = (magnitude * importance.clone()).cumsum(1);
+    let weight = importance.cumsum(1).clamp_min(f32::MIN_POSITIVE);
+    let best = (gain.clone().powi_scalar(2) / weight.clone()).argmax(1);
+    gain.gather(1, best.clone()) / weight.gather(1, best)
+}
