@@ -9,4 +9,5 @@ pub mod device;
 pub mod nn;
 pub mod ops;
 pub mod quant;
+mod seed;
 pub mod train;

@@ -7,6 +7,7 @@ mod feed_forward;
 mod linear;
 mod norm;
 mod position;
+mod sample;
 mod transformer;
 
 pub use attention::CausalAttention;

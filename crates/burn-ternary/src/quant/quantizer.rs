@@ -85,6 +85,12 @@ impl TernaryQuantizer {
         self.scale_and_threshold(&self.config.granularity.view(weight)).0.detach()
     }
 
+    /// The trained scale of the rules `learned` and `seq` in units of the codes, with its gradient, before rounding.
+    pub fn learned_scale(&self) -> Option<Tensor<3>> {
+        let scale = self.scale.as_ref()?.val();
+        Some(if self.config.rule == ScaleRule::Seq { scale.mul_scalar(2.0 / 3.0) } else { scale })
+    }
+
     /// The codes -1, 0, +1 of the weight, as floats. No gradient.
     ///
     /// # Shapes
@@ -119,9 +125,8 @@ impl TernaryQuantizer {
     /// Scale (with the gradient of a learned one) and threshold (without), both `[groups, 1, channels]`.
     fn scale_and_threshold(&self, weight: &Tensor<3>) -> (Tensor<3>, Tensor<3>) {
         let latent = weight.clone().detach();
-        let scale = match (&self.scale, self.config.rule) {
-            (Some(scale), ScaleRule::Seq) => scale.val().mul_scalar(2.0 / 3.0),
-            (Some(scale), _) => scale.val(),
+        let scale = match (self.learned_scale(), self.config.rule) {
+            (Some(scale), _) => scale,
             (None, ScaleRule::Absmedian) => median_abs(latent),
             (None, ScaleRule::Twn) => {
                 let threshold = mean_abs(latent.clone()).mul_scalar(TWN_THRESHOLD);

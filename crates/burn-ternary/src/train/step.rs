@@ -1,1 +1,340 @@
+//! One optimizer step: forward, backward, guard, clip, update.
 
+use super::checkpoint::TrainState;
+use super::loss::language_model_loss;
+use super::metrics::{LmItem, StepReport};
+use super::optim::{OptimConfig, accumulate, clip_global_norm};
+use super::schedule::{Schedule, ScheduleConfig};
+use crate::data::LmBatch;
+use crate::nn::DuckQuantized;
+use crate::quant::{Dial, compute_optimal_scale};
+use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
+use burn::module::{Module, ParamGroup};
+use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
+use burn::store::ModuleRecord;
+use burn::tensor::Tensor;
+use burn::train::{InferenceStep, Learner, TrainOutput, TrainStep};
+use std::sync::{Arc, Mutex};
+
+/// Share of a new loss in the running mean that the spike guard compares with.
+const AVERAGE_RATE: f64 = 0.02;
+/// Steps before which the running mean is too young to call anything a spike.
+const GUARD_AFTER: usize = 20;
+
+/// A model with what its training needs: what Burn's `Learner` holds.
+#[derive(Module, Debug)]
+pub struct LanguageModel {
+    pub model: DuckQuantized,
+    #[module(skip)]
+    objective: Objective,
+    #[module(skip)]
+    probe: OptimizerProbe,
+}
+
+/// Weights of the terms of the loss besides cross entropy.
+#[derive(Clone, Copy, Debug)]
+struct Objective {
+    z_loss: f64,
+    quantization_penalty: f64,
+    scale_penalty: f64,
+}
+
+/// Takes the optimizer's record out of Burn's `Learner`, which shows its optimizer to
+/// [`TrainStep::optimize`] only.
+#[derive(Clone, Debug, Default)]
+struct OptimizerProbe(Arc<Mutex<ProbeState>>);
+
+#[derive(Debug, Default)]
+enum ProbeState {
+    #[default]
+    Idle,
+    Asked,
+    Answered(OptimizerRecord),
+}
+
+impl LanguageModel {
+    /// Total loss (with a gradient) and what is reported of it.
+    fn loss(&self, batch: LmBatch) -> (Tensor<1>, StepReport) {
+        let tokens = batch.tokens;
+        let logits = self.model.forward(batch.inputs);
+        let loss = language_model_loss(logits, batch.targets, batch.mask, tokens);
+        let mut total = loss.cross_entropy.clone();
+        if self.objective.z_loss > 0.0 {
+            total = total + loss.z.clone().mul_scalar(self.objective.z_loss);
+        }
+        if let Some(penalty) = self.penalty() {
+            total = total + penalty;
+        }
+        // One read for all numbers: a read waits for the device.
+        let read = Tensor::cat(vec![loss.cross_entropy.detach(), loss.z.detach(), loss.correct.detach()], 0);
+        let read: Vec<f64> = read.into_data().iter::<f64>().collect();
+        let report = StepReport {
+            tokens,
+            loss: read[0],
+            z_loss: Some(read[1]),
+            accuracy: read[2] / tokens.max(1) as f64,
+            ..StepReport::default()
+        };
+        (total, report)
+    }
+
+    /// Mean over the linear layers of: the squared distance between latent and fake quantized weights; the squared
+    /// log distance of learned scales from their least-squares value.
+    fn penalty(&self) -> Option<Tensor<1>> {
+        let Objective { quantization_penalty, scale_penalty, .. } = self.objective;
+        if quantization_penalty == 0.0 && scale_penalty == 0.0 {
+            return None;
+        }
+        let linears = self.model.linears();
+        let share = 1.0 / linears.len() as f64;
+        let mut terms = Vec::new();
+        for (_, linear) in &linears {
+            let Some(quantizer) = &linear.quantizer else { continue };
+            let latent = linear.weight.val();
+            if quantization_penalty > 0.0 {
+                let distance = latent.clone() - quantizer.fake_quantize(latent.clone()).detach();
+                terms.push(distance.square().mean().mul_scalar(quantization_penalty * share));
+            }
+            if let (Some(scale), true) = (quantizer.learned_scale(), scale_penalty > 0.0) {
+                let best = compute_optimal_scale(latent.detach(), quantizer.granularity(), None);
+                let distance = scale.clamp_min(f32::MIN_POSITIVE).log() - best.clamp_min(f32::MIN_POSITIVE).log();
+                terms.push(distance.square().mean().mul_scalar(scale_penalty * share));
+            }
+        }
+        terms.into_iter().reduce(|sum, term| sum + term)
+    }
+}
+
+impl TrainStep for LanguageModel {
+    type Input = LmBatch;
+    type Output = LmItem;
+
+    fn step(&self, batch: LmBatch) -> TrainOutput<LmItem> {
+        let weight = batch.weight;
+        let (loss, report) = self.loss(batch);
+        TrainOutput::new(self, loss.mul_scalar(weight).backward(), LmItem(report))
+    }
+
+    fn optimize(self, optimizer: &mut ModuleOptimizer, lr: ModuleLearningRate, grads: GradientsParams) -> Self {
+        let mut probe = self.probe.0.lock().expect("no holder of the probe panics");
+        if matches!(*probe, ProbeState::Asked) {
+            *probe = ProbeState::Answered(optimizer.to_record());
+            drop(probe);
+            return self;
+        }
+        drop(probe);
+        optimizer.step(lr, self, grads)
+    }
+}
+
+impl InferenceStep for LanguageModel {
+    type Input = LmBatch;
+    type Output = LmItem;
+
+    fn step(&self, batch: LmBatch) -> LmItem {
+        LmItem(self.loss(batch).1)
+    }
+}
+
+/// When a step is not taken.
+#[derive(Clone, Copy, Debug)]
+pub struct SpikeGuard {
+    /// A loss above this multiple of its running mean is a spike; 0: none is.
+    pub factor: f64,
+}
+
+/// Trains a [`DuckQuantized`], an optimizer step at a time, for people with a loop of their own.
+///
+/// # Example
+/// ```
+/// # use burn_ternary::{data::LmBatch, nn::DuckConfig, quant::QuantConfig, train::*};
+/// # use burn_ternary::train::{optim::OptimConfig, schedule::ScheduleConfig};
+/// # fn run(config: DuckConfig, optim: OptimConfig, schedule: ScheduleConfig, batches: Vec<LmBatch>) {
+/// let device = burn::tensor::Device::default().autodiff();
+/// let model = config.init(&QuantConfig::default(), 1, &device);
+/// let mut trainer = QuantizationTrainer::new(model, &optim, &schedule, 1000, 1);
+/// for batch in batches {
+///     let report = trainer.train_step(vec![batch]);
+///     println!("{}: {} nats per token", report.step, report.loss);
+/// }
+/// # }
+/// ```
+pub struct QuantizationTrainer {
+    learner: Learner<LanguageModel>,
+    schedule: Schedule,
+    decay: Dial,
+    clip_norm: f64,
+    guard: SpikeGuard,
+    state: TrainState,
+}
+
+impl QuantizationTrainer {
+    /// A trainer at step 0 of `steps`, without a spike guard; only losses and gradients that are not finite are
+    /// skipped.
+    pub fn new(
+        model: DuckQuantized,
+        optim: &OptimConfig,
+        schedule: &ScheduleConfig,
+        steps: usize,
+        seed: u64,
+    ) -> Self {
+        let plan = TrainPlan { optim, schedule: Schedule::new(schedule, steps), decay: Dial::default() };
+        let learner = plan.learner(model, 0);
+        Self::from_learner(learner, &plan, SpikeGuard { factor: 0.0 }, TrainState { seed, ..TrainState::default() })
+    }
+
+    /// A trainer that goes on from `state` with a learner made by `plan`.
+    pub(super) fn from_learner(
+        learner: Learner<LanguageModel>,
+        plan: &TrainPlan,
+        guard: SpikeGuard,
+        state: TrainState,
+    ) -> Self {
+        Self {
+            learner,
+            schedule: plan.schedule.clone(),
+            decay: plan.decay.clone(),
+            clip_norm: plan.optim.clip_norm,
+            guard,
+            state,
+        }
+    }
+
+    /// One optimizer step on micro-batches whose weights sum to 1 (or a single batch).
+    ///
+    /// The step is skipped, and counted, when the loss or the gradient norm is not finite or the guard sees a spike;
+    /// schedule and data order go on all the same. A pure function of the trainer's state and the batches: dropout
+    /// draws from a generator that is seeded with (seed, step).
+    ///
+    /// # Panics
+    /// Without a batch.
+    pub fn train_step(&mut self, batches: Vec<LmBatch>) -> StepReport {
+        let step = self.state.step;
+        let lambda = self.schedule.lambda(step);
+        let model = self.learner.model();
+        model.model.lambda().set(lambda as f32);
+        self.decay.set(self.schedule.weight_decay_factor(step) as f32);
+        let device = batches[0].inputs.device();
+        device.seed(crate::seed::mix(self.state.seed, step as u64));
+
+        let mut report = StepReport::default();
+        let mut grads = None;
+        for batch in batches {
+            let weight = f64::from(batch.weight);
+            self.state.windows_seen += batch.inputs.dims()[0] as u64;
+            let output = self.learner.train_step(batch);
+            let LmItem(part) = output.item;
+            report.tokens += part.tokens;
+            report.loss += part.loss * weight;
+            report.z_loss = Some(report.z_loss.unwrap_or(0.0) + part.z_loss.unwrap_or(0.0) * weight);
+            report.accuracy += part.accuracy * weight;
+            grads = Some(accumulate(grads, output.grads, &model));
+        }
+        let grads = grads.expect("a step has at least one batch");
+        let (grads, norm) = clip_global_norm(grads, &model, self.clip_norm);
+        // The learner must be the only owner of its parameters when they are updated.
+        drop(model);
+
+        self.learner.lr_step();
+        if self.accepts(report.loss, norm) {
+            self.learner.optimizer_step(grads);
+            self.state.bad_steps = 0;
+            let average = self.state.loss_average.unwrap_or(report.loss);
+            self.state.loss_average = Some(average + AVERAGE_RATE * (report.loss - average));
+        } else {
+            self.state.bad_steps += 1;
+            self.state.skipped_steps += 1;
+        }
+        self.state.step += 1;
+        StepReport {
+            step: self.state.step,
+            grad_norm: norm,
+            lr: self.learner.lr_current().base(),
+            lambda: Some(lambda),
+            skipped_steps: self.state.skipped_steps,
+            ..report
+        }
+    }
+
+    /// The model as it stands, under autodiff.
+    pub fn model(&self) -> DuckQuantized {
+        self.learner.model().model
+    }
+
+    /// Model and optimizer as records, for a checkpoint.
+    pub fn records(&mut self) -> (ModuleRecord, OptimizerRecord) {
+        let model = self.learner.model();
+        let probe = model.probe.clone();
+        *probe.0.lock().expect("no holder of the probe panics") = ProbeState::Asked;
+        self.learner.optimizer_step(GradientsParams::new());
+        let answer = std::mem::take(&mut *probe.0.lock().expect("no holder of the probe panics"));
+        let ProbeState::Answered(optimizer) = answer else {
+            unreachable!("the learner hands its optimizer to every optimizer step")
+        };
+        (model.into_record(), optimizer)
+    }
+
+    /// Takes back model, optimizer and running mean of a checkpoint; step and data position go on, so that the texts
+    /// that broke the run are not met again.
+    pub(super) fn roll_back(&mut self, model: ModuleRecord, optimizer: OptimizerRecord, state: &TrainState) {
+        self.learner.load_model(model);
+        self.learner.load_optim(optimizer);
+        self.state.loss_average = state.loss_average;
+        self.state.bad_steps = 0;
+        self.state.rollbacks += 1;
+    }
+
+    pub fn state(&self) -> &TrainState {
+        &self.state
+    }
+
+    pub(super) fn state_mut(&mut self) -> &mut TrainState {
+        &mut self.state
+    }
+
+    pub(super) fn validation_model(&self) -> LanguageModel {
+        self.learner.model().valid()
+    }
+
+    pub(super) fn learner_model(&self) -> LanguageModel {
+        self.learner.model()
+    }
+
+    fn accepts(&self, loss: f64, norm: f64) -> bool {
+        let spike = match self.state.loss_average {
+            Some(average) => {
+                self.guard.factor > 0.0 && self.state.step >= GUARD_AFTER && loss > average * self.guard.factor
+            }
+            None => false,
+        };
+        loss.is_finite() && norm.is_finite() && !spike
+    }
+}
+
+/// Everything a learner is made of besides the model.
+pub(super) struct TrainPlan<'a> {
+    pub optim: &'a OptimConfig,
+    pub schedule: Schedule,
+    pub decay: Dial,
+}
+
+impl TrainPlan<'_> {
+    /// A learner whose schedule stands at `step`. Groups go by parameter id: make it after the model's record is
+    /// loaded, which brings the ids.
+    pub fn learner(&self, model: DuckQuantized, step: usize) -> Learner<LanguageModel> {
+        let weights = model.linears().iter().map(|(_, linear)| linear.weight.id).collect::<Vec<_>>();
+        let mut decayed = weights.clone();
+        decayed.push(model.embedding.id);
+        decayed.extend(model.head.as_ref().map(|head| head.id));
+        let matrices = ParamGroup::from_ids(weights);
+        let optimizer = self.optim.init(matrices.clone(), ParamGroup::from_ids(decayed), self.decay.clone());
+        let scheduler = self.optim.lr_scheduler(matrices, &self.schedule, step);
+        let quant = model.quant();
+        let objective = Objective {
+            z_loss: self.optim.z_loss,
+            quantization_penalty: quant.quantization_penalty,
+            scale_penalty: quant.scale_penalty,
+        };
+        Learner::new(LanguageModel { model, objective, probe: OptimizerProbe::default() }, optimizer, scheduler)
+    }
+}

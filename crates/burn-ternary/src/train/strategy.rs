@@ -1,1 +1,329 @@
+//! The training loop: what Burn's `Learner` runs in place of its loop by epochs.
+//!
+//! Validation and checkpoints go by step, a skipped step or a rollback is part of the loop, and a resumed run seeks
+//! in the data instead of starting the shuffle again.
 
+use super::checkpoint::Checkpoints;
+use super::codes::{CodeStats, CodeTracker};
+use super::metrics::{LmItem, Split, StepReport};
+use super::progress::ProgressLine;
+use super::report::{History, MetricsFile};
+use super::step::{LanguageModel, QuantizationTrainer, SpikeGuard, TrainPlan};
+use super::{Experiment, TrainError};
+use crate::data::tokenizer::Tokenizer;
+use crate::data::window::TokenWindows;
+use crate::data::{LmBatch, chat};
+use crate::nn::{DuckQuantized, ModelSize};
+use burn::data::dataloader::Progress;
+use burn::module::Module;
+use burn::tensor::Device;
+use burn::train::{
+    EventProcessorTraining, InferenceStep, Interrupter, Learner, LearnerEvent, SupervisedLearningStrategy,
+    SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem, ValidLoader,
+};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// Temperature of the text samples.
+const SAMPLE_TEMPERATURE: f64 = 0.7;
+
+/// One session of a run: from its start or its last checkpoint to its end.
+pub(super) struct Session {
+    pub experiment: Experiment,
+    pub experiment_sha256: String,
+    pub run_dir: PathBuf,
+    pub device: Device,
+    pub tokenizer: Tokenizer,
+    pub train: TokenWindows,
+    pub valid: TokenWindows,
+    pub checkpoints: Checkpoints,
+    pub metrics: MetricsFile,
+    pub history: History,
+    pub codes: Option<CodeTracker>,
+    pub size: ModelSize,
+    /// Whether progress lines go to standard output.
+    pub prints: bool,
+}
+
+/// What a session leaves besides files.
+pub(super) struct Outcome {
+    pub history: History,
+    pub state: super::checkpoint::TrainState,
+    pub counts: Vec<(String, [u64; 3])>,
+    pub best_valid_step: Option<usize>,
+    pub error: Option<TrainError>,
+}
+
+/// Hands a [`Session`] to Burn, and its [`Outcome`] back.
+pub(super) struct StepStrategy<'a> {
+    pub session: Mutex<Option<(Session, super::checkpoint::TrainState)>>,
+    pub plan: TrainPlan<'a>,
+    pub outcome: Arc<Mutex<Option<Outcome>>>,
+}
+
+impl SupervisedLearningStrategy<LanguageModel> for StepStrategy<'_> {
+    fn fit(
+        &self,
+        components: TrainingComponents<LanguageModel>,
+        learner: Learner<LanguageModel>,
+        train: TrainLoader<LanguageModel>,
+        valid: ValidLoader<LanguageModel>,
+        _starting_epoch: usize,
+    ) -> (LanguageModel, SupervisedTrainingEventProcessor<LanguageModel>) {
+        let (session, state) = self.session.lock().expect("held for one line").take().expect("a run fits once");
+        let guard = SpikeGuard { factor: session.experiment.run.spike_factor };
+        let trainer = QuantizationTrainer::from_learner(learner, &self.plan, guard, state);
+        let mut run = Loop {
+            trainer,
+            events: Events { processor: components.event_processor, interrupter: components.interrupter },
+            stats: None,
+            started: Instant::now(),
+            elapsed_before: 0.0,
+            stepping: Duration::ZERO,
+            tokens: 0,
+            best_valid_step: None,
+            session,
+        };
+        let error = run.run(train, valid).err();
+        let outcome = Outcome {
+            history: run.session.history,
+            state: run.trainer.state().clone(),
+            counts: run.stats.map(|stats| stats.counts).unwrap_or_default(),
+            best_valid_step: run.best_valid_step,
+            error,
+        };
+        *self.outcome.lock().expect("held for one line") = Some(outcome);
+        (run.trainer.learner_model(), run.events.processor)
+    }
+}
+
+struct Loop {
+    session: Session,
+    trainer: QuantizationTrainer,
+    events: Events,
+    stats: Option<CodeStats>,
+    started: Instant,
+    /// Seconds that earlier sessions of this run took.
+    elapsed_before: f64,
+    /// Time in steps and tokens trained on since the last log line.
+    stepping: Duration,
+    tokens: usize,
+    best_valid_step: Option<usize>,
+}
+
+impl Loop {
+    fn run(&mut self, train: TrainLoader<LanguageModel>, valid: ValidLoader<LanguageModel>) -> Result<(), TrainError> {
+        let run = self.session.experiment.run.clone();
+        let (steps, first) = (run.steps, self.trainer.state().step);
+        self.elapsed_before = self.trainer.state().elapsed_s;
+        let train = train.slice(first * run.accumulation, steps * run.accumulation).to_device(&self.session.device);
+        let valid = valid.to_device(&self.session.device.clone().inner());
+        let mut batches = train.iter();
+        let mut session_steps = 0usize;
+        let mut session_stepping = Duration::ZERO;
+        self.look_at_codes();
+        self.events.start_interval(first / run.eval_every + 1, steps.min(run.eval_every));
+        for step in first + 1..=steps {
+            let mut micro_batches: Vec<LmBatch> = Vec::with_capacity(run.accumulation);
+            for _ in 0..run.accumulation {
+                let batch = batches.next().expect("the loader holds every step of the run");
+                micro_batches.push(batch.map_err(|error| TrainError::Burn(error.to_string()))?);
+            }
+            let began = Instant::now();
+            let report = self.trainer.train_step(micro_batches);
+            session_steps += 1;
+            session_stepping += began.elapsed();
+            self.stepping += began.elapsed();
+            self.tokens += report.tokens;
+            let report = self.complete(report);
+            self.events.trained(report, step, steps);
+
+            let last = step == steps;
+            if step % run.log_every == 0 || last {
+                let eta = session_stepping.as_secs_f64() / session_steps as f64 * (steps - step) as f64;
+                self.log(Split::Train, report)?;
+                self.print(|| ProgressLine::train(&report, steps, eta));
+                (self.stepping, self.tokens) = (Duration::ZERO, 0);
+            }
+            let rolled_back = self.trainer.state().bad_steps >= run.max_bad_steps.max(1);
+            if rolled_back {
+                self.roll_back(step)?;
+            }
+            let stop = self.events.interrupter.should_stop();
+            if step % run.eval_every == 0 || last {
+                self.evaluate(&valid, steps)?;
+                self.events.end_interval(step.div_ceil(run.eval_every));
+                if !last && !stop {
+                    self.events.start_interval(step / run.eval_every + 1, (steps - step).min(run.eval_every));
+                }
+            }
+            if (step % run.checkpoint_every == 0 || last || stop) && !rolled_back {
+                self.save()?;
+            }
+            if stop {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds to a report what the loop knows and the step does not.
+    fn complete(&self, report: StepReport) -> StepReport {
+        let run = &self.session.experiment.run;
+        let ternary = self.session.codes.is_some().then_some(self.session.size);
+        let windows_a_step = run.batch_size * run.accumulation;
+        StepReport {
+            epoch: (report.step * windows_a_step) as f64 / self.session.train.per_epoch() as f64,
+            bits_per_byte: Some(self.session.train.tokens().bits_per_byte(report.loss)),
+            tokens_per_s: self.tokens as f64 / self.stepping.as_secs_f64().max(1e-9),
+            zero_fraction: self.stats.as_ref().map(|stats| stats.zero_fraction),
+            bits_per_weight: ternary.map(|size| size.bits_per_weight()),
+            compression: ternary.map(|size| size.compression()),
+            flipped: self.stats.as_ref().and_then(|stats| stats.flipped),
+            scale_drift: self.stats.as_ref().map(|stats| stats.scale_drift),
+            peak_rss_bytes: crate::device::peak_rss_bytes(),
+            elapsed_s: self.elapsed(),
+            ..report
+        }
+    }
+
+    /// Validation loss over the held-out windows, and a text sample.
+    fn evaluate(&mut self, valid: &ValidLoader<LanguageModel>, steps: usize) -> Result<(), TrainError> {
+        self.look_at_codes();
+        let model = self.trainer.validation_model();
+        let step = self.trainer.state().step;
+        let mut sum = StepReport { step, ..StepReport::default() };
+        let batches = valid.num_items();
+        for (index, batch) in valid.iter().enumerate() {
+            let batch = batch.map_err(|error| TrainError::Burn(error.to_string()))?;
+            let LmItem(part) = InferenceStep::step(&model, batch);
+            sum.tokens += part.tokens;
+            sum.loss += part.loss * part.tokens as f64;
+            sum.accuracy += part.accuracy * part.tokens as f64;
+            self.events.validated(self.complete(StepReport { step, ..part }), index + 1, batches);
+        }
+        let tokens = sum.tokens.max(1) as f64;
+        let loss = sum.loss / tokens;
+        let report = StepReport {
+            bits_per_byte: Some(self.session.valid.tokens().bits_per_byte(loss)),
+            ..self.complete(StepReport { loss, accuracy: sum.accuracy / tokens, ..sum })
+        };
+        self.log(Split::Valid, report)?;
+        self.print(|| ProgressLine::valid(&report, steps));
+        let state = self.trainer.state_mut();
+        if loss.is_finite() && state.best_valid_loss.is_none_or(|best| loss < best) {
+            state.best_valid_loss = Some(loss);
+            self.best_valid_step = Some(step);
+        }
+        self.sample(&model.model, step)
+    }
+
+    /// Writes what the model says to each prompt of the experiment into `samples.txt`, and prints it.
+    fn sample(&mut self, model: &DuckQuantized, step: usize) -> Result<(), TrainError> {
+        let run = &self.session.experiment.run;
+        if run.sample_tokens == 0 {
+            return Ok(());
+        }
+        for prompt in &run.sample_prompts {
+            let tokenizer = &self.session.tokenizer;
+            let ids = chat::encode_prompt(tokenizer, prompt)?;
+            let stop = tokenizer.special(chat::Special::EndOfText);
+            let mut rng = ChaCha8Rng::seed_from_u64(crate::seed::mix(run.seed, step as u64));
+            let text = tokenizer.decode(&model.sample(&ids, run.sample_tokens, SAMPLE_TEMPERATURE, stop, &mut rng));
+            let line = ProgressLine::sample(prompt, &text);
+            let path = self.session.run_dir.join("samples.txt");
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(&path)
+                .and_then(|mut file| writeln!(file, "step {step}  {line}"))
+                .map_err(|source| TrainError::Write { path, source })?;
+            self.print(|| line);
+        }
+        Ok(())
+    }
+
+    fn look_at_codes(&mut self) {
+        let model = self.trainer.model();
+        self.stats = self.session.codes.as_mut().map(|codes| codes.look(&model.valid()));
+    }
+
+    fn log(&mut self, split: Split, report: StepReport) -> Result<(), TrainError> {
+        match split {
+            Split::Train => self.session.history.train.push(report),
+            Split::Valid => self.session.history.valid.push(report),
+        }
+        self.session
+            .metrics
+            .append(split, &report)
+            .map_err(|source| TrainError::Write { path: self.session.run_dir.join("metrics.jsonl"), source })
+    }
+
+    fn print(&self, line: impl FnOnce() -> String) {
+        if self.session.prints {
+            println!("{}", line());
+        }
+    }
+
+    fn save(&mut self) -> Result<(), TrainError> {
+        let elapsed = self.elapsed();
+        self.trainer.state_mut().elapsed_s = elapsed;
+        let (model, optimizer) = self.trainer.records();
+        self.session.checkpoints.save(model, optimizer, self.trainer.state(), &self.session.experiment_sha256)?;
+        Ok(())
+    }
+
+    /// Back to the last good checkpoint's weights, on with the next texts.
+    fn roll_back(&mut self, step: usize) -> Result<(), TrainError> {
+        let rollbacks = self.trainer.state().rollbacks;
+        let loaded = self.session.checkpoints.latest_good()?;
+        let Some(loaded) = loaded.filter(|_| rollbacks < self.session.experiment.run.max_rollbacks) else {
+            let checkpoint = self.session.checkpoints.latest_good()?.map(|loaded| loaded.path);
+            return Err(TrainError::Diverged { step, rollbacks, checkpoint });
+        };
+        self.print(|| format!("step {step}: too many bad steps, back to the weights of {}", loaded.path.display()));
+        self.trainer.roll_back(loaded.model, loaded.optimizer, &loaded.state);
+        Ok(())
+    }
+
+    fn elapsed(&self) -> f64 {
+        self.elapsed_before + self.started.elapsed().as_secs_f64()
+    }
+}
+
+/// Burn's metrics and renderer; an interval between evaluations is what Burn calls an epoch.
+struct Events {
+    processor: SupervisedTrainingEventProcessor<LanguageModel>,
+    interrupter: Interrupter,
+}
+
+impl Events {
+    fn start_interval(&mut self, number: usize, steps: usize) {
+        let event = LearnerEvent::StartSplit { epoch_number: number, total_items: steps };
+        self.interrupter.fail_on_error(self.processor.process_train(event));
+    }
+
+    fn trained(&mut self, report: StepReport, step: usize, steps: usize) {
+        let progress = Progress::new(step, steps, Some("steps".into()));
+        let item = TrainingItem::new(LmItem(report), progress, Some(step), Some(report.lr.into()));
+        self.interrupter.fail_on_error(self.processor.process_train(LearnerEvent::ProcessedItem(item)));
+    }
+
+    fn validated(&mut self, report: StepReport, batch: usize, batches: usize) {
+        let progress = Progress::new(batch, batches, Some("batches".into()));
+        let item = TrainingItem::new(LmItem(report), progress, Some(batch), None);
+        self.interrupter.fail_on_error(self.processor.process_valid(LearnerEvent::ProcessedItem(item)));
+    }
+
+    fn end_interval(&mut self, number: usize) {
+        for event in [LearnerEvent::EndSplit(number), LearnerEvent::EndEpoch(number)] {
+            self.interrupter.fail_on_error(self.processor.process_train(event));
+        }
+        self.interrupter.fail_on_error(self.processor.process_valid(LearnerEvent::EndSplit(number)));
+    }
+}
