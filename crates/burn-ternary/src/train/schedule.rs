@@ -341,7 +341,9 @@ mod tests {
         assert_eq!(rates, expected);
 
         let mut first = at(0);
-        (0..4).for_each(|_| drop(first.step()));
+        for _ in 0..4 {
+            first.step();
+        }
         let bytes = first.to_record().into_bytes().unwrap();
         let mut loaded = at(0);
         loaded.load_record(LrSchedulerRecord::from_bytes(bytes).unwrap());
