@@ -1,3 +1,20 @@
+//! What changes with the step: learning rate, weight decay, and the share of the ternary weight.
+//!
+//! Steps count from 0: step `k` is the `k`-th optimizer update, and the last of `total` is `total - 1`.
+
+use std::{
+    f64::consts::PI,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use burn::{
+    lr_scheduler::{LrScheduler, LrSchedulerRecord},
+    optim::LearningRate,
+};
 use serde::{Deserialize, Serialize};
 
 /// How the learning rate goes from its peak to its end.
@@ -29,4 +46,367 @@ pub struct ScheduleConfig {
     /// The share of the ternary weight (lambda) rises linearly from `float_until` to here; at most
     /// `float_until` means a switch.
     pub ramp_until: f64,
+}
+
+/// The factors of each step of a run: pure functions of the step, so that a resumed run needs nothing but its step.
+///
+/// Everything that rises or falls does so by
+/// `ramp(k, a, b) = clamp((k - a + 1) / (b - a + 1), 0, 1)` (1 for `k >= a` where `b <= a`): 0 before step `a`,
+/// 1 from step `b` on. The first step of a ramp moves already, hence warm-up does not waste one at a rate of 0.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schedule {
+    shape: Shape,
+    warmup: usize,
+    decay_from: usize,
+    last: usize,
+    min_lr_ratio: f64,
+    weight_decay_until: usize,
+    float_until: usize,
+    ramp_until: usize,
+}
+
+impl Schedule {
+    /// The schedule of a run of `total_steps`; fractions of it are rounded to the nearest step.
+    pub fn new(config: &ScheduleConfig, total_steps: usize) -> Self {
+        let at = |fraction: f64| (fraction * total_steps as f64).round() as usize;
+        // The first step after the warm-up has the peak rate, whatever the shape; decay starts behind it.
+        let peak = config.warmup_steps;
+        let decay_from = match config.shape {
+            Shape::Constant => usize::MAX,
+            Shape::Cosine | Shape::Linear => peak + 1,
+            Shape::WarmupStableDecay => total_steps
+                .saturating_sub(at(config.decay_fraction))
+                .max(peak + 1),
+        };
+        Self {
+            shape: config.shape,
+            warmup: config.warmup_steps,
+            decay_from,
+            last: total_steps.saturating_sub(1),
+            min_lr_ratio: config.min_lr_ratio,
+            weight_decay_until: at(config.weight_decay_until),
+            float_until: at(config.float_until),
+            ramp_until: at(config.ramp_until),
+        }
+    }
+
+    /// The learning rate of `step` over its peak, in [0, 1].
+    ///
+    /// Warm-up of `w` steps: `(k + 1) / (w + 1)`, which is 1 at `k = w`. Then with `m` the `min_lr_ratio` and
+    /// `p = ramp(k, s, total - 1)`, hence exactly `m` at the last step:
+    ///
+    /// - constant: 1
+    /// - cosine, `s = w + 1`: `m + (1 - m) (1 + cos(pi p)) / 2`
+    /// - linear, `s = w + 1`: `m + (1 - m) (1 - p)`
+    /// - warmup-stable-decay, `s = total - decay_fraction * total`: 1 before `s`, then as linear
+    ///
+    /// A run that ends within its warm-up never reaches the peak, and a run of one step without warm-up has it.
+    pub fn lr_factor(&self, step: usize) -> f64 {
+        if step < self.decay_from {
+            return ramp(step, 0, self.warmup);
+        }
+        let progress = ramp(step, self.decay_from, self.last);
+        let remaining = match self.shape {
+            Shape::Cosine => (1.0 + (PI * progress).cos()) / 2.0,
+            _ => 1.0 - progress,
+        };
+        self.min_lr_ratio + (1.0 - self.min_lr_ratio) * remaining
+    }
+
+    /// 1 while weight decay acts, 0 from step `weight_decay_until * total` on.
+    ///
+    /// # Source
+    /// Late removal of weight decay: "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (BitNet b1.58, 2024).
+    pub fn weight_decay_factor(&self, step: usize) -> f64 {
+        if step < self.weight_decay_until {
+            1.0
+        } else {
+            0.0
+        }
+    }
+
+    /// The share of the ternary weight in the forward pass, in [0, 1]: `ramp(k, f, r)` with `f` and `r` the steps
+    /// of `float_until` and `ramp_until`; 0 is the float model, 1 the ternary one.
+    pub fn lambda(&self, step: usize) -> f64 {
+        ramp(step, self.float_until, self.ramp_until)
+    }
+}
+
+/// `clamp((step - from + 1) / (to - from + 1), 0, 1)`.
+fn ramp(step: usize, from: usize, to: usize) -> f64 {
+    let done = (step + 1).saturating_sub(from) as f64;
+    (done / (to.saturating_sub(from) + 1) as f64).min(1.0)
+}
+
+/// A number that one part of a run sets at each step and others read: clones share it.
+#[derive(Clone)]
+pub struct Dial(Arc<AtomicU32>);
+
+impl Dial {
+    /// A dial that stands at `value`.
+    pub fn new(value: f32) -> Self {
+        Self(Arc::new(AtomicU32::new(value.to_bits())))
+    }
+
+    /// The value that was set last.
+    pub fn get(&self) -> f32 {
+        f32::from_bits(self.0.load(Ordering::Relaxed))
+    }
+
+    /// Set the value of this dial and of all its clones.
+    pub fn set(&self, value: f32) {
+        self.0.store(value.to_bits(), Ordering::Relaxed);
+    }
+}
+
+impl Default for Dial {
+    fn default() -> Self {
+        Self::new(1.0)
+    }
+}
+
+impl fmt::Debug for Dial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Dial").field(&self.get()).finish()
+    }
+}
+
+/// A [`Schedule`] as Burn's learner takes it: the `k`-th call of `step` gives `peak * lr_factor(k)`.
+///
+/// Its record is the step alone. `step` is the next one: a resumed run sets it to the steps already taken.
+#[derive(Clone, Debug)]
+pub struct PeakSchedule {
+    pub peak: LearningRate,
+    pub schedule: Schedule,
+    pub step: usize,
+}
+
+impl LrScheduler for PeakSchedule {
+    fn step(&mut self) -> LearningRate {
+        let lr = self.peak * self.schedule.lr_factor(self.step);
+        self.step += 1;
+        lr
+    }
+
+    fn to_record(&self) -> LrSchedulerRecord {
+        LrSchedulerRecord::new().with_scalar("step", self.step)
+    }
+
+    /// A record without a step leaves the schedule where it is, as Burn's own schedulers do.
+    fn load_record(&mut self, record: LrSchedulerRecord) {
+        self.step = record.scalar("step").unwrap_or(self.step);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn config(shape: Shape, warmup_steps: usize, min_lr_ratio: f64) -> ScheduleConfig {
+        ScheduleConfig {
+            shape,
+            warmup_steps,
+            decay_fraction: 0.2,
+            min_lr_ratio,
+            weight_decay_until: 1.0,
+            float_until: 0.0,
+            ramp_until: 0.0,
+        }
+    }
+
+    fn factors(config: &ScheduleConfig, total: usize) -> Vec<f64> {
+        let schedule = Schedule::new(config, total);
+        (0..total).map(|step| schedule.lr_factor(step)).collect()
+    }
+
+    fn assert_close(found: &[f64], expected: &[f64]) {
+        assert_eq!(found.len(), expected.len());
+        for (step, (a, b)) in found.iter().zip(expected).enumerate() {
+            assert!((a - b).abs() < 1e-12, "step {step}: {a} instead of {b}");
+        }
+    }
+
+    #[test]
+    fn warmup_rises_from_above_zero_to_the_peak() {
+        let found = factors(&config(Shape::Constant, 3, 0.1), 6);
+        assert_close(&found, &[0.25, 0.5, 0.75, 1.0, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn linear_ends_at_the_minimum() {
+        let found = factors(&config(Shape::Linear, 1, 0.2), 6);
+        assert_close(&found, &[0.5, 1.0, 0.8, 0.6, 0.4, 0.2]);
+    }
+
+    #[test]
+    fn cosine_is_halfway_in_the_middle_and_ends_at_the_minimum() {
+        let found = factors(&config(Shape::Cosine, 0, 0.1), 5);
+        let quarter = |cos: f64| 0.1 + 0.9 * (1.0 + cos) / 2.0;
+        let root = 0.5f64.sqrt();
+        assert_close(&found, &[1.0, quarter(root), 0.55, quarter(-root), 0.1]);
+    }
+
+    #[test]
+    fn stable_rate_decays_over_the_last_steps() {
+        let found = factors(&config(Shape::WarmupStableDecay, 2, 0.0), 10);
+        let third = 1.0 / 3.0;
+        assert_close(
+            &found,
+            &[third, 2.0 * third, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0],
+        );
+        // A decay that would begin within the warm-up begins at the peak instead.
+        let all = ScheduleConfig {
+            decay_fraction: 1.0,
+            ..config(Shape::WarmupStableDecay, 1, 0.0)
+        };
+        assert_close(&factors(&all, 4), &[0.5, 1.0, 0.5, 0.0]);
+    }
+
+    #[test]
+    fn one_step_has_the_peak_rate_and_a_long_warmup_never_does() {
+        let shapes = [
+            Shape::Constant,
+            Shape::Cosine,
+            Shape::Linear,
+            Shape::WarmupStableDecay,
+        ];
+        for shape in shapes {
+            assert_close(&factors(&config(shape, 0, 0.1), 1), &[1.0]);
+            assert_close(&factors(&config(shape, 3, 0.1), 2), &[0.25, 0.5]);
+        }
+    }
+
+    #[test]
+    fn weight_decay_ends_at_its_share() {
+        let late = ScheduleConfig {
+            weight_decay_until: 0.5,
+            ..config(Shape::Cosine, 0, 0.0)
+        };
+        let schedule = Schedule::new(&late, 4);
+        assert_eq!(
+            [0, 1, 2, 3].map(|k| schedule.weight_decay_factor(k)),
+            [1.0, 1.0, 0.0, 0.0]
+        );
+        let always = Schedule::new(&config(Shape::Cosine, 0, 0.0), 4);
+        assert_eq!(always.weight_decay_factor(3), 1.0);
+        let never = ScheduleConfig {
+            weight_decay_until: 0.0,
+            ..late
+        };
+        assert_eq!(Schedule::new(&never, 4).weight_decay_factor(0), 0.0);
+    }
+
+    #[test]
+    fn lambda_switches_ramps_or_is_one_from_the_start() {
+        let lambda = |float_until, ramp_until| {
+            let config = ScheduleConfig {
+                float_until,
+                ramp_until,
+                ..config(Shape::Constant, 0, 0.0)
+            };
+            let schedule = Schedule::new(&config, 8);
+            (0..8).map(|k| schedule.lambda(k)).collect::<Vec<_>>()
+        };
+        assert_close(&lambda(0.0, 0.0), &[1.0; 8]);
+        assert_close(&lambda(0.5, 0.0), &[0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]);
+        assert_close(
+            &lambda(0.25, 0.625),
+            &[0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0],
+        );
+        assert_close(&lambda(1.0, 1.0), &[0.0; 8]);
+    }
+
+    #[test]
+    fn a_dial_is_shared_by_its_clones() {
+        let dial = Dial::default();
+        let clone = dial.clone();
+        assert_eq!(clone.get(), 1.0);
+        dial.set(0.3);
+        assert_eq!(clone.get().to_bits(), 0.3f32.to_bits());
+        assert_eq!(format!("{clone:?}"), "Dial(0.3)");
+    }
+
+    #[test]
+    fn a_resumed_peak_schedule_goes_on_where_it_was() {
+        let schedule = Schedule::new(&config(Shape::Cosine, 2, 0.1), 9);
+        let at = |step| PeakSchedule {
+            peak: 3e-3,
+            schedule: schedule.clone(),
+            step,
+        };
+        let mut whole = at(0);
+        let rates: Vec<_> = (0..9).map(|_| whole.step()).collect();
+        let expected: Vec<_> = (0..9).map(|k| 3e-3 * schedule.lr_factor(k)).collect();
+        assert_eq!(rates, expected);
+
+        let mut first = at(0);
+        for _ in 0..4 {
+            first.step();
+        }
+        let bytes = first.to_record().into_bytes().unwrap();
+        let mut loaded = at(0);
+        loaded.load_record(LrSchedulerRecord::from_bytes(bytes).unwrap());
+        let mut placed = at(4);
+        for &rate in &rates[4..] {
+            assert_eq!((loaded.step(), placed.step()), (rate, rate));
+        }
+    }
+
+    fn any_config() -> impl Strategy<Value = ScheduleConfig> {
+        let shape = prop_oneof![
+            Just(Shape::Constant),
+            Just(Shape::Cosine),
+            Just(Shape::Linear),
+            Just(Shape::WarmupStableDecay)
+        ];
+        let share = || 0.0..=1.0;
+        (
+            shape,
+            0usize..60,
+            share(),
+            share(),
+            share(),
+            share(),
+            share(),
+        )
+            .prop_map(|c| ScheduleConfig {
+                shape: c.0,
+                warmup_steps: c.1,
+                decay_fraction: c.2,
+                min_lr_ratio: c.3,
+                weight_decay_until: c.4,
+                float_until: c.5,
+                ramp_until: c.6,
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn factors_stay_in_range_and_turn_once(config in any_config(), total in 1usize..200) {
+            let schedule = Schedule::new(&config, total);
+            let mut before = (0.0, 1.0, 0.0);
+            for step in 0..total {
+                let lr = schedule.lr_factor(step);
+                let now = (lr, schedule.weight_decay_factor(step), schedule.lambda(step));
+                for factor in [now.0, now.1, now.2] {
+                    prop_assert!((0.0..=1.0).contains(&factor));
+                }
+                if step <= config.warmup_steps {
+                    prop_assert!(lr > before.0);
+                } else {
+                    prop_assert!(lr <= before.0 && lr >= config.min_lr_ratio - 1e-12);
+                }
+                if step == config.warmup_steps {
+                    prop_assert_eq!(lr, 1.0);
+                }
+                prop_assert!(now.1 <= before.1 && now.2 >= before.2);
+                before = now;
+            }
+            let decays = matches!(config.shape, Shape::Cosine | Shape::Linear);
+            if decays && total > config.warmup_steps + 1 {
+                prop_assert!((before.0 - config.min_lr_ratio).abs() < 1e-12);
+            }
+        }
+    }
 }
