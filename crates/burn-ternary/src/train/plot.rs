@@ -35,7 +35,9 @@ pub fn loss_curve(
     title: &str,
 ) -> io::Result<()> {
     let (train, valid) = (points(train), points(valid));
-    svg(path, (900, 540), |canvas| draw_loss(canvas, &train, &valid, title))
+    svg(path, (900, 540), |canvas| {
+        draw_loss(canvas, &train, &valid, title)
+    })
 }
 
 /// Draws, for every layer, the shares of its codes as one bar, zeros first, so that the dashed line at the 31.0 % zeros
@@ -44,7 +46,7 @@ pub fn loss_curve(
 /// # Errors
 /// What the file system says, with the path.
 pub fn code_histogram(path: &Path, layers: &[(String, [u64; 3])]) -> io::Result<()> {
-    let height = 150 + 26 * layers.len().max(1) as u32;
+    let height = 144 + 26 * layers.len().max(1) as u32;
     svg(path, (900, height), |canvas| draw_codes(canvas, layers))
 }
 
@@ -80,9 +82,7 @@ fn draw_loss(
         .draw()?;
 
     let line = |color: RGBColor, width| color.stroke_width(width);
-    let key = |style: ShapeStyle| {
-        move |(x, y)| PathElement::new(vec![(x, y), (x + 24, y)], style)
-    };
+    let key = |style: ShapeStyle| move |(x, y)| PathElement::new(vec![(x, y), (x + 24, y)], style);
     if !train.is_empty() {
         chart
             .draw_series(LineSeries::new(train.iter().copied(), line(SKY, 1)))?
@@ -103,7 +103,9 @@ fn draw_loss(
                     + Circle::new((12, 0), 4, VERMILLION.filled())
             });
         chart.draw_series(
-            valid.iter().map(|point| Circle::new(*point, 4, VERMILLION.filled())),
+            valid
+                .iter()
+                .map(|point| Circle::new(*point, 4, VERMILLION.filled())),
         )?;
     }
     chart
@@ -119,25 +121,32 @@ fn draw_loss(
 }
 
 fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
-    let names: Vec<String> = layers.iter().map(|(name, _)| shortened(name, 40)).collect();
-    let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+    let names: Vec<String> = layers.iter().map(|(name, _)| shortened(name, 36)).collect();
+    let longest = names
+        .iter()
+        .map(|name| name.chars().count())
+        .max()
+        .unwrap_or(0);
     let rows = layers.len().max(1) as f64;
     let mut chart = ChartBuilder::on(canvas)
-        .caption("Ternary codes by layer", text(22))
         .margin(14)
-        .margin_top(10)
+        .margin_top(82)
         .margin_right(76)
-        .top_x_label_area_size(34)
         .x_label_area_size(44)
         .y_label_area_size(24 + 8 * longest as u32)
         .build_cartesian_2d(0.0..1.0, 0.0..rows)?;
     let pixel = |x: f64, y: f64| chart.plotting_area().map_coordinate(&(x, y));
 
+    let title = text(22).pos(Pos::new(HPos::Center, VPos::Center));
+    canvas.draw_text("Ternary codes by layer", &title, (450, 28))?;
     let entries = [(SILVER, "0"), (BLUE, "-1"), (ORANGE, "+1")];
     let (left, top) = pixel(0.0, rows);
     for (index, (color, name)) in entries.into_iter().enumerate() {
         let x = left + 62 * index as i32;
-        canvas.draw(&Rectangle::new([(x, top - 25), (x + 14, top - 11)], color.filled()))?;
+        canvas.draw(&Rectangle::new(
+            [(x, top - 25), (x + 14, top - 11)],
+            color.filled(),
+        ))?;
         canvas.draw_text(name, &aligned(HPos::Left), (x + 20, top - 18))?;
     }
     let x = left + 62 * entries.len() as i32;
@@ -145,14 +154,24 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
         let line = vec![(dash, top - 18), (dash + 6, top - 18)];
         canvas.draw(&PathElement::new(line, INK.stroke_width(2)))?;
     }
-    let reference = format!("{:.1} % zeros: absmean of Gaussian weights", 100.0 * GAUSSIAN_ZEROS);
+    let reference = format!(
+        "{:.1} % zeros: absmean of Gaussian weights",
+        100.0 * GAUSSIAN_ZEROS
+    );
     canvas.draw_text(&reference, &aligned(HPos::Left), (x + 32, top - 18))?;
-    canvas.draw_text("zeros", &aligned(HPos::Right), (pixel(1.0, rows).0 + 62, top - 18))?;
+    canvas.draw_text(
+        "zeros",
+        &aligned(HPos::Right),
+        (pixel(1.0, rows).0 + 62, top - 18),
+    )?;
 
     for (index, (name, (_, counts))) in names.iter().zip(layers).enumerate() {
         let middle = rows - index as f64 - 0.5;
         let total = counts.iter().sum::<u64>().max(1) as f64;
-        let zeros = format!("{:.1} %", 100.0 * counts[1] as f64 / total);
+        let zeros = match counts {
+            [0, 0, 0] => "none".into(),
+            _ => format!("{:.1} %", 100.0 * counts[1] as f64 / total),
+        };
         let (right, y) = pixel(1.0, middle);
         canvas.draw_text(name, &aligned(HPos::Right), (left - 10, y))?;
         canvas.draw_text(&zeros, &aligned(HPos::Right), (right + 62, y))?;
@@ -160,7 +179,10 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
         for (count, (color, _)) in [counts[1], counts[0], counts[2]].into_iter().zip(entries) {
             let end = start + count as f64 / total;
             let (x, x_end) = (pixel(start, middle).0, pixel(end, middle).0);
-            canvas.draw(&Rectangle::new([(x, y - 9), (x_end, y + 9)], color.filled()))?;
+            canvas.draw(&Rectangle::new(
+                [(x, y - 9), (x_end, y + 9)],
+                color.filled(),
+            ))?;
             start = end;
         }
     }
@@ -210,7 +232,10 @@ fn shortened(name: &str, most: usize) -> String {
     if length <= most {
         return name.into();
     }
-    format!("..{}", name.chars().skip(length + 2 - most).collect::<String>())
+    format!(
+        "..{}",
+        name.chars().skip(length + 2 - most).collect::<String>()
+    )
 }
 
 /// Step and loss of the reports that can be drawn.
@@ -221,8 +246,9 @@ fn points(reports: &[StepReport]) -> Vec<(usize, f64)> {
 
 /// From the smallest loss to the largest, with room around.
 fn loss_range(losses: impl Iterator<Item = f64>) -> Range<f64> {
-    let (low, high) = losses
-        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), loss| (low.min(loss), high.max(loss)));
+    let (low, high) = losses.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), loss| {
+        (low.min(loss), high.max(loss))
+    });
     if low > high {
         return 0.0..1.0;
     }
@@ -259,7 +285,11 @@ mod tests {
             let (content, tag) = rest.split_at(start);
             assert!(!content.contains('>'), "unescaped text {content:?}");
             for entity in content.split('&').skip(1) {
-                assert!(["lt;", "gt;", "amp;", "quot;", "apos;"].iter().any(|e| entity.starts_with(e)));
+                assert!(
+                    ["lt;", "gt;", "amp;", "quot;", "apos;"]
+                        .iter()
+                        .any(|e| entity.starts_with(e))
+                );
             }
             let end = tag.find('>').expect("a tag ends");
             let body = &tag[1..end];
@@ -279,7 +309,9 @@ mod tests {
     fn polyline(svg: &str, color: RGBColor, width: u32) -> usize {
         let RGBColor(r, g, b) = color;
         let style = format!(r##"stroke="#{r:02X}{g:02X}{b:02X}" stroke-width="{width}""##);
-        let lines = svg.lines().filter(|line| line.starts_with("<polyline") && line.contains(&style));
+        let lines = svg
+            .lines()
+            .filter(|line| line.starts_with("<polyline") && line.contains(&style));
         let points = |line: &str| line.split("points=").nth(1).unwrap().matches(',').count();
         lines.map(points).max().unwrap_or(0)
     }
@@ -314,13 +346,25 @@ mod tests {
         train[4].loss = f64::INFINITY;
         valid[0].loss = f64::NAN;
         valid[6].loss = 1.75;
-        let svg = draw("loss.svg", |path| loss_curve(path, &train, &valid, "duck <tiny> & \u{1b}\"co\""));
+        let svg = draw("loss.svg", |path| {
+            loss_curve(path, &train, &valid, "duck <tiny> & \u{1b}\"co\"")
+        });
         assert!(svg.contains(r#"viewBox="0 0 900 540""#));
         assert_eq!(polyline(&svg, SKY, 1), 138);
         assert_eq!(polyline(&svg, BLUE, 3), 138);
         assert_eq!(polyline(&svg, VERMILLION, 2), 6);
-        assert_eq!(svg.matches("<circle").count(), 6 + 1, "points and the legend's");
-        for text in ["duck &lt;tiny&gt; &amp; &quot;co", "nats per token", "step", "moving average", "1.750"] {
+        assert_eq!(
+            svg.matches("<circle").count(),
+            6 + 1,
+            "points and the legend's"
+        );
+        for text in [
+            "duck &lt;tiny&gt; &amp; &quot;co",
+            "nats per token",
+            "step",
+            "moving average",
+            "1.750",
+        ] {
             assert!(svg.contains(text), "{text} is missing");
         }
     }
@@ -328,9 +372,22 @@ mod tests {
     #[test]
     fn few_or_no_points_still_give_a_picture() {
         let one = curve(1, 1);
-        let bad = [StepReport { loss: f64::NAN, ..Default::default() }];
-        let huge = [StepReport { loss: 1e300, step: usize::MAX >> 12, ..Default::default() }];
-        for (train, valid) in [(&one[..], &[][..]), (&[], &one), (&[], &[]), (&bad, &bad), (&huge, &one)] {
+        let bad = [StepReport {
+            loss: f64::NAN,
+            ..Default::default()
+        }];
+        let huge = [StepReport {
+            loss: 1e300,
+            step: usize::MAX >> 12,
+            ..Default::default()
+        }];
+        for (train, valid) in [
+            (&one[..], &[][..]),
+            (&[], &one),
+            (&[], &[]),
+            (&bad, &bad),
+            (&huge, &one),
+        ] {
             draw("few.svg", |path| loss_curve(path, train, valid, ""));
         }
         draw("none.svg", |path| code_histogram(path, &[]));
@@ -347,17 +404,44 @@ mod tests {
         layers.push(("blocks.2.feed_forward.down".into(), [1, 2, u64::MAX / 2]));
         let svg = draw("codes.svg", |path| code_histogram(path, &layers));
         let bars = |color: &str| -> Vec<f64> {
-            let bars = svg.lines().filter(|line| line.contains(r#"height="18""#) && line.contains(color));
-            let width = |line: &str| line.split("width=\"").nth(1).unwrap().split('"').next().unwrap().parse().unwrap();
+            let bars = svg
+                .lines()
+                .filter(|line| line.contains(r#"height="18""#) && line.contains(color));
+            let width = |line: &str| {
+                line.split("width=\"")
+                    .nth(1)
+                    .unwrap()
+                    .split('"')
+                    .next()
+                    .unwrap()
+                    .parse()
+                    .unwrap()
+            };
             bars.map(width).collect()
         };
         let (zero, minus, plus) = (bars("#C8CCD2"), bars("#0072B2"), bars("#E69F00"));
         let whole = zero[0] + minus[0] + plus[0];
-        for (found, share) in [(zero[0], 0.31), (minus[0], 0.345), (zero[1], 0.7), (minus[1], 0.1), (plus[1], 0.2)] {
-            assert!((found - share * whole).abs() <= 1.0, "{found} of {whole} is not {share}");
+        for (found, share) in [
+            (zero[0], 0.31),
+            (minus[0], 0.345),
+            (zero[1], 0.7),
+            (minus[1], 0.1),
+            (plus[1], 0.2),
+        ] {
+            assert!(
+                (found - share * whole).abs() <= 1.0,
+                "{found} of {whole} is not {share}"
+            );
         }
         assert!((plus[3] - whole).abs() <= 1.0);
-        for text in ["blocks.0.attention.query", "31.0 %", "70.0 %", "..", "feed_forward.up"] {
+        for text in [
+            "blocks.0.attention.query",
+            "31.0 %",
+            "none",
+            "70.0 %",
+            "..",
+            "feed_forward.up",
+        ] {
             assert!(svg.contains(text), "{text} is missing");
         }
         assert!(!svg.contains("a.very.long"));

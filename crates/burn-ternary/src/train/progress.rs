@@ -16,19 +16,23 @@ use burn::train::{
 pub struct ProgressLine;
 
 impl ProgressLine {
-    /// `step  120/700  loss  3.2145  ppl   24.9  acc 0.310   1.2k tok/s  lr 1.9e-2  |g|  0.840  zeros 0.312  eta 1m12s`
+    /// `step  120/700  loss  3.2145  ppl   24.9  acc 0.310   1.2k tok/s  lr 1.9e-2  |g|   0.840  zeros 0.312  eta 1m12s`
     ///
     /// `eta_s`: seconds that the rest of the run should take.
     pub fn train(report: &StepReport, total_steps: usize, eta_s: f64) -> String {
         let mut line = start("step", report, total_steps);
         line += &format!(
-            "  {:>5} tok/s  lr {:>6}  |g| {:>6}",
+            "  {:>5} tok/s  lr {:>6}  |g| {:>7}",
             compact(report.tokens_per_s),
             format!("{:.1e}", report.lr),
             significant(report.grad_norm, 3),
         );
         push(&mut line, "zeros", report.zero_fraction);
-        push(&mut line, "lambda", report.lambda.filter(|lambda| *lambda != 1.0));
+        push(
+            &mut line,
+            "lambda",
+            report.lambda.filter(|lambda| *lambda != 1.0),
+        );
         if report.skipped_steps > 0 {
             line += &format!("  skipped {}", report.skipped_steps);
         }
@@ -130,7 +134,14 @@ impl MetricsRendererEvaluation for PlainRenderer {
 }
 
 impl TrainingProgressLogger for PlainRenderer {
-    fn start(&mut self, _epochs: usize, _first: usize, _items: Option<usize>, _label: Option<&str>) {}
+    fn start(
+        &mut self,
+        _epochs: usize,
+        _first: usize,
+        _items: Option<usize>,
+        _label: Option<&str>,
+    ) {
+    }
     fn update_epoch(&mut self, _epoch: usize) {}
     fn start_split(&mut self, _split: &str, _items: usize) {}
     fn update_split(&mut self, _items: usize) {}
@@ -174,10 +185,14 @@ mod tests {
     fn lines_say_what_a_report_has() {
         assert_eq!(
             ProgressLine::train(&report(), 700, 72.0),
-            "step  120/700  loss  3.2145  ppl   24.9  acc 0.310  1.23k tok/s  lr 1.9e-2  |g|  0.840  \
+            "step  120/700  loss  3.2145  ppl   24.9  acc 0.310  1.23k tok/s  lr 1.9e-2  |g|   0.840  \
              zeros 0.312  eta 1m12s"
         );
-        let more = StepReport { lambda: Some(0.5), skipped_steps: 3, ..report() };
+        let more = StepReport {
+            lambda: Some(0.5),
+            skipped_steps: 3,
+            ..report()
+        };
         assert!(
             ProgressLine::train(&more, 700, f64::NAN)
                 .ends_with("zeros 0.312  lambda 0.500  skipped 3  eta ?")
@@ -198,8 +213,18 @@ mod tests {
     #[test]
     fn columns_stay_where_they_are() {
         let expected = ProgressLine::train(&report(), 2000, 0.0);
-        let column = |line: &str| ["loss", "ppl", "acc", "lr", "|g|", "zeros"].map(|name| line.find(name));
-        for value in [0.0, 0.0123, 0.99996, 9.9996, 12.5, 720.0, f64::NAN, f64::INFINITY] {
+        let column =
+            |line: &str| ["loss", "ppl", "acc", "lr", "|g|", "zeros"].map(|name| line.find(name));
+        for value in [
+            0.0,
+            0.0123,
+            0.99996,
+            9.9996,
+            12.5,
+            1.2e-4,
+            f64::NAN,
+            f64::INFINITY,
+        ] {
             let changed = StepReport {
                 step: 9,
                 loss: value,
@@ -211,7 +236,11 @@ mod tests {
             let line = ProgressLine::train(&changed, 2000, 0.0);
             assert_eq!(column(&line), column(&expected), "{line}\n{expected}");
             let valid = ProgressLine::valid(&changed, 2000);
-            assert_eq!(valid.find("acc"), expected.find("acc"), "{valid}\n{expected}");
+            assert_eq!(
+                valid.find("acc"),
+                expected.find("acc"),
+                "{valid}\n{expected}"
+            );
         }
     }
 
@@ -225,9 +254,24 @@ mod tests {
     #[test]
     fn counts_and_times_are_short() {
         let counts = [0.4, 999.4, 999.6, 12_345.0, 999_700.0, 7e9, f64::NAN].map(compact);
-        assert_eq!(counts, ["0", "999", "1.00k", "12.3k", "1.00M", "7.00G", "NaN"]);
-        let times = [0.2, 59.4, 59.6, 3599.6, 7500.0, 273_600.0, -1.0, f64::NAN, f64::INFINITY];
-        let texts = ["0s", "59s", "1m00s", "1h00m", "2h05m", "3d04h", "?", "?", "?"];
+        assert_eq!(
+            counts,
+            ["0", "999", "1.00k", "12.3k", "1.00M", "7.00G", "NaN"]
+        );
+        let times = [
+            0.2,
+            59.4,
+            59.6,
+            3599.6,
+            7500.0,
+            273_600.0,
+            -1.0,
+            f64::NAN,
+            f64::INFINITY,
+        ];
+        let texts = [
+            "0s", "59s", "1m00s", "1h00m", "2h05m", "3d04h", "?", "?", "?",
+        ];
         assert_eq!(times.map(duration), texts);
     }
 }

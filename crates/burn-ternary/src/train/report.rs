@@ -25,7 +25,11 @@ pub(super) mod real {
 
     impl From<f64> for Real {
         fn from(value: f64) -> Self {
-            if value.is_finite() { Self::Finite(value) } else { Self::Other(value.to_string()) }
+            if value.is_finite() {
+                Self::Finite(value)
+            } else {
+                Self::Other(value.to_string())
+            }
         }
     }
 
@@ -33,9 +37,9 @@ pub(super) mod real {
         fn value<E: Error>(self) -> Result<f64, E> {
             match self {
                 Self::Finite(value) => Ok(value),
-                Self::Other(text) => text
-                    .parse()
-                    .map_err(|_| E::custom(format!("expected a number, NaN or inf, found {text:?}"))),
+                Self::Other(text) => text.parse().map_err(|_| {
+                    E::custom(format!("expected a number, NaN or inf, found {text:?}"))
+                }),
             }
         }
     }
@@ -52,12 +56,19 @@ pub(super) mod real {
     pub mod option {
         use super::*;
 
-        pub fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+        pub fn serialize<S: Serializer>(
+            value: &Option<f64>,
+            serializer: S,
+        ) -> Result<S::Ok, S::Error> {
             value.map(Real::from).serialize(serializer)
         }
 
-        pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
-            Option::<Real>::deserialize(deserializer)?.map(Real::value).transpose()
+        pub fn deserialize<'de, D: Deserializer<'de>>(
+            deserializer: D,
+        ) -> Result<Option<f64>, D::Error> {
+            Option::<Real>::deserialize(deserializer)?
+                .map(Real::value)
+                .transpose()
         }
     }
 }
@@ -147,8 +158,15 @@ impl MetricsFile {
             }
         }
         write_atomic(&path, &kept)?;
-        let file = File::options().append(true).open(&path).map_err(at(&path))?;
-        Ok(Self { path, file, length: kept.len() as u64 })
+        let file = File::options()
+            .append(true)
+            .open(&path)
+            .map_err(at(&path))?;
+        Ok(Self {
+            path,
+            file,
+            length: kept.len() as u64,
+        })
     }
 
     /// Writes one line.
@@ -156,7 +174,10 @@ impl MetricsFile {
     /// # Errors
     /// What the file system says (a full disk, for one); the file then ends with the line before.
     pub fn append(&mut self, split: Split, report: &StepReport) -> io::Result<()> {
-        let mut line = serde_json::to_vec(&Line { split, report: *report })?;
+        let mut line = serde_json::to_vec(&Line {
+            split,
+            report: *report,
+        })?;
         line.push(b'\n');
         self.file.write_all(&line).map_err(|error| {
             let _ = self.file.set_len(self.length);
@@ -249,7 +270,10 @@ impl RunResult {
     pub fn new(name: impl Into<String>, seed: u64) -> Self {
         let git = |arguments: &[&str]| {
             let output = Command::new("git").args(arguments).output().ok()?;
-            output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+            output
+                .status
+                .success()
+                .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
         };
         Self {
             name: name.into(),
@@ -285,30 +309,46 @@ impl RunResult {
     pub fn summary(&self) -> String {
         let mib = |bytes: u64| significant(bytes as f64 / (1 << 20) as f64, 3) + " MiB";
         let mut rows = vec![("run", format!("{}, seed {}", self.name, self.seed))];
-        rows.push(("outcome", match (&self.error, self.finished) {
-            (Some(error), _) => format!("stopped: {error}"),
-            (None, true) => "finished".into(),
-            (None, false) => "not finished".into(),
-        }));
+        rows.push((
+            "outcome",
+            match (&self.error, self.finished) {
+                (Some(error), _) => format!("stopped: {error}"),
+                (None, true) => "finished".into(),
+                (None, false) => "not finished".into(),
+            },
+        ));
         let commit = match &self.git {
             Some(hash) => {
-                let dirty = if self.git_dirty == Some(true) { ", changed since" } else { "" };
+                let dirty = if self.git_dirty == Some(true) {
+                    ", changed since"
+                } else {
+                    ""
+                };
                 format!(", git {:.10}{dirty}", hash)
             }
             None => String::new(),
         };
         rows.push(("code", format!("burn-ternary {}{commit}", self.version)));
-        rows.push(("device", format!("{}, {} threads", self.device, self.threads)));
-        rows.push(("steps", format!(
-            "{} ({} skipped, {} rollbacks)",
-            self.steps, self.skipped_steps, self.rollbacks
-        )));
-        rows.push(("tokens", format!(
-            "{} in {}, {} tok/s",
-            compact(self.tokens as f64),
-            duration(self.wall_s),
-            compact(self.tokens_per_s)
-        )));
+        rows.push((
+            "device",
+            format!("{}, {} threads", self.device, self.threads),
+        ));
+        rows.push((
+            "steps",
+            format!(
+                "{} ({} skipped, {} rollbacks)",
+                self.steps, self.skipped_steps, self.rollbacks
+            ),
+        ));
+        rows.push((
+            "tokens",
+            format!(
+                "{} in {}, {} tok/s",
+                compact(self.tokens as f64),
+                duration(self.wall_s),
+                compact(self.tokens_per_s)
+            ),
+        ));
         rows.push(("parameters", compact(self.parameters as f64)));
         let mut number = |name, value: Option<f64>, unit: &str| {
             rows.extend(value.map(|value| (name, significant(value, 4) + unit)));
@@ -317,7 +357,10 @@ impl RunResult {
         number("valid loss", self.valid_loss, " nats/token");
         number("perplexity", self.valid_perplexity, "");
         number("bits per byte", self.valid_bits_per_byte, "");
-        let step = self.best_valid_step.map(|step| format!(" at step {step}")).unwrap_or_default();
+        let step = self
+            .best_valid_step
+            .map(|step| format!(" at step {step}"))
+            .unwrap_or_default();
         number("best valid loss", self.best_valid_loss, &step);
         number("zero fraction", self.zero_fraction, "");
         number("bits per weight", self.bits_per_weight, "");
@@ -329,7 +372,9 @@ impl RunResult {
         rows.push(("size", size));
         rows.extend(self.peak_rss_bytes.map(|bytes| ("peak memory", mib(bytes))));
         let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-        rows.iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()
+        rows.iter()
+            .map(|(name, value)| format!("{name:width$}  {value}\n"))
+            .collect()
     }
 }
 
@@ -338,7 +383,12 @@ mod tests {
     use super::*;
 
     fn report(step: usize) -> StepReport {
-        StepReport { step, loss: 3.5 / step as f64, tokens: 64, ..Default::default() }
+        StepReport {
+            step,
+            loss: 3.5 / step as f64,
+            tokens: 64,
+            ..Default::default()
+        }
     }
 
     fn steps(reports: &[StepReport]) -> Vec<usize> {
@@ -366,13 +416,26 @@ mod tests {
         let text = fs::read_to_string(&path).unwrap();
         let line = text.lines().next().unwrap();
         assert!(line.starts_with(r#"{"split":"train","step":7,"#), "{line}");
-        for part in [r#""loss":"NaN""#, r#""grad_norm":"inf""#, r#""z_loss":"-inf""#] {
+        for part in [
+            r#""loss":"NaN""#,
+            r#""grad_norm":"inf""#,
+            r#""z_loss":"-inf""#,
+        ] {
             assert!(line.contains(part), "{line}");
         }
-        assert!(!line.contains("null") && !line.contains("flipped"), "{line}");
+        assert!(
+            !line.contains("null") && !line.contains("flipped"),
+            "{line}"
+        );
         let History { train, valid } = read(&path).unwrap();
         assert!(train[0].loss.is_nan());
-        assert_eq!(StepReport { loss: 0.0, ..train[0] }, StepReport { loss: 0.0, ..full });
+        assert_eq!(
+            StepReport {
+                loss: 0.0,
+                ..train[0]
+            },
+            StepReport { loss: 0.0, ..full }
+        );
         assert_eq!(valid, [report(8)]);
     }
 
@@ -389,7 +452,12 @@ mod tests {
         }
         drop(file);
         let whole = fs::read(&path).unwrap();
-        let kept: Vec<u8> = whole.split_inclusive(|b| *b == b'\n').take(6).flatten().copied().collect();
+        let kept: Vec<u8> = whole
+            .split_inclusive(|b| *b == b'\n')
+            .take(6)
+            .flatten()
+            .copied()
+            .collect();
         // Torn at every byte after the last line that must stay.
         for end in kept.len()..=whole.len() {
             fs::write(&path, &whole[..end]).unwrap();
@@ -406,7 +474,11 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), kept);
         MetricsFile::open(&path, None).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"", "a new run starts empty");
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no scratch file stays");
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "no scratch file stays"
+        );
     }
 
     #[test]
@@ -433,7 +505,11 @@ mod tests {
     fn a_full_disk_is_an_error_with_the_path() {
         let path = PathBuf::from("/dev/full");
         let file = File::options().append(true).open(&path).unwrap();
-        let mut metrics = MetricsFile { path, file, length: 0 };
+        let mut metrics = MetricsFile {
+            path,
+            file,
+            length: 0,
+        };
         let error = metrics.append(Split::Train, &report(1)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         assert!(error.to_string().starts_with("/dev/full: "), "{error}");
@@ -478,16 +554,36 @@ mod tests {
         assert_eq!(json["valid_loss"], "inf");
         assert_eq!(json["file_bytes"], serde_json::Value::Null);
         for key in [
-            "name", "seed", "device", "threads", "git", "steps", "tokens", "wall_s", "tokens_per_s",
-            "peak_rss_bytes", "parameters", "train_loss", "valid_loss", "valid_bits_per_byte",
-            "zero_fraction", "file_bytes", "fp32_bytes", "compression",
+            "name",
+            "seed",
+            "device",
+            "threads",
+            "git",
+            "steps",
+            "tokens",
+            "wall_s",
+            "tokens_per_s",
+            "peak_rss_bytes",
+            "parameters",
+            "train_loss",
+            "valid_loss",
+            "valid_bits_per_byte",
+            "zero_fraction",
+            "file_bytes",
+            "fp32_bytes",
+            "compression",
         ] {
             assert!(json.get(key).is_some(), "{key} is missing");
         }
         fs::write(&path, "{}").unwrap();
         let error = RunResult::read(&path).unwrap_err().to_string();
-        assert!(error.contains("result.json") && error.contains("name"), "{error}");
-        let error = expected.write(&folder.path().join("none/result.json")).unwrap_err();
+        assert!(
+            error.contains("result.json") && error.contains("name"),
+            "{error}"
+        );
+        let error = expected
+            .write(&folder.path().join("none/result.json"))
+            .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
@@ -500,11 +596,19 @@ mod tests {
             assert_eq!(&line[column - 2..column], "  ", "{line}");
             assert_ne!(&line[column..column + 1], " ", "{line}");
         }
-        for part in ["finished", "0123456789, changed", "1m57s", "best valid loss  1.250 at step 600"] {
+        for part in [
+            "finished",
+            "0123456789, changed",
+            "1m57s",
+            "best valid loss  1.250 at step 600",
+        ] {
             assert!(summary.contains(part), "{part} is not in\n{summary}");
         }
         assert!(!summary.contains("compression"), "{summary}");
-        let failed = RunResult { error: Some("loss is NaN".into()), ..RunResult::default() };
+        let failed = RunResult {
+            error: Some("loss is NaN".into()),
+            ..RunResult::default()
+        };
         assert!(failed.summary().contains("stopped: loss is NaN"));
     }
 }
