@@ -16,7 +16,7 @@ use burn::train::{
 pub struct ProgressLine;
 
 impl ProgressLine {
-    /// `step  120/700  loss  3.2145  ppl   24.9  acc 0.310   1.2k tok/s  lr 1.9e-2  |g|   0.840  zeros 0.312  eta 1m12s`
+    /// `step  120/700  loss  3.2145  ppl   24.9  acc 0.310  1.23k tok/s  lr 1.9e-2  |g|   0.840  zeros 0.312  eta 1m12s`
     ///
     /// `eta_s`: seconds that the rest of the run should take.
     pub fn train(report: &StepReport, total_steps: usize, eta_s: f64) -> String {
