@@ -1,1 +1,614 @@
+//! What a run leaves behind in numbers: `metrics.jsonl`, one line a report, and `result.json`.
 
+use super::{
+    metrics::{Split, StepReport, significant},
+    progress::{compact, duration},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// JSON has no NaN and no infinity: they are the strings `NaN`, `inf` and `-inf`, never a silent null.
+pub(super) mod real {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Real {
+        Finite(f64),
+        Other(String),
+    }
+
+    impl From<f64> for Real {
+        fn from(value: f64) -> Self {
+            if value.is_finite() {
+                Self::Finite(value)
+            } else {
+                Self::Other(value.to_string())
+            }
+        }
+    }
+
+    impl Real {
+        fn value<E: Error>(self) -> Result<f64, E> {
+            match self {
+                Self::Finite(value) => Ok(value),
+                Self::Other(text) => text.parse().map_err(|_| {
+                    E::custom(format!("expected a number, NaN or inf, found {text:?}"))
+                }),
+            }
+        }
+    }
+
+    pub fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        Real::from(*value).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        Real::deserialize(deserializer)?.value()
+    }
+
+    /// The same for a number that may be missing.
+    pub mod option {
+        use super::*;
+
+        pub fn serialize<S: Serializer>(
+            value: &Option<f64>,
+            serializer: S,
+        ) -> Result<S::Ok, S::Error> {
+            value.map(Real::from).serialize(serializer)
+        }
+
+        pub fn deserialize<'de, D: Deserializer<'de>>(
+            deserializer: D,
+        ) -> Result<Option<f64>, D::Error> {
+            Option::<Real>::deserialize(deserializer)?
+                .map(Real::value)
+                .transpose()
+        }
+    }
+}
+
+/// Names the file in an error about it.
+fn at(path: &Path) -> impl Fn(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+/// Replaces the file as a whole: whoever reads it, and whenever the process dies, finds the old bytes or the new.
+///
+/// # Errors
+/// What the file system says, with the path.
+pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut scratch = path.as_os_str().to_owned();
+    scratch.push(".scratch");
+    let scratch = PathBuf::from(scratch);
+    let write = || {
+        let mut file = File::create(&scratch)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&scratch, path)
+    };
+    write().map_err(|error| {
+        // A full disk should not be left fuller; the first error is the one that counts.
+        let _ = fs::remove_file(&scratch);
+        at(path)(error)
+    })
+}
+
+#[derive(Serialize, Deserialize)]
+struct Line {
+    split: Split,
+    #[serde(flatten)]
+    report: StepReport,
+}
+
+/// The complete lines of a metrics file with their bytes. A process that is killed can tear the last line only; one
+/// that has no line feed and does not parse is left out.
+fn lines<'a>(path: &Path, bytes: &'a [u8]) -> io::Result<Vec<(&'a [u8], Line)>> {
+    let mut lines = Vec::new();
+    for (index, text) in bytes.split_inclusive(|byte| *byte == b'\n').enumerate() {
+        match serde_json::from_slice(text) {
+            Ok(line) => lines.push((text.trim_ascii_end(), line)),
+            Err(_) if !text.ends_with(b"\n") => break,
+            Err(error) => {
+                let message = format!(
+                    "{}: line {}: expected a metrics line, found {error}",
+                    path.display(),
+                    index + 1
+                );
+                return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+            }
+        }
+    }
+    Ok(lines)
+}
+
+/// The writer of `metrics.jsonl`: a line `{"split":"train"|"valid", ...}` a report, on disk when [`append`] returns.
+///
+/// [`append`]: MetricsFile::append
+pub struct MetricsFile {
+    path: PathBuf,
+    file: File,
+    length: u64,
+}
+
+impl MetricsFile {
+    /// Begins an empty file, or, to resume or roll back, keeps exactly the lines up to and including `resume_step`,
+    /// byte for byte. A file that is missing counts as empty.
+    ///
+    /// # Errors
+    /// What the file system says; a complete line that is no metrics line, by number.
+    pub fn open(path: impl Into<PathBuf>, resume_step: Option<usize>) -> io::Result<Self> {
+        let path = path.into();
+        let mut kept = Vec::new();
+        if let Some(last) = resume_step {
+            let bytes = match fs::read(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+                other => other.map_err(at(&path))?,
+            };
+            for (text, line) in lines(&path, &bytes)? {
+                if line.report.step <= last {
+                    kept.extend_from_slice(text);
+                    kept.push(b'\n');
+                }
+            }
+        }
+        write_atomic(&path, &kept)?;
+        let file = File::options()
+            .append(true)
+            .open(&path)
+            .map_err(at(&path))?;
+        Ok(Self {
+            path,
+            file,
+            length: kept.len() as u64,
+        })
+    }
+
+    /// Writes one line.
+    ///
+    /// # Errors
+    /// What the file system says (a full disk, for one); the file then ends with the line before.
+    pub fn append(&mut self, split: Split, report: &StepReport) -> io::Result<()> {
+        let mut line = serde_json::to_vec(&Line {
+            split,
+            report: *report,
+        })?;
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(|error| {
+            let _ = self.file.set_len(self.length);
+            at(&self.path)(error)
+        })?;
+        self.length += line.len() as u64;
+        Ok(())
+    }
+}
+
+/// The reports of a run, in the order in which they were written.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct History {
+    pub train: Vec<StepReport>,
+    pub valid: Vec<StepReport>,
+}
+
+/// Reads a metrics file, a torn last line left out.
+///
+/// # Errors
+/// What the file system says; a complete line that is no metrics line, by number.
+pub fn read(path: &Path) -> io::Result<History> {
+    let bytes = fs::read(path).map_err(at(path))?;
+    let mut history = History::default();
+    for (_, line) in lines(path, &bytes)? {
+        match line.split {
+            Split::Train => history.train.push(line.report),
+            Split::Valid => history.valid.push(line.report),
+        }
+    }
+    Ok(history)
+}
+
+/// What `result.json` says of a run. Losses are in nats a token; an `Option` is null where the run has no such number.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RunResult {
+    pub name: String,
+    pub seed: u64,
+    pub device: String,
+    pub threads: usize,
+    /// Commit of the repository in which the run was started.
+    pub git: Option<String>,
+    /// Whether tracked files differed from that commit.
+    pub git_dirty: Option<bool>,
+    /// Version of this crate.
+    pub version: String,
+    pub steps: usize,
+    /// Target tokens trained on.
+    pub tokens: u64,
+    #[serde(with = "real")]
+    pub wall_s: f64,
+    #[serde(with = "real")]
+    pub tokens_per_s: f64,
+    pub peak_rss_bytes: Option<u64>,
+    pub parameters: u64,
+    #[serde(with = "real::option")]
+    pub train_loss: Option<f64>,
+    #[serde(with = "real::option")]
+    pub valid_loss: Option<f64>,
+    #[serde(with = "real::option")]
+    pub valid_bits_per_byte: Option<f64>,
+    #[serde(with = "real::option")]
+    pub valid_perplexity: Option<f64>,
+    #[serde(with = "real::option")]
+    pub best_valid_loss: Option<f64>,
+    pub best_valid_step: Option<usize>,
+    #[serde(with = "real::option")]
+    pub zero_fraction: Option<f64>,
+    #[serde(with = "real::option")]
+    pub bits_per_weight: Option<f64>,
+    /// Size of the exported model.
+    pub file_bytes: Option<u64>,
+    /// Size of the same model in f32.
+    pub fp32_bytes: u64,
+    /// `fp32_bytes / file_bytes`.
+    #[serde(with = "real::option")]
+    pub compression: Option<f64>,
+    /// Steps that the spike guard skipped.
+    pub skipped_steps: usize,
+    /// Returns to the last checkpoint.
+    pub rollbacks: usize,
+    /// Whether all steps were done.
+    pub finished: bool,
+    /// Why not, otherwise.
+    pub error: Option<String>,
+}
+
+impl RunResult {
+    /// An empty result with what the process itself knows: this crate's version and the state of the repository.
+    pub fn new(name: impl Into<String>, seed: u64) -> Self {
+        let git = |arguments: &[&str]| {
+            let output = Command::new("git").args(arguments).output().ok()?;
+            output
+                .status
+                .success()
+                .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        };
+        Self {
+            name: name.into(),
+            seed,
+            version: env!("CARGO_PKG_VERSION").into(),
+            git: git(&["rev-parse", "HEAD"]),
+            git_dirty: git(&["status", "--porcelain", "--untracked-files=no"])
+                .map(|changes| !changes.is_empty()),
+            ..Default::default()
+        }
+    }
+
+    /// Writes `result.json`, as a whole or not at all.
+    ///
+    /// # Errors
+    /// What the file system says, with the path.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        let mut text = serde_json::to_vec_pretty(self)?;
+        text.push(b'\n');
+        write_atomic(path, &text)
+    }
+
+    /// Reads what [`write`](RunResult::write) wrote.
+    ///
+    /// # Errors
+    /// What the file system says; a key that is missing or has another type.
+    pub fn read(path: &Path) -> io::Result<Self> {
+        let bytes = fs::read(path).map_err(at(path))?;
+        serde_json::from_slice(&bytes).map_err(|error| at(path)(error.into()))
+    }
+
+    /// The end of a run as a table of plain text, one fact a line; what the run does not have is left out.
+    pub fn summary(&self) -> String {
+        let mib = |bytes: u64| significant(bytes as f64 / (1 << 20) as f64, 3) + " MiB";
+        let mut rows = vec![("run", format!("{}, seed {}", self.name, self.seed))];
+        rows.push((
+            "outcome",
+            match (&self.error, self.finished) {
+                (Some(error), _) => format!("stopped: {error}"),
+                (None, true) => "finished".into(),
+                (None, false) => "not finished".into(),
+            },
+        ));
+        let commit = match &self.git {
+            Some(hash) => {
+                let dirty = if self.git_dirty == Some(true) {
+                    ", changed since"
+                } else {
+                    ""
+                };
+                format!(", git {:.10}{dirty}", hash)
+            }
+            None => String::new(),
+        };
+        rows.push(("code", format!("burn-ternary {}{commit}", self.version)));
+        rows.push((
+            "device",
+            format!("{}, {} threads", self.device, self.threads),
+        ));
+        rows.push((
+            "steps",
+            format!(
+                "{} ({} skipped, {} rollbacks)",
+                self.steps, self.skipped_steps, self.rollbacks
+            ),
+        ));
+        rows.push((
+            "tokens",
+            format!(
+                "{} in {}, {} tok/s",
+                compact(self.tokens as f64),
+                duration(self.wall_s),
+                compact(self.tokens_per_s)
+            ),
+        ));
+        rows.push(("parameters", compact(self.parameters as f64)));
+        let mut number = |name, value: Option<f64>, unit: &str| {
+            rows.extend(value.map(|value| (name, significant(value, 4) + unit)));
+        };
+        number("train loss", self.train_loss, " nats/token");
+        number("valid loss", self.valid_loss, " nats/token");
+        number("perplexity", self.valid_perplexity, "");
+        number("bits per byte", self.valid_bits_per_byte, "");
+        let step = self
+            .best_valid_step
+            .map(|step| format!(" at step {step}"))
+            .unwrap_or_default();
+        number("best valid loss", self.best_valid_loss, &step);
+        number("zero fraction", self.zero_fraction, "");
+        number("bits per weight", self.bits_per_weight, "");
+        number("compression", self.compression, "x");
+        let size = match self.file_bytes {
+            Some(bytes) => format!("{} ({} in f32)", mib(bytes), mib(self.fp32_bytes)),
+            None => format!("{} in f32", mib(self.fp32_bytes)),
+        };
+        rows.push(("size", size));
+        rows.extend(self.peak_rss_bytes.map(|bytes| ("peak memory", mib(bytes))));
+        let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+        rows.iter()
+            .map(|(name, value)| format!("{name:width$}  {value}\n"))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(step: usize) -> StepReport {
+        StepReport {
+            step,
+            loss: 3.5 / step as f64,
+            tokens: 64,
+            ..Default::default()
+        }
+    }
+
+    fn steps(reports: &[StepReport]) -> Vec<usize> {
+        reports.iter().map(|report| report.step).collect()
+    }
+
+    #[test]
+    fn a_line_is_on_disk_when_append_returns_and_reads_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let full = StepReport {
+            step: 7,
+            epoch: 0.25,
+            loss: f64::NAN,
+            grad_norm: f64::INFINITY,
+            z_loss: Some(f64::NEG_INFINITY),
+            lr: 0.0,
+            zero_fraction: Some(0.5),
+            peak_rss_bytes: Some(u64::MAX),
+            ..Default::default()
+        };
+        let mut file = MetricsFile::open(&path, None).unwrap();
+        file.append(Split::Train, &full).unwrap();
+        file.append(Split::Valid, &report(8)).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        let line = text.lines().next().unwrap();
+        assert!(line.starts_with(r#"{"split":"train","step":7,"#), "{line}");
+        for part in [
+            r#""loss":"NaN""#,
+            r#""grad_norm":"inf""#,
+            r#""z_loss":"-inf""#,
+        ] {
+            assert!(line.contains(part), "{line}");
+        }
+        assert!(
+            !line.contains("null") && !line.contains("flipped"),
+            "{line}"
+        );
+        let History { train, valid } = read(&path).unwrap();
+        assert!(train[0].loss.is_nan());
+        assert_eq!(
+            StepReport {
+                loss: 0.0,
+                ..train[0]
+            },
+            StepReport { loss: 0.0, ..full }
+        );
+        assert_eq!(valid, [report(8)]);
+    }
+
+    #[test]
+    fn resume_keeps_exactly_the_lines_up_to_its_step() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut file = MetricsFile::open(&path, None).unwrap();
+        for step in 1..=6 {
+            file.append(Split::Train, &report(step)).unwrap();
+            if step % 2 == 0 {
+                file.append(Split::Valid, &report(step)).unwrap();
+            }
+        }
+        drop(file);
+        let whole = fs::read(&path).unwrap();
+        let kept: Vec<u8> = whole
+            .split_inclusive(|b| *b == b'\n')
+            .take(6)
+            .flatten()
+            .copied()
+            .collect();
+        // Torn at every byte after the last line that must stay.
+        for end in kept.len()..=whole.len() {
+            fs::write(&path, &whole[..end]).unwrap();
+            let mut file = MetricsFile::open(&path, Some(4)).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), kept);
+            file.append(Split::Train, &report(5)).unwrap();
+            let history = read(&path).unwrap();
+            assert_eq!(steps(&history.train), [1, 2, 3, 4, 5]);
+            assert_eq!(steps(&history.valid), [2, 4]);
+        }
+        // A whole line that lacks only its line feed is no torn line.
+        fs::write(&path, &kept[..kept.len() - 1]).unwrap();
+        MetricsFile::open(&path, Some(4)).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), kept);
+        MetricsFile::open(&path, None).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"", "a new run starts empty");
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "no scratch file stays"
+        );
+    }
+
+    #[test]
+    fn a_bad_line_is_named_and_nothing_is_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut file = MetricsFile::open(&path, None).unwrap();
+        file.append(Split::Train, &report(1)).unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        bytes.extend_from_slice(b"{\"split\":\"trial\"}\n");
+        fs::write(&path, &bytes).unwrap();
+        let error = MetricsFile::open(&path, Some(4)).err().unwrap().to_string();
+        assert!(error.contains("metrics.jsonl: line 2"), "{error}");
+        assert!(read(&path).is_err());
+        assert_eq!(fs::read(&path).unwrap(), bytes);
+        let error = read(&folder.path().join("none")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(error.to_string().contains("none"), "{error}");
+    }
+
+    /// `/dev/full` is a file system without space.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_is_an_error_with_the_path() {
+        let path = PathBuf::from("/dev/full");
+        let file = File::options().append(true).open(&path).unwrap();
+        let mut metrics = MetricsFile {
+            path,
+            file,
+            length: 0,
+        };
+        let error = metrics.append(Split::Train, &report(1)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert!(error.to_string().starts_with("/dev/full: "), "{error}");
+        assert_eq!(metrics.length, 0);
+    }
+
+    fn result() -> RunResult {
+        RunResult {
+            device: "flex".into(),
+            threads: 2,
+            git: Some("0123456789abcdef".into()),
+            git_dirty: Some(true),
+            steps: 700,
+            tokens: 1_433_600,
+            wall_s: 116.5,
+            tokens_per_s: 12_305.5,
+            peak_rss_bytes: Some(412 << 20),
+            parameters: 1_234_567,
+            train_loss: Some(1.25),
+            valid_loss: Some(1.375),
+            best_valid_loss: Some(1.25),
+            best_valid_step: Some(600),
+            zero_fraction: Some(0.3125),
+            fp32_bytes: 5 << 20,
+            finished: true,
+            ..RunResult::new("duck", 3)
+        }
+    }
+
+    #[test]
+    fn a_result_reads_back_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("result.json");
+        let mut expected = result();
+        expected.write(&path).unwrap();
+        assert_eq!(RunResult::read(&path).unwrap(), expected);
+        expected.valid_loss = Some(f64::INFINITY);
+        expected.error = Some("loss is not finite".into());
+        expected.write(&path).unwrap();
+        assert_eq!(RunResult::read(&path).unwrap(), expected);
+        let json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(json["valid_loss"], "inf");
+        assert_eq!(json["file_bytes"], serde_json::Value::Null);
+        for key in [
+            "name",
+            "seed",
+            "device",
+            "threads",
+            "git",
+            "steps",
+            "tokens",
+            "wall_s",
+            "tokens_per_s",
+            "peak_rss_bytes",
+            "parameters",
+            "train_loss",
+            "valid_loss",
+            "valid_bits_per_byte",
+            "zero_fraction",
+            "file_bytes",
+            "fp32_bytes",
+            "compression",
+        ] {
+            assert!(json.get(key).is_some(), "{key} is missing");
+        }
+        fs::write(&path, "{}").unwrap();
+        let error = RunResult::read(&path).unwrap_err().to_string();
+        assert!(
+            error.contains("result.json") && error.contains("name"),
+            "{error}"
+        );
+        let error = expected
+            .write(&folder.path().join("none/result.json"))
+            .unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn the_summary_is_an_aligned_table_of_what_is_there() {
+        let summary = result().summary();
+        assert!(summary.is_ascii());
+        let column = summary.find("duck").unwrap();
+        for line in summary.lines() {
+            assert_eq!(&line[column - 2..column], "  ", "{line}");
+            assert_ne!(&line[column..column + 1], " ", "{line}");
+        }
+        for part in [
+            "finished",
+            "0123456789, changed",
+            "1m57s",
+            "best valid loss  1.250 at step 600",
+        ] {
+            assert!(summary.contains(part), "{part} is not in\n{summary}");
+        }
+        assert!(!summary.contains("compression"), "{summary}");
+        let failed = RunResult {
+            error: Some("loss is NaN".into()),
+            ..RunResult::default()
+        };
+        assert!(failed.summary().contains("stopped: loss is NaN"));
+    }
+}
