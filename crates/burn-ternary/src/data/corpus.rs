@@ -1,1 +1,469 @@
+//! Files to documents, and documents to a training and a validation share.
 
+use super::{DataError, chat::Special};
+use rand::{SeedableRng, seq::SliceRandom};
+use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+const STORIES: &str = include_str!("../../data/pond_stories.txt");
+const DIALOGUES: &str = include_str!("../../data/duck_dialogues.jsonl");
+
+/// Fewer documents than this are split inside a text, not between documents.
+const FEW: usize = 20;
+
+/// What a corpus consists of.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Document {
+    /// Plain text; all of it is learned.
+    Text(String),
+    /// A question and its answer; only the answer is learned.
+    Dialogue { question: String, answer: String },
+}
+
+impl Document {
+    /// The texts of the document, without the special tokens of the chat template.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let (first, second) = match self {
+            Self::Text(text) => (text, None),
+            Self::Dialogue { question, answer } => (question, Some(answer)),
+        };
+        std::iter::once(first.as_str()).chain(second.map(String::as_str))
+    }
+
+    fn bytes(&self) -> usize {
+        self.texts().map(str::len).sum()
+    }
+}
+
+/// Reads documents from `sources`, the value of the key `data.{key}`, in their order.
+///
+/// A source is a `.txt` file (documents are separated by lines that are exactly `<|endoftext|>`), a `.jsonl` file
+/// (a line is an object with `text`, or with `question` and `answer`; other keys and blank lines are ignored), a
+/// folder of such files (recursive, sorted by path; linked folders are not followed), or the corpus of this crate:
+/// `embedded`, `embedded:stories`, `embedded:dialogues`.
+///
+/// # Errors
+/// `Read`: missing, or no permission. `UnknownKind`, `NothingFound`, `Empty`, `NotUtf8`, `BadLine`: see there.
+/// `BadValue`: no source at all, or an unknown `embedded:` name.
+pub fn read(key: &'static str, sources: &[String]) -> Result<Vec<Document>, DataError> {
+    if sources.is_empty() {
+        return Err(DataError::BadValue {
+            key,
+            expected: "at least one file, folder or `embedded`".into(),
+            found: "an empty list".into(),
+        });
+    }
+    let mut documents = Vec::new();
+    for source in sources {
+        match source.strip_prefix("embedded") {
+            Some("") => {
+                documents.extend(parse_text(STORIES));
+                documents.extend(parse_jsonl(Path::new(source), DIALOGUES)?);
+            }
+            Some(":stories") => documents.extend(parse_text(STORIES)),
+            Some(":dialogues") => documents.extend(parse_jsonl(Path::new(source), DIALOGUES)?),
+            Some(name) if name.starts_with(':') => {
+                return Err(DataError::BadValue {
+                    key,
+                    expected: "`embedded`, `embedded:stories` or `embedded:dialogues`".into(),
+                    found: format!("`{source}`"),
+                });
+            }
+            _ => {
+                for file in files(Path::new(source))? {
+                    documents.extend(read_file(&file)?);
+                }
+            }
+        }
+    }
+    Ok(documents)
+}
+
+/// Holds out about `fraction` of the text for validation: `(training, validation)`.
+///
+/// From 20 documents on, whole documents are held out, chosen by `seed`. Fewer are cut once, near the end of the
+/// text and after a line if there is one, so that the validation text is the tail.
+pub fn split(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<Document>, Vec<Document>) {
+    if documents.len() < FEW {
+        split_tail(documents, fraction)
+    } else {
+        split_documents(documents, fraction, seed)
+    }
+}
+
+fn split_documents(
+    documents: Vec<Document>,
+    fraction: f64,
+    seed: u64,
+) -> (Vec<Document>, Vec<Document>) {
+    let held_out = ((documents.len() as f64 * fraction).round() as usize).max(1);
+    let mut order: Vec<usize> = (0..documents.len()).collect();
+    order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+    let mut is_held_out = vec![false; documents.len()];
+    for &i in &order[..held_out] {
+        is_held_out[i] = true;
+    }
+    let (mut train, mut valid) = (Vec::new(), Vec::new());
+    for (document, is_held_out) in documents.into_iter().zip(is_held_out) {
+        if is_held_out {
+            valid.push(document)
+        } else {
+            train.push(document)
+        }
+    }
+    (train, valid)
+}
+
+fn split_tail(mut documents: Vec<Document>, fraction: f64) -> (Vec<Document>, Vec<Document>) {
+    let total: usize = documents.iter().map(Document::bytes).sum();
+    let mut wanted = (total as f64 * fraction) as usize;
+    let mut valid = Vec::new();
+    while let Some(document) = documents.pop() {
+        if document.bytes() <= wanted {
+            wanted -= document.bytes();
+            valid.push(document);
+            continue;
+        }
+        match document {
+            Document::Text(text) if wanted > 0 => {
+                let (head, tail) = text.split_at(cut(&text, wanted));
+                documents.push(Document::Text(head.into()));
+                valid.push(Document::Text(tail.into()));
+            }
+            whole => documents.push(whole),
+        }
+        break;
+    }
+    valid.reverse();
+    (documents, valid)
+}
+
+/// Where to cut `text` so that about `tail` bytes follow: after the first line end in the first half of the tail,
+/// otherwise between two characters.
+fn cut(text: &str, tail: usize) -> usize {
+    let start = text.floor_char_boundary(text.len() - tail);
+    let limit = text.floor_char_boundary(start + tail / 2);
+    text[start..limit]
+        .find('\n')
+        .map_or(start, |line_end| start + line_end + 1)
+}
+
+/// The texts that a path names: itself, or what lies under it.
+fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
+    let unreadable = |source| DataError::Read {
+        path: path.into(),
+        source,
+    };
+    if !fs::metadata(path).map_err(unreadable)?.is_dir() {
+        return match kind(path) {
+            Some(_) => Ok(vec![path.into()]),
+            None => Err(DataError::UnknownKind { path: path.into() }),
+        };
+    }
+    let mut found = Vec::new();
+    collect(path, &mut found)?;
+    if found.is_empty() {
+        return Err(DataError::NothingFound { path: path.into() });
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn collect(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), DataError> {
+    let unreadable = |source| DataError::Read {
+        path: folder.into(),
+        source,
+    };
+    for entry in fs::read_dir(folder).map_err(unreadable)? {
+        let entry = entry.map_err(unreadable)?;
+        let path = entry.path();
+        if entry.file_type().map_err(unreadable)?.is_dir() {
+            collect(&path, found)?;
+        } else if kind(&path).is_some() && !path.is_dir() {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Text,
+    Jsonl,
+}
+
+fn kind(path: &Path) -> Option<Kind> {
+    let extension = path.extension()?;
+    if extension.eq_ignore_ascii_case("txt") {
+        Some(Kind::Text)
+    } else if extension.eq_ignore_ascii_case("jsonl") {
+        Some(Kind::Jsonl)
+    } else {
+        None
+    }
+}
+
+fn read_file(path: &Path) -> Result<Vec<Document>, DataError> {
+    let bytes = fs::read(path).map_err(|source| DataError::Read {
+        path: path.into(),
+        source,
+    })?;
+    let text = str::from_utf8(&bytes).map_err(|error| DataError::NotUtf8 {
+        path: path.into(),
+        offset: error.valid_up_to(),
+    })?;
+    // Windows editors put a byte order mark in front; it is no part of the text.
+    let text = text.trim_start_matches('\u{feff}');
+    let documents = match kind(path) {
+        Some(Kind::Jsonl) => parse_jsonl(path, text)?,
+        _ => parse_text(text),
+    };
+    if documents.is_empty() {
+        Err(DataError::Empty { path: path.into() })
+    } else {
+        Ok(documents)
+    }
+}
+
+fn parse_text(text: &str) -> Vec<Document> {
+    let mut texts = Vec::new();
+    let (mut start, mut position) = (0, 0);
+    for line in text.split_inclusive('\n') {
+        if line.trim_end_matches(['\r', '\n']) == Special::EndOfText.text() {
+            texts.push(&text[start..position]);
+            start = position + line.len();
+        }
+        position += line.len();
+    }
+    // A text without separators is taken as it is; the line ends around a separator belong to the separator.
+    if texts.is_empty() {
+        texts.push(text);
+    } else {
+        texts.push(&text[start..]);
+        texts
+            .iter_mut()
+            .for_each(|text| *text = text.trim_matches(['\r', '\n']));
+    }
+    texts
+        .into_iter()
+        .filter(|text| !text.trim().is_empty())
+        .map(|text| Document::Text(text.into()))
+        .collect()
+}
+
+fn parse_jsonl(path: &Path, text: &str) -> Result<Vec<Document>, DataError> {
+    let lines = text
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| !line.trim().is_empty());
+    lines
+        .map(|(i, line)| {
+            parse_line(line).map_err(|found| DataError::BadLine {
+                path: path.into(),
+                line: i + 1,
+                found,
+            })
+        })
+        .collect()
+}
+
+/// One line of a `.jsonl` file; the error says what was found instead of a document.
+fn parse_line(line: &str) -> Result<Document, String> {
+    let value: Value = serde_json::from_str(line).map_err(|error| format!("no JSON ({error})"))?;
+    let Value::Object(mut object) = value else {
+        return Err("another JSON value".into());
+    };
+    match ["text", "question", "answer"].map(|key| object.remove(key)) {
+        [Some(Value::String(text)), None, None] => Ok(Document::Text(text)),
+        [
+            None,
+            Some(Value::String(question)),
+            Some(Value::String(answer)),
+        ] => Ok(Document::Dialogue { question, answer }),
+        [Some(_), Some(_), _] | [Some(_), _, Some(_)] => Err("both".into()),
+        [None, None, None] => Err("an object without them".into()),
+        [None, Some(_), None] => Err("\"question\" alone".into()),
+        [None, None, Some(_)] => Err("\"answer\" alone".into()),
+        _ => Err("a value that is no string".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(text: &str) -> Document {
+        Document::Text(text.into())
+    }
+
+    fn dialogue(question: &str, answer: &str) -> Document {
+        Document::Dialogue {
+            question: question.into(),
+            answer: answer.into(),
+        }
+    }
+
+    /// Writes `(name, bytes)` files into a fresh folder.
+    fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes) in files {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        }
+        folder
+    }
+
+    fn read_one(path: &Path) -> Result<Vec<Document>, DataError> {
+        read("train", &[path.to_str().unwrap().to_owned()])
+    }
+
+    #[test]
+    fn text_files_are_cut_at_separator_lines() {
+        let stories = "one\ntwo\n<|endoftext|>\r\n\nthree <|endoftext|>\nfour\n<|endoftext|>\n\n";
+        assert_eq!(
+            parse_text(stories),
+            [text("one\ntwo"), text("three <|endoftext|>\nfour")]
+        );
+        assert_eq!(parse_text("\nas it is\n\n"), [text("\nas it is\n\n")]);
+    }
+
+    #[test]
+    fn folders_are_read_recursively_in_path_order() {
+        let folder = folder(&[
+            ("b.txt", b"bee"),
+            (
+                "a/z.jsonl",
+                b"{\"question\": \"q\", \"answer\": \"a\", \"more\": 1}\n\n{\"text\": \"t\"}",
+            ),
+            ("a/b.TXT", b"\xef\xbb\xbfbom"),
+            ("c.md", b"\xff"),
+        ]);
+        let documents = read_one(folder.path()).unwrap();
+        assert_eq!(
+            documents,
+            [text("bom"), dialogue("q", "a"), text("t"), text("bee")]
+        );
+    }
+
+    #[test]
+    fn bad_files_are_named() {
+        let folder = folder(&[
+            ("empty.txt", b""),
+            ("blank.jsonl", b"\n\n"),
+            ("latin.txt", b"caf\xe9"),
+            ("line.jsonl", b"{\"text\": \"ok\"}\n{\"text\": 3}"),
+            ("no.json", b"{}"),
+            ("nothing/readme.md", b"x"),
+        ]);
+        let message = |name: &str| read_one(&folder.path().join(name)).unwrap_err().to_string();
+        for (name, expected) in [
+            ("missing.txt", "cannot read"),
+            ("empty.txt", "found an empty file"),
+            ("blank.jsonl", "found an empty file"),
+            ("latin.txt", "invalid byte at offset 3"),
+            (
+                "line.jsonl",
+                "line 2: expected an object with a string \"text\"",
+            ),
+            (
+                "no.json",
+                "expected a folder or a file that ends in .txt or .jsonl",
+            ),
+            ("nothing", "found none"),
+        ] {
+            let message = message(name);
+            assert!(
+                message.contains(expected) && message.contains(name),
+                "{name}: {message}"
+            );
+        }
+        assert!(matches!(
+            read("train", &[]),
+            Err(DataError::BadValue { key: "train", .. })
+        ));
+        assert!(matches!(
+            read("train", &["embedded:duck".into()]),
+            Err(DataError::BadValue { .. })
+        ));
+    }
+
+    #[test]
+    fn lines_that_are_no_documents_are_refused() {
+        for (line, found) in [
+            ("{\"text\": \"a\"", "no JSON"),
+            ("[1]", "another JSON value"),
+            ("{}", "an object without them"),
+            ("{\"question\": \"q\"}", "\"question\" alone"),
+            ("{\"answer\": \"q\"}", "\"answer\" alone"),
+            ("{\"question\": \"q\", \"answer\": null}", "no string"),
+            (
+                "{\"text\": \"t\", \"question\": \"q\", \"answer\": \"a\"}",
+                "both",
+            ),
+        ] {
+            let message = parse_line(line).unwrap_err();
+            assert!(message.contains(found), "{line}: {message}");
+        }
+    }
+
+    #[test]
+    fn the_embedded_corpus_has_both_kinds() {
+        let both = read("train", &["embedded".into()]).unwrap();
+        let stories = read("train", &["embedded:stories".into()]).unwrap();
+        let dialogues = read("train", &["embedded:dialogues".into()]).unwrap();
+        assert!(stories.iter().all(|d| matches!(d, Document::Text(_))) && stories.len() > 1);
+        assert!(
+            dialogues
+                .iter()
+                .all(|d| matches!(d, Document::Dialogue { .. }))
+                && dialogues.len() > 1
+        );
+        assert_eq!(both, [stories, dialogues].concat());
+    }
+
+    #[test]
+    fn many_documents_are_split_between_documents() {
+        let documents: Vec<_> = (0..100).map(|i| text(&i.to_string())).collect();
+        let (train, valid) = split(documents.clone(), 0.1, 7);
+        assert_eq!((train.len(), valid.len()), (90, 10));
+        let mut all = [train, valid.clone()].concat();
+        all.sort_by_key(|d| d.texts().next().unwrap().parse::<u32>().unwrap());
+        assert_eq!(all, documents);
+        assert_eq!(split(documents.clone(), 0.1, 7).1, valid);
+        assert_ne!(split(documents, 0.1, 8).1, valid);
+    }
+
+    #[test]
+    fn few_documents_are_split_at_the_tail() {
+        let lines: String = (0..1000).map(|i| format!("line é {i}\n")).collect();
+        let documents = vec![dialogue("q", "a"), text(&lines), text("a last line\n")];
+        let (train, valid) = split(documents, 0.1, 0);
+        let [_, Document::Text(head)] = &train[..] else {
+            panic!("{train:?}")
+        };
+        let [Document::Text(tail), last] = &valid[..] else {
+            panic!("{valid:?}")
+        };
+        assert_eq!(format!("{head}{tail}"), lines);
+        assert!(head.ends_with('\n') && *last == text("a last line\n"));
+        let share = tail.len() as f64 / lines.len() as f64;
+        assert!((0.09..=0.1).contains(&share), "{share}");
+
+        // Without line ends, between characters, wherever the cut falls.
+        for n in 1..40 {
+            let ducks = "🦆".repeat(n);
+            let (train, valid) = split(vec![text(&ducks)], 0.3, 0);
+            let joined: String = train
+                .iter()
+                .chain(&valid)
+                .flat_map(Document::texts)
+                .collect();
+            assert_eq!(joined, ducks);
+        }
+    }
+}

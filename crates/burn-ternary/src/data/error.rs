@@ -1,4 +1,81 @@
+use std::{io, path::PathBuf};
+
 /// Why text could not become tokens.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum DataError {}
+pub enum DataError {
+    /// A key of the `[data]` section is out of its range.
+    #[error("data.{key}: expected {expected}, found {found}")]
+    BadValue {
+        key: &'static str,
+        expected: String,
+        found: String,
+    },
+
+    /// A file or folder is missing or may not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+
+    /// A file could not be written: no permission, no space.
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+
+    /// A named file is neither `.txt` nor `.jsonl`.
+    #[error("{}: expected a folder or a file that ends in .txt or .jsonl", path.display())]
+    UnknownKind { path: PathBuf },
+
+    /// A folder without texts.
+    #[error("{}: expected .txt or .jsonl files in this folder, found none", path.display())]
+    NothingFound { path: PathBuf },
+
+    /// A file without text.
+    #[error("{}: expected text, found an empty file", path.display())]
+    Empty { path: PathBuf },
+
+    /// A file that is not UTF-8.
+    #[error("{}: expected UTF-8 text, found an invalid byte at offset {offset}", path.display())]
+    NotUtf8 { path: PathBuf, offset: usize },
+
+    /// A line of a `.jsonl` file is not a document.
+    #[error(
+        "{}, line {line}: expected an object with a string \"text\" or the strings \"question\" and \"answer\", \
+         found {found}",
+        path.display()
+    )]
+    BadLine {
+        path: PathBuf,
+        line: usize,
+        found: String,
+    },
+
+    /// A tokenizer file that cannot be used.
+    #[error("{}: expected a tokenizer.json, found {found}", path.display())]
+    Tokenizer { path: PathBuf, found: String },
+
+    /// The training of a tokenizer failed.
+    #[error("cannot train the bpe tokenizer: {reason}")]
+    Training { reason: String },
+
+    /// The character tokenizer met a character that the training text does not have.
+    #[error(
+        "the char tokenizer knows only the {known} characters of the training text, found {character:?} (U+{:04X}); \
+         add it to the training text or take the byte or bpe tokenizer",
+        *character as u32
+    )]
+    UnknownCharacter { character: char, known: usize },
+
+    /// A `tokenizer.json` refused a text.
+    #[error("the tokenizer cannot encode {text:?}…: {reason}")]
+    Encode { text: String, reason: String },
+
+    /// A corpus that is shorter than one window.
+    #[error(
+        "the {split} text has {tokens} tokens, but one window needs {needed} (context + 1): \
+         add text or choose a smaller context"
+    )]
+    TooShort {
+        split: String,
+        tokens: usize,
+        needed: usize,
+    },
+}

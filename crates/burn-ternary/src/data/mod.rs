@@ -1,4 +1,4 @@
-//! Text to batches. Everything that can fail fails in [`tokens::prepare`]; batches are infallible.
+//! Text to batches. Everything that can fail fails in [`Dataset::prepare`]; batches are infallible.
 
 pub mod batch;
 pub mod chat;
@@ -8,10 +8,18 @@ pub mod tokenizer;
 pub mod tokens;
 pub mod window;
 
-
 pub use error::DataError;
 
+use corpus::Document;
 use serde::{Deserialize, Serialize};
+use std::{path::Path, sync::Arc};
+use tokenizer::Tokenizer;
+use tokens::{TokenFile, source_digest};
+use window::TokenWindows;
+
+/// Which documents are held out does not depend on the run's seed, so that runs with different seeds are measured on
+/// the same text.
+const SPLIT_SEED: u64 = 0;
 
 /// The `[data]` section of an experiment: which texts, and how they become tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,4 +35,299 @@ pub struct DataConfig {
     pub tokenizer: String,
     /// Largest vocabulary of a trained `bpe` tokenizer, special tokens included; ignored by the others.
     pub bpe_vocab_size: usize,
+}
+
+/// A corpus that is ready to train on.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    pub tokenizer: Tokenizer,
+    /// The training windows, shuffled, without end.
+    pub train: TokenWindows,
+    /// The validation windows, in the order of the text.
+    pub valid: TokenWindows,
+}
+
+impl Dataset {
+    /// Reads, splits and tokenizes the texts of `config`, and cuts them into windows of `seq_len` inputs.
+    ///
+    /// Leaves `tokenizer.json`, `train.tokens` and `valid.tokens` in `cache_dir`; what is there from the same texts and
+    /// settings is used again, the trained tokenizer too.
+    ///
+    /// # Errors
+    /// Every [`DataError`]: bad settings, texts that cannot be read, a tokenizer that cannot be used or does not fit
+    /// the text, a text shorter than one window, a folder that cannot be written.
+    pub fn prepare(
+        config: &DataConfig,
+        seq_len: usize,
+        seed: u64,
+        cache_dir: &Path,
+    ) -> Result<Self, DataError> {
+        let documents = corpus::read("train", &config.train)?;
+        let (train, valid) = if config.valid.is_empty() {
+            corpus::split(documents, config.checked_fraction()?, SPLIT_SEED)
+        } else {
+            (documents, corpus::read("valid", &config.valid)?)
+        };
+        let [tokenizer_path, train_path, valid_path] =
+            ["tokenizer.json", "train.tokens", "valid.tokens"].map(|name| cache_dir.join(name));
+        let recipe = config.recipe();
+        let tokenizer = match config.tokenizer.as_str() {
+            "byte" => Tokenizer::byte(),
+            "char" => {
+                // A character that only the held-out share has is no surprise: both come from the same text.
+                let held_out: &[Document] = if config.valid.is_empty() { &valid } else { &[] };
+                Tokenizer::char(train.iter().chain(held_out))
+            }
+            "bpe" => match Tokenizer::load(&tokenizer_path) {
+                Ok(trained) if is_made_from(&train_path, &trained, &recipe, &train) => trained,
+                _ => Tokenizer::train_bpe(&train, config.bpe_vocab_size)?,
+            },
+            path => Tokenizer::load(Path::new(path))?,
+        };
+        let train = tokens::prepare(&train_path, &train, &tokenizer, &recipe)?;
+        let train = TokenWindows::new(Arc::new(train), seq_len, seed)?;
+        let valid = tokens::prepare(&valid_path, &valid, &tokenizer, &recipe)?;
+        let valid = TokenWindows::sequential(Arc::new(valid), seq_len)?;
+        tokenizer.save(&tokenizer_path)?;
+        Ok(Self {
+            tokenizer,
+            train,
+            valid,
+        })
+    }
+}
+
+impl DataConfig {
+    fn checked_fraction(&self) -> Result<f64, DataError> {
+        let fraction = self.valid_fraction;
+        if fraction > 0.0 && fraction <= 0.5 {
+            return Ok(fraction);
+        }
+        Err(DataError::BadValue {
+            key: "valid_fraction",
+            expected: "a number above 0 and at most 0.5".into(),
+            found: fraction.to_string(),
+        })
+    }
+
+    /// How the tokenizer is come by: what else a trained one depends on than its text.
+    fn recipe(&self) -> String {
+        match self.tokenizer.as_str() {
+            "bpe" => format!("bpe {}", self.bpe_vocab_size),
+            other => other.into(),
+        }
+    }
+}
+
+fn is_made_from(path: &Path, tokenizer: &Tokenizer, recipe: &str, documents: &[Document]) -> bool {
+    TokenFile::open(path, &source_digest(tokenizer, recipe, documents)).is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    const SHARED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data");
+
+    fn config(train: &str, valid: Option<&str>, tokenizer: &str) -> DataConfig {
+        DataConfig {
+            train: vec![train.into()],
+            valid: valid.into_iter().map(String::from).collect(),
+            valid_fraction: 0.1,
+            tokenizer: tokenizer.into(),
+            bpe_vocab_size: 512,
+        }
+    }
+
+    fn shared(path: &str) -> Option<String> {
+        let path = format!("{SHARED}/{path}");
+        let is_there = Path::new(&path).exists();
+        if !is_there {
+            println!("skipped: no {path}");
+        }
+        is_there.then_some(path)
+    }
+
+    #[test]
+    fn the_embedded_corpus_trains_with_every_tokenizer() {
+        for tokenizer in ["byte", "char", "bpe"] {
+            let folder = tempfile::tempdir().unwrap();
+            let data = Dataset::prepare(&config("embedded", None, tokenizer), 64, 1, folder.path())
+                .unwrap();
+            let (train, valid) = (data.train.tokens(), data.valid.tokens());
+            let share =
+                valid.text_bytes() as f64 / (train.text_bytes() + valid.text_bytes()) as f64;
+            assert!((0.05..0.15).contains(&share), "{share}");
+            assert!((0..train.len()).all(|i| (train.id(i) as usize) < data.tokenizer.vocab_size()));
+            let reopened = Tokenizer::load(&folder.path().join("tokenizer.json")).unwrap();
+            assert_eq!(reopened.to_json(), data.tokenizer.to_json());
+        }
+    }
+
+    #[test]
+    fn seeds_change_the_order_and_not_the_held_out_text() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config("embedded", None, "byte");
+        let [a, b] = [1, 2].map(|seed| Dataset::prepare(&config, 32, seed, folder.path()).unwrap());
+        assert_eq!(a.valid.get(3), b.valid.get(3));
+        assert_ne!(a.train.get(3), b.train.get(3));
+    }
+
+    #[test]
+    fn a_trained_tokenizer_is_kept_until_text_or_size_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = config("embedded", None, "bpe");
+        let first = Dataset::prepare(&config, 32, 0, folder.path()).unwrap();
+        assert_eq!(first.tokenizer.vocab_size(), 512);
+        // Put another tokenizer in its place, with the token file it makes: it is used, so nothing was trained.
+        let path = folder.path().join("tokenizer.json");
+        let documents = corpus::read("train", &config.train).unwrap();
+        let (train, _) = corpus::split(documents, 0.1, SPLIT_SEED);
+        let other = Tokenizer::train_bpe(&train, 400).unwrap();
+        other.save(&path).unwrap();
+        tokens::prepare(
+            &folder.path().join("train.tokens"),
+            &train,
+            &other,
+            "bpe 512",
+        )
+        .unwrap();
+        let again = Dataset::prepare(&config, 32, 0, folder.path()).unwrap();
+        assert_eq!(again.tokenizer.to_json(), other.to_json());
+        config.bpe_vocab_size = 300;
+        let smaller = Dataset::prepare(&config, 32, 0, folder.path()).unwrap();
+        assert_eq!(smaller.tokenizer.vocab_size(), 300);
+        fs::write(&path, "quack").unwrap();
+        let repaired = Dataset::prepare(&config, 32, 0, folder.path()).unwrap();
+        assert_eq!(repaired.tokenizer.to_json(), smaller.tokenizer.to_json());
+    }
+
+    #[test]
+    fn shakespeare_by_characters() {
+        let (Some(train), Some(valid)) = (
+            shared("text/tinyshakespeare/train.txt"),
+            shared("text/tinyshakespeare/valid.txt"),
+        ) else {
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let data =
+            Dataset::prepare(&config(&train, Some(&valid), "char"), 64, 1, folder.path()).unwrap();
+        assert_eq!(data.tokenizer.vocab_size(), 65 + 3);
+        // A token a character, and the end of text.
+        assert_eq!(data.train.tokens().len(), 1_003_854 + 1);
+        assert_eq!(data.valid.tokens().text_bytes(), 111_540);
+        assert_eq!(data.valid.per_epoch(), 111_540 / 64);
+        let start = fs::read_to_string(valid).unwrap()[..65].to_owned();
+        assert_eq!(data.tokenizer.decode(&data.valid.get(0).ids), start);
+    }
+
+    #[test]
+    fn duck_dialogues_learn_their_answers() {
+        let (Some(train), Some(valid)) = (
+            shared("dialogue/personality_chat/duck_train.jsonl"),
+            shared("dialogue/personality_chat/duck_dev.jsonl"),
+        ) else {
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let data =
+            Dataset::prepare(&config(&train, Some(&valid), "bpe"), 64, 1, folder.path()).unwrap();
+        // The last dialogue of the file, read independently.
+        let text = fs::read_to_string(&train).unwrap();
+        let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        let tokens = data.train.tokens();
+        let first_learned = (0..tokens.len())
+            .rev()
+            .find(|&i| !tokens.target(i))
+            .unwrap()
+            + 1;
+        let ids: Vec<u32> = (first_learned..tokens.len())
+            .map(|i| tokens.id(i))
+            .collect();
+        assert_eq!(
+            data.tokenizer.decode(&ids),
+            last["answer"].as_str().unwrap()
+        );
+        assert_eq!(
+            ids.last(),
+            Some(&data.tokenizer.special(chat::Special::EndOfText))
+        );
+        let answers: usize = text
+            .lines()
+            .map(|line| {
+                serde_json::from_str::<serde_json::Value>(line).unwrap()["answer"]
+                    .as_str()
+                    .unwrap()
+                    .len()
+            })
+            .sum();
+        assert_eq!(tokens.target_bytes(), answers);
+    }
+
+    #[test]
+    fn bad_settings_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = folder.path().join("short.txt");
+        fs::write(&text, "a short text").unwrap();
+        let text = text.to_str().unwrap();
+        let missing = folder.path().join("tokenizer.json");
+        let message = |config: &DataConfig| {
+            Dataset::prepare(config, 64, 0, &folder.path().join("run"))
+                .unwrap_err()
+                .to_string()
+        };
+        let no_fraction = DataConfig {
+            valid_fraction: 0.0,
+            ..config("embedded", None, "byte")
+        };
+        let too_small = DataConfig {
+            bpe_vocab_size: 100,
+            ..config("embedded", None, "bpe")
+        };
+        let nan = DataConfig {
+            valid_fraction: f64::NAN,
+            ..no_fraction.clone()
+        };
+        let nothing = DataConfig {
+            train: vec![],
+            ..no_fraction.clone()
+        };
+        for (config, expected) in [
+            (
+                no_fraction,
+                "data.valid_fraction: expected a number above 0 and at most 0.5, found 0",
+            ),
+            (nan, "found NaN"),
+            (nothing, "data.train: expected"),
+            (
+                too_small,
+                "data.bpe_vocab_size: expected at least 259, found 100",
+            ),
+            (
+                config(text, None, "byte"),
+                "the train text has 12 tokens, but one window needs 65",
+            ),
+            (
+                config("embedded", Some(text), "byte"),
+                "the valid text has 13 tokens, but one window needs 65",
+            ),
+            (
+                config("embedded", Some("embedded:duck"), "byte"),
+                "data.valid: expected `embedded`",
+            ),
+            (
+                config("embedded", None, missing.to_str().unwrap()),
+                "cannot read",
+            ),
+            (
+                config("embedded", None, text),
+                "expected a tokenizer.json, found no JSON",
+            ),
+        ] {
+            let message = message(&config);
+            assert!(message.contains(expected), "{message}");
+        }
+    }
 }

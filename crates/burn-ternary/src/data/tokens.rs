@@ -1,1 +1,418 @@
+//! Documents to a token file, once; the last place where data can fail.
+//!
+//! The file, all numbers little endian:
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 8 | magic and version |
+//! | 4 x 8 | tokens, learned tokens, bytes of text, learned bytes of text |
+//! | 32 | seal: SHA-256 of the source digest, the four numbers and the words |
+//! | 4 x tokens | words: the id, with the top bit set where the token is learned |
+//!
+//! The source digest covers the tokenizer and every document, so a file with a good seal is the one that would be
+//! written again.
 
+use super::{
+    DataError,
+    chat::{self, Part},
+    corpus::Document,
+    tokenizer::Tokenizer,
+};
+use memmap2::Mmap;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use std::{
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    ops::Range,
+    path::Path,
+};
+
+const MAGIC: [u8; 8] = *b"BTTOKEN1";
+const SEAL: Range<usize> = 40..72;
+const HEADER: usize = 72;
+const WORD: usize = 4;
+const LEARNED: u32 = 1 << 31;
+
+/// A tokenized corpus: memory-mapped, checked, and unable to fail from here on.
+#[derive(Debug)]
+pub struct TokenFile {
+    map: Mmap,
+    split: String,
+    counts: Counts,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    tokens: usize,
+    target_tokens: usize,
+    text_bytes: usize,
+    target_bytes: usize,
+}
+
+impl Counts {
+    fn to_bytes(self) -> [u8; 32] {
+        let counts = [
+            self.tokens,
+            self.target_tokens,
+            self.text_bytes,
+            self.target_bytes,
+        ];
+        bytemuck::cast(counts.map(|count| (count as u64).to_le_bytes()))
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut counts = bytes.chunks_exact(8).map(|count| {
+            u64::from_le_bytes(count.try_into().unwrap())
+                .try_into()
+                .ok()
+        });
+        let mut next = || counts.next().flatten();
+        Some(Self {
+            tokens: next()?,
+            target_tokens: next()?,
+            text_bytes: next()?,
+            target_bytes: next()?,
+        })
+    }
+}
+
+impl TokenFile {
+    /// Opens the token file at `path` if it is whole and was made from this `source` (see [`source_digest`]).
+    pub fn open(path: &Path, source: &[u8; 32]) -> Option<Self> {
+        let file = File::open(path).ok()?;
+        // SAFETY: the map is only read, as bytes, and the file is only ever replaced by a rename (see `replace`),
+        // which leaves the mapped one as it is. Another program that shortens it in place would end ours with SIGBUS.
+        #[allow(unsafe_code)]
+        let map = unsafe { Mmap::map(&file) }.ok()?;
+        if map.len() < HEADER || map[..8] != MAGIC {
+            return None;
+        }
+        let counts = Counts::from_bytes(&map[8..SEAL.start])?;
+        if counts.tokens.checked_mul(WORD)?.checked_add(HEADER)? != map.len() {
+            return None;
+        }
+        if map[SEAL] != seal(source, counts, &map[HEADER..]) {
+            return None;
+        }
+        let split = path.file_stem()?.to_string_lossy().into_owned();
+        Some(Self { map, split, counts })
+    }
+
+    /// Which text this is: the file's name without its extension (`train`, `valid`).
+    pub fn split(&self) -> &str {
+        &self.split
+    }
+
+    /// Tokens in the file.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.counts.tokens
+    }
+
+    /// Tokens that are learned.
+    pub fn target_tokens(&self) -> usize {
+        self.counts.target_tokens
+    }
+
+    /// Bytes of all texts; special tokens have none.
+    pub fn text_bytes(&self) -> usize {
+        self.counts.text_bytes
+    }
+
+    /// Bytes of the texts that are learned.
+    pub fn target_bytes(&self) -> usize {
+        self.counts.target_bytes
+    }
+
+    /// What a loss of `nats_per_token` over learned tokens is in bits per byte of learned text: with N tokens and B
+    /// bytes, `nats * N / (B ln 2)`. Comparable between tokenizers.
+    pub fn bits_per_byte(&self, nats_per_token: f64) -> f64 {
+        nats_per_token * self.target_tokens() as f64
+            / (self.target_bytes() as f64 * std::f64::consts::LN_2)
+    }
+
+    /// The id of token `i`.
+    ///
+    /// # Panics
+    /// `i` is beyond the file.
+    pub fn id(&self, i: usize) -> u32 {
+        self.word(i) & !LEARNED
+    }
+
+    /// Whether token `i` is learned (carries loss when it is the target).
+    ///
+    /// # Panics
+    /// `i` is beyond the file.
+    pub fn target(&self, i: usize) -> bool {
+        self.word(i) & LEARNED != 0
+    }
+
+    fn word(&self, i: usize) -> u32 {
+        let start = HEADER + i * WORD;
+        u32::from_le_bytes(self.map[start..start + WORD].try_into().unwrap())
+    }
+}
+
+/// What a token file is made from: the tokenizer, `recipe` (how the tokenizer was come by) and the documents.
+pub fn source_digest(tokenizer: &Tokenizer, recipe: &str, documents: &[Document]) -> [u8; 32] {
+    let mut digest = Sha256::new();
+    let mut add = |text: &str| {
+        digest.update((text.len() as u64).to_le_bytes());
+        digest.update(text);
+    };
+    add(&tokenizer.to_json());
+    add(recipe);
+    for document in documents {
+        // How many texts a document has tells its kind.
+        document.texts().for_each(&mut add);
+        add(if matches!(document, Document::Text(_)) {
+            "text"
+        } else {
+            "dialogue"
+        });
+    }
+    digest.finalize().into()
+}
+
+/// Tokenizes `documents` into the file at `path`, or opens the one that is there if it was made from the same.
+///
+/// # Errors
+/// `UnknownCharacter`, `Encode`: the tokenizer cannot encode a text. `Write`: no permission, no space. `Read`: the
+/// file that was just written cannot be mapped.
+pub fn prepare(
+    path: &Path,
+    documents: &[Document],
+    tokenizer: &Tokenizer,
+    recipe: &str,
+) -> Result<TokenFile, DataError> {
+    let source = source_digest(tokenizer, recipe, documents);
+    if let Some(file) = TokenFile::open(path, &source) {
+        return Ok(file);
+    }
+    tracing::info!(
+        "tokenizing {} documents into {}",
+        documents.len(),
+        path.display()
+    );
+    let encoded: Vec<Encoded> = documents
+        .par_iter()
+        .map(|document| encode(document, tokenizer))
+        .collect::<Result<_, _>>()?;
+    let mut counts = Counts::default();
+    let mut words = Vec::new();
+    for document in encoded {
+        counts.text_bytes += document.counts.text_bytes;
+        counts.target_bytes += document.counts.target_bytes;
+        counts.target_tokens += document.counts.target_tokens;
+        words.extend(document.words.into_iter().flat_map(u32::to_le_bytes));
+    }
+    counts.tokens = words.len() / WORD;
+    replace(path, |file| {
+        file.write_all(&MAGIC)?;
+        file.write_all(&counts.to_bytes())?;
+        file.write_all(&seal(&source, counts, &words))?;
+        file.write_all(&words)
+    })?;
+    TokenFile::open(path, &source).ok_or_else(|| DataError::Read {
+        path: path.into(),
+        source: io::Error::other("the token file changed while it was written"),
+    })
+}
+
+/// A document as words, and what it adds to the counts of the file.
+struct Encoded {
+    words: Vec<u32>,
+    counts: Counts,
+}
+
+fn encode(document: &Document, tokenizer: &Tokenizer) -> Result<Encoded, DataError> {
+    let (mut words, mut counts) = (Vec::new(), Counts::default());
+    for (part, learned) in chat::parts(document) {
+        let start = words.len();
+        match part {
+            Part::Special(special) => words.push(tokenizer.special(special)),
+            Part::Text(text) => {
+                words.extend(tokenizer.encode(text)?);
+                counts.text_bytes += text.len();
+                counts.target_bytes += if learned { text.len() } else { 0 };
+            }
+        }
+        if learned {
+            words[start..].iter_mut().for_each(|word| *word |= LEARNED);
+            counts.target_tokens += words.len() - start;
+        }
+    }
+    Ok(Encoded { words, counts })
+}
+
+fn seal(source: &[u8; 32], counts: Counts, words: &[u8]) -> [u8; 32] {
+    Sha256::new()
+        .chain_update(source)
+        .chain_update(counts.to_bytes())
+        .chain_update(words)
+        .finalize()
+        .into()
+}
+
+/// Writes a file under a scratch name and renames it to `path`, so that nobody ever sees half of it.
+pub(super) fn replace(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+) -> Result<(), DataError> {
+    let mut scratch = path.as_os_str().to_owned();
+    scratch.push(".partial");
+    let written = (|| {
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let mut file = BufWriter::new(File::create(&scratch)?);
+        write(&mut file)?;
+        file.into_inner()?.sync_all()?;
+        fs::rename(&scratch, path)
+    })();
+    written.map_err(|source| {
+        // Nothing to add to the error if the scratch file stays.
+        let _ = fs::remove_file(&scratch);
+        DataError::Write {
+            path: path.into(),
+            source,
+        }
+    })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::data::chat::Special;
+    use std::sync::Arc;
+
+    /// `documents` as bytes, in a token file whose folder is gone when this returns (the map stays).
+    pub fn byte_tokens(documents: &[Document]) -> Arc<TokenFile> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("train.tokens");
+        Arc::new(prepare(&path, documents, &Tokenizer::byte(), "byte").unwrap())
+    }
+
+    fn documents() -> Vec<Document> {
+        vec![
+            Document::Text("pond é".into()),
+            Document::Dialogue {
+                question: "who?".into(),
+                answer: "Duck.".into(),
+            },
+        ]
+    }
+
+    #[test]
+    fn tokens_and_their_loss_are_those_of_the_template() {
+        let tokenizer = Tokenizer::byte();
+        let file = byte_tokens(&documents());
+        let [end, user, assistant] = Special::ALL.map(|s| tokenizer.special(s));
+        let mut expected: Vec<(u32, bool)> = "pond é".bytes().map(|b| (b.into(), true)).collect();
+        expected.extend([(end, true), (user, false)]);
+        expected.extend("who?".bytes().map(|b| (u32::from(b), false)));
+        expected.push((assistant, false));
+        expected.extend("Duck.".bytes().map(|b| (u32::from(b), true)));
+        expected.push((end, true));
+        let found: Vec<_> = (0..file.len())
+            .map(|i| (file.id(i), file.target(i)))
+            .collect();
+        assert_eq!(found, expected);
+        assert_eq!((file.text_bytes(), file.target_bytes()), (7 + 4 + 5, 7 + 5));
+        assert_eq!(
+            file.target_tokens(),
+            expected.iter().filter(|(_, learned)| *learned).count()
+        );
+        // 14 learned tokens for 12 learned bytes, at one bit a token.
+        assert!((file.bits_per_byte(2f64.ln()) - 14.0 / 12.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_order_of_documents_is_kept() {
+        let documents: Vec<_> = (0..500).map(|i| Document::Text(format!("{i} "))).collect();
+        let file = byte_tokens(&documents);
+        let text =
+            Tokenizer::byte().decode(&(0..file.len()).map(|i| file.id(i)).collect::<Vec<_>>());
+        assert_eq!(text, (0..500).map(|i| format!("{i} ")).collect::<String>());
+    }
+
+    #[test]
+    fn a_good_file_is_used_again_and_a_bad_one_is_rebuilt() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new").join("train.tokens");
+        let tokenizer = Tokenizer::byte();
+        let documents = documents();
+        let source = source_digest(&tokenizer, "byte", &documents);
+        prepare(&path, &documents, &tokenizer, "byte").unwrap();
+        let good = fs::read(&path).unwrap();
+        let written = fs::metadata(&path).unwrap().modified().unwrap();
+        prepare(&path, &documents, &tokenizer, "byte").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), written);
+        assert_eq!(
+            fs::read_dir(path.parent().unwrap()).unwrap().count(),
+            1,
+            "a scratch file was left"
+        );
+
+        // Every truncation, one byte too many, and a flip of every byte.
+        let truncated = (0..good.len()).map(|n| good[..n].to_vec());
+        let flipped = (0..good.len()).map(|i| {
+            let mut bytes = good.clone();
+            bytes[i] ^= 1;
+            bytes
+        });
+        for bad in truncated.chain(flipped).chain([[&good[..], &[0]].concat()]) {
+            fs::write(&path, &bad).unwrap();
+            assert!(TokenFile::open(&path, &source).is_none());
+        }
+        prepare(&path, &documents, &tokenizer, "byte").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), good);
+    }
+
+    #[test]
+    fn another_source_has_another_digest() {
+        let tokenizer = Tokenizer::byte();
+        let text = |text: &str| Document::Text(text.into());
+        let dialogue = Document::Dialogue {
+            question: "a".into(),
+            answer: "b".into(),
+        };
+        let corpora = [
+            vec![text("a"), text("b")],
+            vec![text("ab")],
+            vec![text("b"), text("a")],
+            vec![dialogue],
+        ];
+        let mut digests: Vec<_> = corpora
+            .iter()
+            .map(|corpus| source_digest(&tokenizer, "byte", corpus))
+            .collect();
+        digests.push(source_digest(
+            &Tokenizer::char(&corpora[0]),
+            "byte",
+            &corpora[0],
+        ));
+        digests.push(source_digest(&tokenizer, "bpe", &corpora[0]));
+        let distinct: std::collections::HashSet<_> = digests.iter().collect();
+        assert_eq!(distinct.len(), digests.len());
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "in the way").unwrap();
+        let error = prepare(
+            &file.join("train.tokens"),
+            &documents(),
+            &Tokenizer::byte(),
+            "byte",
+        )
+        .unwrap_err();
+        assert!(
+            matches!(error, DataError::Write { .. }) && error.to_string().contains("train.tokens")
+        );
+        assert_eq!(fs::read(&file).unwrap(), b"in the way");
+    }
+}
