@@ -34,3 +34,18 @@ impl std::fmt::Debug for Dial {
         write!(f, "Dial({})", self.get())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dial_is_shared_by_its_clones() {
+        let dial = Dial::default();
+        let clone = dial.clone();
+        assert_eq!(clone.get(), 1.0);
+        dial.set(0.3);
+        assert_eq!(clone.get().to_bits(), 0.3f32.to_bits());
+        assert_eq!(format!("{clone:?}"), "Dial(0.3)");
+    }
+}

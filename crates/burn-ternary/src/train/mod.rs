@@ -1,6 +1,8 @@
 //! Logits to losses, gradients, metrics and checkpoints.
 
 pub mod checkpoint;
+pub mod codes;
+pub mod command;
 mod error;
 pub mod experiment;
 pub mod loss;
@@ -12,7 +14,10 @@ pub mod report;
 pub mod run;
 pub mod schedule;
 pub mod step;
-pub mod strategy;
+mod strategy;
 
+pub use command::TrainCommand;
 pub use error::TrainError;
 pub use experiment::Experiment;
+pub use run::{RunOptions, run, train_duck_quantized};
+pub use step::QuantizationTrainer;

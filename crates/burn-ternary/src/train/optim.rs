@@ -11,7 +11,8 @@ use burn::{
     tensor::Device,
 };
 
-use super::schedule::{Dial, PeakSchedule, Schedule};
+use super::schedule::{PeakSchedule, Schedule};
+use crate::quant::Dial;
 use serde::{Deserialize, Serialize};
 
 /// Which optimizer has the matrices of quantized layers; everything else is AdamW's.

@@ -252,7 +252,9 @@ pub struct RunResult {
     pub file_bytes: Option<u64>,
     /// Size of the same model in f32.
     pub fp32_bytes: u64,
-    /// `fp32_bytes / file_bytes`.
+    /// Size of the packed tensors, computed from their shapes; a model file adds its header.
+    pub packed_bytes: u64,
+    /// `fp32_bytes / packed_bytes`.
     #[serde(with = "real::option")]
     pub compression: Option<f64>,
     /// Steps that the spike guard skipped.

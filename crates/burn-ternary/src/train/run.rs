@@ -1,1 +1,273 @@
+//! A whole run: data, model, Burn's `SupervisedTraining`, and the files that stay.
 
+use super::checkpoint::{Checkpoints, Loaded, TrainState, sha256};
+use super::codes::CodeTracker;
+use super::metrics;
+use super::plot;
+use super::progress::PlainRenderer;
+use super::report::{self, History, MetricsFile, RunResult, write_atomic};
+use super::schedule::Schedule;
+use super::step::TrainPlan;
+use super::strategy::{Outcome, Session, StepStrategy};
+use super::{Experiment, TrainError};
+use crate::data::{Dataset, LmLoader};
+use crate::device;
+use crate::nn::DuckConfig;
+use crate::quant::Dial;
+use burn::module::Module;
+use burn::tensor::Device;
+use burn::train::logger::InMemoryMetricLogger;
+use burn::train::{SupervisedTraining, TrainingStrategy};
+use std::fs;
+use std::io::IsTerminal;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+/// How a run is run; what it computes is the experiment's alone.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunOptions {
+    /// Go on from the last good checkpoint of the run folder, if it has one.
+    pub resume: bool,
+    /// Print warnings and the summary only.
+    pub quiet: bool,
+    /// Passes over the training text, in place of the experiment's steps.
+    pub epochs: Option<f64>,
+}
+
+/// Runs an experiment from its start, in an empty run folder.
+///
+/// # Errors
+/// Every [`TrainError`].
+pub fn train_duck_quantized(experiment: &Experiment) -> Result<RunResult, TrainError> {
+    run(experiment.clone(), &RunOptions::default())
+}
+
+/// Runs an experiment, or goes on with it.
+///
+/// Leaves in the run folder: `experiment.toml` (resolved), `tokenizer.json`, token files, `metrics.jsonl`,
+/// `samples.txt`, `checkpoints/`, `loss.svg`, `codes.svg` (not for a float twin) and `result.json`; the last three also
+/// when the run stops with an error after its first step.
+///
+/// # Errors
+/// Every [`TrainError`].
+pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult, TrainError> {
+    let started = Instant::now();
+    let device = device::device(&experiment.run.device)?;
+    let run_dir = experiment.run_dir();
+    fs::create_dir_all(&run_dir).map_err(|source| TrainError::Write { path: run_dir.clone(), source })?;
+    let data = Dataset::prepare(&experiment.data, experiment.model.context, experiment.run.seed, &run_dir)?;
+    resolve(&mut experiment, options, &data)?;
+    let experiment_sha256 = sha256(experiment.to_toml().as_bytes());
+    preflight(&experiment, &device, options)?;
+
+    let checkpoints = Checkpoints::open(run_dir.join("checkpoints"), experiment.run.keep_checkpoints)?;
+    let loaded = match options.resume {
+        true => resumed(&checkpoints, &experiment_sha256, &run_dir)?,
+        false => None,
+    };
+    write(&run_dir.join("experiment.toml"), experiment.to_toml().as_bytes())?;
+
+    let autodiff = device.clone().autodiff();
+    let model = experiment.model.init(&experiment.quant, experiment.run.seed, &autodiff);
+    let codes = CodeTracker::new(&model.valid());
+    let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
+    let plan = TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default() };
+    let (learner, state) = match loaded {
+        None => (plan.learner(model, 0), TrainState { seed: experiment.run.seed, ..TrainState::default() }),
+        Some(loaded) => plan.resume(model, loaded)?,
+    };
+
+    let metrics_path = run_dir.join("metrics.jsonl");
+    let at_metrics = |source| TrainError::Write { path: metrics_path.clone(), source };
+    let metrics = MetricsFile::open(&metrics_path, (state.step > 0).then_some(state.step)).map_err(at_metrics)?;
+    let history = report::read(&metrics_path).map_err(at_metrics)?;
+    let size = learner.model().model.size();
+    let tui = std::io::stdout().is_terminal() && !options.quiet;
+    let run = &experiment.run;
+    let train = LmLoader::training(
+        data.train.clone(),
+        run.batch_size,
+        run.accumulation,
+        run.steps * run.accumulation,
+        &autodiff,
+    );
+    let valid = LmLoader::evaluation(data.valid.clone(), run.batch_size, run.eval_windows, &device);
+    let session = Session {
+        experiment: experiment.clone(),
+        experiment_sha256,
+        run_dir: run_dir.clone(),
+        device: autodiff,
+        tokenizer: data.tokenizer,
+        train: data.train,
+        valid: data.valid,
+        checkpoints,
+        metrics,
+        history,
+        codes,
+        size,
+        prints: !tui && !options.quiet,
+    };
+    let intervals_done = state.step / run.eval_every;
+    let outcome = Arc::new(Mutex::new(None));
+    let strategy =
+        StepStrategy { session: Mutex::new(Some((session, state))), plan, outcome: outcome.clone() };
+
+    let mut training = SupervisedTraining::new(&run_dir, Arc::new(train), Arc::new(valid))
+        .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
+        .with_metric_logger(InMemoryMetricLogger::default())
+        .with_application_logger(None)
+        .num_epochs(run.steps.div_ceil(run.eval_every))
+        .checkpoint(intervals_done);
+    for metric in metrics::all() {
+        training = training.metric_train_numeric(metric.clone()).metric_valid_numeric(metric);
+    }
+    if !tui {
+        training = training.renderer(Box::new(PlainRenderer));
+    }
+    let learned = training.launch(learner);
+    drop(learned.renderer);
+
+    let outcome = outcome.lock().expect("held for one line").take().expect("the strategy leaves an outcome");
+    let mut result = summarize(&experiment, &device, &outcome);
+    result.wall_s = started.elapsed().as_secs_f64();
+    result.error = outcome.error.as_ref().map(ToString::to_string);
+    let size = learned.model.model.size();
+    result.parameters = size.parameters as u64;
+    result.fp32_bytes = size.fp32_bytes() as u64;
+    result.packed_bytes = size.packed_bytes() as u64;
+    result.compression = Some(size.compression());
+    illustrate(&run_dir, &result, &outcome)?;
+    let path = run_dir.join("result.json");
+    result.write(&path).map_err(|source| TrainError::Write { path, source })?;
+    match (outcome.error, learned.error) {
+        (Some(error), _) => Err(error),
+        (None, Some(error)) => Err(TrainError::Burn(error.to_string())),
+        (None, None) => Ok(result),
+    }
+}
+
+/// Puts in what only the data can tell: the vocabulary, and the steps of so many epochs.
+fn resolve(experiment: &mut Experiment, options: &RunOptions, data: &Dataset) -> Result<(), TrainError> {
+    let found = data.tokenizer.vocab_size();
+    let vocab_size = &mut experiment.model.vocab_size;
+    if *vocab_size == 0 {
+        *vocab_size = found;
+    }
+    if *vocab_size < found {
+        let message = format!(
+            "model.vocab_size = {vocab_size}: the tokenizer `{}` has {found} tokens; expected 0 (as many as the \
+             tokenizer has) or at least {found}",
+            experiment.data.tokenizer
+        );
+        return Err(TrainError::Experiment { origin: experiment.run.name.clone(), message });
+    }
+    if let Some(epochs) = options.epochs {
+        let windows = epochs * data.train.per_epoch() as f64;
+        let windows_a_step = experiment.run.batch_size * experiment.run.accumulation;
+        experiment.run.steps = (windows / windows_a_step as f64).ceil().max(1.0) as usize;
+    }
+    Ok(())
+}
+
+/// Says what is about to happen, and refuses what cannot fit into memory.
+fn preflight(experiment: &Experiment, device: &Device, options: &RunOptions) -> Result<(), TrainError> {
+    let needed = memory_estimate(&experiment.model, &experiment.run);
+    let run = &experiment.run;
+    let tokens = run.steps * run.batch_size * run.accumulation * experiment.model.context;
+    if !options.quiet {
+        println!(
+            "{}: {} parameters, {} steps, {:.2} M tokens, about {} MiB, on {}",
+            run.name,
+            experiment.model.num_params(),
+            run.steps,
+            tokens as f64 / 1e6,
+            needed >> 20,
+            device::describe(device)
+        );
+        if !device::is_cpu(device) {
+            println!("the first steps tune their kernels and take longer");
+        }
+    }
+    match device::available_memory_bytes() {
+        Some(available) if device::is_cpu(device) && needed > available => {
+            Err(TrainError::MemoryTooSmall { needed, available })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that training takes, roughly: latent and fake quantized weights, gradients, two optimizer moments and one
+/// temporary; and the activations that the backward pass reads.
+fn memory_estimate(model: &DuckConfig, run: &super::experiment::RunConfig) -> u64 {
+    let weights = 6 * model.num_params();
+    let tokens = run.batch_size * model.context;
+    let layer = 16 * model.d_model + 8 * model.d_ff + 4 * model.n_heads * model.context;
+    let activations = tokens * (model.n_layers * layer + 6 * model.vocab_size);
+    4 * (weights + activations) as u64
+}
+
+/// The checkpoint to go on from; warns of those that were refused.
+fn resumed(checkpoints: &Checkpoints, experiment_sha256: &str, run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
+    let Some(loaded) = checkpoints.latest_good()? else {
+        eprintln!("{}: no checkpoint yet, starting from the first step", run_dir.display());
+        return Ok(None);
+    };
+    for refusal in &loaded.refused {
+        eprintln!("warning: {refusal}");
+    }
+    if loaded.experiment_sha256 != experiment_sha256 {
+        let message = format!(
+            "the run in {} was made by another experiment (see experiment.toml there); expected the same settings to \
+             resume it",
+            run_dir.display()
+        );
+        return Err(TrainError::Experiment { origin: "--resume".into(), message });
+    }
+    eprintln!("resuming {} at step {}", loaded.path.display(), loaded.state.step);
+    Ok(Some(loaded))
+}
+
+fn summarize(experiment: &Experiment, device: &Device, outcome: &Outcome) -> RunResult {
+    let run = &experiment.run;
+    let train = outcome.history.train.last();
+    let valid = outcome.history.valid.last();
+    let step = outcome.state.step;
+    RunResult {
+        device: device::describe(device),
+        threads: rayon::current_num_threads(),
+        steps: step,
+        tokens: outcome.state.tokens,
+        tokens_per_s: outcome.state.tokens as f64 / outcome.state.elapsed_s.max(1e-9),
+        peak_rss_bytes: device::peak_rss_bytes(),
+        train_loss: train.map(|report| report.loss),
+        valid_loss: valid.map(|report| report.loss),
+        valid_bits_per_byte: valid.and_then(|report| report.bits_per_byte),
+        valid_perplexity: valid.map(|report| report.perplexity()),
+        best_valid_loss: outcome.state.best_valid_loss,
+        best_valid_step: outcome.best_valid_step,
+        zero_fraction: valid.and_then(|report| report.zero_fraction),
+        bits_per_weight: valid.and_then(|report| report.bits_per_weight),
+        skipped_steps: outcome.state.skipped_steps,
+        rollbacks: outcome.state.rollbacks,
+        finished: step == run.steps,
+        ..RunResult::new(&run.name, run.seed)
+    }
+}
+
+/// The pictures of a run.
+fn illustrate(run_dir: &Path, result: &RunResult, outcome: &Outcome) -> Result<(), TrainError> {
+    let History { train, valid } = &outcome.history;
+    let path = run_dir.join("loss.svg");
+    let title = format!("{}, seed {}", result.name, result.seed);
+    plot::loss_curve(&path, train, valid, &title).map_err(|source| TrainError::Write { path, source })?;
+    if !outcome.counts.is_empty() {
+        let path = run_dir.join("codes.svg");
+        plot::code_histogram(&path, &outcome.counts).map_err(|source| TrainError::Write { path, source })?;
+    }
+    Ok(())
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
+    write_atomic(path, bytes).map_err(|source| TrainError::Write { path: path.into(), source })
+}

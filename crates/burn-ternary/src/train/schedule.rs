@@ -2,14 +2,7 @@
 //!
 //! Steps count from 0: step `k` is the `k`-th optimizer update, and the last of `total` is `total - 1`.
 
-use std::{
-    f64::consts::PI,
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-};
+use std::f64::consts::PI;
 
 use burn::{
     lr_scheduler::{LrScheduler, LrSchedulerRecord},
@@ -136,39 +129,6 @@ impl Schedule {
 fn ramp(step: usize, from: usize, to: usize) -> f64 {
     let done = (step + 1).saturating_sub(from) as f64;
     (done / (to.saturating_sub(from) + 1) as f64).min(1.0)
-}
-
-/// A number that one part of a run sets at each step and others read: clones share it.
-#[derive(Clone)]
-pub struct Dial(Arc<AtomicU32>);
-
-impl Dial {
-    /// A dial that stands at `value`.
-    pub fn new(value: f32) -> Self {
-        Self(Arc::new(AtomicU32::new(value.to_bits())))
-    }
-
-    /// The value that was set last.
-    pub fn get(&self) -> f32 {
-        f32::from_bits(self.0.load(Ordering::Relaxed))
-    }
-
-    /// Set the value of this dial and of all its clones.
-    pub fn set(&self, value: f32) {
-        self.0.store(value.to_bits(), Ordering::Relaxed);
-    }
-}
-
-impl Default for Dial {
-    fn default() -> Self {
-        Self::new(1.0)
-    }
-}
-
-impl fmt::Debug for Dial {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Dial").field(&self.get()).finish()
-    }
 }
 
 /// A [`Schedule`] as Burn's learner takes it: the `k`-th call of `step` gives `peak * lr_factor(k)`.
@@ -315,16 +275,6 @@ mod tests {
             &[0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0],
         );
         assert_close(&lambda(1.0, 1.0), &[0.0; 8]);
-    }
-
-    #[test]
-    fn a_dial_is_shared_by_its_clones() {
-        let dial = Dial::default();
-        let clone = dial.clone();
-        assert_eq!(clone.get(), 1.0);
-        dial.set(0.3);
-        assert_eq!(clone.get().to_bits(), 0.3f32.to_bits());
-        assert_eq!(format!("{clone:?}"), "Dial(0.3)");
     }
 
     #[test]

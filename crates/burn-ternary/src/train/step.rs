@@ -1,10 +1,11 @@
 //! One optimizer step: forward, backward, guard, clip, update.
 
-use super::checkpoint::TrainState;
+use super::checkpoint::{Loaded, TrainState};
 use super::loss::language_model_loss;
 use super::metrics::{LmItem, StepReport};
 use super::optim::{OptimConfig, accumulate, clip_global_norm};
 use super::schedule::{Schedule, ScheduleConfig};
+use super::TrainError;
 use crate::data::LmBatch;
 use crate::nn::DuckQuantized;
 use crate::quant::{Dial, compute_optimal_scale};
@@ -178,7 +179,7 @@ impl QuantizationTrainer {
         steps: usize,
         seed: u64,
     ) -> Self {
-        let plan = TrainPlan { optim, schedule: Schedule::new(schedule, steps), decay: Dial::default() };
+        let plan = TrainPlan { optim: optim.clone(), schedule: Schedule::new(schedule, steps), decay: Dial::default() };
         let learner = plan.learner(model, 0);
         Self::from_learner(learner, &plan, SpikeGuard { factor: 0.0 }, TrainState { seed, ..TrainState::default() })
     }
@@ -246,6 +247,7 @@ impl QuantizationTrainer {
             self.state.skipped_steps += 1;
         }
         self.state.step += 1;
+        self.state.tokens += report.tokens as u64;
         StepReport {
             step: self.state.step,
             grad_norm: norm,
@@ -312,13 +314,13 @@ impl QuantizationTrainer {
 }
 
 /// Everything a learner is made of besides the model.
-pub(super) struct TrainPlan<'a> {
-    pub optim: &'a OptimConfig,
+pub(super) struct TrainPlan {
+    pub optim: OptimConfig,
     pub schedule: Schedule,
     pub decay: Dial,
 }
 
-impl TrainPlan<'_> {
+impl TrainPlan {
     /// A learner whose schedule stands at `step`. Groups go by parameter id: make it after the model's record is
     /// loaded, which brings the ids.
     pub fn learner(&self, model: DuckQuantized, step: usize) -> Learner<LanguageModel> {
@@ -336,5 +338,23 @@ impl TrainPlan<'_> {
             scale_penalty: quant.scale_penalty,
         };
         Learner::new(LanguageModel { model, objective, probe: OptimizerProbe::default() }, optimizer, scheduler)
+    }
+
+    /// A learner that goes on from a checkpoint.
+    ///
+    /// # Errors
+    /// `Burn`: the checkpoint is of another model or optimizer.
+    pub fn resume(
+        &self,
+        model: DuckQuantized,
+        loaded: Loaded,
+    ) -> Result<(Learner<LanguageModel>, TrainState), TrainError> {
+        let misfit = |error: String| TrainError::Burn(format!("{}: {error}", loaded.path.display()));
+        // The record is of the learner's model; its ids must be in place before the optimizer's groups are made.
+        let mut holder = self.learner(model, loaded.state.step).model();
+        holder = holder.try_load_record(loaded.model).map_err(|error| misfit(error.to_string()))?;
+        let mut learner = self.learner(holder.model, loaded.state.step);
+        learner.load_optim(loaded.optimizer);
+        Ok((learner, loaded.state))
     }
 }

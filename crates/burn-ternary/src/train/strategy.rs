@@ -60,13 +60,13 @@ pub(super) struct Outcome {
 }
 
 /// Hands a [`Session`] to Burn, and its [`Outcome`] back.
-pub(super) struct StepStrategy<'a> {
+pub(super) struct StepStrategy {
     pub session: Mutex<Option<(Session, super::checkpoint::TrainState)>>,
-    pub plan: TrainPlan<'a>,
+    pub plan: TrainPlan,
     pub outcome: Arc<Mutex<Option<Outcome>>>,
 }
 
-impl SupervisedLearningStrategy<LanguageModel> for StepStrategy<'_> {
+impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
     fn fit(
         &self,
         components: TrainingComponents<LanguageModel>,
