@@ -1,1 +1,239 @@
+//! Devices by name, and what the machine has.
+//!
+//! ndarray and libtorch are deprecated in Burn and still offered here; this file is the one that says so.
+#![allow(deprecated)]
 
+use std::fs;
+
+use burn::tensor::Device;
+
+/// Every backend by its Cargo feature, in the order in which `auto` looks.
+const NAMES: [&str; 5] = ["cuda", "wgpu", "tch", "ndarray", "flex"];
+
+/// Why there is no such device.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    #[error(
+        "unknown device `{name}`: expected auto, {}; compiled in: {}",
+        NAMES.join(", "),
+        compiled().join(", ")
+    )]
+    Unknown { name: String },
+    #[error(
+        "device `{name}` was not compiled in: build with `--features {name}`; compiled in: {}",
+        compiled().join(", ")
+    )]
+    NotCompiled { name: String },
+    #[error(
+        "device `{name}` was not found on this machine (no graphics card or no driver); compiled in: {}",
+        compiled().join(", ")
+    )]
+    Missing { name: String },
+    #[error(
+        "no device was compiled in: build with `--features NAME`, one of {}",
+        NAMES.join(", ")
+    )]
+    NoneCompiled,
+}
+
+/// The backends of this build, in the order in which `auto` looks.
+pub fn compiled() -> Vec<&'static str> {
+    NAMES
+        .into_iter()
+        .filter(|name| construct(name).is_some())
+        .collect()
+}
+
+/// The device called `auto`, `flex`, `ndarray`, `wgpu`, `tch` or `cuda`; `auto` takes the first compiled in of
+/// cuda, wgpu, tch, ndarray, flex.
+///
+/// # Errors
+/// `Unknown`: no such name. `NotCompiled`, `NoneCompiled`: a Cargo feature is off. `Missing`: the machine has no
+/// such hardware; `auto` does not fall back either, since a run on the wrong device only looks like a slow one.
+pub fn device(name: &str) -> Result<Device, DeviceError> {
+    let name = match name {
+        "auto" => compiled()
+            .first()
+            .copied()
+            .ok_or(DeviceError::NoneCompiled)?,
+        _ => name,
+    };
+    let owned = || name.to_owned();
+    if !NAMES.contains(&name) {
+        return Err(DeviceError::Unknown { name: owned() });
+    }
+    let device = construct(name).ok_or_else(|| DeviceError::NotCompiled { name: owned() })?;
+    if present(name) {
+        Ok(device)
+    } else {
+        Err(DeviceError::Missing { name: owned() })
+    }
+}
+
+/// The device's name and hardware, as in `flex (AMD EPYC 7B13)`, for `result.json`.
+pub fn describe(device: &Device) -> String {
+    let Some(name) = compiled()
+        .into_iter()
+        .find(|name| construct(name).as_ref() == Some(device))
+    else {
+        return format!("{device:?}");
+    };
+    match hardware(device) {
+        Some(hardware) => format!("{name} ({hardware})"),
+        None => name.to_owned(),
+    }
+}
+
+/// The most memory that this process has held at a time, in bytes; `None` where the system does not say.
+pub fn peak_rss_bytes() -> Option<u64> {
+    kibibytes("/proc/self/status", "VmHWM")
+}
+
+/// Memory that can be allocated without swapping, in bytes; `None` where the system does not say.
+pub fn available_memory_bytes() -> Option<u64> {
+    kibibytes("/proc/meminfo", "MemAvailable")
+}
+
+/// `None` where the backend's feature is off. Opens no hardware.
+fn construct(name: &str) -> Option<Device> {
+    match name {
+        #[cfg(feature = "flex")]
+        "flex" => Some(Device::flex()),
+        #[cfg(feature = "ndarray")]
+        "ndarray" => Some(Device::ndarray()),
+        #[cfg(feature = "tch")]
+        "tch" => Some(Device::libtorch()),
+        #[cfg(feature = "wgpu")]
+        "wgpu" => Some(Device::wgpu(Default::default())),
+        #[cfg(feature = "cuda")]
+        "cuda" => Some(Device::cuda(0)),
+        _ => None,
+    }
+}
+
+/// Whether the hardware is there; Burn panics at the first tensor where it is not.
+fn present(name: &str) -> bool {
+    match name {
+        #[cfg(feature = "wgpu")]
+        "wgpu" => !Device::enumerate(burn::tensor::DeviceType::Wgpu).is_empty(),
+        #[cfg(feature = "cuda")]
+        "cuda" => !Device::enumerate(burn::tensor::DeviceType::Cuda).is_empty(),
+        _ => true,
+    }
+}
+
+fn hardware(device: &Device) -> Option<String> {
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    if let Some(identity) = device.identity() {
+        return Some(identity.name);
+    }
+    let _ = device;
+    field("/proc/cpuinfo", "model name")
+}
+
+fn kibibytes(file: &str, key: &str) -> Option<u64> {
+    let value = field(file, key)?;
+    let number: u64 = value.strip_suffix("kB")?.trim().parse().ok()?;
+    Some(number * 1024)
+}
+
+/// The first `key: value` of a file of such lines.
+fn field(file: &str, key: &str) -> Option<String> {
+    let text = fs::read_to_string(file).ok()?;
+    text.lines().find_map(|line| {
+        let (found, value) = line.split_once(':')?;
+        (found.trim() == key).then(|| value.trim().to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Tensor;
+
+    #[test]
+    fn every_compiled_device_computes_and_has_its_name() {
+        for name in compiled() {
+            let device = match device(name) {
+                Err(DeviceError::Missing { name }) => {
+                    println!("skipped: no {name} on this machine");
+                    continue;
+                }
+                device => device.unwrap(),
+            };
+            let sum = Tensor::<1>::from_floats([1.0, 2.0, 4.0], &device).sum();
+            assert_eq!(sum.into_scalar::<f32>(), 7.0, "{name}");
+            for device in [device.clone(), device.autodiff()] {
+                let described = describe(&device);
+                assert_eq!(described.split(' ').next(), Some(name), "{described}");
+            }
+        }
+    }
+
+    #[test]
+    fn auto_takes_the_first_compiled_in() {
+        let order = ["cuda", "wgpu", "tch", "ndarray", "flex"];
+        let mut position = 0;
+        for name in compiled() {
+            position += order[position..].iter().position(|&n| n == name).unwrap();
+        }
+        match device("auto") {
+            Ok(auto) => assert_eq!(auto, construct(compiled()[0]).unwrap()),
+            Err(error) => assert!(matches!(error, DeviceError::Missing { .. }), "{error}"),
+        }
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn flex_is_there() {
+        assert!(compiled().contains(&"flex"));
+        assert_eq!(device("flex").unwrap(), Device::flex());
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_says_what_can() {
+        for name in ["", "gpu", "Flex", "cuda:0"] {
+            let error = device(name).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("unknown device `{name}`")),
+                "{error}"
+            );
+            assert!(error.ends_with(&compiled().join(", ")), "{error}");
+            for name in NAMES {
+                assert!(error.contains(name), "{error}");
+            }
+        }
+        for name in NAMES {
+            if !compiled().contains(&name) {
+                let error = device(name).unwrap_err().to_string();
+                assert!(error.contains(&format!("`--features {name}`")), "{error}");
+                assert!(error.ends_with(&compiled().join(", ")), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn memory_is_told_in_bytes() {
+        let Some(before) = peak_rss_bytes() else {
+            println!("skipped: the system does not tell the peak memory");
+            return;
+        };
+        let size = 64 << 20;
+        let touched = vec![1u8; size];
+        let after = peak_rss_bytes().unwrap();
+        assert_eq!(std::hint::black_box(&touched)[size - 1], 1);
+        assert!(after >= before, "{after} after a peak of {before}");
+        assert!(after >= size as u64, "{after} bytes with {size} touched");
+        assert!(after < 1 << 40, "{after} is not in bytes");
+        let available = available_memory_bytes().unwrap();
+        assert!((1 << 20..1 << 44).contains(&available), "{available}");
+    }
+
+    #[test]
+    fn a_file_without_the_field_gives_none() {
+        assert_eq!(kibibytes("/proc/self/status", "NoSuchField"), None);
+        assert_eq!(kibibytes("/proc/self/status", "Name"), None);
+        assert_eq!(kibibytes("/no/such/file", "VmHWM"), None);
+    }
+}
