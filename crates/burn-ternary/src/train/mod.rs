@@ -1,6 +1,7 @@
 //! Logits to losses, gradients, metrics and checkpoints.
 
 pub mod checkpoint;
+pub mod command;
 mod error;
 pub mod experiment;
 pub mod loss;
