@@ -136,13 +136,13 @@ fn a_bad_file_is_told_where_and_what_is_allowed() {
         (
             "d_ff =",
             "d_fff =",
-            &["unknown field `d_fff`", "`d_ff`", "in `model`"][..],
+            &["unknown field `d_fff`", "`d_ff`", "in `model`: "][..],
         ),
         ("[run]", "[runs]", &["unknown field `runs`", "`schedule`"]),
         (
             "n_heads = 4\n",
             "",
-            &["missing field `n_heads`", "in `model`"],
+            &["missing field `n_heads`", "in `model`: "],
         ),
         (
             "steps = 700",

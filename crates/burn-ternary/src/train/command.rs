@@ -48,7 +48,7 @@ pub struct TrainCommand {
     #[arg(long, value_name = "N")]
     pub batch_size: Option<usize>,
     /// Peak learning rate of AdamW (that of Muon: --set optim.muon_lr=...)
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub lr: Option<f64>,
     /// auto, flex, ndarray, wgpu, tch or cuda, of those that were compiled in
     #[arg(long)]
@@ -179,7 +179,8 @@ mod tests {
     #[test]
     fn each_flag_changes_its_key_and_nothing_else() {
         let default = command(&[]).experiment().unwrap();
-        let change: [(&[&str], fn(&mut Experiment)); 10] = [
+        type Change = fn(&mut Experiment);
+        let changes: [(&[&str], Change); 10] = [
             (&["--tokenizer", "byte"], |e| {
                 e.data.tokenizer = "byte".into()
             }),
@@ -196,7 +197,7 @@ mod tests {
                 e.data.valid = vec![];
             }),
         ];
-        for (arguments, change) in change {
+        for (arguments, change) in changes {
             let mut expected = default.clone();
             change(&mut expected);
             assert_eq!(
@@ -238,6 +239,7 @@ mod tests {
         }
         for (arguments, fragment) in [
             (&["--lr", "nan"][..], "`optim.lr` is nan"),
+            (&["--lr", "-1"], "`optim.lr` is -1.0"),
             (
                 &["--steps", "0"],
                 "overridden by run.steps=0: `run.steps` is 0",

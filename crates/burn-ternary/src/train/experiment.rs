@@ -188,10 +188,17 @@ fn experiment_error(origin: &str, message: String) -> TrainError {
     }
 }
 
-/// The message of a TOML error on one line; without its input it names the key instead of drawing the line.
+/// The message of a TOML error on one line, its key first.
 fn describe(mut error: toml::de::Error) -> String {
+    // With its input an error draws the line; without, it says `in key` below the message.
     error.set_input(None);
-    error.to_string().trim_end().replace('\n', " ")
+    let text = error.to_string();
+    let (message, key) = text.split_once("\nin ").unwrap_or((&text, ""));
+    let message = message.trim_end().replace('\n', " ");
+    match key.trim_end() {
+        "" => message,
+        key => format!("in {key}: {message}"),
+    }
 }
 
 fn names(table: &toml::Table) -> String {
