@@ -26,7 +26,7 @@ Exit codes: 2 usage or experiment, 3 data, 4 device or memory, 5 disk, 6 diverge
 
 /// Train a language model with ternary weights.
 ///
-/// A run leaves its metrics, checkpoints and result in <out_dir>/<name>-<seed>.
+/// A run leaves its metrics, checkpoints and result in OUT_DIR/NAME-SEED.
 #[derive(Clone, Debug, Default, clap::Parser)]
 #[command(after_help = EXAMPLES)]
 pub struct TrainCommand {
@@ -59,7 +59,7 @@ pub struct TrainCommand {
     /// Continue the run folder from its last good checkpoint
     #[arg(long, conflicts_with = "overwrite")]
     pub resume: bool,
-    /// Start anew in an existing run folder; the old one is moved to <folder>.old-N, never deleted
+    /// Start anew in an existing run folder; the old one is moved to FOLDER.old-N, never deleted
     #[arg(long)]
     pub overwrite: bool,
     /// Folder in which run folders are made
