@@ -85,6 +85,11 @@ pub fn describe(device: &Device) -> String {
     }
 }
 
+/// Whether the device computes on the processor, in the memory of this process.
+pub fn is_cpu(device: &Device) -> bool {
+    !["wgpu", "cuda"].iter().any(|name| construct(name).as_ref() == Some(device))
+}
+
 /// The most memory that this process has held at a time, in bytes; `None` where the system does not say.
 pub fn peak_rss_bytes() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM")

@@ -64,6 +64,19 @@ pub fn prompt(tokenizer: &Tokenizer, question: &str) -> Result<Vec<u32>, DataErr
     Ok(ids)
 }
 
+/// The ids of a prompt as an experimenter writes it: plain text to go on with (empty: the start of a text), or
+/// `<|user|>question` to be answered.
+///
+/// # Errors
+/// `UnknownCharacter`, `Encode`: the tokenizer cannot encode the text.
+pub fn encode_prompt(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, DataError> {
+    if let Some(question) = text.strip_prefix(Special::User.text()) {
+        return prompt(tokenizer, question);
+    }
+    let ids = tokenizer.encode(text)?;
+    Ok(if ids.is_empty() { vec![tokenizer.special(Special::EndOfText)] } else { ids })
+}
+
 fn question_parts(question: &str) -> [Part<'_>; 3] {
     [
         Part::Special(Special::User),

@@ -8,6 +8,7 @@ pub mod tokenizer;
 pub mod tokens;
 pub mod window;
 
+pub use batch::{LmBatch, LmBatcher, LmLoader};
 pub use error::DataError;
 
 use corpus::Document;

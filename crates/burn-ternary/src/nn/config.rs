@@ -61,7 +61,489 @@ pub struct DuckConfig {
     pub compute: Compute,
 }
 
+/// A setting outside of its range.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{key}` is {found}, expected {expected}")]
+pub struct InvalidValue {
+    /// The setting, as experiments name it.
+    pub key: String,
+    /// Its value, as TOML writes it.
+    pub found: String,
+    /// What is allowed.
+    pub expected: String,
+}
+
+/// `InvalidValue` unless the value found under `key` `holds`.
+pub(crate) fn require(
+    holds: bool,
+    key: &str,
+    found: impl Serialize,
+    expected: impl Into<String>,
+) -> Result<(), InvalidValue> {
+    if holds {
+        return Ok(());
+    }
+    // As TOML writes it, so that an enum reads the way the user spelt it.
+    let found = toml::Value::try_from(found).map_or_else(|e| e.to_string(), |v| v.to_string());
+    Err(InvalidValue {
+        key: key.into(),
+        found,
+        expected: expected.into(),
+    })
+}
+
+/// The largest width, context or vocabulary: far above any model, low enough that no product of sizes overflows.
+const LARGEST_SIZE: usize = 1 << 20;
+
+/// Parameters of a model by what becomes of them; scales of learned quantizers are not in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParameterCount {
+    /// Weights of the linear layers inside the blocks: what the ternary quantizer has.
+    pub matrices: usize,
+    /// The token embedding, which is also the head when they are tied.
+    pub embedding: usize,
+    /// An untied head.
+    pub head: usize,
+    /// Biases, norms and learned positions: always float.
+    pub other: usize,
+}
+
+impl ParameterCount {
+    /// All parameters.
+    pub fn total(&self) -> usize {
+        self.matrices + self.embedding + self.head + self.other
+    }
+}
+
 impl DuckConfig {
-    pub fn head_dim(&self) -> usize { self.d_model / self.n_heads }
-    pub fn is_gated(&self) -> bool { self.family != Family::Gpt2 }
+    /// About a million parameters: trains in minutes on two cores.
+    pub fn duck_tiny() -> Self {
+        Self {
+            family: Family::Llama,
+            vocab_size: 1024,
+            context: 128,
+            d_model: 128,
+            n_layers: 4,
+            n_heads: 4,
+            n_kv_heads: 4,
+            d_ff: 384,
+            activation: Activation::Swiglu,
+            dropout: 0.0,
+            tied: true,
+            norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            compute: Compute::F32,
+        }
+    }
+
+    /// About ten million parameters; every matrix row is a multiple of 256, the block of GGUF's ternary types.
+    pub fn duck_small() -> Self {
+        Self {
+            vocab_size: 4096,
+            context: 256,
+            d_model: 256,
+            n_layers: 8,
+            d_ff: 1024,
+            ..Self::duck_tiny()
+        }
+    }
+
+    /// The reference model: the shape of GPT-2 small with a vocabulary of 32,000.
+    pub fn duck() -> Self {
+        Self {
+            vocab_size: 32_000,
+            ..Self::gpt2_small()
+        }
+    }
+
+    /// GPT-2 small.
+    ///
+    /// # Source
+    /// `config.json` of `openai-community/gpt2` (Radford et al. 2019, table 2).
+    pub fn gpt2_small() -> Self {
+        Self {
+            family: Family::Gpt2,
+            vocab_size: 50_257,
+            context: 1024,
+            d_model: 768,
+            n_layers: 12,
+            n_heads: 12,
+            n_kv_heads: 12,
+            d_ff: 3072,
+            activation: Activation::Gelu,
+            ..Self::duck_tiny()
+        }
+    }
+
+    /// GPT-2 medium.
+    ///
+    /// # Source
+    /// `config.json` of `openai-community/gpt2-medium` (Radford et al. 2019, table 2).
+    pub fn gpt2_medium() -> Self {
+        Self {
+            d_model: 1024,
+            n_layers: 24,
+            n_heads: 16,
+            n_kv_heads: 16,
+            d_ff: 4096,
+            ..Self::gpt2_small()
+        }
+    }
+
+    /// Llama 2 7B.
+    ///
+    /// # Source
+    /// `config.json` of `meta-llama/Llama-2-7b-hf` (Touvron et al. 2023, table 1).
+    pub fn llama_2_7b() -> Self {
+        Self {
+            vocab_size: 32_000,
+            context: 4096,
+            d_model: 4096,
+            n_layers: 32,
+            n_heads: 32,
+            n_kv_heads: 32,
+            d_ff: 11_008,
+            tied: false,
+            ..Self::duck_tiny()
+        }
+    }
+
+    /// A preset by its name, written with hyphens: `duck-tiny`, `duck-small`, `duck`, `gpt2-small`, `gpt2-medium`
+    /// or `llama-2-7b`.
+    pub fn preset(name: &str) -> Option<Self> {
+        Some(match name {
+            "duck-tiny" => Self::duck_tiny(),
+            "duck-small" => Self::duck_small(),
+            "duck" => Self::duck(),
+            "gpt2-small" => Self::gpt2_small(),
+            "gpt2-medium" => Self::gpt2_medium(),
+            "llama-2-7b" => Self::llama_2_7b(),
+            _ => return None,
+        })
+    }
+
+    /// Whether the feed-forward block has a gate: in all families but gpt2.
+    pub fn is_gated(&self) -> bool {
+        self.family != Family::Gpt2
+    }
+
+    /// Width of one attention head.
+    pub fn head_dim(&self) -> usize {
+        self.d_model / self.n_heads
+    }
+
+    /// Parameters by arithmetic; nothing is allocated. `vocab_size` must be the real one, not 0.
+    pub fn count(&self) -> ParameterCount {
+        let (d, d_ff, kv) = (self.d_model, self.d_ff, self.n_kv_heads * self.head_dim());
+        let attention = 2 * d * d + 2 * d * kv;
+        let feed_forward = if self.is_gated() { 3 } else { 2 } * d * d_ff;
+        let table = self.vocab_size * d;
+        // Biases of q, k, v, o, up and down; two LayerNorms of weight and bias. Or weights of two RMS norms.
+        let gpt2_block = (4 * d + d_ff + d) + 2 * 2 * d;
+        let llama_block = 2 * d;
+        let other = match self.family {
+            Family::Gpt2 => self.n_layers * gpt2_block + 2 * d + self.context * d,
+            Family::Llama => self.n_layers * llama_block + d,
+            Family::Bitnet => self.n_layers * (llama_block + d + d_ff) + d,
+        };
+        ParameterCount {
+            matrices: self.n_layers * (attention + feed_forward),
+            embedding: table,
+            head: if self.tied { 0 } else { table },
+            other,
+        }
+    }
+
+    /// All parameters; see [`Self::count`].
+    pub fn num_params(&self) -> usize {
+        self.count().total()
+    }
+
+    /// Check that a model of this shape can be built.
+    ///
+    /// # Errors
+    /// The first setting that is out of range or does not fit the others.
+    pub fn validate(&self) -> Result<(), InvalidValue> {
+        let size = |key, n| {
+            let holds = (1..=LARGEST_SIZE).contains(&n);
+            require(holds, key, n, format!("1 to {LARGEST_SIZE}"))
+        };
+        let Self {
+            d_model,
+            n_heads,
+            n_kv_heads,
+            ..
+        } = *self;
+        require(
+            self.vocab_size <= LARGEST_SIZE,
+            "vocab_size",
+            self.vocab_size,
+            format!("0 (the tokenizer's) to {LARGEST_SIZE}"),
+        )?;
+        size("context", self.context)?;
+        size("d_model", d_model)?;
+        require(
+            (1..=1000).contains(&self.n_layers),
+            "n_layers",
+            self.n_layers,
+            "1 to 1000",
+        )?;
+        size("n_heads", n_heads)?;
+        require(
+            d_model.is_multiple_of(n_heads),
+            "n_heads",
+            n_heads,
+            format!("a divisor of d_model = {d_model}"),
+        )?;
+        size("n_kv_heads", n_kv_heads)?;
+        size("d_ff", self.d_ff)?;
+        let activations: (&[Activation], &str) = match self.family {
+            Family::Gpt2 => {
+                require(
+                    n_kv_heads == n_heads,
+                    "n_kv_heads",
+                    n_kv_heads,
+                    format!("n_heads = {n_heads}, for gpt2 has ordinary attention"),
+                )?;
+                (
+                    &[Activation::Gelu, Activation::SquaredRelu],
+                    "gelu or squared_relu in the gpt2 family",
+                )
+            }
+            Family::Llama | Family::Bitnet => {
+                require(
+                    n_heads.is_multiple_of(n_kv_heads),
+                    "n_kv_heads",
+                    n_kv_heads,
+                    format!("a divisor of n_heads = {n_heads}"),
+                )?;
+                require(
+                    self.head_dim().is_multiple_of(2),
+                    "n_heads",
+                    n_heads,
+                    format!(
+                        "an even d_model / n_heads for rotary positions, not {}",
+                        self.head_dim()
+                    ),
+                )?;
+                (
+                    &[Activation::Swiglu, Activation::SquaredRelu],
+                    "swiglu or squared_relu in the llama and bitnet families",
+                )
+            }
+        };
+        require(
+            activations.0.contains(&self.activation),
+            "activation",
+            self.activation,
+            activations.1,
+        )?;
+        require(
+            (0.0..1.0).contains(&self.dropout),
+            "dropout",
+            self.dropout,
+            "at least 0 and below 1",
+        )?;
+        let small = self.norm_eps > 0.0 && self.norm_eps < 1.0;
+        require(small, "norm_eps", self.norm_eps, "above 0 and below 1")?;
+        let finite = self.rope_theta >= 1.0 && self.rope_theta.is_finite();
+        require(
+            finite,
+            "rope_theta",
+            self.rope_theta,
+            "a finite number, at least 1",
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PRESETS: [&str; 6] = [
+        "duck-tiny",
+        "duck-small",
+        "duck",
+        "gpt2-small",
+        "gpt2-medium",
+        "llama-2-7b",
+    ];
+
+    #[test]
+    fn published_models_have_their_published_parameter_counts() {
+        assert_eq!(DuckConfig::gpt2_small().num_params(), 124_439_808);
+        assert_eq!(DuckConfig::gpt2_medium().num_params(), 354_823_168);
+        assert_eq!(DuckConfig::llama_2_7b().num_params(), 6_738_415_616);
+        // Llama 2 70B has grouped-query attention: 68,976,648,192.
+        let llama_2_70b = DuckConfig {
+            d_model: 8192,
+            n_layers: 80,
+            n_heads: 64,
+            n_kv_heads: 8,
+            d_ff: 28_672,
+            ..DuckConfig::llama_2_7b()
+        };
+        assert_eq!(llama_2_70b.num_params(), 68_976_648_192);
+    }
+
+    #[test]
+    fn bitnet_adds_one_sub_norm_before_the_output_and_one_before_the_down_projection() {
+        let llama = DuckConfig::duck_tiny();
+        let bitnet = DuckConfig {
+            family: Family::Bitnet,
+            ..llama.clone()
+        };
+        assert_eq!(bitnet.count().other - llama.count().other, 4 * (128 + 384));
+        assert_eq!(bitnet.count().matrices, llama.count().matrices);
+    }
+
+    #[test]
+    fn duck_sizes_are_what_their_names_promise() {
+        assert!((900_000..1_100_000).contains(&DuckConfig::duck_tiny().num_params()));
+        assert!((9_000_000..11_000_000).contains(&DuckConfig::duck_small().num_params()));
+        let duck = DuckConfig::duck();
+        assert_eq!(
+            (duck.d_model, duck.n_layers, duck.n_heads, duck.d_ff),
+            (768, 12, 12, 3072)
+        );
+        assert_eq!(duck.head_dim(), 64);
+    }
+
+    #[test]
+    fn presets_are_valid_and_distinct() {
+        let presets = PRESETS.map(|name| DuckConfig::preset(name).expect(name));
+        for (i, preset) in presets.iter().enumerate() {
+            preset.validate().unwrap();
+            assert!(!presets[..i].contains(preset));
+        }
+        assert_eq!(DuckConfig::preset("duck_tiny"), None);
+    }
+
+    #[test]
+    fn a_shape_that_cannot_be_built_is_refused_by_key() {
+        let gpt2 = DuckConfig::gpt2_small;
+        let tiny = DuckConfig::duck_tiny;
+        for (config, key) in [
+            (
+                DuckConfig {
+                    context: 0,
+                    ..tiny()
+                },
+                "context",
+            ),
+            (
+                DuckConfig {
+                    d_model: 1 << 40,
+                    ..tiny()
+                },
+                "d_model",
+            ),
+            (
+                DuckConfig {
+                    n_layers: 0,
+                    ..tiny()
+                },
+                "n_layers",
+            ),
+            (
+                DuckConfig {
+                    n_heads: 0,
+                    ..tiny()
+                },
+                "n_heads",
+            ),
+            (
+                DuckConfig {
+                    n_heads: 5,
+                    ..tiny()
+                },
+                "n_heads",
+            ),
+            (
+                DuckConfig {
+                    n_heads: 128,
+                    n_kv_heads: 128,
+                    ..tiny()
+                },
+                "n_heads",
+            ),
+            (
+                DuckConfig {
+                    n_kv_heads: 0,
+                    ..tiny()
+                },
+                "n_kv_heads",
+            ),
+            (
+                DuckConfig {
+                    n_kv_heads: 3,
+                    ..tiny()
+                },
+                "n_kv_heads",
+            ),
+            (
+                DuckConfig {
+                    n_kv_heads: 4,
+                    ..gpt2()
+                },
+                "n_kv_heads",
+            ),
+            (DuckConfig { d_ff: 0, ..tiny() }, "d_ff"),
+            (
+                DuckConfig {
+                    activation: Activation::Swiglu,
+                    ..gpt2()
+                },
+                "activation",
+            ),
+            (
+                DuckConfig {
+                    activation: Activation::Gelu,
+                    ..tiny()
+                },
+                "activation",
+            ),
+            (
+                DuckConfig {
+                    dropout: 1.0,
+                    ..tiny()
+                },
+                "dropout",
+            ),
+            (
+                DuckConfig {
+                    dropout: f64::NAN,
+                    ..tiny()
+                },
+                "dropout",
+            ),
+            (
+                DuckConfig {
+                    norm_eps: 0.0,
+                    ..tiny()
+                },
+                "norm_eps",
+            ),
+            (
+                DuckConfig {
+                    rope_theta: f64::INFINITY,
+                    ..tiny()
+                },
+                "rope_theta",
+            ),
+        ] {
+            let error = config.validate().expect_err(key);
+            assert_eq!(error.key, key, "{error}");
+        }
+        let error = DuckConfig {
+            activation: Activation::Swiglu,
+            ..gpt2()
+        }
+        .validate()
+        .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "`activation` is \"swiglu\", expected gelu or squared_relu in the gpt2 family"
+        );
+    }
 }

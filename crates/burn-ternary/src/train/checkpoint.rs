@@ -51,6 +51,8 @@ pub struct TrainState {
     pub seed: u64,
     /// Training windows consumed: the position in the data order, which is a pure function of (seed, index).
     pub windows_seen: u64,
+    /// Target tokens trained on.
+    pub tokens: u64,
     /// Running mean of the loss that the spike guard compares with, nats per token.
     #[serde(with = "exact_option")]
     pub loss_average: Option<f64>,
@@ -66,8 +68,6 @@ pub struct TrainState {
     /// Wall time over all sessions of the run, seconds.
     #[serde(with = "exact")]
     pub elapsed_s: f64,
-    /// SHA-256 of the ternary codes, where the run follows them.
-    pub codes_sha256: Option<String>,
 }
 
 /// `f64` as the shortest decimal that the standard library parses back to the same bits (NaN stays NaN);
@@ -732,7 +732,7 @@ mod tests {
                 rollbacks: 3,
                 best_valid_loss: random.random::<bool>().then_some(value),
                 elapsed_s: value,
-                codes_sha256: Some(sha256(b"codes")),
+                tokens: u64::MAX - 1,
             };
             let text = serde_json::to_vec(&state).unwrap();
             let back: TrainState = serde_json::from_slice(&text).unwrap();

@@ -1,4 +1,145 @@
+use std::{io, path::PathBuf};
+
 /// Why a run could not start or go on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum TrainError {}
+pub enum TrainError {
+    /// The experiment is not what it has to be; `origin` is its file, with the line if known, or the override.
+    #[error("{origin}: {message}")]
+    Experiment { origin: String, message: String },
+    /// The run folder holds a run already.
+    #[error(
+        "{}: expected an empty run folder, found a run; --resume continues it, --overwrite moves it aside",
+        path.display()
+    )]
+    NotEmpty { path: PathBuf },
+    #[error(transparent)]
+    Data(#[from] crate::data::DataError),
+    #[error(transparent)]
+    Device(#[from] crate::device::DeviceError),
+    /// In bytes.
+    #[error(
+        "this run needs about {} MiB of memory and {} MiB are available; a smaller batch_size, context or model fits",
+        needed >> 20,
+        available >> 20
+    )]
+    MemoryTooSmall { needed: u64, available: u64 },
+    #[error("{}: cannot read: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}: cannot write: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Checkpoint(#[from] super::checkpoint::CheckpointError),
+    /// The loss left the finite numbers, or its usual range, once too often.
+    #[error(
+        "diverged at step {step} after {rollbacks} rollbacks; {}",
+        match checkpoint {
+            Some(path) => format!("the last good checkpoint is {}", path.display()),
+            None => "there is no good checkpoint yet".into(),
+        }
+    )]
+    Diverged {
+        step: usize,
+        rollbacks: usize,
+        checkpoint: Option<PathBuf>,
+    },
+    /// What Burn reports.
+    #[error("{0}")]
+    Burn(String),
+}
+
+impl TrainError {
+    /// Exit code of a program that stops with this error: 2 usage or experiment, 3 data, 4 device or memory, 5 disk,
+    /// 6 diverged, 1 anything else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Experiment { .. } | Self::NotEmpty { .. } => 2,
+            Self::Data(_) => 3,
+            Self::Device(_) | Self::MemoryTooSmall { .. } => 4,
+            Self::Read { .. } | Self::Write { .. } | Self::Checkpoint(_) => 5,
+            Self::Diverged { .. } => 6,
+            Self::Burn(_) => 1,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::checkpoint::CheckpointError;
+
+    #[test]
+    fn each_cause_has_its_exit_code_and_says_what_to_look_at() {
+        let path = PathBuf::from("runs/x-1");
+        let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let (origin, message) = ("x.toml:3".to_string(), "bad".to_string());
+        let checkpoint = Some(path.join("step-9"));
+        for (error, code, fragment) in [
+            (
+                TrainError::Experiment {
+                    origin,
+                    message: message.clone(),
+                },
+                2,
+                "x.toml:3: bad",
+            ),
+            (
+                TrainError::NotEmpty { path: path.clone() },
+                2,
+                "runs/x-1: expected an empty run folder",
+            ),
+            (
+                crate::device::device("abacus").unwrap_err().into(),
+                4,
+                "flex",
+            ),
+            (
+                TrainError::MemoryTooSmall {
+                    needed: 3 << 30,
+                    available: 1 << 30,
+                },
+                4,
+                "3072 MiB",
+            ),
+            (
+                TrainError::Read {
+                    path: path.clone(),
+                    source: denied(),
+                },
+                5,
+                "runs/x-1: cannot read",
+            ),
+            (
+                TrainError::Write {
+                    path: path.clone(),
+                    source: denied(),
+                },
+                5,
+                "runs/x-1: cannot write",
+            ),
+            (CheckpointError::Write { path, source: denied() }.into(), 5, "runs/x-1"),
+            (
+                TrainError::Diverged {
+                    step: 9,
+                    rollbacks: 3,
+                    checkpoint,
+                },
+                6,
+                "runs/x-1/step-9",
+            ),
+            (
+                TrainError::Diverged {
+                    step: 9,
+                    rollbacks: 0,
+                    checkpoint: None,
+                },
+                6,
+                "no good checkpoint",
+            ),
+            (TrainError::Burn("shape".into()), 1, "shape"),
+        ] {
+            assert_eq!(error.exit_code(), code, "{error}");
+            assert!(error.to_string().contains(fragment), "{error}");
+        }
+    }
+}

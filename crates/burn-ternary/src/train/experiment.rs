@@ -1,7 +1,18 @@
 //! An experiment: everything that a run depends on, as strict TOML.
 
-use crate::{data::DataConfig, nn::DuckConfig, quant::QuantConfig, train::{optim::OptimConfig, schedule::ScheduleConfig}};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    data::DataConfig,
+    nn::{DuckConfig, InvalidValue, require},
+    quant::{Estimator, Granularity, QuantConfig, ScaleRule},
+    train::{TrainError, optim::OptimConfig, schedule::ScheduleConfig},
+};
 use serde::{Deserialize, Serialize};
+use toml::Value;
 
 /// One run, complete and explicit: every key is written, an unknown one is an error.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,8 +52,8 @@ pub struct RunConfig {
     pub checkpoint_every: usize,
     /// How many checkpoints are kept.
     pub keep_checkpoints: usize,
-    /// What the text samples start with; `` for none.
-    pub sample_prompt: String,
+    /// What the text samples start with: plain text, or `<|user|>question` to be answered.
+    pub sample_prompts: Vec<String>,
     /// Tokens of a text sample; 0: no samples.
     pub sample_tokens: usize,
     /// A step whose loss exceeds this multiple of its running mean is skipped; 0: never.
@@ -51,4 +62,333 @@ pub struct RunConfig {
     pub max_bad_steps: usize,
     /// After so many returns the run stops with an error, the last good checkpoint kept.
     pub max_rollbacks: usize,
+}
+
+/// What `run.device` may say.
+pub const DEVICES: [&str; 6] = ["auto", "flex", "ndarray", "wgpu", "tch", "cuda"];
+
+/// The largest number of steps, windows and the like.
+const LARGEST_COUNT: usize = 1_000_000_000;
+
+/// The most tokens of one optimizer step; times `LARGEST_COUNT` it still fits 64 bits.
+const LARGEST_STEP: usize = 1 << 32;
+
+impl Experiment {
+    /// Read and validate an experiment file.
+    ///
+    /// # Errors
+    /// [`TrainError::Experiment`] when the file cannot be read, is not UTF-8 or not TOML, a key is unknown, missing or
+    /// of the wrong type, or a value is out of range.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, TrainError> {
+        let (text, origin) = read(path.as_ref())?;
+        let experiment = Self::parse(&text, &origin)?;
+        experiment.validate(&origin)?;
+        Ok(experiment)
+    }
+
+    /// The experiment that `text` spells, its values not yet validated. Errors name `origin` and the line.
+    ///
+    /// # Errors
+    /// [`TrainError::Experiment`] when it is not TOML, or a key is unknown, missing or of the wrong type.
+    pub fn parse(text: &str, origin: &str) -> Result<Self, TrainError> {
+        toml::from_str(text).map_err(|error| {
+            let before = error.span().and_then(|span| text.get(..span.start));
+            let origin = match before {
+                Some(before) => format!("{origin}:{}", 1 + before.matches('\n').count()),
+                None => origin.into(),
+            };
+            TrainError::Experiment {
+                origin,
+                message: describe(error),
+            }
+        })
+    }
+
+    /// Check every value once; what passes can be trained, given its files, device and memory. Errors name `origin`.
+    ///
+    /// # Errors
+    /// [`TrainError::Experiment`] with the first key whose value is out of range, the value and what is allowed.
+    pub fn validate(&self, origin: &str) -> Result<(), TrainError> {
+        self.check()
+            .map_err(|error| experiment_error(origin, error.to_string()))
+    }
+
+    /// Override one key, as in `optim.lr=3e-4`. The value is TOML; a bare word is a string.
+    ///
+    /// # Errors
+    /// [`TrainError::Experiment`] when there is no such key, or the value is of the wrong type. The range is left to
+    /// [`Self::validate`].
+    pub fn set(&mut self, assignment: &str) -> Result<(), TrainError> {
+        let fail = |message| experiment_error(&format!("override `{assignment}`"), message);
+        let parts = assignment.split_once('=').and_then(|(path, value)| {
+            let (section, key) = path.split_once('.')?;
+            Some((section.trim(), key.trim(), value.trim()))
+        });
+        let (section, key, value) =
+            parts.ok_or_else(|| fail("expected section.key=value".into()))?;
+        let mut whole = toml::Table::try_from(&*self).map_err(|e| fail(e.to_string()))?;
+        let sections = names(&whole);
+        let Some(Value::Table(table)) = whole.get_mut(section) else {
+            return Err(fail(format!(
+                "unknown section `{section}`, expected one of {sections}"
+            )));
+        };
+        let keys = names(table);
+        let Some(slot) = table.get_mut(key) else {
+            return Err(fail(format!(
+                "unknown key `{section}.{key}`, expected one of {keys}"
+            )));
+        };
+        *slot = value
+            .parse()
+            .unwrap_or_else(|_| Value::String(value.into()));
+        *self = whole.try_into().map_err(|e| fail(describe(e)))?;
+        Ok(())
+    }
+
+    /// The experiment as TOML; [`Self::parse`] gives it back.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("an experiment is made of tables, lists, strings and numbers")
+    }
+
+    /// The folder of the run: `<out_dir>/<name>-<seed>`.
+    pub fn run_dir(&self) -> PathBuf {
+        Path::new(&self.run.out_dir).join(format!("{}-{}", self.run.name, self.run.seed))
+    }
+
+    fn check(&self) -> Result<(), InvalidValue> {
+        check_data(&self.data)?;
+        self.model.validate().map_err(|e| InvalidValue {
+            key: format!("model.{}", e.key),
+            ..e
+        })?;
+        check_quant(&self.quant, &self.model)?;
+        check_optim(&self.optim)?;
+        check_schedule(&self.schedule)?;
+        check_run(&self.run, self.model.context)
+    }
+}
+
+/// The text of an experiment file, and its name for errors.
+pub(super) fn read(path: &Path) -> Result<(String, String), TrainError> {
+    let origin = path.display().to_string();
+    match fs::read_to_string(path) {
+        Ok(text) => Ok((text, origin)),
+        Err(e) => Err(experiment_error(
+            &origin,
+            format!("expected an experiment in TOML: {e}"),
+        )),
+    }
+}
+
+fn experiment_error(origin: &str, message: String) -> TrainError {
+    TrainError::Experiment {
+        origin: origin.into(),
+        message,
+    }
+}
+
+/// The message of a TOML error on one line, its key first.
+fn describe(mut error: toml::de::Error) -> String {
+    // With its input an error draws the line; without, it says `in key` below the message.
+    error.set_input(None);
+    let text = error.to_string();
+    let (message, key) = text.split_once("\nin ").unwrap_or((&text, ""));
+    let message = message.trim_end().replace('\n', " ");
+    match key.trim_end() {
+        "" => message,
+        key => format!("in {key}: {message}"),
+    }
+}
+
+fn names(table: &toml::Table) -> String {
+    table
+        .keys()
+        .map(|key| format!("`{key}`"))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+/// 1 to a thousand millions.
+fn count(key: &str, n: usize) -> Result<(), InvalidValue> {
+    let holds = (1..=LARGEST_COUNT).contains(&n);
+    require(holds, key, n, format!("1 to {LARGEST_COUNT}"))
+}
+
+/// 0, which has a meaning of its own, to a thousand millions.
+fn count_or_zero(key: &str, n: usize) -> Result<(), InvalidValue> {
+    require(n <= LARGEST_COUNT, key, n, format!("0 to {LARGEST_COUNT}"))
+}
+
+fn fraction(key: &str, x: f64) -> Result<(), InvalidValue> {
+    require((0.0..=1.0).contains(&x), key, x, "0 to 1")
+}
+
+fn below_one(key: &str, x: f64) -> Result<(), InvalidValue> {
+    require((0.0..1.0).contains(&x), key, x, "at least 0 and below 1")
+}
+
+fn positive(key: &str, x: f64) -> Result<(), InvalidValue> {
+    require(x > 0.0 && x.is_finite(), key, x, "a finite number above 0")
+}
+
+fn not_negative(key: &str, x: f64) -> Result<(), InvalidValue> {
+    require(
+        x >= 0.0 && x.is_finite(),
+        key,
+        x,
+        "a finite number, at least 0",
+    )
+}
+
+fn check_data(data: &DataConfig) -> Result<(), InvalidValue> {
+    let named = |paths: &[String]| paths.iter().all(|path| !path.is_empty());
+    require(
+        !data.train.is_empty() && named(&data.train),
+        "data.train",
+        &data.train,
+        "at least one file or folder, or \"embedded\"",
+    )?;
+    require(
+        named(&data.valid),
+        "data.valid",
+        &data.valid,
+        "files or folders",
+    )?;
+    let share = data.valid_fraction > 0.0 && data.valid_fraction <= 0.5;
+    require(
+        share,
+        "data.valid_fraction",
+        data.valid_fraction,
+        "above 0, at most 0.5",
+    )?;
+    let tokenizer = data.tokenizer.as_str();
+    require(
+        matches!(tokenizer, "byte" | "char" | "bpe") || tokenizer.ends_with(".json"),
+        "data.tokenizer",
+        tokenizer,
+        "byte, char, bpe or the path of a tokenizer.json",
+    )?;
+    require(
+        (257..=1 << 20).contains(&data.bpe_vocab_size),
+        "data.bpe_vocab_size",
+        data.bpe_vocab_size,
+        "257 (all bytes and a special token) to 1048576",
+    )
+}
+
+fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidValue> {
+    if let Granularity::PerGroup(size) = quant.granularity {
+        // The inputs of all quantized linear layers are as wide as one of these two.
+        let (d_model, d_ff) = (model.d_model, model.d_ff);
+        require(
+            size > 0 && d_model.is_multiple_of(size) && d_ff.is_multiple_of(size),
+            "quant.granularity",
+            quant.granularity,
+            format!("a per_group that divides d_model = {d_model} and d_ff = {d_ff}"),
+        )?;
+    }
+    let open = quant.threshold > 0.0 && quant.threshold < 1.0;
+    require(
+        open,
+        "quant.threshold",
+        quant.threshold,
+        "above 0 and below 1",
+    )?;
+    let learned = matches!(quant.scale, ScaleRule::Learned | ScaleRule::Seq);
+    require(
+        learned || quant.estimator == Estimator::Identity,
+        "quant.estimator",
+        quant.estimator,
+        "identity, for only the scales learned and seq have a clipping range",
+    )?;
+    not_negative("quant.quantization_penalty", quant.quantization_penalty)?;
+    not_negative("quant.scale_penalty", quant.scale_penalty)
+}
+
+fn check_optim(optim: &OptimConfig) -> Result<(), InvalidValue> {
+    positive("optim.lr", optim.lr)?;
+    positive("optim.muon_lr", optim.muon_lr)?;
+    below_one("optim.muon_momentum", optim.muon_momentum)?;
+    below_one("optim.beta1", optim.beta1)?;
+    below_one("optim.beta2", optim.beta2)?;
+    positive("optim.epsilon", optim.epsilon)?;
+    not_negative("optim.weight_decay", optim.weight_decay)?;
+    not_negative("optim.clip_norm", optim.clip_norm)?;
+    not_negative("optim.z_loss", optim.z_loss)
+}
+
+fn check_schedule(schedule: &ScheduleConfig) -> Result<(), InvalidValue> {
+    count_or_zero("schedule.warmup_steps", schedule.warmup_steps)?;
+    fraction("schedule.decay_fraction", schedule.decay_fraction)?;
+    fraction("schedule.min_lr_ratio", schedule.min_lr_ratio)?;
+    fraction("schedule.weight_decay_until", schedule.weight_decay_until)?;
+    fraction("schedule.float_until", schedule.float_until)?;
+    fraction("schedule.ramp_until", schedule.ramp_until)?;
+    let (from, to) = (schedule.float_until, schedule.ramp_until);
+    require(
+        to == 0.0 || to >= from,
+        "schedule.ramp_until",
+        to,
+        format!("0 (a switch) or at least float_until = {from}"),
+    )
+}
+
+fn check_run(run: &RunConfig, context: usize) -> Result<(), InvalidValue> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    require(
+        (1..=100).contains(&run.name.len())
+            && !run.name.starts_with('.')
+            && run.name.chars().all(plain),
+        "run.name",
+        &run.name,
+        "a plain file name of 1 to 100 letters, digits, `-`, `_` and `.`, not beginning with `.`",
+    )?;
+    require(
+        !run.out_dir.is_empty(),
+        "run.out_dir",
+        &run.out_dir,
+        "a folder, `.` for the current one",
+    )?;
+    // TOML's integers have a sign.
+    require(
+        i64::try_from(run.seed).is_ok(),
+        "run.seed",
+        run.seed,
+        format!("0 to {}", i64::MAX),
+    )?;
+    require(
+        DEVICES.contains(&run.device.as_str()),
+        "run.device",
+        &run.device,
+        format!("one of {}", DEVICES.join(", ")),
+    )?;
+    count("run.steps", run.steps)?;
+    count("run.batch_size", run.batch_size)?;
+    count("run.accumulation", run.accumulation)?;
+    let tokens = run
+        .batch_size
+        .checked_mul(run.accumulation)
+        .and_then(|n| n.checked_mul(context));
+    require(
+        tokens.is_some_and(|n| n <= LARGEST_STEP),
+        "run.batch_size",
+        run.batch_size,
+        format!("at most {LARGEST_STEP} tokens a step (batch_size * accumulation * context)"),
+    )?;
+    count("run.log_every", run.log_every)?;
+    count("run.eval_every", run.eval_every)?;
+    count_or_zero("run.eval_windows", run.eval_windows)?;
+    count("run.checkpoint_every", run.checkpoint_every)?;
+    count("run.keep_checkpoints", run.keep_checkpoints)?;
+    count_or_zero("run.sample_tokens", run.sample_tokens)?;
+    let spike = run.spike_factor == 0.0 || (run.spike_factor > 1.0 && run.spike_factor.is_finite());
+    require(
+        spike,
+        "run.spike_factor",
+        run.spike_factor,
+        "0 (never) or a finite number above 1",
+    )?;
+    count("run.max_bad_steps", run.max_bad_steps)?;
+    count_or_zero("run.max_rollbacks", run.max_rollbacks)
 }

@@ -11,13 +11,13 @@ pub mod optim;
 pub mod plot;
 pub mod progress;
 pub mod report;
-pub mod run;
+mod run;
 pub mod schedule;
-pub mod step;
+mod step;
 mod strategy;
 
 pub use command::TrainCommand;
 pub use error::TrainError;
 pub use experiment::Experiment;
 pub use run::{RunOptions, run, train_duck_quantized};
-pub use step::QuantizationTrainer;
+pub use step::{LanguageModel, QuantizationTrainer, SpikeGuard};

@@ -1,0 +1,299 @@
+//! The command line of training: an experiment file, and what overrides it.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use crate::train::{self, Experiment, RunOptions, TrainError, experiment, report::RunResult};
+use toml::Value;
+
+/// What is trained when no file is named.
+const DEFAULT: &str = include_str!(concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/experiments/00-default.toml"
+));
+
+const EXAMPLES: &str = "\
+Examples:
+  train                                              the default experiment, on the embedded texts
+  train experiments/11-shakespeare-ternary.toml --seed 2
+  train --data my_texts/ --tokenizer bpe --epochs 5 --set run.name=mine
+  train --set quant.scale=learned --set quant.granularity='{ per_group = 64 }' --out scale_runs
+  train experiments/30-duck-persona.toml --resume    go on where that run stopped
+
+Exit codes: 2 usage or experiment, 3 data, 4 device or memory, 5 disk, 6 diverged, 1 anything else.";
+
+/// Train a language model with ternary weights.
+///
+/// A run leaves its metrics, checkpoints and result in OUT_DIR/NAME-SEED.
+#[derive(Clone, Debug, Default, clap::Parser)]
+#[command(after_help = EXAMPLES)]
+pub struct TrainCommand {
+    /// Experiment file; without it, the small default experiment
+    pub experiment: Option<PathBuf>,
+    /// Train on this .txt or .jsonl file, or folder of them; a share is held out for validation (repeatable)
+    #[arg(long, value_name = "FILE_OR_FOLDER")]
+    pub data: Vec<String>,
+    /// byte, char, bpe (trained on the texts) or the path of a tokenizer.json
+    #[arg(long)]
+    pub tokenizer: Option<String>,
+    /// Train for so many passes over the training text; fractions are fine
+    #[arg(long, value_name = "N", conflicts_with = "steps", value_parser = epochs)]
+    pub epochs: Option<f64>,
+    /// Train for so many optimizer steps
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// Windows a forward pass
+    #[arg(long, value_name = "N")]
+    pub batch_size: Option<usize>,
+    /// Peak learning rate of AdamW (that of Muon: --set optim.muon_lr=...)
+    #[arg(long, allow_negative_numbers = true)]
+    pub lr: Option<f64>,
+    /// auto, flex, ndarray, wgpu, tch or cuda, of those that were compiled in
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Seed of weights, data order and dropout; part of the run folder's name
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Continue the run folder from its last good checkpoint
+    #[arg(long, conflicts_with = "overwrite")]
+    pub resume: bool,
+    /// Start anew in an existing run folder; the old one is moved to FOLDER.old-N, never deleted
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Folder in which run folders are made
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<String>,
+    /// Override any other key, after the flags above (repeatable); the value is TOML, a bare word is a string
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Print nothing but warnings, errors and the summary
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+fn epochs(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(n) if n > 0.0 && n.is_finite() => Ok(n),
+        _ => Err("expected a number above 0".into()),
+    }
+}
+
+impl TrainCommand {
+    /// The experiment that this command line describes, validated. `epochs` is not in it: steps an epoch are known
+    /// once the texts are tokens.
+    ///
+    /// # Errors
+    /// [`TrainError::Experiment`] when the file or an override is not what it has to be.
+    pub fn experiment(&self) -> Result<Experiment, TrainError> {
+        let (text, origin) = match &self.experiment {
+            Some(path) => experiment::read(path)?,
+            None => (DEFAULT.into(), "the default experiment".into()),
+        };
+        let mut experiment = Experiment::parse(&text, &origin)?;
+        let overrides = self.overrides();
+        for assignment in &overrides {
+            experiment.set(assignment)?;
+        }
+        experiment.validate(&match overrides.is_empty() {
+            true => origin,
+            false => format!("{origin}, overridden by {}", overrides.join(" ")),
+        })?;
+        Ok(experiment)
+    }
+
+    /// Does what the command line says: claims the run folder and runs the experiment.
+    ///
+    /// # Errors
+    /// Every [`TrainError`].
+    pub fn run(&self) -> Result<RunResult, TrainError> {
+        let experiment = self.experiment()?;
+        self.claim(&experiment.run_dir())?;
+        train::run(experiment, &RunOptions { resume: self.resume, quiet: self.quiet, epochs: self.epochs })
+    }
+
+    /// The named flags, then `--set`, as assignments.
+    fn overrides(&self) -> Vec<String> {
+        fn value<T: Clone + Into<Value>>(flag: &Option<T>) -> Option<String> {
+            flag.clone().map(|value| value.into().to_string())
+        }
+        let texts = (!self.data.is_empty()).then(|| Value::from(self.data.clone()).to_string());
+        [
+            ("data.valid", texts.as_ref().map(|_| "[]".into())),
+            ("data.train", texts),
+            ("data.tokenizer", value(&self.tokenizer)),
+            ("run.steps", self.steps.map(|n| n.to_string())),
+            ("run.batch_size", self.batch_size.map(|n| n.to_string())),
+            ("optim.lr", value(&self.lr)),
+            ("run.device", value(&self.device)),
+            ("run.seed", self.seed.map(|n| n.to_string())),
+            ("run.out_dir", value(&self.out)),
+        ]
+        .into_iter()
+        .filter_map(|(key, value)| Some(format!("{key}={}", value?)))
+        .chain(self.set.iter().cloned())
+        .collect()
+    }
+
+    /// Make way for a run in `run_dir`: an empty or missing folder is free, `--resume` keeps what is there,
+    /// `--overwrite` moves it to `<run_dir>.old-N`.
+    ///
+    /// # Errors
+    /// [`TrainError::NotEmpty`] when there is a run and neither flag says what becomes of it; [`TrainError::Read`] and
+    /// [`TrainError::Write`] when the folder cannot be listed or moved.
+    pub fn claim(&self, run_dir: &Path) -> Result<(), TrainError> {
+        let path = run_dir.to_path_buf();
+        let free = match fs::read_dir(run_dir) {
+            Ok(mut entries) => entries.next().is_none(),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => true,
+            Err(source) => return Err(TrainError::Read { path, source }),
+        };
+        if free || self.resume {
+            return Ok(());
+        }
+        if !self.overwrite {
+            return Err(TrainError::NotEmpty { path });
+        }
+        let old = |n: usize| {
+            let mut name = run_dir.as_os_str().to_owned();
+            name.push(format!(".old-{n}"));
+            PathBuf::from(name)
+        };
+        let aside = (1..)
+            .map(old)
+            .find(|old| fs::symlink_metadata(old).is_err());
+        let aside = aside.expect("numbers do not end");
+        fs::rename(run_dir, aside).map_err(|source| TrainError::Write { path, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{CommandFactory, Parser};
+
+    fn command(arguments: &[&str]) -> TrainCommand {
+        TrainCommand::try_parse_from([&["train"], arguments].concat()).unwrap()
+    }
+
+    #[test]
+    fn no_arguments_mean_the_default_experiment() {
+        TrainCommand::command().debug_assert();
+        assert_eq!(
+            command(&[]).experiment().unwrap(),
+            Experiment::parse(DEFAULT, "").unwrap()
+        );
+    }
+
+    #[test]
+    fn each_flag_changes_its_key_and_nothing_else() {
+        let default = command(&[]).experiment().unwrap();
+        type Change = fn(&mut Experiment);
+        let changes: [(&[&str], Change); 10] = [
+            (&["--tokenizer", "byte"], |e| {
+                e.data.tokenizer = "byte".into()
+            }),
+            (&["--steps", "7"], |e| e.run.steps = 7),
+            (&["--batch-size", "3"], |e| e.run.batch_size = 3),
+            (&["--lr", "1e-4"], |e| e.optim.lr = 1e-4),
+            (&["--lr", "2"], |e| e.optim.lr = 2.0),
+            (&["--device", "wgpu"], |e| e.run.device = "wgpu".into()),
+            (&["--seed", "99"], |e| e.run.seed = 99),
+            (&["--out", "2024"], |e| e.run.out_dir = "2024".into()),
+            (&["--epochs", "0.5"], |_| ()),
+            (&["--data", "a \"b\".txt", "--data", r"c\d"], |e| {
+                e.data.train = vec!["a \"b\".txt".into(), r"c\d".into()];
+                e.data.valid = vec![];
+            }),
+        ];
+        for (arguments, change) in changes {
+            let mut expected = default.clone();
+            change(&mut expected);
+            assert_eq!(
+                command(arguments).experiment().unwrap(),
+                expected,
+                "{arguments:?}"
+            );
+        }
+        assert_eq!(command(&["--epochs", "0.5"]).epochs, Some(0.5));
+    }
+
+    #[test]
+    fn set_comes_after_the_flags_and_in_order() {
+        let experiment = command(&[
+            "--set",
+            "run.steps=5",
+            "--steps",
+            "4",
+            "--set",
+            "run.steps=6",
+        ])
+        .experiment()
+        .unwrap();
+        assert_eq!(experiment.run.steps, 6);
+    }
+
+    #[test]
+    fn bad_arguments_are_usage_errors() {
+        for arguments in [
+            &["--epochs", "0"][..],
+            &["--epochs", "nan"],
+            &["--epochs", "1", "--steps", "1"],
+            &["--steps", "-1"],
+            &["--resume", "--overwrite"],
+            &["--what"],
+        ] {
+            let parsed = TrainCommand::try_parse_from([&["train"], arguments].concat());
+            assert_eq!(parsed.unwrap_err().exit_code(), 2, "{arguments:?}");
+        }
+        for (arguments, fragment) in [
+            (&["--lr", "nan"][..], "`optim.lr` is nan"),
+            (&["--lr", "-1"], "`optim.lr` is -1.0"),
+            (
+                &["--steps", "0"],
+                "overridden by run.steps=0: `run.steps` is 0",
+            ),
+            (&["--device", "tpu"], "one of auto, flex"),
+            (&["--seed", "18446744073709551615"], "run.seed"),
+            (&["--set", "optim.lrr=1"], "unknown key `optim.lrr`"),
+            (&["--set", "lr"], "expected section.key=value"),
+            (&["missing.toml"], "missing.toml: expected an experiment"),
+        ] {
+            let error = command(arguments).experiment().unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(fragment), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_run_folder_is_never_lost() {
+        let home = tempfile::tempdir().unwrap();
+        let run = home.path().join("x-1");
+        let names = || {
+            let entries = fs::read_dir(home.path()).unwrap();
+            let mut names: Vec<_> = entries
+                .map(|e| e.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        };
+        command(&[]).claim(&run).unwrap();
+        fs::create_dir(&run).unwrap();
+        command(&[]).claim(&run).unwrap();
+        fs::write(run.join("metrics.jsonl"), "first").unwrap();
+        assert!(matches!(
+            command(&[]).claim(&run),
+            Err(TrainError::NotEmpty { .. })
+        ));
+        command(&["--resume"]).claim(&run).unwrap();
+        assert_eq!(names(), ["x-1"]);
+        command(&["--overwrite"]).claim(&run).unwrap();
+        fs::create_dir(&run).unwrap();
+        fs::write(run.join("metrics.jsonl"), "second").unwrap();
+        command(&["--overwrite"]).claim(&run).unwrap();
+        assert_eq!(names(), ["x-1.old-1", "x-1.old-2"]);
+        let old = home.path().join("x-1.old-1/metrics.jsonl");
+        assert_eq!(fs::read_to_string(old).unwrap(), "first");
+    }
+}
