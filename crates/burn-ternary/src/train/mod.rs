@@ -13,6 +13,7 @@ pub mod progress;
 pub mod report;
 mod run;
 pub mod schedule;
+mod saved;
 mod step;
 mod strategy;
 
@@ -20,4 +21,5 @@ pub use command::TrainCommand;
 pub use error::TrainError;
 pub use experiment::Experiment;
 pub use run::{RunOptions, run, train_duck_quantized};
+pub use saved::SavedRun;
 pub use step::{LanguageModel, QuantizationTrainer, SpikeGuard};

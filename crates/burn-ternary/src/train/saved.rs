@@ -1,0 +1,43 @@
+use super::checkpoint::Checkpoints;
+use super::schedule::Schedule;
+use super::step::TrainPlan;
+use super::{Experiment, TrainError};
+use crate::data::tokenizer::Tokenizer;
+use crate::nn::DuckQuantized;
+use crate::quant::Dial;
+use burn::module::Module;
+use burn::tensor::Device;
+use std::path::Path;
+
+/// What a run folder holds, for use after the run.
+pub struct SavedRun {
+    pub experiment: Experiment,
+    pub tokenizer: Tokenizer,
+    /// The model of the last good checkpoint, without autodiff.
+    pub model: DuckQuantized,
+}
+
+impl SavedRun {
+    /// Opens a run folder; the model goes to `device`.
+    ///
+    /// # Errors
+    /// `Experiment`, `Data`, `Checkpoint`: the folder's files are missing or not as the run left them.
+    pub fn open(run_dir: &Path, device: &Device) -> Result<Self, TrainError> {
+        let experiment = Experiment::load(run_dir.join("experiment.toml"))?;
+        let tokenizer = Tokenizer::load(&run_dir.join("tokenizer.json"))?;
+        let checkpoints = run_dir.join("checkpoints");
+        let loaded = Checkpoints::open(&checkpoints, experiment.run.keep_checkpoints)?.latest_good()?;
+        let loaded = loaded.ok_or_else(|| TrainError::Experiment {
+            origin: checkpoints.display().to_string(),
+            message: "expected a checkpoint, found none yet".into(),
+        })?;
+        let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
+        let plan = TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default() };
+        let lambda = plan.schedule.lambda(loaded.state.step.saturating_sub(1));
+        let model = experiment.model.init(&experiment.quant, experiment.run.seed, &device.clone().autodiff());
+        let (learner, _) = plan.resume(model, loaded)?;
+        let model = learner.model().model.valid();
+        model.lambda().set(lambda as f32);
+        Ok(Self { experiment, tokenizer, model })
+    }
+}
