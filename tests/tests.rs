@@ -1,1 +1,5 @@
+mod backends;
 mod experiments;
+mod gradients;
+mod oracle;
+mod parity;

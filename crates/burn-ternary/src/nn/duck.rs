@@ -197,3 +197,246 @@ impl ModelSize {
         self.fp32_bytes() as f64 / self.packed_bytes() as f64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::Activation;
+    use crate::quant::{ActivationPrecision, Granularity, ScaleRule};
+    use burn::tensor::TensorData;
+
+    const FAMILIES: [Family; 3] = [Family::Gpt2, Family::Llama, Family::Bitnet];
+    const PRECISIONS: [TablePrecision; 4] =
+        [TablePrecision::Float, TablePrecision::Int8, TablePrecision::Int4, TablePrecision::Ternary];
+
+    fn device() -> Device {
+        crate::device::device("flex").unwrap()
+    }
+
+    fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+        tensor.into_data().iter::<f32>().collect()
+    }
+
+    fn tiny(family: Family) -> DuckConfig {
+        DuckConfig {
+            family,
+            vocab_size: 11,
+            context: 9,
+            d_model: 16,
+            n_layers: 2,
+            n_heads: 4,
+            n_kv_heads: if family == Family::Gpt2 { 4 } else { 2 },
+            d_ff: 24,
+            activation: if family == Family::Gpt2 { Activation::Gelu } else { Activation::Swiglu },
+            ..DuckConfig::duck_tiny()
+        }
+    }
+
+    fn logits(model: &DuckQuantized, rows: &[&[i32]]) -> Vec<f32> {
+        let shape = [rows.len(), rows[0].len()];
+        let ids = Tensor::from_data(TensorData::new(rows.concat(), shape), &model.embedding.device());
+        let logits = model.forward(ids);
+        assert_eq!(logits.dtype(), FloatDType::F32.into());
+        values(logits)
+    }
+
+    fn distance(a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len());
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, |worst, d| if d.is_nan() { d } else { worst.max(d) })
+    }
+
+    /// Float, ternary, and ternary with activations whose scales could leak from one token to another.
+    fn quants() -> [QuantConfig; 3] {
+        let ternary = QuantConfig::default();
+        let int8 = QuantConfig {
+            activations: ActivationPrecision::Int8,
+            input_norm: true,
+            ..QuantConfig::default()
+        };
+        [ternary.clone().float(), ternary, int8]
+    }
+
+    #[test]
+    fn a_later_id_never_changes_an_earlier_logit() {
+        for (family, quant) in FAMILIES.iter().flat_map(|family| quants().map(|quant| (*family, quant))) {
+            let model = tiny(family).init(&quant, 1, &device());
+            let ids = [3, 1, 4, 1, 5, 9, 2, 6];
+            let before = logits(&model, &[&ids]);
+            for position in 0..ids.len() {
+                let mut changed = ids;
+                changed[position] = 10;
+                let after = logits(&model, &[&changed]);
+                let (earlier, later) = (position * 11, (ids.len() - 1) * 11);
+                assert_eq!(before[..earlier], after[..earlier], "{family:?} at {position}");
+                assert!(distance(&before[later..], &after[later..]) > 1e-6, "{family:?} at {position}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_a_batch_are_independent() {
+        for (family, quant) in FAMILIES.iter().flat_map(|family| quants().map(|quant| (*family, quant))) {
+            let model = tiny(family).init(&quant, 2, &device());
+            let row: &[i32] = &[1, 2, 3, 4, 5];
+            let first = logits(&model, &[row, &[10, 0, 0, 7, 7], &[9, 9, 9, 9, 9]]);
+            let second = logits(&model, &[row, &[4, 4, 1, 8, 6], &[2, 10, 2, 0, 3]]);
+            assert_eq!(first[..5 * 11], second[..5 * 11], "{family:?}");
+            // Products of other shapes may round differently, and int8 makes a step of that.
+            if quant.activations == ActivationPrecision::Float {
+                assert!(distance(&first[..5 * 11], &logits(&model, &[row])) < 1e-5, "{family:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn dropout_is_on_in_training_and_off_in_valid() {
+        let config = DuckConfig { dropout: 0.5, ..tiny(Family::Llama) };
+        let quant = QuantConfig::default();
+        let training = config.init(&quant, 3, &device().autodiff());
+        let ids: [&[i32]; 1] = [&[1, 2, 3, 4]];
+        assert!(distance(&logits(&training, &ids), &logits(&training, &ids)) > 1e-3);
+        let without = DuckConfig { dropout: 0.0, ..config }.init(&quant, 3, &device());
+        assert_eq!(logits(&training.valid(), &ids), logits(&without, &ids));
+        assert_eq!(logits(&training.valid(), &ids), logits(&training.valid(), &ids));
+    }
+
+    #[test]
+    fn half_precision_stays_near_f32() {
+        for family in FAMILIES {
+            for quant in quants() {
+                let quant = QuantConfig { embedding: TablePrecision::Int8, ..quant };
+                let of = |compute| {
+                    let model = DuckConfig { compute, ..tiny(family) }.init(&quant, 4, &device());
+                    logits(&model, &[&[1, 2, 3, 4, 5, 6, 7, 8, 9], &[0, 10, 0, 10, 5, 5, 5, 1, 2]])
+                };
+                let full = of(Compute::F32);
+                let largest = full.iter().fold(0f32, |max, x| max.max(x.abs()));
+                for compute in [Compute::Bf16, Compute::F16] {
+                    let error = distance(&of(compute), &full) / largest;
+                    println!(
+                        "{family:?} {compute:?} ternary {}: {error:.1e} of the largest logit",
+                        quant.enabled
+                    );
+                    // Exactly equal would mean that it was not computed in half precision.
+                    assert!(error > 0.0 && error < 3e-2, "{family:?} {compute:?}: {error}");
+                }
+            }
+        }
+    }
+
+    /// A table's row by the definition of its precision.
+    fn by_hand(precision: TablePrecision, row: &[f32]) -> Vec<f32> {
+        let largest = row.iter().fold(0f32, |max, x| max.max(x.abs()));
+        let mean = row.iter().map(|x| x.abs() as f64).sum::<f64>() / row.len() as f64;
+        let (scale, levels) = match precision {
+            TablePrecision::Float => return row.to_vec(),
+            TablePrecision::Int8 => (largest / 127.0, 127.0),
+            TablePrecision::Int4 => (largest / 7.0, 7.0),
+            TablePrecision::Ternary => (half::f16::from_f64(mean).to_f32(), 1.0),
+        };
+        row.iter().map(|x| (x / scale).clamp(-levels, levels).round_ties_even() * scale).collect()
+    }
+
+    #[test]
+    fn quantized_tables_equal_tables_quantized_by_hand() {
+        for (tied, embedding, head) in PRECISIONS
+            .iter()
+            .flat_map(|a| PRECISIONS.iter().flat_map(move |b| [(true, *a, *b), (false, *a, *b)]))
+        {
+            let config = DuckConfig { tied, ..tiny(Family::Llama) };
+            let quant = QuantConfig { embedding, head, ..QuantConfig::default() };
+            let found = logits(&config.init(&quant, 5, &device()), &[&[1, 2, 3, 10, 0]]);
+            let mut model = config.init(&QuantConfig::default(), 5, &device());
+            let quantize = |table: &Param<Tensor<2>>, precision| {
+                let rows = values(table.val());
+                let rows: Vec<f32> = rows.chunks(16).flat_map(|row| by_hand(precision, row)).collect();
+                Param::from_tensor(Tensor::from_data(TensorData::new(rows, [11, 16]), &device()))
+            };
+            model.embedding = quantize(&model.embedding, embedding);
+            model.head = model.head.as_ref().map(|table| quantize(table, head));
+            let error = distance(&found, &logits(&model, &[&[1, 2, 3, 10, 0]]));
+            assert!(error < 1e-6, "tied {tied}, {embedding:?}, {head:?}: {error}");
+            let twin = config.init(&quant.float(), 5, &device());
+            let plain = config.init(&QuantConfig::default().float(), 5, &device());
+            assert_eq!(logits(&twin, &[&[1, 2]]), logits(&plain, &[&[1, 2]]));
+        }
+    }
+
+    #[test]
+    fn sizes_agree_with_the_arithmetic_of_the_configuration() {
+        for (family, tied) in FAMILIES.iter().flat_map(|family| [(*family, true), (*family, false)]) {
+            let config = DuckConfig { tied, ..tiny(family) };
+            let count = config.count();
+            let float = config.init(&QuantConfig::default().float(), 0, &device());
+            assert_eq!(float.num_params(), config.num_params());
+            let size = float.size();
+            assert_eq!((size.parameters, size.matrix_weights), (config.num_params(), count.matrices));
+            assert_eq!(
+                (size.packed_bytes(), size.fp32_bytes()),
+                (4 * config.num_params(), 4 * config.num_params())
+            );
+            assert_eq!((size.compression(), size.bits_per_weight()), (1.0, 32.0));
+
+            for (scale, granularity) in [
+                (ScaleRule::Absmean, Granularity::PerChannel),
+                (ScaleRule::Learned, Granularity::PerGroup(8)),
+            ] {
+                let (embedding, head) = (TablePrecision::Int8, TablePrecision::Int4);
+                let quant = QuantConfig { scale, granularity, embedding, head, ..QuantConfig::default() };
+                let model = config.init(&quant, 0, &device());
+                let dims = model.linears().into_iter().map(|(_, linear)| linear.weight.dims());
+                let packed = dims.map(|[d_input, d_output]| {
+                    let groups = if granularity == Granularity::PerChannel { 1 } else { d_input / 8 };
+                    [(d_input * d_output).div_ceil(5), groups * d_output]
+                });
+                let [codes, scales] = packed.fold([0, 0], |[a, b], [c, d]| [a + c, b + d]);
+                let learned = if scale == ScaleRule::Learned { scales } else { 0 };
+                assert_eq!(model.num_params(), config.num_params() + learned);
+                let size = model.size();
+                assert_eq!((size.parameters, size.matrix_weights), (config.num_params(), count.matrices));
+                assert_eq!(size.matrix_bytes, codes + 2 * scales);
+                assert_eq!(size.table_bytes, 11 * (16 + 2) + if tied { 0 } else { 11 * (8 + 2) });
+                assert_eq!(size.other_bytes, 4 * count.other);
+                assert_eq!(size.packed_bytes(), size.matrix_bytes + size.table_bytes + size.other_bytes);
+                assert_eq!(size.compression(), size.fp32_bytes() as f64 / size.packed_bytes() as f64);
+            }
+        }
+    }
+
+    #[test]
+    fn linears_are_named_in_the_order_of_the_forward_pass() {
+        let names = |family: Family| -> Vec<String> {
+            let model = tiny(family).init(&QuantConfig::default(), 0, &device());
+            model.linears().into_iter().map(|(name, _)| name).collect()
+        };
+        let attention = ["attention.query", "attention.key", "attention.value", "attention.output"];
+        let path = |block: usize, name: &str| format!("transformer.blocks.{block}.{name}");
+        for (family, feed_forward) in [
+            (Family::Gpt2, &["feed_forward.up", "feed_forward.down"][..]),
+            (Family::Llama, &["feed_forward.gate", "feed_forward.up", "feed_forward.down"]),
+        ] {
+            let expected: Vec<String> = (0..2)
+                .flat_map(|block| attention.iter().chain(feed_forward).map(move |name| path(block, name)))
+                .collect();
+            assert_eq!(names(family), expected);
+        }
+    }
+
+    #[test]
+    fn a_seed_gives_one_model_and_the_twin_starts_from_the_same_weights() {
+        let config = tiny(Family::Bitnet);
+        let weights = |quant: &QuantConfig, seed| {
+            let model = config.init(quant, seed, &device());
+            let linears: Vec<_> =
+                model.linears().into_iter().flat_map(|(_, l)| values(l.weight.val())).collect();
+            (values(model.embedding.val()), linears)
+        };
+        let ternary = weights(&QuantConfig::default(), 7);
+        assert_eq!(ternary, weights(&QuantConfig::default(), 7));
+        assert_eq!(ternary, weights(&QuantConfig::default().float(), 7));
+        assert_ne!(ternary, weights(&QuantConfig::default(), 8));
+    }
+}

@@ -114,7 +114,8 @@ impl QuantizedLinear {
         let weights = self.config.d_input * self.config.d_output;
         match &self.quantizer {
             Some(quantizer) => {
-                weights.div_ceil(5) + 2 * quantizer.granularity().scales([self.config.d_input, self.config.d_output])
+                weights.div_ceil(5)
+                    + 2 * quantizer.granularity().scales([self.config.d_input, self.config.d_output])
             }
             None => weights * 4,
         }
@@ -137,8 +138,172 @@ impl QuantizedLinear {
 }
 
 /// `[rows, columns]` of normal deviates from a seeded host generator.
-pub(super) fn normal(rng: &mut impl Rng, [rows, columns]: [usize; 2], std: f64, device: &Device) -> Tensor<2> {
+pub(super) fn normal(
+    rng: &mut impl Rng,
+    [rows, columns]: [usize; 2],
+    std: f64,
+    device: &Device,
+) -> Tensor<2> {
     let normal = Normal::new(0.0f32, std as f32).expect("a finite standard deviation");
     let values: Vec<f32> = (0..rows * columns).map(|_| normal.sample(rng)).collect();
     Tensor::from_data(burn::tensor::TensorData::new(values, [rows, columns]), device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::Granularity;
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    fn device() -> Device {
+        crate::device::device("flex").unwrap()
+    }
+
+    fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+        tensor.into_data().iter::<f64>().collect()
+    }
+
+    fn layer(dims: [usize; 2], quant: QuantConfig, lambda: &Dial) -> QuantizedLinear {
+        let [d_input, d_output] = dims;
+        let compute = Compute::F32;
+        let config = QuantizedLinearConfig {
+            d_input,
+            d_output,
+            bias: true,
+            std: 0.3,
+            compute,
+            quant,
+            lambda: lambda.clone(),
+        };
+        let mut layer = config.init(&mut ChaCha8Rng::seed_from_u64(3), &device());
+        layer.bias = Some(Param::from_tensor(random([d_output])));
+        layer
+    }
+
+    /// Always the same numbers: a tie of int8 rounding that came by chance would look like an error.
+    fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+        let rng = &mut ChaCha8Rng::seed_from_u64(11);
+        normal(rng, [shape.iter().product(), 1], 1.0, &device()).reshape(shape)
+    }
+
+    fn with(granularity: Granularity) -> QuantConfig {
+        QuantConfig { granularity, ..QuantConfig::default() }
+    }
+
+    /// Rows of activations after the RMS norm without parameters and the int8 round trip that `quant` asks for.
+    fn prepared(row: &[f64], quant: &QuantConfig) -> Vec<f64> {
+        let mut row = row.to_vec();
+        if quant.input_norm {
+            let root = (row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64 + 1e-6).sqrt();
+            row.iter_mut().for_each(|x| *x /= root);
+        }
+        if quant.enabled && quant.activations == ActivationPrecision::Int8 {
+            let scale = row.iter().fold(0f64, |max, x| max.max(x.abs())) / 127.0;
+            row.iter_mut().for_each(|x| *x = (*x / scale).round_ties_even() * scale);
+        }
+        row
+    }
+
+    #[test]
+    fn forward_multiplies_prepared_rows_by_the_effective_weight() {
+        let [d_input, d_output] = [24, 7];
+        let mut quants = vec![QuantConfig::default().float()];
+        for granularity in [Granularity::PerTensor, Granularity::PerChannel, Granularity::PerGroup(8)] {
+            for (input_norm, activations) in [
+                (false, ActivationPrecision::Float),
+                (true, ActivationPrecision::Float),
+                (false, ActivationPrecision::Int8),
+                (true, ActivationPrecision::Int8),
+            ] {
+                quants.push(QuantConfig { input_norm, activations, ..with(granularity) });
+                quants.push(quants.last().unwrap().clone().float());
+            }
+        }
+        for quant in quants {
+            let layer = layer([d_input, d_output], quant.clone(), &Dial::default());
+            let input = random([3, 5, d_input]).mul_scalar(2.5);
+            let output = layer.forward(input.clone());
+            assert_eq!(output.dims(), [3, 5, d_output]);
+            let (weight, bias) =
+                (values(layer.effective_weight()), values(layer.bias.as_ref().unwrap().val()));
+            let rows = values(input);
+            for (input, output) in rows.chunks(d_input).zip(values(output).chunks(d_output)) {
+                let input = prepared(input, &quant);
+                for (channel, found) in output.iter().enumerate() {
+                    let products = input.iter().enumerate().map(|(i, x)| x * weight[i * d_output + channel]);
+                    let expected = products.sum::<f64>() + bias[channel];
+                    assert!((found - expected).abs() < 1e-4, "{found} for {expected}: {quant:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_effective_weight_is_scale_times_code_by_group() {
+        let dims = [16, 6];
+        // Who shares a scale with weight (input, channel).
+        let groups: [(Granularity, fn(usize, usize) -> usize); 3] = [
+            (Granularity::PerTensor, |_, _| 0),
+            (Granularity::PerChannel, |_, channel| channel),
+            (Granularity::PerGroup(4), |input, channel| input / 4 * 6 + channel),
+        ];
+        for (granularity, group) in groups {
+            let layer = layer(dims, with(granularity), &Dial::default());
+            let latent = values(layer.weight.val());
+            let group = |index: usize| group(index / dims[1], index % dims[1]);
+            let effective = values(layer.effective_weight());
+            let codes = values(layer.codes().unwrap());
+            for index in 0..latent.len() {
+                let shared = (0..latent.len()).filter(|other| group(*other) == group(index));
+                let magnitudes: Vec<f64> = shared.map(|other| latent[other].abs()).collect();
+                let mean = magnitudes.iter().sum::<f64>() / magnitudes.len() as f64;
+                let scale = half::f16::from_f64(mean).to_f64();
+                let code = (latent[index] / scale).clamp(-1.0, 1.0).round_ties_even();
+                assert_eq!(codes[index], code, "{granularity:?}");
+                assert!((effective[index] - scale * code).abs() < 1e-7, "{granularity:?}");
+            }
+            let zeros = codes.iter().filter(|code| **code == 0.0).count();
+            assert!(zeros > 0);
+            assert!((layer.zero_fraction().unwrap() - zeros as f64 / 96.0).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn packed_size_is_five_codes_a_byte_and_two_bytes_a_scale() {
+        let codes = (128 * 64usize).div_ceil(5);
+        for (granularity, scales) in
+            [(Granularity::PerChannel, 64), (Granularity::PerGroup(64), 2 * 64), (Granularity::PerTensor, 1)]
+        {
+            let layer = layer([128, 64], with(granularity), &Dial::default());
+            let bytes = codes + 2 * scales;
+            assert_eq!(layer.packed_bytes(), bytes);
+            let bits = bytes as f64 * 8.0 / (128.0 * 64.0);
+            assert!((layer.bits_per_weight() - bits).abs() < 1e-12);
+            assert!((layer.compression_ratio() - (128.0 * 64.0 * 4.0) / bytes as f64).abs() < 1e-12);
+            assert!(layer.compression_ratio() < 32.0 / 3f64.log2());
+        }
+        let float = layer([128, 64], QuantConfig::default().float(), &Dial::default());
+        assert_eq!((float.packed_bytes(), float.bits_per_weight()), (128 * 64 * 4, 32.0));
+        assert_eq!(float.compression_ratio(), 1.0);
+        assert!(float.codes().is_none() && float.zero_fraction().is_none());
+    }
+
+    #[test]
+    fn the_dial_goes_from_the_float_layer_to_the_ternary_one() {
+        let quant = QuantConfig { activations: ActivationPrecision::Int8, ..QuantConfig::default() };
+        let dial = Dial::default();
+        let ternary = layer([24, 7], quant.clone(), &dial);
+        let mut float = layer([24, 7], quant.float(), &dial);
+        float.bias = ternary.bias.clone();
+        let input = random([4, 24]);
+        let full = values(ternary.effective_weight());
+        dial.set(0.0);
+        assert_eq!(values(ternary.forward(input.clone())), values(float.forward(input)));
+        dial.set(0.25);
+        let latent = values(float.weight.val());
+        for ((found, latent), full) in values(ternary.effective_weight()).iter().zip(latent).zip(full) {
+            assert!((found - (0.75 * latent + 0.25 * full)).abs() < 1e-6);
+        }
+    }
 }

@@ -32,7 +32,8 @@ impl MixedLayerNorm {
         in_f32(input, |input| {
             let centered = input.clone() - input.mean_dim(D - 1);
             let variance = centered.clone().square().mean_dim(D - 1);
-            centered / variance.add_scalar(self.eps).sqrt() * self.weight.val().unsqueeze() + self.bias.val().unsqueeze()
+            centered / variance.add_scalar(self.eps).sqrt() * self.weight.val().unsqueeze()
+                + self.bias.val().unsqueeze()
         })
     }
 }
@@ -95,4 +96,107 @@ fn in_f32<const D: usize>(input: Tensor<D>, forward: impl FnOnce(Tensor<D>) -> T
         return forward(input);
     }
     forward(input.cast(FloatDType::F32)).cast(dtype)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::{Distribution, TensorData};
+
+    const ROWS: usize = 5;
+
+    fn device() -> Device {
+        crate::device::device("flex").unwrap()
+    }
+
+    fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+        tensor.into_data().iter::<f64>().collect()
+    }
+
+    fn random<const D: usize>(shape: [usize; D], offset: f64, spread: f64) -> Tensor<D> {
+        Tensor::random(shape, Distribution::Normal(offset, spread), &device())
+    }
+
+    /// `[rows, d]` in float64, after `mean` is taken off each row.
+    fn normalized(input: &[f64], d: usize, eps: f64, mean: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+        let row = |row: &[f64]| -> Vec<f64> {
+            let mean = mean(row);
+            let variance = row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / d as f64;
+            row.iter().map(|x| (x - mean) / (variance + eps).sqrt()).collect()
+        };
+        input.chunks(d).flat_map(row).collect()
+    }
+
+    /// Both norms and their float64 references on one input.
+    fn both(input: Tensor<3>, eps: f64) -> [(Tensor<3>, Vec<f64>); 2] {
+        let [_, _, d] = input.dims();
+        let mut layer = MixedLayerNorm::new(d, eps, &device());
+        let mut rms = RmsNorm::new(d, eps, &device());
+        let (weight, bias) = (random([d], 1.0, 0.5), random([d], 0.0, 0.5));
+        layer.weight = Param::from_tensor(weight.clone());
+        layer.bias = Param::from_tensor(bias.clone());
+        rms.weight = Param::from_tensor(weight.clone());
+        let (weight, bias, numbers) = (values(weight), values(bias), values(input.clone()));
+        let centered = normalized(&numbers, d, eps, |row| row.iter().sum::<f64>() / d as f64);
+        let plain = normalized(&numbers, d, eps, |_| 0.0);
+        let layer_reference =
+            centered.iter().enumerate().map(|(i, x)| x * weight[i % d] + bias[i % d]).collect();
+        let rms_reference = plain.iter().enumerate().map(|(i, x)| x * weight[i % d]).collect();
+        [(layer.forward(input.clone()), layer_reference), (rms.forward(input), rms_reference)]
+    }
+
+    #[test]
+    fn norms_agree_with_float64_on_odd_sizes_and_large_means() {
+        // An offset of 1000 leaves 6e-5 for the last place of the input: a variance from squares would be lost.
+        for (sizes, offset, spread, bound) in [
+            (&[1, 2, 7, 33, 129][..], 0.0, 1.0, 1e-5),
+            (&[7, 33, 129], 0.0, 1e-2, 1e-5),
+            (&[1, 7, 33, 129], 1e3, 1.0, 1e-3),
+        ] {
+            for &d in sizes {
+                for (found, expected) in both(random([1, ROWS, d], offset, spread), 1e-5) {
+                    for (found, expected) in values(found).iter().zip(expected) {
+                        let error = (found - expected).abs() / expected.abs().max(1.0);
+                        assert!(
+                            error < bound,
+                            "{found} for {expected}, d {d}, offset {offset}, spread {spread}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_input_has_f32_statistics_and_comes_back_as_bf16() {
+        let bf16 = FloatDType::BF16;
+        for d in [7, 33, 129] {
+            for (offset, spread) in [(0.0, 1.0), (1e3, 100.0)] {
+                let input = random([1, ROWS, d], offset, spread).cast(bf16);
+                for (found, expected) in both(input.clone(), 1e-5) {
+                    assert_eq!(found.dtype(), bf16.into());
+                    for (found, expected) in values(found).iter().zip(expected) {
+                        // Half of the last of eight bits, and what f32 loses.
+                        let bound = expected.abs() / 256.0 + 1e-5;
+                        assert!(
+                            (found - expected).abs() <= bound,
+                            "{found} for {expected}, d {d}, offset {offset}"
+                        );
+                    }
+                }
+                assert_eq!(rms_normalize(input, 1e-6).dtype(), bf16.into());
+            }
+        }
+    }
+
+    #[test]
+    fn a_constant_row_stays_finite() {
+        for (found, expected) in both(Tensor::full([1, 2, 8], 3.0, &device()), 1e-5) {
+            assert!(
+                values(found).iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-5)
+            );
+        }
+        let zeros = rms_normalize(Tensor::<2>::zeros([2, 8], &device()), 1e-6);
+        zeros.into_data().assert_eq(&TensorData::new(vec![0f32; 16], [2, 8]), true);
+    }
 }

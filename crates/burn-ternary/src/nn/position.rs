@@ -43,3 +43,60 @@ impl Rotary {
         input * table(&self.cos) + turned * table(&self.sin)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Distribution;
+
+    fn device() -> Device {
+        crate::device::device("flex").unwrap()
+    }
+
+    fn values(tensor: Tensor<4>) -> Vec<f64> {
+        tensor.into_data().iter::<f64>().collect()
+    }
+
+    #[test]
+    fn pairs_turn_by_the_angle_of_their_position() {
+        for (head_dim, theta, seq) in [(2, 10_000.0, 3), (8, 10_000.0, 512), (6, 500_000.0, 40)] {
+            let input = Tensor::<4>::random([2, 3, seq, head_dim], Distribution::Normal(0.0, 1.0), &device());
+            let found = values(Rotary::new(512, head_dim, theta, &device()).forward(input.clone()));
+            let half = head_dim / 2;
+            let heads = values(input);
+            for (index, (found, input)) in found.chunks(head_dim).zip(heads.chunks(head_dim)).enumerate() {
+                for i in 0..half {
+                    let angle = (index % seq) as f64 * theta.powf(-2.0 * i as f64 / head_dim as f64);
+                    let (x, y) = (input[i], input[i + half]);
+                    let turned = [x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()];
+                    for (found, expected) in [found[i], found[i + half]].iter().zip(turned) {
+                        assert!(
+                            (found - expected).abs() < 2e-6,
+                            "{found} for {expected} at {index}, pair {i}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn scores_depend_on_the_distance_only() {
+        let (seq, head_dim) = (60, 8);
+        let same = |seed: u64| {
+            device().seed(seed);
+            let vector = Tensor::<4>::random([1, 1, 1, head_dim], Distribution::Normal(0.0, 1.0), &device());
+            vector.expand([1, 1, seq, head_dim])
+        };
+        let rotary = Rotary::new(64, head_dim, 10_000.0, &device());
+        let scores = rotary.forward(same(1)).matmul(rotary.forward(same(2)).swap_dims(2, 3));
+        let scores = values(scores);
+        let score = |query: usize, key: usize| scores[query * seq + key];
+        for distance in [0, 1, 7, 30] {
+            for key in 1..seq - distance {
+                assert!((score(key + distance, key) - score(distance, 0)).abs() < 1e-4);
+            }
+        }
+        assert!((score(9, 0) - score(0, 0)).abs() > 1e-2);
+    }
+}

@@ -1,0 +1,397 @@
+//! Promise: every backend gives what flex gives, the ternary ops to the bit; flex, on any number of threads.
+
+use crate::gradients::{collect, ids, loss, tiny};
+use crate::oracle::{cpu, floats, granularities, normal, quantizer, tensor};
+use burn::optim::GradientsParams;
+use burn::tensor::{Device, Tensor};
+use burn_ternary::data::LmBatch;
+use burn_ternary::device;
+use burn_ternary::nn::{DuckQuantized, Family};
+use burn_ternary::ops::{
+    StraightThrough, absmax_quantize, mean_abs, round_scale, ternary_codes, ternary_quantize,
+};
+use burn_ternary::quant::{Estimator, Granularity, QuantConfig, ScaleRule, compute_optimal_scale};
+use burn_ternary::train::QuantizationTrainer;
+use burn_ternary::train::optim::{MatrixOptimizer, OptimConfig};
+use burn_ternary::train::schedule::{ScheduleConfig, Shape};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// The devices of this build that are to agree with [`cpu`]; one that the machine lacks is reported.
+fn others() -> Vec<(&'static str, Device)> {
+    let open = |name| match device::device(name) {
+        Ok(device) => Some((name, device)),
+        Err(error) => {
+            println!("skipped: device {name}: {error}");
+            None
+        }
+    };
+    let others: Vec<_> =
+        device::compiled().into_iter().filter_map(open).filter(|(_, device)| *device != cpu()).collect();
+    if others.is_empty() {
+        println!("skipped: no second device to compare with");
+    }
+    others
+}
+
+#[track_caller]
+fn assert_close(case: &str, got: &[f32], expected: &[f32], relative: f32) {
+    assert_eq!(got.len(), expected.len(), "{case}");
+    let largest = expected.iter().fold(0f32, |max, value| max.max(value.abs()));
+    for (index, (got, expected)) in got.iter().zip(expected).enumerate() {
+        assert!((got - expected).abs() <= relative * largest, "{case}, {index}: {got}, expected {expected}");
+    }
+}
+
+/// Inputs of the ternary ops, with ties, zeros and a mask.
+struct Inputs {
+    shape: [usize; 3],
+    weight: Vec<f32>,
+    scale: Vec<f32>,
+    threshold: Vec<f32>,
+    mask: Vec<f32>,
+    upstream: Vec<f32>,
+}
+
+impl Inputs {
+    fn new(rng: &mut ChaCha8Rng, shape: [usize; 3]) -> Self {
+        let [groups, n, channels] = shape;
+        let count = groups * n * channels;
+        let scale: Vec<f32> = (0..groups * channels).map(|_| rng.random_range(0.01..0.03)).collect();
+        let threshold: Vec<f32> = scale.iter().map(|scale| scale * 0.5).collect();
+        let mut weight = normal(rng, count, 0.02);
+        // At a threshold, one place above and below it, and at the edge of the clipping range.
+        for (index, weight) in weight.iter_mut().enumerate() {
+            let owner = index / channels / n * channels + index % channels;
+            match rng.random_range(0..10) {
+                0 => *weight = threshold[owner],
+                1 => *weight = -threshold[owner].next_up(),
+                2 => *weight = threshold[owner].next_down(),
+                3 => *weight = -scale[owner],
+                4 => *weight = 0.0,
+                5 => *weight = -0.0,
+                _ => {}
+            }
+        }
+        let mask = (0..count).map(|_| f32::from(rng.random_bool(0.6))).collect();
+        Self { shape, weight, scale, threshold, mask, upstream: normal(rng, count, 1.0) }
+    }
+
+    /// Codes, fake quantized weights, the gradient of the weight and that of the scale.
+    fn run(&self, device: &Device, masked: bool, pruned: bool) -> [Vec<f32>; 4] {
+        let device = device.clone().autodiff();
+        let scales = [self.shape[0], 1, self.shape[2]];
+        let weight = tensor(&self.weight, self.shape, &device).require_grad();
+        let scale = tensor(&self.scale, scales, &device).require_grad();
+        let threshold = tensor(&self.threshold, scales, &device);
+        let mask = pruned.then(|| tensor(&self.mask, self.shape, &device));
+        let codes = ternary_codes(weight.clone(), threshold.clone(), mask.clone());
+        let estimator = StraightThrough { clip: 1.0, masked };
+        let output = ternary_quantize(weight.clone(), scale.clone(), threshold, mask, estimator);
+        let grads = (output.clone() * tensor(&self.upstream, self.shape, &device)).sum().backward();
+        [
+            floats(codes),
+            floats(output),
+            floats(weight.grad(&grads).unwrap()),
+            floats(scale.grad(&grads).unwrap()),
+        ]
+    }
+}
+
+#[test]
+fn ternary_ops_and_their_gradients_agree() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(1);
+    let cases = [[1, 1, 1], [1, 35, 1], [1, 33, 7], [4, 6, 5]].map(|shape| Inputs::new(rng, shape));
+    for (name, device) in others() {
+        for inputs in &cases {
+            for (masked, pruned) in [(false, false), (true, true)] {
+                let case = format!("{name} {:?} {masked} {pruned}", inputs.shape);
+                let [codes, quantized, dw, dscale] = inputs.run(&cpu(), masked, pruned);
+                let got = inputs.run(&device, masked, pruned);
+                // Bits but for the sign of zero: the comparison has no division and no sum.
+                assert_eq!(got[0], codes, "codes, {case}");
+                assert_eq!(got[1], quantized, "fake quantized, {case}");
+                assert_eq!(got[2], dw, "dw, {case}");
+                assert_close(&case, &got[3], &dscale, 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn scales_agree() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(2);
+    for (name, device) in others() {
+        for shape in [[1, 35, 1], [1, 33, 7], [4, 6, 5]] {
+            let count = shape.iter().product();
+            let weight = normal(rng, count, 0.02);
+            let means = |device: &Device| floats(mean_abs(tensor(&weight, shape, device)));
+            assert_close(&format!("mean_abs {name} {shape:?}"), &means(&device), &means(&cpu()), 1e-5);
+
+            let scales: Vec<f32> = (0..count).map(|_| rng.random_range(-18f32..18.0).exp2()).collect();
+            let rounded = |device: &Device| floats(round_scale(tensor(&scales, [count, 1, 1], device)));
+            let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+            assert_eq!(bits(rounded(&device)), bits(rounded(&cpu())), "{name}");
+        }
+        let weight = normal(rng, 26 * 7, 0.02);
+        let moment: Vec<f32> = (0..26).map(|_| rng.random_range(0.1..2.0)).collect();
+        for granularity in granularities([26, 7]) {
+            let best = |device: &Device| {
+                let moment = tensor(&moment, [26], device);
+                floats(compute_optimal_scale(tensor(&weight, [26, 7], device), granularity, Some(moment)))
+            };
+            assert_close(
+                &format!("optimal scale {name} {granularity:?}"),
+                &best(&device),
+                &best(&cpu()),
+                1e-5,
+            );
+        }
+    }
+}
+
+#[test]
+fn absmax_quantization_agrees() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(3);
+    for (name, device) in others() {
+        for levels in [127.0, 7.0] {
+            // Between two ties, so that the last place of a quotient decides nothing; the first is the maximum.
+            let mut values: Vec<f32> = (0..5 * 33)
+                .map(|_| rng.random_range(-levels + 1.0..levels).floor() + rng.random_range(-0.4..0.4))
+                .collect();
+            for (index, row) in values.chunks_mut(33).enumerate() {
+                row[0] = levels;
+                row.iter_mut().for_each(|value| *value *= [0.01, 1.0, 37.0, 1e-3, 0.0][index]);
+            }
+            let quantized =
+                |device: &Device| floats(absmax_quantize(tensor(&values, [5, 33], device), levels));
+            for (got, expected) in quantized(&device).chunks(33).zip(quantized(&cpu()).chunks(33)) {
+                assert_close(&format!("{name} {levels}"), got, expected, 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn quantizers_agree() {
+    let values = normal(&mut ChaCha8Rng::seed_from_u64(4), 26 * 7, 0.02);
+    for (name, device) in others() {
+        for rule in
+            [ScaleRule::Absmean, ScaleRule::Absmedian, ScaleRule::Twn, ScaleRule::Learned, ScaleRule::Seq]
+        {
+            for granularity in [Granularity::PerTensor, Granularity::PerChannel, Granularity::PerGroup(13)] {
+                let config = QuantConfig {
+                    scale: rule,
+                    granularity,
+                    estimator: Estimator::Masked,
+                    ..Default::default()
+                };
+                let run = |device: &Device| {
+                    let weight = tensor(&values, [26, 7], device);
+                    let quantizer = quantizer(&config, &weight);
+                    [
+                        floats(quantizer.scales(weight.clone())),
+                        floats(quantizer.codes(weight.clone())),
+                        floats(quantizer.fake_quantize(weight)),
+                    ]
+                };
+                assert_eq!(run(&device), run(&cpu()), "{name} {rule:?} {granularity:?}");
+            }
+        }
+    }
+}
+
+/// Codes, logits, loss and the gradients of all parameters, of a model whose layers are ternary.
+fn run_model(family: Family, device: &Device) -> (Vec<Vec<f32>>, Vec<f32>, f32, Vec<Vec<f32>>) {
+    let device = device.clone().autodiff();
+    let quant = QuantConfig { scale: ScaleRule::Learned, input_norm: true, ..Default::default() };
+    let model = tiny(family).init(&quant, 5, &device);
+    let codes = model.linears().iter().map(|(_, linear)| floats(linear.codes().unwrap())).collect();
+    let logits = floats(model.forward(ids(&[3, 1, 4, 1, 5, 9], [2, 3], &device)));
+    let loss = loss(&model, &device);
+    let grads = GradientsParams::from_grads(loss.backward(), &model);
+    let grads = collect(&grads, &model).into_iter().map(|(_, grad)| grad).collect();
+    (codes, logits, loss.into_scalar::<f32>(), grads)
+}
+
+#[test]
+fn a_ternary_model_agrees_forward_and_backward() {
+    for (name, device) in others() {
+        for family in [Family::Gpt2, Family::Llama, Family::Bitnet] {
+            let (codes, logits, loss, grads) = run_model(family, &cpu());
+            let got = run_model(family, &device);
+            let case = format!("{name} {family:?}");
+            assert_eq!(got.0, codes, "codes, {case}");
+            assert_close(&format!("logits, {case}"), &got.1, &logits, 1e-5);
+            assert!((got.2 - loss).abs() <= 1e-5 * loss, "loss, {case}: {}, {loss}", got.2);
+            assert_eq!(got.3.len(), grads.len());
+            for (index, (got, grad)) in got.3.iter().zip(&grads).enumerate() {
+                assert_close(&format!("gradient {index}, {case}"), got, grad, 1e-5);
+            }
+        }
+    }
+}
+
+/// The losses of the first five steps on batches that all backends see.
+fn train(matrices: MatrixOptimizer, device: &Device) -> Vec<f64> {
+    let optim = OptimConfig {
+        matrices,
+        lr: 3e-3,
+        muon_lr: 0.02,
+        muon_momentum: 0.95,
+        beta1: 0.9,
+        beta2: 0.95,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        clip_norm: 1.0,
+        z_loss: 1e-4,
+    };
+    let schedule = ScheduleConfig {
+        shape: Shape::Cosine,
+        warmup_steps: 2,
+        decay_fraction: 0.2,
+        min_lr_ratio: 0.1,
+        weight_decay_until: 1.0,
+        float_until: 0.0,
+        ramp_until: 0.0,
+    };
+    let device = device.clone().autodiff();
+    let model = tiny(Family::Llama).init(&QuantConfig::default(), 6, &device);
+    let mut trainer = QuantizationTrainer::new(model, &optim, &schedule, 5, 6);
+    let rng = &mut ChaCha8Rng::seed_from_u64(6);
+    let dims = [4, 6];
+    (0..5)
+        .map(|_| {
+            // The next id is the last plus three, from a random start: something to learn.
+            let first: Vec<i32> = (0..24).map(|index| index % 6 * 3 + rng.random_range(0..2)).collect();
+            let next: Vec<i32> = first.iter().map(|id| (id + 3) % 11).collect();
+            let first: Vec<i32> = first.iter().map(|id| id % 11).collect();
+            let batch = LmBatch {
+                inputs: ids(&first, dims, &device),
+                targets: ids(&next, dims, &device),
+                mask: Tensor::ones(dims, &device),
+                tokens: 24,
+                weight: 1.0,
+            };
+            trainer.train_step(vec![batch]).loss
+        })
+        .collect()
+}
+
+#[test]
+fn the_first_losses_of_a_run_agree() {
+    for matrices in [MatrixOptimizer::Muon, MatrixOptimizer::Adamw] {
+        let expected = train(matrices, &cpu());
+        assert!(expected.iter().all(|loss| loss.is_finite()) && expected[4] < expected[0], "{expected:?}");
+        for (name, device) in others() {
+            let losses = train(matrices, &device);
+            for (loss, expected) in losses.iter().zip(&expected) {
+                let close = (loss - expected).abs() <= 1e-3 * expected;
+                assert!(close, "{name} {matrices:?}: {losses:?}, expected {expected:?}");
+            }
+        }
+    }
+}
+
+/// The default bodies run on ndarray; flex has fused ones. Shapes cross the block size, alone and in groups.
+#[cfg(all(feature = "flex", feature = "ndarray"))]
+#[test]
+fn fused_ops_give_what_the_default_bodies_give() {
+    let [flex, plain] = ["flex", "ndarray"].map(|name| device::device(name).unwrap());
+    let rng = &mut ChaCha8Rng::seed_from_u64(7);
+    let shapes =
+        [[1, 1, 1], [1, 40_000, 1], [1, 700, 50], [37, 8, 129], [2, 20_000, 1], [900, 40, 1], [3, 2, 20_000]];
+    for shape in shapes {
+        let inputs = Inputs::new(rng, shape);
+        for pruned in [false, true] {
+            let [fused, default] = [&flex, &plain].map(|device| inputs.run(device, true, pruned));
+            for (what, (fused, default)) in
+                ["codes", "quantized", "dw"].iter().zip(fused.iter().zip(&default))
+            {
+                assert_eq!(fused, default, "{what} {shape:?}");
+            }
+            assert_close("dscale", &fused[3], &default[3], 1e-5);
+        }
+        // Views: the middle of a tensor, and a transposed one.
+        let [groups, n, channels] = shape;
+        let views = |device: &Device| {
+            let base = tensor(&inputs.weight, shape, device);
+            let middle = base.clone().narrow(1, n / 4, n.div_ceil(2));
+            [base.clone(), middle, base.reshape([groups, channels, n]).swap_dims(1, 2)]
+        };
+        for (fused, default) in views(&flex).into_iter().zip(views(&plain)) {
+            let quantized = |weight: Tensor<3>| {
+                let scales = tensor(&inputs.scale, [groups, 1, channels], &weight.device());
+                let threshold = scales.clone() * 0.5;
+                floats(ternary_quantize(weight, scales, threshold, None, StraightThrough::IDENTITY))
+            };
+            assert_eq!(quantized(fused.clone()), quantized(default.clone()), "{shape:?}");
+            let rounded =
+                |weight: Tensor<3>| floats(round_scale(weight.slice([0..groups, 0..1, 0..channels])));
+            assert_eq!(rounded(fused.clone()), rounded(default.clone()), "{shape:?}");
+
+            // ndarray adds up one after the other, so both are held against float64.
+            let values = floats(default.clone());
+            let n = default.dims()[1];
+            let mut means = vec![0f64; groups * channels];
+            for (index, value) in values.iter().enumerate() {
+                means[index / channels / n * channels + index % channels] +=
+                    f64::from(value.abs()) / n as f64;
+            }
+            for (tensor, error) in [(fused.clone(), 1e-6), (default.clone(), 1e-4)] {
+                for (got, mean) in floats(mean_abs(tensor)).iter().zip(&means) {
+                    assert!((f64::from(*got) - mean).abs() <= error * mean, "{shape:?}: {got}, {mean}");
+                }
+            }
+            for levels in [127.0, 7.0] {
+                let [fused, default] =
+                    [&fused, &default].map(|tensor| floats(absmax_quantize(tensor.clone(), levels)));
+                assert_eq!(fused, default, "{shape:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(8);
+    let values = normal(rng, 1000 * 777, 0.02);
+    let run = || {
+        let device = cpu();
+        let weight = || tensor(&values, [1000, 777], &device);
+        let mut results = Vec::new();
+        for granularity in [Granularity::PerTensor, Granularity::PerChannel, Granularity::PerGroup(8)] {
+            let config = QuantConfig { granularity, ..Default::default() };
+            results.push(floats(mean_abs(granularity.view(weight()))));
+            results.push(floats(quantizer(&config, &weight()).fake_quantize(weight())));
+        }
+        results.push(floats(absmax_quantize(weight(), 127.0)));
+        let (_, logits, loss, grads) = run_model(Family::Llama, &device);
+        results.extend([logits, vec![loss]]);
+        results.extend(grads);
+        results.push(train(MatrixOptimizer::Muon, &device).iter().map(|loss| *loss as f32).collect());
+        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        results.into_iter().map(bits).collect::<Vec<_>>()
+    };
+    let [one, two, five] = [1, 2, 5]
+        .map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(run));
+    for (index, expected) in one.iter().enumerate() {
+        assert!(two[index] == *expected, "result {index} differs on two threads");
+        assert!(five[index] == *expected, "result {index} differs on five threads");
+    }
+}
+
+#[test]
+fn every_backend_starts_a_model_from_the_same_bits() {
+    let weights = |device: &Device| -> Vec<Vec<f32>> {
+        let model: DuckQuantized = tiny(Family::Gpt2).init(&QuantConfig::default(), 9, device);
+        let linears = model.linears();
+        let linears = linears.iter().map(|(_, linear)| floats(linear.weight.val()));
+        linears
+            .chain([floats(model.embedding.val()), floats(model.positions.as_ref().unwrap().val())])
+            .collect()
+    };
+    for (name, device) in others() {
+        assert_eq!(weights(&device), weights(&cpu()), "{name}");
+    }
+}

@@ -1,0 +1,437 @@
+//! Promise: gradients are those of the straight-through surrogates, and of the loss in a float model.
+
+use crate::oracle::{cpu, floats, granularities, normal, owners, quantizer, tensor};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::optim::GradientsParams;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_ternary::nn::{Activation, Compute, DuckConfig, DuckQuantized, Family};
+use burn_ternary::ops::{StraightThrough, absmax_quantize, round_scale, ternary_quantize};
+use burn_ternary::quant::{Dial, Estimator, Granularity, QuantConfig, ScaleRule, TernaryQuantizerConfig};
+use burn_ternary::train::loss::language_model_loss;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// LSQ's range, and SEQ's: `0.99 a` in units of its scale `2a / 3`.
+const CLIPS: [f64; 2] = [1.0, 1.485];
+
+/// One call of `ternary_quantize` with random inputs, and its gradients for the upstream gradient `upstream`.
+struct Call {
+    shape: [usize; 3],
+    weight: Vec<f32>,
+    scale: Vec<f32>,
+    mask: Option<Vec<f32>>,
+    upstream: Vec<f32>,
+    /// Of the weight and of the scale.
+    grads: [Vec<f32>; 2],
+}
+
+impl Call {
+    fn new(rng: &mut ChaCha8Rng, shape: [usize; 3], pruned: bool, estimator: StraightThrough) -> Self {
+        let [groups, n, channels] = shape;
+        let count = groups * n * channels;
+        let scale: Vec<f32> = (0..groups * channels).map(|_| rng.random_range(0.2..2.0)).collect();
+        let mut call = Self {
+            shape,
+            weight: vec![0.0; count],
+            scale,
+            mask: pruned.then(|| (0..count).map(|_| f32::from(rng.random_bool(0.5))).collect()),
+            upstream: normal(rng, count, 1.0),
+            grads: Default::default(),
+        };
+        for index in 0..count {
+            // Away from the edges of the clipping ranges, where the surrogate has no derivative.
+            let ratio = loop {
+                let ratio: f64 = rng.random_range(-2.5..2.5);
+                if CLIPS.iter().all(|clip| (ratio.abs() - clip).abs() > 0.01) {
+                    break ratio;
+                }
+            };
+            call.weight[index] = ratio as f32 * call.scale[call.owner(index)];
+        }
+        let device = cpu().autodiff();
+        let weight = tensor(&call.weight, shape, &device).require_grad();
+        let scale = tensor(&call.scale, [groups, 1, channels], &device).require_grad();
+        let threshold = scale.clone().detach() * 0.5;
+        let mask = call.mask.as_ref().map(|mask| tensor(mask, shape, &device));
+        let output = ternary_quantize(weight.clone(), scale.clone(), threshold, mask, estimator);
+        let grads = (output * tensor(&call.upstream, shape, &device)).sum().backward();
+        call.grads = [floats(weight.grad(&grads).unwrap()), floats(scale.grad(&grads).unwrap())];
+        call
+    }
+
+    fn owner(&self, index: usize) -> usize {
+        let [_, n, channels] = self.shape;
+        index / channels / n * channels + index % channels
+    }
+
+    fn is_kept(&self, index: usize) -> bool {
+        self.mask.as_ref().is_none_or(|mask| mask[index] == 1.0)
+    }
+
+    fn ratio(&self, index: usize) -> f64 {
+        f64::from(self.weight[index]) / f64::from(self.scale[self.owner(index)])
+    }
+}
+
+/// The central difference in `s`, divided by sqrt(n), of the sum over `(w, G)` of `G s (r + clamp(w / s, +-clip))`
+/// with the rounding `r = code - clamp` held constant, as the straight-through estimator takes it; and a bound of the
+/// error that a sum in f32 may have.
+fn scale_gradient(terms: &[(f64, f64)], n: usize, scale: f64, clip: f64) -> (f64, f64) {
+    let clamp = |ratio: f64| ratio.clamp(-clip, clip);
+    let code = |w: f64| (w / scale).clamp(-1.0, 1.0).round_ties_even();
+    let surrogate = |s: f64| -> f64 {
+        terms.iter().map(|(w, upstream)| upstream * s * (code(*w) - clamp(w / scale) + clamp(w / s))).sum()
+    };
+    let step = 1e-5 * scale;
+    let root = (n as f64).sqrt();
+    let magnitude: f64 = terms.iter().map(|(_, upstream)| upstream.abs()).sum();
+    (
+        (surrogate(scale + step) - surrogate(scale - step)) / (2.0 * step * root),
+        1e-5 * (magnitude + 1.0) / root,
+    )
+}
+
+#[test]
+fn ternary_quantize_has_the_gradient_of_its_surrogate() {
+    for seed in 0..5 {
+        let rng = &mut ChaCha8Rng::seed_from_u64(seed);
+        for shape in [[1, 1, 1], [1, 35, 1], [1, 13, 9], [4, 6, 5], [7, 1, 3]] {
+            for (clip, masked, pruned) in
+                [(0, false, false), (0, true, false), (1, true, false), (1, false, true), (0, true, true)]
+            {
+                let clip = CLIPS[clip];
+                let call = Call::new(rng, shape, pruned, StraightThrough { clip: clip as f32, masked });
+                let [weight_grad, scale_grad] = &call.grads;
+                for (index, got) in weight_grad.iter().enumerate() {
+                    let passes = !masked || call.ratio(index).abs() <= clip;
+                    let expected = if passes { call.upstream[index] } else { 0.0 };
+                    assert_eq!(*got, expected, "{shape:?} {clip} {masked} {pruned}: {}", call.ratio(index));
+                }
+                for (owner, got) in scale_grad.iter().enumerate() {
+                    let terms: Vec<(f64, f64)> = (0..call.weight.len())
+                        .filter(|index| call.owner(*index) == owner && call.is_kept(*index))
+                        .map(|index| (f64::from(call.weight[index]), f64::from(call.upstream[index])))
+                        .collect();
+                    let scale = f64::from(call.scale[owner]);
+                    let (expected, error) = scale_gradient(&terms, shape[1], scale, clip);
+                    assert!(
+                        (f64::from(*got) - expected).abs() <= error,
+                        "{shape:?} {clip}: {got}, {expected}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_pruned_weight_gives_its_scale_nothing_and_keeps_its_gradient() {
+    let device = cpu().autodiff();
+    let shape = [1, 8, 1];
+    let weight = tensor(&[0.9, -0.4, 5.0, -7.0, 0.3, 0.1, -1.7, 0.6], shape, &device).require_grad();
+    let scale = tensor(&[1.0], [1, 1, 1], &device).require_grad();
+    let upstream = tensor(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], shape, &device);
+    let threshold = scale.clone().detach() * 0.5;
+    let none = Tensor::zeros(shape, &device);
+    let estimator = StraightThrough::IDENTITY;
+    let output = ternary_quantize(weight.clone(), scale.clone(), threshold, Some(none), estimator);
+    assert_eq!(floats(output.clone()), [0.0; 8]);
+    let grads = (output * upstream.clone()).sum().backward();
+    assert_eq!(floats(weight.grad(&grads).unwrap()), floats(upstream));
+    assert_eq!(floats(scale.grad(&grads).unwrap()), [0.0]);
+}
+
+/// The gradients of a quantizer's weight and of its learned scale.
+fn quantizer_grads(
+    config: &QuantConfig,
+    weight: &[f32],
+    dims: [usize; 2],
+    parameter: Option<Vec<f32>>,
+    upstream: &[f32],
+    lambda: f32,
+) -> (Vec<f32>, Option<Vec<f32>>) {
+    let device = cpu().autodiff();
+    let weight = tensor(weight, dims, &device).require_grad();
+    let mut quantizer = TernaryQuantizerConfig::new(config, &Dial::new(lambda)).init(&weight);
+    if let Some(parameter) = parameter {
+        let dims = quantizer.scale.as_ref().unwrap().dims();
+        quantizer.scale = Some(Param::from_tensor(tensor(&parameter, dims, &device)));
+    }
+    let output = quantizer.fake_quantize(weight.clone());
+    let grads = (output * tensor(upstream, dims, &device)).sum().backward();
+    let scale = quantizer.scale.as_ref().map(|scale| {
+        floats(scale.val().grad(&grads).expect("a learned scale has a gradient when it is used"))
+    });
+    (floats(weight.grad(&grads).unwrap()), scale)
+}
+
+#[test]
+fn learned_scales_are_trained_through_the_quantizer() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(20);
+    for dims in [[13, 1], [26, 7], [16, 5]] {
+        for granularity in granularities(dims) {
+            for rule in [ScaleRule::Learned, ScaleRule::Seq] {
+                for (estimator, lambda) in
+                    [(Estimator::Identity, 1.0), (Estimator::Masked, 1.0), (Estimator::Masked, 0.25)]
+                {
+                    check_learned(rng, dims, granularity, rule, estimator, lambda);
+                }
+            }
+        }
+    }
+}
+
+/// Against the formulas of LSQ and of SEQ in terms of its own parameter `a`.
+fn check_learned(
+    rng: &mut ChaCha8Rng,
+    dims: [usize; 2],
+    granularity: Granularity,
+    rule: ScaleRule,
+    estimator: Estimator,
+    lambda: f64,
+) {
+    let case = format!("{dims:?} {granularity:?} {rule:?} {estimator:?} {lambda}");
+    let owners = owners(granularity, dims);
+    let count = owners.iter().max().unwrap() + 1;
+    // Scales that f16 holds, so that rounding changes nothing; a of seq is 1.5 times that.
+    let scales: Vec<f64> = (0..count).map(|_| f64::from(rng.random_range(200..1024)) / 1024.0).collect();
+    let factor = if rule == ScaleRule::Seq { 1.5 } else { 1.0 };
+    let clip = if rule == ScaleRule::Seq { 0.99 * 1.5 } else { 1.0 };
+    let ratios: Vec<f64> = owners
+        .iter()
+        .map(|_| {
+            loop {
+                let ratio: f64 = rng.random_range(-2.5..2.5);
+                if (ratio.abs() - clip).abs() > 0.01 && (ratio.abs() - 0.5).abs() > 0.01 {
+                    break ratio;
+                }
+            }
+        })
+        .collect();
+    let weight: Vec<f32> =
+        ratios.iter().zip(&owners).map(|(ratio, owner)| (ratio * scales[*owner]) as f32).collect();
+    let upstream = normal(rng, weight.len(), 1.0);
+    let config = QuantConfig { scale: rule, granularity, estimator, ..Default::default() };
+    let parameter = scales.iter().map(|scale| (scale * factor) as f32).collect();
+    let (dw, da) = quantizer_grads(&config, &weight, dims, Some(parameter), &upstream, lambda as f32);
+    let (dw, da) = (dw, da.unwrap());
+
+    let n = weight.len() / count;
+    let (mut expected, mut error) = (vec![0.0; count], 1e-5);
+    for (index, owner) in owners.iter().enumerate() {
+        let (w, g) = (f64::from(weight[index]), f64::from(upstream[index]));
+        let inside = ratios[index].abs() <= clip;
+        let a = scales[*owner] * factor;
+        // The outer level over a: 1, or 2/3 for seq.
+        let level = 1.0 / factor;
+        let code = if ratios[index].abs() > 0.5 { ratios[index].signum() } else { 0.0 };
+        let slope = if inside { level * code - w / a } else { level * ratios[index].signum() };
+        expected[*owner] += lambda * g * slope / (n as f64).sqrt();
+        error += 1e-5 * g.abs();
+
+        let passes = estimator == Estimator::Identity || inside;
+        let through = if passes { g } else { (1.0 - lambda) * g };
+        assert!((f64::from(dw[index]) - through).abs() <= 1e-6 * g.abs(), "{case}: dw {} of {g}", dw[index]);
+    }
+    for (got, expected) in da.iter().zip(expected) {
+        assert!((f64::from(*got) - expected).abs() <= error, "{case}: {got}, {expected}");
+    }
+}
+
+#[test]
+fn computed_scales_let_the_gradient_straight_through() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(21);
+    let dims = [26, 7];
+    for rule in [ScaleRule::Absmean, ScaleRule::Absmedian, ScaleRule::Twn] {
+        for granularity in granularities(dims) {
+            let (weight, upstream) = (normal(rng, 182, 0.02), normal(rng, 182, 1.0));
+            let config = QuantConfig { scale: rule, granularity, ..Default::default() };
+            for lambda in [0.0, 0.25, 1.0] {
+                let (dw, scale) = quantizer_grads(&config, &weight, dims, None, &upstream, lambda);
+                assert!(scale.is_none());
+                for (got, expected) in dw.iter().zip(&upstream) {
+                    let error = if lambda == 0.25 { 1e-6 * expected.abs() } else { 0.0 };
+                    assert!(
+                        (got - expected).abs() <= error,
+                        "{rule:?} {granularity:?} {lambda}: {got}, {expected}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rounding_lets_the_gradient_straight_through() {
+    let device = cpu().autodiff();
+    let rng = &mut ChaCha8Rng::seed_from_u64(22);
+    let upstream = normal(rng, 24, 1.0);
+    let mut values = normal(rng, 24, 0.5);
+    values[..3].copy_from_slice(&[0.0, 1e-9, 1e9]);
+
+    let scale = tensor(&values, [4, 1, 6], &device).require_grad();
+    let grads = (round_scale(scale.clone()) * tensor(&upstream, [4, 1, 6], &device)).sum().backward();
+    assert_eq!(floats(scale.grad(&grads).unwrap()), upstream);
+    for levels in [127.0, 7.0] {
+        let input = tensor(&values, [4, 6], &device).require_grad();
+        let output = absmax_quantize(input.clone(), levels);
+        let grads = (output * tensor(&upstream, [4, 6], &device)).sum().backward();
+        assert_eq!(floats(input.grad(&grads).unwrap()), upstream);
+    }
+}
+
+#[test]
+fn a_quantizer_under_autodiff_gives_the_values_it_gives_without() {
+    let values = normal(&mut ChaCha8Rng::seed_from_u64(23), 130, 0.02);
+    for rule in [ScaleRule::Absmean, ScaleRule::Absmedian, ScaleRule::Twn, ScaleRule::Learned, ScaleRule::Seq]
+    {
+        let config = QuantConfig { scale: rule, ..Default::default() };
+        let [plain, tracked] = [cpu(), cpu().autodiff()].map(|device| {
+            let weight = tensor(&values, [26, 5], &device);
+            let weight = if device.is_autodiff() { weight.require_grad() } else { weight };
+            floats(quantizer(&config, &weight).fake_quantize(weight))
+        });
+        assert_eq!(plain, tracked, "{rule:?}");
+    }
+}
+
+/// A model small enough for finite differences.
+pub fn tiny(family: Family) -> DuckConfig {
+    let gpt2 = family == Family::Gpt2;
+    DuckConfig {
+        family,
+        vocab_size: 11,
+        context: 6,
+        d_model: 8,
+        n_layers: 2,
+        n_heads: 2,
+        n_kv_heads: if gpt2 { 2 } else { 1 },
+        d_ff: 12,
+        activation: match family {
+            Family::Gpt2 => Activation::Gelu,
+            Family::Llama => Activation::Swiglu,
+            Family::Bitnet => Activation::SquaredRelu,
+        },
+        dropout: 0.0,
+        tied: family != Family::Llama,
+        norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        compute: Compute::F32,
+    }
+}
+
+/// Draws every parameter anew, large enough that each matters to the loss.
+struct Randomize(ChaCha8Rng);
+
+impl ModuleMapper for Randomize {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let dims = param.dims();
+        let noise = normal(&mut self.0, dims.iter().product(), 0.4);
+        let device = param.val().device();
+        let id = param.id;
+        let values: Vec<f32> =
+            floats(param.val()).iter().zip(noise).map(|(value, noise)| value + noise).collect();
+        Param::initialized(id, tensor(&values, dims, &device).require_grad())
+    }
+}
+
+/// Moves the parameter `id` by `step`.
+struct Move<'a> {
+    id: ParamId,
+    step: &'a [f32],
+}
+
+impl ModuleMapper for Move<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if param.id != self.id {
+            return param;
+        }
+        param.map(|value| value.clone() + tensor(self.step, value.dims(), &value.device()))
+    }
+}
+
+/// Every parameter with its gradient.
+struct Collect<'a> {
+    from: &'a GradientsParams,
+    found: Vec<(ParamId, Vec<f32>)>,
+}
+
+impl ModuleVisitor for Collect<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let grad = self.from.get::<D>(param.id).expect("every parameter has a gradient");
+        assert_eq!(grad.dims(), param.dims());
+        self.found.push((param.id, floats(grad)));
+    }
+}
+
+/// The gradient of each parameter, in the order of the model.
+pub fn collect(grads: &GradientsParams, model: &DuckQuantized) -> Vec<(ParamId, Vec<f32>)> {
+    let mut collect = Collect { from: grads, found: Vec::new() };
+    model.visit(&mut collect);
+    collect.found
+}
+
+pub fn ids(values: &[i32], dims: [usize; 2], device: &Device) -> Tensor<2, Int> {
+    Tensor::from_data(TensorData::new(values.to_vec(), dims), device)
+}
+
+/// Cross entropy and a share of the z-loss on a fixed batch; one target carries no loss.
+pub fn loss(model: &DuckQuantized, device: &Device) -> Tensor<1> {
+    let dims = [2, 5];
+    let inputs = ids(&[3, 1, 4, 1, 5, 9, 2, 6, 10, 0], dims, device);
+    let targets = ids(&[1, 4, 1, 5, 8, 2, 6, 10, 0, 7], dims, device);
+    let mut mask = vec![1.0; 10];
+    mask[6] = 0.0;
+    let loss = language_model_loss(model.forward(inputs), targets, tensor(&mask, dims, device), 9);
+    loss.cross_entropy + loss.z.mul_scalar(0.05)
+}
+
+#[test]
+fn the_float_twin_has_the_gradient_of_its_loss() {
+    for (seed, family) in [(31, Family::Gpt2), (32, Family::Llama), (33, Family::Bitnet)] {
+        let device = cpu().autodiff();
+        let model = tiny(family).init(&QuantConfig::default().float(), seed, &device);
+        let model = model.map(&mut Randomize(ChaCha8Rng::seed_from_u64(seed)));
+        let grads = GradientsParams::from_grads(loss(&model, &device).backward(), &model);
+        let grads = collect(&grads, &model);
+
+        let plain = model.valid();
+        let device = cpu();
+        // Five points: the error is of fourth order, so that the step can be long and the noise of f32 small.
+        let difference = |id: ParamId, direction: &[f32]| -> f64 {
+            let h = 0.01;
+            let at = |multiple: f32| -> f64 {
+                let step: Vec<f32> = direction.iter().map(|u| u * h * multiple).collect();
+                let moved = plain.clone().map(&mut Move { id, step: &step });
+                f64::from(loss(&moved, &device).into_scalar::<f32>())
+            };
+            (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * f64::from(h))
+        };
+        let rng = &mut ChaCha8Rng::seed_from_u64(seed + 100);
+        let compare = |name: &str, id: ParamId, grad: &[f32], direction: &[f32]| {
+            let expected = difference(id, direction);
+            let got: f64 = grad.iter().zip(direction).map(|(g, u)| f64::from(g * u)).sum();
+            let error = 1e-4 + 2e-3 * expected.abs();
+            assert!((got - expected).abs() <= error, "{family:?}, {name}: {got}, by differences {expected}");
+            expected.abs()
+        };
+        // Every parameter as a whole, in a random direction of length one.
+        let mut sizes = Vec::new();
+        for (index, (id, grad)) in grads.iter().enumerate() {
+            let mut direction = normal(rng, grad.len(), 1.0);
+            let length = direction.iter().map(|u| u * u).sum::<f32>().sqrt();
+            direction.iter_mut().for_each(|u| *u /= length);
+            sizes.push(compare(&format!("parameter {index}"), *id, grad, &direction));
+        }
+        // Ten single weights.
+        for _ in 0..10 {
+            let (id, grad) = &grads[rng.random_range(0..grads.len())];
+            let mut direction = vec![0.0; grad.len()];
+            direction[rng.random_range(0..grad.len())] = 1.0;
+            sizes.push(compare("one weight", *id, grad, &direction));
+        }
+        sizes.sort_by(f64::total_cmp);
+        // Most of them far above the error allowed.
+        assert!(sizes[sizes.len() / 4] > 2e-3, "{family:?}: {sizes:?}");
+    }
+}

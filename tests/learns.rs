@@ -1,0 +1,91 @@
+//! A ternary model learns, and knows what it has learned.
+
+use burn_ternary::train::{Experiment, SavedRun, report, train_duck_quantized};
+use std::path::Path;
+
+fn experiment(out: &Path) -> Experiment {
+    let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
+    let out = out.display();
+    for assignment in [
+        format!("run.out_dir={out}"),
+        "run.device=flex".into(),
+        "run.steps=60".into(),
+        "run.batch_size=4".into(),
+        "run.eval_every=30".into(),
+        "run.eval_windows=8".into(),
+        "run.checkpoint_every=30".into(),
+        "run.sample_tokens=8".into(),
+        "data.tokenizer=byte".into(),
+        "model.context=64".into(),
+        "model.d_model=64".into(),
+        "model.d_ff=128".into(),
+        "model.n_layers=2".into(),
+        "schedule.warmup_steps=5".into(),
+    ] {
+        experiment.set(&assignment).unwrap();
+    }
+    experiment
+}
+
+#[test]
+fn a_short_run_learns_the_embedded_texts_and_leaves_everything_it_promises() {
+    let out = tempfile::tempdir().unwrap();
+    let experiment = experiment(out.path());
+    let result = train_duck_quantized(&experiment).unwrap();
+
+    // 259 byte tokens: 5.56 nats at the start; letter frequencies alone give about 3.
+    assert!(result.finished && result.steps == 60);
+    assert!(result.valid_loss.unwrap() < 2.9, "{:?}", result.valid_loss);
+    assert!((0.25..0.40).contains(&result.zero_fraction.unwrap()), "{:?}", result.zero_fraction);
+
+    let run_dir = experiment.run_dir();
+    for name in ["experiment.toml", "tokenizer.json", "metrics.jsonl", "samples.txt", "loss.svg", "codes.svg"] {
+        assert!(run_dir.join(name).metadata().unwrap().len() > 0, "{name}");
+    }
+    let history = report::read(&run_dir.join("metrics.jsonl")).unwrap();
+    assert_eq!(history.train.iter().map(|report| report.step).collect::<Vec<_>>(), [10, 20, 30, 40, 50, 60]);
+    assert_eq!(history.valid.iter().map(|report| report.step).collect::<Vec<_>>(), [30, 60]);
+    assert!(history.valid[1].loss < history.valid[0].loss);
+    assert!(history.valid[1].flipped.unwrap() > 0.0);
+    let written = report::RunResult::read(&run_dir.join("result.json")).unwrap();
+    assert_eq!(written.valid_loss, result.valid_loss);
+
+    let saved = SavedRun::open(&run_dir, &burn_ternary::device::device("flex").unwrap()).unwrap();
+    assert_eq!(Some(saved.model.size().parameters as u64), Some(written.parameters));
+}
+
+#[test]
+fn a_gaussian_start_has_31_percent_zeros() {
+    let experiment = Experiment::load("experiments/00-default.toml").unwrap();
+    let mut model = experiment.model.clone();
+    model.vocab_size = 300;
+    let model = model.init(&experiment.quant, 3, &burn_ternary::device::device("flex").unwrap());
+    for (name, linear) in model.linears() {
+        let zeros = linear.zero_fraction().unwrap();
+        assert!((zeros - 0.310).abs() < 0.01, "{name}: {zeros}");
+    }
+}
+
+#[test]
+fn a_float_first_schedule_switches_to_ternary_and_the_float_twin_never_does() {
+    let out = tempfile::tempdir().unwrap();
+    let mut switched = experiment(out.path());
+    for assignment in ["schedule.float_until=0.5", "run.name=switched", "run.log_every=1"] {
+        switched.set(assignment).unwrap();
+    }
+    train_duck_quantized(&switched).unwrap();
+    let history = report::read(&switched.run_dir().join("metrics.jsonl")).unwrap();
+    let lambda: Vec<f64> = history.train.iter().map(|report| report.lambda.unwrap()).collect();
+    assert!(lambda[..30].iter().all(|lambda| *lambda == 0.0), "{lambda:?}");
+    assert!(lambda[30..].iter().all(|lambda| *lambda == 1.0), "{lambda:?}");
+    // What was learned in float survives the switch: the ternary start would be back above 4 nats.
+    assert!(history.train[31].loss < 4.0);
+
+    let mut twin = experiment(out.path());
+    for assignment in ["quant.enabled=false", "run.name=twin"] {
+        twin.set(assignment).unwrap();
+    }
+    let result = train_duck_quantized(&twin).unwrap();
+    assert_eq!(result.zero_fraction, None);
+    assert_eq!(result.compression, Some(1.0));
+}
