@@ -157,7 +157,9 @@ fn absmax_quantization_agrees() {
         for levels in [127.0, 7.0] {
             // Between two ties, so that the last place of a quotient decides nothing; the first is the maximum.
             let mut values: Vec<f32> = (0..5 * 33)
-                .map(|_| rng.random_range(-levels + 1.0..levels).floor() + rng.random_range(-0.4..0.4))
+                .map(|_| {
+                    rng.random_range::<f32, _>(-levels + 1.0..levels).floor() + rng.random_range(-0.4..0.4)
+                })
                 .collect();
             for (index, row) in values.chunks_mut(33).enumerate() {
                 row[0] = levels;

@@ -9,11 +9,12 @@ fn experiment(out: &Path) -> Experiment {
     for assignment in [
         format!("run.out_dir={out}"),
         "run.device=flex".into(),
-        "run.steps=60".into(),
+        "run.steps=120".into(),
         "run.batch_size=4".into(),
-        "run.eval_every=30".into(),
-        "run.eval_windows=8".into(),
-        "run.checkpoint_every=30".into(),
+        "run.eval_every=60".into(),
+        "run.eval_windows=32".into(),
+        "run.log_every=20".into(),
+        "run.checkpoint_every=60".into(),
         "run.sample_tokens=8".into(),
         "data.tokenizer=byte".into(),
         "model.context=64".into(),
@@ -33,9 +34,9 @@ fn a_short_run_learns_the_embedded_texts_and_leaves_everything_it_promises() {
     let experiment = experiment(out.path());
     let result = train_duck_quantized(&experiment).unwrap();
 
-    // 259 byte tokens: 5.56 nats at the start; letter frequencies alone give about 3.
-    assert!(result.finished && result.steps == 60);
-    assert!(result.valid_loss.unwrap() < 2.9, "{:?}", result.valid_loss);
+    // 259 byte tokens: 5.56 nats at the start; letter frequencies alone give 2.9.
+    assert!(result.finished && result.steps == 120);
+    assert!(result.valid_loss.unwrap() < 2.75, "{:?}", result.valid_loss);
     assert!((0.25..0.40).contains(&result.zero_fraction.unwrap()), "{:?}", result.zero_fraction);
 
     let run_dir = experiment.run_dir();
@@ -43,8 +44,8 @@ fn a_short_run_learns_the_embedded_texts_and_leaves_everything_it_promises() {
         assert!(run_dir.join(name).metadata().unwrap().len() > 0, "{name}");
     }
     let history = report::read(&run_dir.join("metrics.jsonl")).unwrap();
-    assert_eq!(history.train.iter().map(|report| report.step).collect::<Vec<_>>(), [10, 20, 30, 40, 50, 60]);
-    assert_eq!(history.valid.iter().map(|report| report.step).collect::<Vec<_>>(), [30, 60]);
+    assert_eq!(history.train.iter().map(|report| report.step).collect::<Vec<_>>(), [20, 40, 60, 80, 100, 120]);
+    assert_eq!(history.valid.iter().map(|report| report.step).collect::<Vec<_>>(), [60, 120]);
     assert!(history.valid[1].loss < history.valid[0].loss);
     assert!(history.valid[1].flipped.unwrap() > 0.0);
     let written = report::RunResult::read(&run_dir.join("result.json")).unwrap();
@@ -76,10 +77,10 @@ fn a_float_first_schedule_switches_to_ternary_and_the_float_twin_never_does() {
     train_duck_quantized(&switched).unwrap();
     let history = report::read(&switched.run_dir().join("metrics.jsonl")).unwrap();
     let lambda: Vec<f64> = history.train.iter().map(|report| report.lambda.unwrap()).collect();
-    assert!(lambda[..30].iter().all(|lambda| *lambda == 0.0), "{lambda:?}");
-    assert!(lambda[30..].iter().all(|lambda| *lambda == 1.0), "{lambda:?}");
+    assert!(lambda[..60].iter().all(|lambda| *lambda == 0.0), "{lambda:?}");
+    assert!(lambda[60..].iter().all(|lambda| *lambda == 1.0), "{lambda:?}");
     // What was learned in float survives the switch: the ternary start would be back above 4 nats.
-    assert!(history.train[31].loss < 4.0);
+    assert!(history.train[61].loss < 4.0);
 
     let mut twin = experiment(out.path());
     for assignment in ["quant.enabled=false", "run.name=twin"] {

@@ -40,7 +40,7 @@ pub fn tensor<const D: usize>(values: &[f32], dims: [usize; D], device: &Device)
 }
 
 pub fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().to_vec().unwrap()
+    tensor.into_data().try_to_vec().unwrap()
 }
 
 pub fn normal(rng: &mut ChaCha8Rng, count: usize, std: f32) -> Vec<f32> {

@@ -1,5 +1,9 @@
 mod backends;
+mod claims;
 mod experiments;
 mod gradients;
+mod hostile;
+mod learns;
 mod oracle;
 mod parity;
+mod resume;

@@ -11,3 +11,8 @@ pub mod ops;
 pub mod quant;
 mod seed;
 pub mod train;
+
+/// The README's program compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -27,7 +27,8 @@ impl FeedForward {
             gate: config.is_gated().then(|| factory.linear(config.d_model, config.d_ff).init(rng, device)),
             up: factory.linear(config.d_model, config.d_ff).init(rng, device),
             down: factory.residual_linear(config.d_ff, config.d_model).init(rng, device),
-            sub_norm: (config.family == Family::Bitnet).then(|| RmsNorm::new(config.d_ff, config.norm_eps, device)),
+            sub_norm: (config.family == Family::Bitnet)
+                .then(|| RmsNorm::new(config.d_ff, config.norm_eps, device)),
             activation: config.activation,
         }
     }
@@ -62,4 +63,32 @@ fn gelu_tanh(input: Tensor<3>) -> Tensor<3> {
     let slope = 2.0 * std::f64::consts::FRAC_2_PI.sqrt();
     let inner = input.clone().square().mul_scalar(slope * 0.044715).add_scalar(slope) * input.clone();
     input * sigmoid(inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::{FloatDType, TensorData};
+
+    #[test]
+    fn gelu_is_the_tanh_form_up_to_inputs_whose_cube_overflows() {
+        let inputs: Vec<f32> =
+            (-600..=600).map(|i| i as f32 / 100.0).chain([-3e4, -300.0, 300.0, 3e4]).collect();
+        let device = crate::device::device("flex").unwrap();
+        let input = Tensor::<3>::from_data(TensorData::new(inputs.clone(), [1, 1, inputs.len()]), &device);
+        // Half of the last place of the type, a few times, since the steps between are of that type too.
+        for (dtype, bound) in [(FloatDType::F32, 1e-6), (FloatDType::F16, 4e-3), (FloatDType::BF16, 3e-2)] {
+            let input = input.clone().cast(dtype);
+            let exact: Vec<f64> = input.clone().into_data().iter::<f64>().collect();
+            let found: Vec<f64> = gelu_tanh(input).into_data().iter::<f64>().collect();
+            for (x, found) in exact.iter().zip(found) {
+                let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+                let expected = 0.5 * x * (1.0 + inner.tanh());
+                assert!(
+                    (found - expected).abs() <= bound * x.abs().max(1.0),
+                    "{found} for {expected}: {dtype:?}"
+                );
+            }
+        }
+    }
 }

@@ -14,6 +14,9 @@ const DEFAULT: &str = include_str!(concat!(
     "/experiments/00-default.toml"
 ));
 
+/// What preparing the texts leaves in a run folder.
+const PREPARED: [&str; 3] = ["tokenizer.json", "train.tokens", "valid.tokens"];
+
 const EXAMPLES: &str = "\
 Examples:
   train                                              the default experiment, on the embedded texts
@@ -136,8 +139,8 @@ impl TrainCommand {
         .collect()
     }
 
-    /// Make way for a run in `run_dir`: an empty or missing folder is free, `--resume` keeps what is there,
-    /// `--overwrite` moves it to `<run_dir>.old-N`.
+    /// Make way for a run in `run_dir`: a folder that is missing, empty or holds only prepared texts (which a run that
+    /// could not start may leave) is free, `--resume` keeps what is there, `--overwrite` moves it to `<run_dir>.old-N`.
     ///
     /// # Errors
     /// [`TrainError::NotEmpty`] when there is a run and neither flag says what becomes of it; [`TrainError::Read`] and
@@ -145,7 +148,7 @@ impl TrainCommand {
     pub fn claim(&self, run_dir: &Path) -> Result<(), TrainError> {
         let path = run_dir.to_path_buf();
         let free = match fs::read_dir(run_dir) {
-            Ok(mut entries) => entries.next().is_none(),
+            Ok(entries) => entries.flatten().all(|entry| PREPARED.iter().any(|name| entry.file_name() == *name)),
             Err(e) if e.kind() == io::ErrorKind::NotFound => true,
             Err(source) => return Err(TrainError::Read { path, source }),
         };

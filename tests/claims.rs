@@ -1,0 +1,77 @@
+//! The numbers of the README are those of the committed results.
+
+use burn_ternary::train::report::RunResult;
+use std::fs;
+use std::path::Path;
+
+/// Results of all seeds of a run, in the order of the seeds.
+fn results(name: &str) -> Vec<RunResult> {
+    let mut results: Vec<RunResult> = fs::read_dir("experiments/results")
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            let seed = stem.strip_prefix(name).and_then(|rest| rest.strip_prefix('-'));
+            path.extension().is_some_and(|extension| extension == "json")
+                && seed.is_some_and(|seed| seed.parse::<u64>().is_ok())
+        })
+        .map(|path| RunResult::read(&path).unwrap())
+        .collect();
+    results.sort_by_key(|result| result.seed);
+    results
+}
+
+fn mean(results: &[RunResult], value: fn(&RunResult) -> f64) -> f64 {
+    results.iter().map(value).sum::<f64>() / results.len() as f64
+}
+
+/// Rows `| `name` | … |` of the README's table of results.
+fn rows() -> Vec<Vec<String>> {
+    let readme = fs::read_to_string("README.md").unwrap();
+    let table = readme.split("<!-- results -->").nth(1).expect("the README has a table of results");
+    table
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .map(|line| line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect())
+        .collect()
+}
+
+#[test]
+fn the_readme_table_is_computed_from_the_committed_results() {
+    let rows = rows();
+    assert!(rows.len() >= 3, "{rows:?}");
+    for row in rows {
+        let [name, _, seeds, loss, size] = &row[..] else { panic!("five cells expected: {row:?}") };
+        let name = name.trim_matches('`');
+        let results = results(name);
+        assert!(results.iter().all(|result| result.finished), "{name}");
+        let found: Vec<String> = results.iter().map(|result| result.seed.to_string()).collect();
+        assert_eq!(*seeds, found.join(", "), "{name}");
+        let valid = mean(&results, |result| result.valid_loss.unwrap());
+        assert_eq!(*loss, format!("{valid:.3}"), "{name}");
+        let compression = mean(&results, |result| result.compression.unwrap());
+        assert_eq!(*size, format!("{compression:.1}x"), "{name}");
+    }
+}
+
+#[test]
+fn every_committed_result_has_an_entry_in_the_log() {
+    let log = fs::read_to_string("experiments/LOG.md").unwrap();
+    for entry in fs::read_dir("experiments/results").unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "json") {
+            let result = RunResult::read(Path::new(&path)).unwrap();
+            assert!(log.contains(&format!("`{}`", result.name)), "{} is not in the log", result.name);
+        }
+    }
+}
+
+#[test]
+fn the_arithmetic_of_the_readme_is_right() {
+    // H(z) = h2(z) + 1 - z bits a weight at zero fraction z, with equally likely signs.
+    let entropy = |z: f64| -z * z.log2() - (1.0 - z) * (1.0 - z).log2() + 1.0 - z;
+    assert_eq!(format!("{:.2}", 32.0 / 3f64.log2()), "20.19");
+    assert_eq!(format!("{:.3}", 3f64.log2()), "1.585");
+    assert_eq!(format!("{:.3}", 32.0 / 63.0), "0.508");
+    assert!((entropy(0.914) - 32.0 / 63.0).abs() < 5e-4);
+}
