@@ -203,32 +203,49 @@ fn quantizers_agree() {
     }
 }
 
-/// Codes, logits, loss and the gradients of all parameters, of a model whose layers are ternary.
-fn run_model(family: Family, device: &Device) -> (Vec<Vec<f32>>, Vec<f32>, f32, Vec<Vec<f32>>) {
-    let device = device.clone().autodiff();
-    let quant = QuantConfig { scale: ScaleRule::Learned, input_norm: true, ..Default::default() };
-    let model = tiny(family).init(&quant, 5, &device);
-    let codes = model.linears().iter().map(|(_, linear)| floats(linear.codes().unwrap())).collect();
-    let logits = floats(model.forward(ids(&[3, 1, 4, 1, 5, 9], [2, 3], &device)));
-    let loss = loss(&model, &device);
-    let grads = GradientsParams::from_grads(loss.backward(), &model);
-    let grads = collect(&grads, &model).into_iter().map(|(_, grad)| grad).collect();
-    (codes, logits, loss.into_scalar::<f32>(), grads)
+/// What a model whose layers are ternary computes.
+struct ModelRun {
+    codes: Vec<Vec<f32>>,
+    logits: Vec<f32>,
+    loss: f32,
+    /// Of all parameters.
+    grads: Vec<Vec<f32>>,
+}
+
+impl ModelRun {
+    fn new(family: Family, device: &Device) -> Self {
+        let device = device.clone().autodiff();
+        let quant = QuantConfig { scale: ScaleRule::Learned, input_norm: true, ..Default::default() };
+        let model = tiny(family).init(&quant, 5, &device);
+        let loss = loss(&model, &device);
+        let grads = GradientsParams::from_grads(loss.backward(), &model);
+        Self {
+            codes: model.linears().iter().map(|(_, linear)| floats(linear.codes().unwrap())).collect(),
+            logits: floats(model.forward(ids(&[3, 1, 4, 1, 5, 9], [2, 3], &device))),
+            loss: loss.into_scalar::<f32>(),
+            grads: collect(&grads, &model).into_iter().map(|(_, grad)| grad).collect(),
+        }
+    }
 }
 
 #[test]
 fn a_ternary_model_agrees_forward_and_backward() {
     for (name, device) in others() {
         for family in [Family::Gpt2, Family::Llama, Family::Bitnet] {
-            let (codes, logits, loss, grads) = run_model(family, &cpu());
-            let got = run_model(family, &device);
+            let expected = ModelRun::new(family, &cpu());
+            let got = ModelRun::new(family, &device);
             let case = format!("{name} {family:?}");
-            assert_eq!(got.0, codes, "codes, {case}");
-            assert_close(&format!("logits, {case}"), &got.1, &logits, 1e-5);
-            assert!((got.2 - loss).abs() <= 1e-5 * loss, "loss, {case}: {}, {loss}", got.2);
-            assert_eq!(got.3.len(), grads.len());
-            for (index, (got, grad)) in got.3.iter().zip(&grads).enumerate() {
-                assert_close(&format!("gradient {index}, {case}"), got, grad, 1e-5);
+            assert_eq!(got.codes, expected.codes, "codes, {case}");
+            assert_close(&format!("logits, {case}"), &got.logits, &expected.logits, 1e-5);
+            assert_close(&format!("loss, {case}"), &[got.loss], &[expected.loss], 1e-5);
+            assert_eq!(got.grads.len(), expected.grads.len());
+            let largest = |grad: &[f32]| grad.iter().fold(0f32, |max, g| max.max(g.abs()));
+            let noise = 1e-7 * expected.grads.iter().fold(0f32, |max, grad| max.max(largest(grad)));
+            for (index, (got, expected)) in got.grads.iter().zip(&expected.grads).enumerate() {
+                // A bias of keys moves all scores alike: its gradient is nothing but rounding errors.
+                if largest(got).max(largest(expected)) > noise {
+                    assert_close(&format!("gradient {index}, {case}"), got, expected, 1e-5);
+                }
             }
         }
     }
@@ -296,10 +313,12 @@ fn the_first_losses_of_a_run_agree() {
 }
 
 /// The default bodies run on ndarray; flex has fused ones. Shapes cross the block size, alone and in groups.
-#[cfg(all(feature = "flex", feature = "ndarray"))]
 #[test]
 fn fused_ops_give_what_the_default_bodies_give() {
-    let [flex, plain] = ["flex", "ndarray"].map(|name| device::device(name).unwrap());
+    let (Ok(flex), Ok(plain)) = (device::device("flex"), device::device("ndarray")) else {
+        println!("skipped: device ndarray: it and flex must be compiled in");
+        return;
+    };
     let rng = &mut ChaCha8Rng::seed_from_u64(7);
     let shapes =
         [[1, 1, 1], [1, 40_000, 1], [1, 700, 50], [37, 8, 129], [2, 20_000, 1], [900, 40, 1], [3, 2, 20_000]];
@@ -316,12 +335,12 @@ fn fused_ops_give_what_the_default_bodies_give() {
         }
         // Views: the middle of a tensor, and a transposed one.
         let [groups, n, channels] = shape;
-        let views = |device: &Device| {
-            let base = tensor(&inputs.weight, shape, device);
+        let views = |values: &[f32], device: &Device| {
+            let base = tensor(values, shape, device);
             let middle = base.clone().narrow(1, n / 4, n.div_ceil(2));
             [base.clone(), middle, base.reshape([groups, channels, n]).swap_dims(1, 2)]
         };
-        for (fused, default) in views(&flex).into_iter().zip(views(&plain)) {
+        for (fused, default) in views(&inputs.weight, &flex).into_iter().zip(views(&inputs.weight, &plain)) {
             let quantized = |weight: Tensor<3>| {
                 let scales = tensor(&inputs.scale, [groups, 1, channels], &weight.device());
                 let threshold = scales.clone() * 0.5;
@@ -332,23 +351,25 @@ fn fused_ops_give_what_the_default_bodies_give() {
                 |weight: Tensor<3>| floats(round_scale(weight.slice([0..groups, 0..1, 0..channels])));
             assert_eq!(rounded(fused.clone()), rounded(default.clone()), "{shape:?}");
 
-            // ndarray adds up one after the other, so both are held against float64.
-            let values = floats(default.clone());
-            let n = default.dims()[1];
-            let mut means = vec![0f64; groups * channels];
-            for (index, value) in values.iter().enumerate() {
-                means[index / channels / n * channels + index % channels] +=
-                    f64::from(value.abs()) / n as f64;
-            }
-            for (tensor, error) in [(fused.clone(), 1e-6), (default.clone(), 1e-4)] {
-                for (got, mean) in floats(mean_abs(tensor)).iter().zip(&means) {
-                    assert!((f64::from(*got) - mean).abs() <= error * mean, "{shape:?}: {got}, {mean}");
-                }
-            }
             for levels in [127.0, 7.0] {
                 let [fused, default] =
                     [&fused, &default].map(|tensor| floats(absmax_quantize(tensor.clone(), levels)));
                 assert_eq!(fused, default, "{shape:?}");
+            }
+        }
+        // ndarray adds up one after the other, so both sums are held against float64.
+        let weight = normal(rng, groups * n * channels, 0.02);
+        for (fused, default) in views(&weight, &flex).into_iter().zip(views(&weight, &plain)) {
+            let n = default.dims()[1];
+            let mut means = vec![0f64; groups * channels];
+            for (index, value) in floats(default.clone()).iter().enumerate() {
+                let owner = index / channels / n * channels + index % channels;
+                means[owner] += f64::from(value.abs()) / n as f64;
+            }
+            for (tensor, error) in [(fused, 1e-6), (default, 1e-4)] {
+                for (got, mean) in floats(mean_abs(tensor)).iter().zip(&means) {
+                    assert!((f64::from(*got) - mean).abs() <= error * mean, "{shape:?}: {got}, {mean}");
+                }
             }
         }
     }
@@ -368,9 +389,9 @@ fn results_do_not_depend_on_the_number_of_threads() {
             results.push(floats(quantizer(&config, &weight()).fake_quantize(weight())));
         }
         results.push(floats(absmax_quantize(weight(), 127.0)));
-        let (_, logits, loss, grads) = run_model(Family::Llama, &device);
-        results.extend([logits, vec![loss]]);
-        results.extend(grads);
+        let model = ModelRun::new(Family::Llama, &device);
+        results.extend([model.logits, vec![model.loss]]);
+        results.extend(model.grads);
         results.push(train(MatrixOptimizer::Muon, &device).iter().map(|loss| *loss as f32).collect());
         let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
         results.into_iter().map(bits).collect::<Vec<_>>()

@@ -145,16 +145,16 @@ fn a_bad_file_is_told_where_and_what_is_allowed() {
             &["missing field `n_heads`", "in `model`: "],
         ),
         (
-            "steps = 700",
+            "steps = 640",
             "steps = \"700\"",
             &["invalid type: string \"700\"", "`run.steps`"],
         ),
         (
-            "steps = 700",
+            "steps = 640",
             "steps = 7.5",
             &["invalid type: floating point `7.5`", "`run.steps`"],
         ),
-        ("steps = 700", "steps = -7", &["`-7`", "`run.steps`"]),
+        ("steps = 640", "steps = -7", &["`-7`", "`run.steps`"]),
         (
             "enabled = true",
             "enabled = 1",
@@ -165,8 +165,8 @@ fn a_bad_file_is_told_where_and_what_is_allowed() {
             "\"absmax\"",
             &["unknown variant `absmax`", "`seq`", "`quant.scale`"],
         ),
-        ("steps = 700", "steps = ", &["x.toml:"]),
-        ("steps = 700", "steps = 700\nsteps = 8", &["duplicate key"]),
+        ("steps = 640", "steps = ", &["x.toml:"]),
+        ("steps = 640", "steps = 640\nsteps = 8", &["duplicate key"]),
     ] {
         let text = DEFAULT.replacen(from, to, 1);
         assert_ne!(text, DEFAULT, "{from}");

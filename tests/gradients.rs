@@ -125,6 +125,20 @@ fn ternary_quantize_has_the_gradient_of_its_surrogate() {
 }
 
 #[test]
+fn the_edge_of_the_clipping_range_is_inside() {
+    let device = cpu().autodiff();
+    let shape = [1, 6, 1];
+    let clip = 1.485f32;
+    let values = [clip, -clip, clip.next_down(), -clip.next_up(), clip.next_up(), 0.0];
+    let weight = tensor(&values, shape, &device).require_grad();
+    let scale = tensor(&[1.0], [1, 1, 1], &device);
+    let estimator = StraightThrough { clip, masked: true };
+    let output = ternary_quantize(weight.clone(), scale.clone(), scale * 0.5, None, estimator);
+    let grads = output.sum().backward();
+    assert_eq!(floats(weight.grad(&grads).unwrap()), [1.0, 1.0, 1.0, 0.0, 0.0, 1.0]);
+}
+
+#[test]
 fn a_pruned_weight_gives_its_scale_nothing_and_keeps_its_gradient() {
     let device = cpu().autodiff();
     let shape = [1, 8, 1];

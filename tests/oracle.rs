@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::nn::LinearConfig;
 use burn::tensor::{
-    Device, Tensor, TensorData,
+    Device, FloatDType, Tensor, TensorData,
     quantization::{
         Calibration, QuantMode, QuantScheme, QuantStore, QuantValue, QuantizationParameters, ScaleDtype,
         compute_q_params, compute_range,
@@ -199,6 +199,58 @@ fn check(
             assert_eq!(f64::from(got), rounded, "{case}: code of {w} at scale {scale}");
         }
         assert_eq!(quantized, expected * scale, "{case}: {w} at scale {scale}");
+    }
+}
+
+#[test]
+fn a_weight_at_the_threshold_is_zero() {
+    let device = cpu();
+    for scale in [1.0f32, 0.3, 2f32.powi(-14), 65504.0] {
+        let threshold = scale / 2.0;
+        let beside = [threshold, threshold.next_up(), threshold.next_down()];
+        let weight = tensor(&[beside, beside.map(|w| -w)].concat(), [1, 6, 1], &device);
+        let [scale, threshold] = [scale, threshold].map(|value| tensor(&[value], [1, 1, 1], &device));
+        let codes = [0.0, 1.0, 0.0, 0.0, -1.0, 0.0];
+        assert_eq!(floats(ternary_codes(weight.clone(), threshold.clone(), None)), codes);
+        let quantized = ternary_quantize(weight, scale.clone(), threshold, None, StraightThrough::IDENTITY);
+        assert_eq!(floats(quantized / scale), codes);
+    }
+}
+
+#[test]
+fn latent_weights_may_have_any_float_type() {
+    let device = cpu();
+    let values = normal(&mut ChaCha8Rng::seed_from_u64(13), 26 * 9, 0.1);
+    for dtype in [FloatDType::F16, FloatDType::BF16, FloatDType::F64] {
+        if !device.supports_dtype(dtype) {
+            println!("skipped: {dtype:?} on {}", device::describe(&device));
+            continue;
+        }
+        for rule in RULES {
+            let weight = tensor(&values, [26, 9], &device).cast(dtype);
+            let quantizer = quantizer(&QuantConfig { scale: rule, ..Default::default() }, &weight);
+            let quantized = quantizer.fake_quantize(weight.clone());
+            assert_eq!(quantized.dtype(), dtype.into());
+            let quantized = floats(quantized.cast(FloatDType::F32));
+            let codes = floats(quantizer.codes(weight.clone()).cast(FloatDType::F32));
+            let scales = floats(quantizer.scales(weight.clone()).cast(FloatDType::F32));
+            let weight = floats(weight.cast(FloatDType::F32));
+            for (channel, scale) in scales.iter().enumerate() {
+                let magnitudes: Vec<f64> =
+                    (0..26).map(|i| f64::from(weight[i * 9 + channel].abs())).collect();
+                let reference =
+                    reference_scales(rule, &magnitudes)[1 % reference_scales(rule, &magnitudes).len()];
+                assert!(
+                    (f64::from(*scale) / reference - 1.0).abs() < 0.05,
+                    "{dtype:?} {rule:?}: {scale}, {reference}"
+                );
+                assert_eq!(f64::from(*scale), nearest_f16(f64::from(*scale)), "{dtype:?} {rule:?}");
+                for index in (channel..codes.len()).step_by(9) {
+                    assert!([-1.0, 0.0, 1.0].contains(&codes[index]));
+                    assert_eq!(quantized[index], codes[index] * scale, "{dtype:?} {rule:?}");
+                }
+            }
+        }
     }
 }
 

@@ -12,11 +12,11 @@ use rand_chacha::ChaCha8Rng;
 impl Compute {
     /// Into the type that the model computes in.
     pub(super) fn cast<const D: usize>(self, tensor: Tensor<D>) -> Tensor<D> {
-        match self {
-            Self::F32 => tensor,
-            Self::Bf16 => tensor.cast(FloatDType::BF16),
-            Self::F16 => tensor.cast(FloatDType::F16),
-        }
+        tensor.cast(match self {
+            Self::F32 => FloatDType::F32,
+            Self::Bf16 => FloatDType::BF16,
+            Self::F16 => FloatDType::F16,
+        })
     }
 }
 

@@ -4,7 +4,7 @@ use super::{Compute, norm::rms_normalize};
 use crate::ops::absmax_quantize;
 use crate::quant::{ActivationPrecision, Dial, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig};
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor, module::linear};
+use burn::tensor::{Device, FloatDType, Tensor, module::linear};
 use rand::Rng;
 use rand_distr::{Distribution, Normal};
 
@@ -75,9 +75,11 @@ impl QuantizedLinear {
         let quant = &self.config.quant;
         let input = if quant.input_norm { rms_normalize(input, INPUT_NORM_EPS) } else { input };
         let input = match (self.is_ternary(), quant.activations) {
-            (true, ActivationPrecision::Int8) => absmax_quantize(input, 127.0),
+            // In f32: a scale in half precision would not be the one that an engine computes.
+            (true, ActivationPrecision::Int8) => absmax_quantize(input.cast(FloatDType::F32), 127.0),
             _ => input,
         };
+        let input = self.config.compute.cast(input);
         // One matrix product for all tokens: [tokens, d_input] x [d_input, d_output].
         let mut shape = input.dims();
         let tokens = shape[..D - 1].iter().product::<usize>();

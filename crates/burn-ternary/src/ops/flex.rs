@@ -87,6 +87,9 @@ impl TernaryBackend for Flex {
     }
 
     fn round_scale(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        if input.dtype() != DType::F32 {
+            return scale::round::<Self>(input);
+        }
         let shape = input.layout().shape().clone();
         let input = dense(input);
         let rounded = values(&input)

@@ -5,6 +5,9 @@
 //! a tensor is `[1, d_input * d_output, 1]`. Each op has a default body made of float ops, a hand-written backward
 //! under `Autodiff`, and a fused form for [`Flex`](burn::backend::Flex) where the default costs memory traffic.
 
+// ndarray and libtorch are deprecated upstream and still asked of us; the extension's generated code names them.
+#![allow(deprecated)]
+
 mod absmax;
 #[cfg(feature = "flex")]
 mod flex;
@@ -97,10 +100,8 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
 }
 
 #[cfg(feature = "ndarray")]
-#[allow(deprecated)]
 impl TernaryBackend for burn::backend::NdArray {}
 #[cfg(feature = "tch")]
-#[allow(deprecated)]
 impl TernaryBackend for burn::backend::LibTorch {}
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 impl TernaryBackend for burn_cubecl::CubeBackend {}

@@ -2,10 +2,10 @@
 
 use super::TernaryBackend;
 use burn::backend::{Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
-use burn::tensor::{Shape, Tensor, TensorData};
+use burn::tensor::{DType, FloatDType, Shape, Tensor, TensorData};
 
-/// Smallest scale: just above the smallest normal f16, `2^-14`.
-pub const SCALE_MIN: f32 = 6.103_515_6e-5;
+/// Smallest scale: the smallest normal f16, `2^-14`.
+pub const SCALE_MIN: f32 = 1.0 / 16384.0;
 /// Largest scale: the largest f16.
 pub const SCALE_MAX: f32 = 65504.0;
 
@@ -27,21 +27,38 @@ pub fn round_scale(scale: Tensor<3>) -> Tensor<3> {
     Tensor::from_dispatch(Dispatch::round_scale(scale.into_dispatch()))
 }
 
-/// Rounds by float ops that no compiler's contraction or approximation changes: `p = 2^floor(log2 x)` by comparing
-/// with a table, then `(x + m) - m` with `m = 1.5 * 2^13 p`, whose last place is the last place of an f16 near x.
-/// A cast would do on backends that have f16; not all do.
+/// Rounds in float ops that no compiler's rearrangement changes: with `2^e <= x < 2^(e+1)`, found by comparing with a
+/// table, `round(x * 2^(10-e)) * 2^(e-10)`. The products with powers of two are exact and rounding is an instruction
+/// of its own; the shorter `(x + m) - m` is simplified to `x` by shader compilers. A cast to f16 would do where the
+/// device has f16; not all have.
 pub(super) fn round<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
+    let dtype = scale.dtype();
+    if dtype != DType::F32 {
+        // The last places below are those of f32.
+        let rounded = round::<B>(B::float_cast(scale, FloatDType::F32));
+        return B::float_cast(rounded, dtype.into());
+    }
     let device = scale.device();
     let shape = scale.shape();
     let scale = B::float_clamp(scale, SCALE_MIN.into(), SCALE_MAX.into());
     let scale = B::float_reshape(scale, Shape::new([shape.num_elements(), 1]));
-    let table: Vec<f32> = (-14..16).map(|e| 2f32.powi(e)).collect();
-    let table = B::float_from_data(TensorData::new(table, [1, 30]), &device);
-    // sign(x - p) is 1 or 0 where p <= x, so sign + 1, cut at 1, says so.
-    let at_most = B::float_sign(B::float_sub(scale.clone(), table.clone()));
-    let at_most = B::float_clamp(B::float_add_scalar(at_most, 1f32.into()), 0f32.into(), 1f32.into());
-    let power = B::float_max_dim(B::float_mul(at_most, table), 1);
-    let magic = B::float_mul_scalar(power, (1.5 * 8192f32).into());
-    let rounded = B::float_sub(B::float_add(scale, magic.clone()), magic);
-    B::float_reshape(rounded, shape)
+    let table = |power: fn(i32) -> f32| {
+        let values: Vec<f32> = (MIN_EXPONENT..=MAX_EXPONENT).map(power).collect();
+        let columns = values.len();
+        B::float_from_data(TensorData::new(values, [1, columns]), &device)
+    };
+    // 1 where x >= bound: sign(x - bound) is 0 or 1 there and -1 elsewhere.
+    let at_least = |bound| {
+        let sign = B::float_sign(B::float_sub(scale.clone(), bound));
+        B::float_clamp(B::float_add_scalar(sign, 1f32.into()), 0f32.into(), 1f32.into())
+    };
+    let binade = B::float_sub(at_least(table(|e| 2f32.powi(e))), at_least(table(|e| 2f32.powi(e + 1))));
+    // One column is 1 and the others are 0, so these sums are exact.
+    let of_binade = |power| B::float_sum_dim(B::float_mul(binade.clone(), table(power)), 1);
+    let units = B::float_round(B::float_mul(scale.clone(), of_binade(|e| 2f32.powi(10 - e))));
+    B::float_reshape(B::float_mul(units, of_binade(|e| 2f32.powi(e - 10))), shape)
 }
+
+/// Exponents of the normal f16 numbers.
+const MIN_EXPONENT: i32 = -14;
+const MAX_EXPONENT: i32 = 15;
