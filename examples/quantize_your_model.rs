@@ -20,7 +20,8 @@ impl Classifier {
 
 /// Points on two spirals that wind into each other, and the spiral of each.
 fn spirals(count: usize, device: &Device) -> (Tensor<2>, Tensor<1, Int>) {
-    let radius = |i: usize| (i / 2) as f32 / (count / 2) as f32 * if i % 2 == 0 { 1.0 } else { -1.0 };
+    let radius =
+        |i: usize| (i / 2) as f32 / (count / 2) as f32 * if i.is_multiple_of(2) { 1.0 } else { -1.0 };
     let point = |r: f32| [r * (9.0 * r.abs()).cos(), r * (9.0 * r.abs()).sin()];
     let points: Vec<f32> = (0..count).flat_map(|i| point(radius(i))).collect();
     let sides = Tensor::arange(0..count as i64, device).remainder_scalar(2);

@@ -48,7 +48,9 @@ fn main() {
         });
         // The first pair warms caches, allocator and threads.
         if pair > 0 {
-            [0, 1].map(|twin| times[twin].push(seconds[twin]));
+            for (times, seconds) in times.iter_mut().zip(seconds) {
+                times.push(seconds);
+            }
             ratios.push(seconds[1] / seconds[0]);
         }
     }
@@ -73,7 +75,8 @@ fn main() {
 
 fn random_batch(vocab: usize, seq: usize, batch: usize, pair: usize, device: &Device) -> LmBatch {
     let id = |index: usize| ((index * 7919 + pair * 104_729) % vocab) as u32;
-    let window = |row: usize| Window { ids: (0..=seq).map(|i| id(row * seq + i)).collect(), mask: vec![true; seq] };
+    let window =
+        |row: usize| Window { ids: (0..=seq).map(|i| id(row * seq + i)).collect(), mask: vec![true; seq] };
     LmBatcher.batch(&(0..batch).map(window).collect::<Vec<_>>(), device)
 }
 

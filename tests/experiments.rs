@@ -6,19 +6,12 @@ use burn_ternary::train::{Experiment, TrainError};
 use proptest::{prelude::*, sample::Index};
 use toml::{Table, Value};
 
-const DEFAULT: &str = include_str!(concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/experiments/00-default.toml"
-));
+const DEFAULT: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/experiments/00-default.toml"));
 
 fn files() -> Vec<PathBuf> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/experiments");
-    let paths = fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    let files: Vec<_> = paths
-        .filter(|path| path.extension().is_some_and(|e| e == "toml"))
-        .collect();
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files: Vec<_> = paths.filter(|path| path.extension().is_some_and(|e| e == "toml")).collect();
     assert!(files.len() >= 6, "{files:?}");
     files
 }
@@ -39,10 +32,7 @@ fn message(text: &str) -> String {
 fn every_file_loads_and_comes_back_equal_from_its_resolved_form() {
     for path in files() {
         let experiment = Experiment::load(&path).unwrap_or_else(|e| panic!("{e}"));
-        assert_eq!(
-            experiment.run.name,
-            path.file_stem().unwrap().to_str().unwrap()
-        );
+        assert_eq!(experiment.run.name, path.file_stem().unwrap().to_str().unwrap());
         let again = Experiment::parse(&experiment.to_toml(), "resolved").unwrap();
         assert_eq!(again, experiment);
     }
@@ -52,10 +42,7 @@ fn every_file_loads_and_comes_back_equal_from_its_resolved_form() {
 fn every_file_opens_with_question_expectation_and_cost() {
     for path in files() {
         let text = fs::read_to_string(&path).unwrap();
-        for (line, start) in text
-            .lines()
-            .zip(["# Question: ", "# Expectation: ", "# Cost: "])
-        {
+        for (line, start) in text.lines().zip(["# Question: ", "# Expectation: ", "# Cost: "]) {
             assert!(line.starts_with(start), "{}: {line}", path.display());
         }
     }
@@ -68,19 +55,13 @@ fn every_override_that_a_comment_names_works() {
         let text = fs::read_to_string(&path).unwrap();
         let base = Experiment::load(&path).unwrap();
         let mut names = vec![base.run.name.clone()];
-        for line in text
-            .lines()
-            .filter_map(|line| line.strip_prefix("#   --set "))
-        {
+        for line in text.lines().filter_map(|line| line.strip_prefix("#   --set ")) {
             let mut experiment = base.clone();
             for assignment in line.split(" --set ") {
                 experiment.set(assignment).unwrap();
             }
             experiment.validate(line).unwrap();
-            assert!(
-                !names.contains(&experiment.run.name),
-                "two runs would share a folder: {line}"
-            );
+            assert!(!names.contains(&experiment.run.name), "two runs would share a folder: {line}");
             names.push(experiment.run.name);
             lines += 1;
         }
@@ -90,9 +71,8 @@ fn every_override_that_a_comment_names_works() {
 
 #[test]
 fn the_ternary_shakespeare_is_the_float_one_but_for_quantizer_rate_and_name() {
-    let load = |name: &str| {
-        Experiment::load(files().into_iter().find(|p| p.ends_with(name)).unwrap()).unwrap()
-    };
+    let load =
+        |name: &str| Experiment::load(files().into_iter().find(|p| p.ends_with(name)).unwrap()).unwrap();
     let mut float = load("10-shakespeare-float.toml");
     let ternary = load("11-shakespeare-ternary.toml");
     assert!(!float.quant.enabled && ternary.quant.enabled);
@@ -105,66 +85,29 @@ fn the_ternary_shakespeare_is_the_float_one_but_for_quantizer_rate_and_name() {
 
 #[test]
 fn the_run_folder_is_named_after_run_and_seed() {
-    assert_eq!(
-        default().run_dir(),
-        PathBuf::from("runs").join("00-default-1")
-    );
+    assert_eq!(default().run_dir(), PathBuf::from("runs").join("00-default-1"));
 }
 
 #[test]
 fn a_group_size_survives_the_resolved_form() {
     let mut experiment = default();
-    experiment
-        .set("quant.granularity = { per_group = 64 }")
-        .unwrap();
+    experiment.set("quant.granularity = { per_group = 64 }").unwrap();
     experiment.validate("").unwrap();
-    assert_eq!(
-        Experiment::parse(&experiment.to_toml(), "").unwrap(),
-        experiment
-    );
+    assert_eq!(Experiment::parse(&experiment.to_toml(), "").unwrap(), experiment);
 }
 
 #[test]
 fn a_bad_file_is_told_where_and_what_is_allowed() {
-    let line = |start: &str| {
-        1 + DEFAULT
-            .lines()
-            .position(|line| line.starts_with(start))
-            .unwrap()
-    };
+    let line = |start: &str| 1 + DEFAULT.lines().position(|line| line.starts_with(start)).unwrap();
     for (from, to, fragments) in [
-        (
-            "d_ff =",
-            "d_fff =",
-            &["unknown field `d_fff`", "`d_ff`", "in `model`: "][..],
-        ),
+        ("d_ff =", "d_fff =", &["unknown field `d_fff`", "`d_ff`", "in `model`: "][..]),
         ("[run]", "[runs]", &["unknown field `runs`", "`schedule`"]),
-        (
-            "n_heads = 4\n",
-            "",
-            &["missing field `n_heads`", "in `model`: "],
-        ),
-        (
-            "steps = 640",
-            "steps = \"700\"",
-            &["invalid type: string \"700\"", "`run.steps`"],
-        ),
-        (
-            "steps = 640",
-            "steps = 7.5",
-            &["invalid type: floating point `7.5`", "`run.steps`"],
-        ),
+        ("n_heads = 4\n", "", &["missing field `n_heads`", "in `model`: "]),
+        ("steps = 640", "steps = \"700\"", &["invalid type: string \"700\"", "`run.steps`"]),
+        ("steps = 640", "steps = 7.5", &["invalid type: floating point `7.5`", "`run.steps`"]),
         ("steps = 640", "steps = -7", &["`-7`", "`run.steps`"]),
-        (
-            "enabled = true",
-            "enabled = 1",
-            &["expected a boolean", "`quant.enabled`"],
-        ),
-        (
-            "\"absmean\"",
-            "\"absmax\"",
-            &["unknown variant `absmax`", "`seq`", "`quant.scale`"],
-        ),
+        ("enabled = true", "enabled = 1", &["expected a boolean", "`quant.enabled`"]),
+        ("\"absmean\"", "\"absmax\"", &["unknown variant `absmax`", "`seq`", "`quant.scale`"]),
         ("steps = 640", "steps = ", &["x.toml:"]),
         ("steps = 640", "steps = 640\nsteps = 8", &["duplicate key"]),
     ] {
@@ -177,103 +120,52 @@ fn a_bad_file_is_told_where_and_what_is_allowed() {
         assert!(!message.contains('\n'), "{message}");
     }
     let found = message(&DEFAULT.replacen("d_ff =", "d_fff =", 1));
-    assert!(
-        found.starts_with(&format!("x.toml:{}: ", line("d_ff"))),
-        "{found}"
-    );
+    assert!(found.starts_with(&format!("x.toml:{}: ", line("d_ff"))), "{found}");
     assert!(message("").contains("missing field `data`"));
 }
 
 #[test]
 fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
     for (assignment, fragment) in [
-        (
-            "data.train=[]",
-            "`data.train` is [], expected at least one file",
-        ),
+        ("data.train=[]", "`data.train` is [], expected at least one file"),
         ("data.train=[\"\"]", "`data.train`"),
         ("data.valid=[\"\"]", "`data.valid`"),
-        (
-            "data.valid_fraction=0",
-            "`data.valid_fraction` is 0.0, expected above 0, at most 0.5",
-        ),
+        ("data.valid_fraction=0", "`data.valid_fraction` is 0.0, expected above 0, at most 0.5"),
         ("data.valid_fraction=0.6", "`data.valid_fraction`"),
-        (
-            "data.tokenizer=words",
-            "`data.tokenizer` is \"words\", expected byte, char, bpe or",
-        ),
+        ("data.tokenizer=words", "`data.tokenizer` is \"words\", expected byte, char, bpe or"),
         ("data.bpe_vocab_size=256", "`data.bpe_vocab_size`"),
         ("model.d_model=0", "`model.d_model` is 0, expected 1 to"),
-        (
-            "model.n_heads=3",
-            "`model.n_heads` is 3, expected a divisor of d_model = 128",
-        ),
-        (
-            "model.activation=gelu",
-            "`model.activation` is \"gelu\", expected swiglu or squared_relu",
-        ),
-        (
-            "quant.granularity={per_group=48}",
-            "{ per_group = 48 }, expected a per_group that divides",
-        ),
+        ("model.n_heads=3", "`model.n_heads` is 3, expected a divisor of d_model = 128"),
+        ("model.activation=gelu", "`model.activation` is \"gelu\", expected swiglu or squared_relu"),
+        ("quant.granularity={per_group=48}", "{ per_group = 48 }, expected a per_group that divides"),
         ("quant.granularity={per_group=0}", "`quant.granularity`"),
         ("quant.granularity={per_group=256}", "`quant.granularity`"),
-        (
-            "quant.threshold=1",
-            "`quant.threshold` is 1.0, expected above 0 and below 1",
-        ),
+        ("quant.threshold=1", "`quant.threshold` is 1.0, expected above 0 and below 1"),
         ("quant.threshold=0", "`quant.threshold`"),
-        (
-            "quant.estimator=masked",
-            "`quant.estimator` is \"masked\", expected identity",
-        ),
-        (
-            "quant.quantization_penalty=-1",
-            "`quant.quantization_penalty`",
-        ),
+        ("quant.estimator=masked", "`quant.estimator` is \"masked\", expected identity"),
+        ("quant.quantization_penalty=-1", "`quant.quantization_penalty`"),
         ("quant.scale_penalty=inf", "`quant.scale_penalty`"),
-        (
-            "optim.lr=0",
-            "`optim.lr` is 0.0, expected a finite number above 0",
-        ),
+        ("optim.lr=0", "`optim.lr` is 0.0, expected a finite number above 0"),
         ("optim.lr=nan", "`optim.lr` is nan"),
         ("optim.muon_lr=-1", "`optim.muon_lr`"),
         ("optim.muon_momentum=1", "`optim.muon_momentum`"),
-        (
-            "optim.beta1=1",
-            "`optim.beta1` is 1.0, expected at least 0 and below 1",
-        ),
+        ("optim.beta1=1", "`optim.beta1` is 1.0, expected at least 0 and below 1"),
         ("optim.beta2=-0.1", "`optim.beta2`"),
         ("optim.epsilon=0", "`optim.epsilon`"),
         ("optim.weight_decay=-0.1", "`optim.weight_decay`"),
         ("optim.clip_norm=-1", "`optim.clip_norm`"),
         ("optim.z_loss=nan", "`optim.z_loss`"),
-        (
-            "schedule.warmup_steps=1000000001",
-            "`schedule.warmup_steps`",
-        ),
-        (
-            "schedule.decay_fraction=1.1",
-            "`schedule.decay_fraction` is 1.1, expected 0 to 1",
-        ),
+        ("schedule.warmup_steps=1000000001", "`schedule.warmup_steps`"),
+        ("schedule.decay_fraction=1.1", "`schedule.decay_fraction` is 1.1, expected 0 to 1"),
         ("schedule.min_lr_ratio=2", "`schedule.min_lr_ratio`"),
-        (
-            "schedule.weight_decay_until=-1",
-            "`schedule.weight_decay_until`",
-        ),
+        ("schedule.weight_decay_until=-1", "`schedule.weight_decay_until`"),
         ("schedule.float_until=1.5", "`schedule.float_until`"),
         ("schedule.ramp_until=1.5", "`schedule.ramp_until`"),
-        (
-            "run.name=a/b",
-            "`run.name` is \"a/b\", expected a plain file name",
-        ),
+        ("run.name=a/b", "`run.name` is \"a/b\", expected a plain file name"),
         ("run.name=\"\"", "`run.name`"),
         ("run.name=..", "`run.name`"),
         ("run.out_dir=\"\"", "`run.out_dir`"),
-        (
-            "run.device=tpu",
-            "expected one of auto, flex, ndarray, wgpu, tch, cuda",
-        ),
+        ("run.device=tpu", "expected one of auto, flex, ndarray, wgpu, tch, cuda"),
         ("run.steps=0", "`run.steps` is 0, expected 1 to 1000000000"),
         ("run.batch_size=0", "`run.batch_size`"),
         ("run.batch_size=1000000000", "tokens a step"),
@@ -290,25 +182,14 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
     ] {
         let mut experiment = default();
         experiment.set(assignment).unwrap();
-        let message = experiment
-            .validate("x.toml")
-            .expect_err(assignment)
-            .to_string();
-        assert!(
-            message.starts_with("x.toml: ") && message.contains(fragment),
-            "{message}"
-        );
+        let message = experiment.validate("x.toml").expect_err(assignment).to_string();
+        assert!(message.starts_with("x.toml: ") && message.contains(fragment), "{message}");
     }
     let mut ramp = default();
     ramp.set("schedule.float_until=0.5").unwrap();
     ramp.validate("0 is a switch").unwrap();
     ramp.set("schedule.ramp_until=0.4").unwrap();
-    assert!(
-        ramp.validate("")
-            .unwrap_err()
-            .to_string()
-            .contains("at least float_until = 0.5")
-    );
+    assert!(ramp.validate("").unwrap_err().to_string().contains("at least float_until = 0.5"));
     let seed = DEFAULT.replacen("seed = 1", "seed = 18446744073709551615", 1);
     assert!(message(&seed).contains("run.seed"));
 }
@@ -319,10 +200,7 @@ fn a_file_that_is_no_text_is_told_by_its_name() {
     let path = folder.path().join("bytes.toml");
     fs::write(&path, [DEFAULT.as_bytes(), &[0xff, 0xfe]].concat()).unwrap();
     let missing = folder.path().join("missing.toml");
-    for (path, fragment) in [
-        (&path, "UTF-8"),
-        (&missing, "missing.toml: expected an experiment"),
-    ] {
+    for (path, fragment) in [(&path, "UTF-8"), (&missing, "missing.toml: expected an experiment")] {
         let error = Experiment::load(path).unwrap_err();
         assert!(matches!(error, TrainError::Experiment { .. }));
         assert!(error.to_string().contains(fragment), "{error}");
@@ -333,35 +211,20 @@ fn a_file_that_is_no_text_is_told_by_its_name() {
 #[test]
 fn a_bad_override_changes_nothing_and_says_what_is_allowed() {
     for (assignment, fragment) in [
-        (
-            "optim.lrr=1",
-            "unknown key `optim.lrr`, expected one of `beta1`",
-        ),
-        (
-            "optimizer.lr=1",
-            "unknown section `optimizer`, expected one of `data`",
-        ),
-        (
-            "quant.granularity.per_group=64",
-            "unknown key `quant.granularity.per_group`",
-        ),
+        ("optim.lrr=1", "unknown key `optim.lrr`, expected one of `beta1`"),
+        ("optimizer.lr=1", "unknown section `optimizer`, expected one of `data`"),
+        ("quant.granularity.per_group=64", "unknown key `quant.granularity.per_group`"),
         ("optim.lr", "expected section.key=value"),
         ("lr=1", "expected section.key=value"),
         ("optim.lr=fast", "invalid type: string \"fast\""),
         ("run.steps=1.5", "in `run.steps`"),
         ("run.name=5", "expected a string"),
         ("data.train=a.txt", "expected a sequence"),
-        (
-            "quant.scale=absmax",
-            "unknown variant `absmax`, expected one of `absmean`",
-        ),
+        ("quant.scale=absmax", "unknown variant `absmax`, expected one of `absmean`"),
         ("run.steps=1\n[model]", "in `run.steps`"),
     ] {
         let mut experiment = default();
-        let message = experiment
-            .set(assignment)
-            .expect_err(assignment)
-            .to_string();
+        let message = experiment.set(assignment).expect_err(assignment).to_string();
         assert!(message.contains(fragment), "{message}");
         assert_eq!(experiment, default());
     }
@@ -371,12 +234,7 @@ fn a_bad_override_changes_nothing_and_says_what_is_allowed() {
 fn keys() -> Vec<(String, String)> {
     let whole: Table = DEFAULT.parse().unwrap();
     let key = |(section, table): (&String, &Value)| {
-        table
-            .as_table()
-            .unwrap()
-            .keys()
-            .map(|key| (section.clone(), key.clone()))
-            .collect::<Vec<_>>()
+        table.as_table().unwrap().keys().map(|key| (section.clone(), key.clone())).collect::<Vec<_>>()
     };
     whole.iter().flat_map(key).collect()
 }
@@ -387,27 +245,16 @@ fn value() -> impl Strategy<Value = Value> {
         (-3i64..300).prop_map(Value::from),
         any::<f64>().prop_map(Value::from),
         (-0.5..1.5).prop_map(Value::from),
-        prop::sample::select(vec![f64::NAN, f64::INFINITY, -0.0, f64::MIN_POSITIVE])
-            .prop_map(Value::from),
+        prop::sample::select(vec![f64::NAN, f64::INFINITY, -0.0, f64::MIN_POSITIVE]).prop_map(Value::from),
         any::<bool>().prop_map(Value::from),
         any::<String>().prop_map(Value::from),
-        prop::sample::select(vec![
-            "gpt2",
-            "bitnet",
-            "seq",
-            "per_tensor",
-            "squared_relu",
-            "byte"
-        ])
-        .prop_map(Value::from),
+        prop::sample::select(vec!["gpt2", "bitnet", "seq", "per_tensor", "squared_relu", "byte"])
+            .prop_map(Value::from),
     ];
     leaf.prop_recursive(2, 4, 2, |inner| {
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
-            inner.prop_map(|value| Value::Table(Table::from_iter([(
-                "per_group".to_string(),
-                value
-            )]))),
+            inner.prop_map(|value| Value::Table(Table::from_iter([("per_group".to_string(), value)]))),
         ]
     })
 }

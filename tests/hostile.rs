@@ -8,7 +8,8 @@ use std::path::Path;
 fn command(out: &Path, arguments: &[&str]) -> TrainCommand {
     let out = out.to_str().unwrap();
     let small = ["--set", "model.d_model=32", "--set", "model.d_ff=32", "--set", "model.n_layers=1"];
-    let short = ["--device", "flex", "--steps", "6", "--set", "run.sample_tokens=4", "--set", "run.eval_windows=2"];
+    let short =
+        ["--device", "flex", "--steps", "6", "--set", "run.sample_tokens=4", "--set", "run.eval_windows=2"];
     let all = [&["train", "--quiet", "--out", out][..], &small, &short, arguments].concat();
     TrainCommand::try_parse_from(all).unwrap()
 }

@@ -40,11 +40,15 @@ fn a_short_run_learns_the_embedded_texts_and_leaves_everything_it_promises() {
     assert!((0.25..0.40).contains(&result.zero_fraction.unwrap()), "{:?}", result.zero_fraction);
 
     let run_dir = experiment.run_dir();
-    for name in ["experiment.toml", "tokenizer.json", "metrics.jsonl", "samples.txt", "loss.svg", "codes.svg"] {
+    for name in ["experiment.toml", "tokenizer.json", "metrics.jsonl", "samples.txt", "loss.svg", "codes.svg"]
+    {
         assert!(run_dir.join(name).metadata().unwrap().len() > 0, "{name}");
     }
     let history = report::read(&run_dir.join("metrics.jsonl")).unwrap();
-    assert_eq!(history.train.iter().map(|report| report.step).collect::<Vec<_>>(), [20, 40, 60, 80, 100, 120]);
+    assert_eq!(
+        history.train.iter().map(|report| report.step).collect::<Vec<_>>(),
+        [20, 40, 60, 80, 100, 120]
+    );
     assert_eq!(history.valid.iter().map(|report| report.step).collect::<Vec<_>>(), [60, 120]);
     assert!(history.valid[1].loss < history.valid[0].loss);
     assert!(history.valid[1].flipped.unwrap() > 0.0);

@@ -80,7 +80,8 @@ fn tensors(checkpoint: &Path) -> Vec<(String, Vec<u8>)> {
 #[test]
 fn child_process_of_the_kill_test() {
     let Ok(out) = std::env::var(CHILD) else { return };
-    run(experiment(Path::new(&out)), &RunOptions { resume: true, quiet: true, ..RunOptions::default() }).unwrap();
+    run(experiment(Path::new(&out)), &RunOptions { resume: true, quiet: true, ..RunOptions::default() })
+        .unwrap();
 }
 
 #[test]
@@ -125,7 +126,8 @@ fn a_run_killed_twenty_times_ends_bit_for_bit_like_one_that_was_not() {
 fn compare(whole: &Path, killed: &Path) {
     assert_eq!(losses(whole), losses(killed));
     let (whole, killed) = (tensors(&last_checkpoint(whole)), tensors(&last_checkpoint(killed)));
-    let names = |tensors: &[(String, Vec<u8>)]| tensors.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    let names =
+        |tensors: &[(String, Vec<u8>)]| tensors.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
     assert_eq!(names(&whole), names(&killed));
     assert!(whole.len() > 60, "{} tensors", whole.len());
     for ((name, whole), (_, killed)) in whole.iter().zip(&killed) {
@@ -146,7 +148,10 @@ fn altered_checkpoints_are_passed_over_and_the_last_good_one_is_used() {
     bytes[middle] ^= 1;
     fs::write(&model, bytes).unwrap();
     run(short, &RunOptions { resume: true, quiet: true, ..RunOptions::default() }).unwrap();
-    assert!(before == (losses(&run_dir), tensors(&last_checkpoint(&run_dir))), "the run was not repeated exactly");
+    assert!(
+        before == (losses(&run_dir), tensors(&last_checkpoint(&run_dir))),
+        "the run was not repeated exactly"
+    );
 }
 
 #[test]

@@ -39,10 +39,7 @@ pub enum DeviceError {
 
 /// The backends of this build, in the order in which `auto` looks.
 pub fn compiled() -> Vec<&'static str> {
-    NAMES
-        .into_iter()
-        .filter(|name| construct(name).is_some())
-        .collect()
+    NAMES.into_iter().filter(|name| construct(name).is_some()).collect()
 }
 
 /// The device called `auto`, `flex`, `ndarray`, `wgpu`, `tch` or `cuda`; `auto` takes the first compiled in of
@@ -53,10 +50,7 @@ pub fn compiled() -> Vec<&'static str> {
 /// such hardware; `auto` does not fall back either, since a run on the wrong device only looks like a slow one.
 pub fn device(name: &str) -> Result<Device, DeviceError> {
     let name = match name {
-        "auto" => compiled()
-            .first()
-            .copied()
-            .ok_or(DeviceError::NoneCompiled)?,
+        "auto" => compiled().first().copied().ok_or(DeviceError::NoneCompiled)?,
         _ => name,
     };
     let owned = || name.to_owned();
@@ -64,19 +58,12 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
         return Err(DeviceError::Unknown { name: owned() });
     }
     let device = construct(name).ok_or_else(|| DeviceError::NotCompiled { name: owned() })?;
-    if present(name) {
-        Ok(device)
-    } else {
-        Err(DeviceError::Missing { name: owned() })
-    }
+    if present(name) { Ok(device) } else { Err(DeviceError::Missing { name: owned() }) }
 }
 
 /// The device's name and hardware, as in `flex (AMD EPYC 7B13)`, for `result.json`.
 pub fn describe(device: &Device) -> String {
-    let Some(name) = compiled()
-        .into_iter()
-        .find(|name| construct(name).as_ref() == Some(device))
-    else {
+    let Some(name) = compiled().into_iter().find(|name| construct(name).as_ref() == Some(device)) else {
         return format!("{device:?}");
     };
     match hardware(device) {
@@ -200,10 +187,7 @@ mod tests {
     fn a_name_that_cannot_be_says_what_can() {
         for name in ["", "gpu", "Flex", "cuda:0"] {
             let error = device(name).unwrap_err().to_string();
-            assert!(
-                error.contains(&format!("unknown device `{name}`")),
-                "{error}"
-            );
+            assert!(error.contains(&format!("unknown device `{name}`")), "{error}");
             assert!(error.ends_with(&compiled().join(", ")), "{error}");
             for name in NAMES {
                 assert!(error.contains(name), "{error}");

@@ -41,18 +41,12 @@ impl LmBatcher {
     pub fn batch(&self, windows: &[Window], device: &Device) -> LmBatch {
         let shape = [windows.len(), windows[0].mask.len()];
         let ids = |first: usize| {
-            let ids: Vec<i32> = windows
-                .iter()
-                .flat_map(|w| &w.ids[first..first + shape[1]])
-                .map(|&id| id as i32)
-                .collect();
+            let ids: Vec<i32> =
+                windows.iter().flat_map(|w| &w.ids[first..first + shape[1]]).map(|&id| id as i32).collect();
             Tensor::from_data(TensorData::new(ids, shape), device)
         };
-        let mask: Vec<f32> = windows
-            .iter()
-            .flat_map(|w| &w.mask)
-            .map(|&learned| f32::from(u8::from(learned)))
-            .collect();
+        let mask: Vec<f32> =
+            windows.iter().flat_map(|w| &w.mask).map(|&learned| f32::from(u8::from(learned))).collect();
         let tokens = mask.iter().filter(|&&m| m == 1.0).count();
         LmBatch {
             inputs: ids(0),
@@ -90,22 +84,14 @@ impl LmLoader {
         device: &Device,
     ) -> Self {
         assert!(accumulation > 0, "a step has at least one batch");
-        Self {
-            accumulation,
-            ..Self::new(windows, batches * batch_size, batch_size, device)
-        }
+        Self { accumulation, ..Self::new(windows, batches * batch_size, batch_size, device) }
     }
 
     /// The first `limit` windows (0: all) of an epoch, once.
     ///
     /// # Panics
     /// `batch_size` is 0.
-    pub fn evaluation(
-        windows: TokenWindows,
-        batch_size: usize,
-        limit: usize,
-        device: &Device,
-    ) -> Self {
+    pub fn evaluation(windows: TokenWindows, batch_size: usize, limit: usize, device: &Device) -> Self {
         let all = windows.per_epoch();
         let total = if limit == 0 { all } else { limit.min(all) };
         Self::new(windows, total, batch_size, device)
@@ -114,14 +100,7 @@ impl LmLoader {
     fn new(windows: TokenWindows, total: usize, batch_size: usize, device: &Device) -> Self {
         assert!(batch_size > 0, "a batch has at least one window");
         let range = 0..total.div_ceil(batch_size);
-        Self {
-            windows,
-            total,
-            batch_size,
-            accumulation: 1,
-            range,
-            device: device.clone(),
-        }
+        Self { windows, total, batch_size, accumulation: 1, range, device: device.clone() }
     }
 
     /// Micro-batch `k` of the run.
@@ -147,10 +126,7 @@ impl LmLoader {
 
 impl DataLoader<LmBatch> for LmLoader {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<LmBatch> + 'a> {
-        Box::new(LmIterator {
-            loader: self,
-            next: self.range.start,
-        })
+        Box::new(LmIterator { loader: self, next: self.range.start })
     }
 
     fn num_items(&self) -> usize {
@@ -158,19 +134,13 @@ impl DataLoader<LmBatch> for LmLoader {
     }
 
     fn to_device(&self, device: &Device) -> Arc<dyn DataLoader<LmBatch>> {
-        Arc::new(Self {
-            device: device.clone(),
-            ..self.clone()
-        })
+        Arc::new(Self { device: device.clone(), ..self.clone() })
     }
 
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<LmBatch>> {
         let end = (self.range.start + end).min(self.range.end);
         let start = (self.range.start + start).min(end);
-        Arc::new(Self {
-            range: start..end,
-            ..self.clone()
-        })
+        Arc::new(Self { range: start..end, ..self.clone() })
     }
 }
 
@@ -206,10 +176,7 @@ mod tests {
     /// Dialogues, whose windows have different numbers of targets.
     fn windows(seq_len: usize) -> TokenWindows {
         let dialogues: Vec<_> = (0..40)
-            .map(|i| Document::Dialogue {
-                question: "q".repeat(i),
-                answer: format!("{i}").repeat(i % 7),
-            })
+            .map(|i| Document::Dialogue { question: "q".repeat(i), answer: format!("{i}").repeat(i % 7) })
             .collect();
         TokenWindows::new(byte_tokens(&dialogues), seq_len, 1).unwrap()
     }
@@ -224,13 +191,7 @@ mod tests {
 
     fn content(batch: &LmBatch) -> (Vec<i64>, Vec<i64>, Vec<f32>, usize, f32) {
         let mask = batch.mask.to_data().iter::<f32>().collect();
-        (
-            ids(&batch.inputs),
-            ids(&batch.targets),
-            mask,
-            batch.tokens,
-            batch.weight,
-        )
+        (ids(&batch.inputs), ids(&batch.targets), mask, batch.tokens, batch.weight)
     }
 
     #[test]
@@ -260,10 +221,8 @@ mod tests {
         for k in 0..50 {
             assert_eq!(iterator.progress().items_processed, k);
             let batch = iterator.next().unwrap().unwrap();
-            let expected: Vec<i64> = (k * 3..k * 3 + 3)
-                .flat_map(|i| windows.get(i).ids[..10].to_vec())
-                .map(i64::from)
-                .collect();
+            let expected: Vec<i64> =
+                (k * 3..k * 3 + 3).flat_map(|i| windows.get(i).ids[..10].to_vec()).map(i64::from).collect();
             assert_eq!(ids(&batch.inputs), expected);
         }
         assert!(iterator.progress().is_completed() && iterator.next().is_none());
@@ -276,15 +235,9 @@ mod tests {
         // In the middle of a step, and a slice of a slice.
         let rest = loader.slice(7, 40);
         assert_eq!(rest.num_items(), 33);
-        assert_eq!(
-            batches(&*rest).iter().map(content).collect::<Vec<_>>(),
-            all[7..]
-        );
+        assert_eq!(batches(&*rest).iter().map(content).collect::<Vec<_>>(), all[7..]);
         let part = rest.slice(3, 5).to_device(&Device::default());
-        assert_eq!(
-            batches(&*part).iter().map(content).collect::<Vec<_>>(),
-            all[10..12]
-        );
+        assert_eq!(batches(&*part).iter().map(content).collect::<Vec<_>>(), all[10..12]);
         assert_eq!(loader.slice(40, 99).num_items(), 0);
     }
 
@@ -295,11 +248,7 @@ mod tests {
         for step in batches(&loader).chunks(4) {
             let tokens: usize = step.iter().map(|batch| batch.tokens).sum();
             for batch in step {
-                let share = if tokens == 0 {
-                    0.0
-                } else {
-                    batch.tokens as f64 / tokens as f64
-                };
+                let share = if tokens == 0 { 0.0 } else { batch.tokens as f64 / tokens as f64 };
                 assert!((f64::from(batch.weight) - share).abs() < 1e-7);
                 uneven |= share != 0.25;
             }
@@ -309,42 +258,23 @@ mod tests {
 
     #[test]
     fn a_step_without_targets_has_no_weight() {
-        let document = Document::Dialogue {
-            question: "q".repeat(500),
-            answer: String::new(),
-        };
+        let document = Document::Dialogue { question: "q".repeat(500), answer: String::new() };
         let windows = TokenWindows::sequential(byte_tokens(&[document]), 16).unwrap();
         for accumulation in [1, 3] {
-            let loader =
-                LmLoader::training(windows.clone(), 2, accumulation, 6, &Device::default());
-            assert!(
-                batches(&loader)
-                    .iter()
-                    .all(|batch| batch.tokens == 0 && batch.weight == 0.0)
-            );
+            let loader = LmLoader::training(windows.clone(), 2, accumulation, 6, &Device::default());
+            assert!(batches(&loader).iter().all(|batch| batch.tokens == 0 && batch.weight == 0.0));
         }
     }
 
     #[test]
     fn an_evaluation_ends_with_the_text_or_its_limit() {
         let windows =
-            TokenWindows::sequential(byte_tokens(&[Document::Text("duck ".repeat(30))]), 10)
-                .unwrap();
+            TokenWindows::sequential(byte_tokens(&[Document::Text("duck ".repeat(30))]), 10).unwrap();
         assert_eq!(windows.per_epoch(), 15);
-        for (limit, sizes) in [
-            (0, vec![4, 4, 4, 3]),
-            (6, vec![4, 2]),
-            (99, vec![4, 4, 4, 3]),
-        ] {
+        for (limit, sizes) in [(0, vec![4, 4, 4, 3]), (6, vec![4, 2]), (99, vec![4, 4, 4, 3])] {
             let loader = LmLoader::evaluation(windows.clone(), 4, limit, &Device::default());
             let batches = batches(&loader);
-            assert_eq!(
-                batches
-                    .iter()
-                    .map(|batch| batch.inputs.dims()[0])
-                    .collect::<Vec<_>>(),
-                sizes
-            );
+            assert_eq!(batches.iter().map(|batch| batch.inputs.dims()[0]).collect::<Vec<_>>(), sizes);
             assert!(batches.iter().all(|batch| batch.weight == 1.0));
         }
     }

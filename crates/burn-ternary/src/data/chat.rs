@@ -41,10 +41,7 @@ pub fn parts(document: &Document) -> Vec<(Part<'_>, bool)> {
         Document::Text(text) => vec![(Part::Text(text), true), end],
         Document::Dialogue { question, answer } => {
             let prompt = question_parts(question).map(|part| (part, false));
-            prompt
-                .into_iter()
-                .chain([(Part::Text(answer), true), end])
-                .collect()
+            prompt.into_iter().chain([(Part::Text(answer), true), end]).collect()
         }
     }
 }
@@ -78,11 +75,7 @@ pub fn encode_prompt(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Data
 }
 
 fn question_parts(question: &str) -> [Part<'_>; 3] {
-    [
-        Part::Special(Special::User),
-        Part::Text(question),
-        Part::Special(Special::Assistant),
-    ]
+    [Part::Special(Special::User), Part::Text(question), Part::Special(Special::Assistant)]
 }
 
 #[cfg(test)]
@@ -98,10 +91,7 @@ mod tests {
 
     #[test]
     fn a_dialogue_is_learned_from_the_answer_on() {
-        let document = Document::Dialogue {
-            question: "hi".into(),
-            answer: "quack".into(),
-        };
+        let document = Document::Dialogue { question: "hi".into(), answer: "quack".into() };
         let mut written = String::new();
         let mut learned = String::new();
         for (part, loss) in parts(&document) {

@@ -95,11 +95,7 @@ pub fn split(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<Documen
     }
 }
 
-fn split_documents(
-    documents: Vec<Document>,
-    fraction: f64,
-    seed: u64,
-) -> (Vec<Document>, Vec<Document>) {
+fn split_documents(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<Document>, Vec<Document>) {
     let held_out = ((documents.len() as f64 * fraction).round() as usize).max(1);
     let mut order: Vec<usize> = (0..documents.len()).collect();
     order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
@@ -109,11 +105,7 @@ fn split_documents(
     }
     let (mut train, mut valid) = (Vec::new(), Vec::new());
     for (document, is_held_out) in documents.into_iter().zip(is_held_out) {
-        if is_held_out {
-            valid.push(document)
-        } else {
-            train.push(document)
-        }
+        if is_held_out { valid.push(document) } else { train.push(document) }
     }
     (train, valid)
 }
@@ -147,17 +139,12 @@ fn split_tail(mut documents: Vec<Document>, fraction: f64) -> (Vec<Document>, Ve
 fn cut(text: &str, tail: usize) -> usize {
     let start = text.floor_char_boundary(text.len() - tail);
     let limit = text.floor_char_boundary(start + tail / 2);
-    text[start..limit]
-        .find('\n')
-        .map_or(start, |line_end| start + line_end + 1)
+    text[start..limit].find('\n').map_or(start, |line_end| start + line_end + 1)
 }
 
 /// The texts that a path names: itself, or what lies under it.
 fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
-    let unreadable = |source| DataError::Read {
-        path: path.into(),
-        source,
-    };
+    let unreadable = |source| DataError::Read { path: path.into(), source };
     if !fs::metadata(path).map_err(unreadable)?.is_dir() {
         return match kind(path) {
             Some(_) => Ok(vec![path.into()]),
@@ -174,10 +161,7 @@ fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
 }
 
 fn collect(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), DataError> {
-    let unreadable = |source| DataError::Read {
-        path: folder.into(),
-        source,
-    };
+    let unreadable = |source| DataError::Read { path: folder.into(), source };
     for entry in fs::read_dir(folder).map_err(unreadable)? {
         let entry = entry.map_err(unreadable)?;
         let path = entry.path();
@@ -208,25 +192,16 @@ fn kind(path: &Path) -> Option<Kind> {
 }
 
 fn read_file(path: &Path) -> Result<Vec<Document>, DataError> {
-    let bytes = fs::read(path).map_err(|source| DataError::Read {
-        path: path.into(),
-        source,
-    })?;
-    let text = str::from_utf8(&bytes).map_err(|error| DataError::NotUtf8 {
-        path: path.into(),
-        offset: error.valid_up_to(),
-    })?;
+    let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.into(), source })?;
+    let text = str::from_utf8(&bytes)
+        .map_err(|error| DataError::NotUtf8 { path: path.into(), offset: error.valid_up_to() })?;
     // Windows editors put a byte order mark in front; it is no part of the text.
     let text = text.trim_start_matches('\u{feff}');
     let documents = match kind(path) {
         Some(Kind::Jsonl) => parse_jsonl(path, text)?,
         _ => parse_text(text),
     };
-    if documents.is_empty() {
-        Err(DataError::Empty { path: path.into() })
-    } else {
-        Ok(documents)
-    }
+    if documents.is_empty() { Err(DataError::Empty { path: path.into() }) } else { Ok(documents) }
 }
 
 fn parse_text(text: &str) -> Vec<Document> {
@@ -244,29 +219,16 @@ fn parse_text(text: &str) -> Vec<Document> {
         texts.push(text);
     } else {
         texts.push(&text[start..]);
-        texts
-            .iter_mut()
-            .for_each(|text| *text = text.trim_matches(['\r', '\n']));
+        texts.iter_mut().for_each(|text| *text = text.trim_matches(['\r', '\n']));
     }
-    texts
-        .into_iter()
-        .filter(|text| !text.trim().is_empty())
-        .map(|text| Document::Text(text.into()))
-        .collect()
+    texts.into_iter().filter(|text| !text.trim().is_empty()).map(|text| Document::Text(text.into())).collect()
 }
 
 fn parse_jsonl(path: &Path, text: &str) -> Result<Vec<Document>, DataError> {
-    let lines = text
-        .lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty());
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     lines
         .map(|(i, line)| {
-            parse_line(line).map_err(|found| DataError::BadLine {
-                path: path.into(),
-                line: i + 1,
-                found,
-            })
+            parse_line(line).map_err(|found| DataError::BadLine { path: path.into(), line: i + 1, found })
         })
         .collect()
 }
@@ -279,11 +241,9 @@ fn parse_line(line: &str) -> Result<Document, String> {
     };
     match ["text", "question", "answer"].map(|key| object.remove(key)) {
         [Some(Value::String(text)), None, None] => Ok(Document::Text(text)),
-        [
-            None,
-            Some(Value::String(question)),
-            Some(Value::String(answer)),
-        ] => Ok(Document::Dialogue { question, answer }),
+        [None, Some(Value::String(question)), Some(Value::String(answer))] => {
+            Ok(Document::Dialogue { question, answer })
+        }
         [Some(_), Some(_), _] | [Some(_), _, Some(_)] => Err("both".into()),
         [None, None, None] => Err("an object without them".into()),
         [None, Some(_), None] => Err("\"question\" alone".into()),
@@ -301,10 +261,7 @@ mod tests {
     }
 
     fn dialogue(question: &str, answer: &str) -> Document {
-        Document::Dialogue {
-            question: question.into(),
-            answer: answer.into(),
-        }
+        Document::Dialogue { question: question.into(), answer: answer.into() }
     }
 
     /// Writes `(name, bytes)` files into a fresh folder.
@@ -325,10 +282,7 @@ mod tests {
     #[test]
     fn text_files_are_cut_at_separator_lines() {
         let stories = "one\ntwo\n<|endoftext|>\r\n\nthree <|endoftext|>\nfour\n<|endoftext|>\n\n";
-        assert_eq!(
-            parse_text(stories),
-            [text("one\ntwo"), text("three <|endoftext|>\nfour")]
-        );
+        assert_eq!(parse_text(stories), [text("one\ntwo"), text("three <|endoftext|>\nfour")]);
         assert_eq!(parse_text("\nas it is\n\n"), [text("\nas it is\n\n")]);
     }
 
@@ -336,18 +290,12 @@ mod tests {
     fn folders_are_read_recursively_in_path_order() {
         let folder = folder(&[
             ("b.txt", b"bee"),
-            (
-                "a/z.jsonl",
-                b"{\"question\": \"q\", \"answer\": \"a\", \"more\": 1}\n\n{\"text\": \"t\"}",
-            ),
+            ("a/z.jsonl", b"{\"question\": \"q\", \"answer\": \"a\", \"more\": 1}\n\n{\"text\": \"t\"}"),
             ("a/b.TXT", b"\xef\xbb\xbfbom"),
             ("c.md", b"\xff"),
         ]);
         let documents = read_one(folder.path()).unwrap();
-        assert_eq!(
-            documents,
-            [text("bom"), dialogue("q", "a"), text("t"), text("bee")]
-        );
+        assert_eq!(documents, [text("bom"), dialogue("q", "a"), text("t"), text("bee")]);
     }
 
     #[test]
@@ -366,30 +314,15 @@ mod tests {
             ("empty.txt", "found an empty file"),
             ("blank.jsonl", "found an empty file"),
             ("latin.txt", "invalid byte at offset 3"),
-            (
-                "line.jsonl",
-                "line 2: expected an object with a string \"text\"",
-            ),
-            (
-                "no.json",
-                "expected a folder or a file that ends in .txt or .jsonl",
-            ),
+            ("line.jsonl", "line 2: expected an object with a string \"text\""),
+            ("no.json", "expected a folder or a file that ends in .txt or .jsonl"),
             ("nothing", "found none"),
         ] {
             let message = message(name);
-            assert!(
-                message.contains(expected) && message.contains(name),
-                "{name}: {message}"
-            );
+            assert!(message.contains(expected) && message.contains(name), "{name}: {message}");
         }
-        assert!(matches!(
-            read("train", &[]),
-            Err(DataError::BadValue { key: "train", .. })
-        ));
-        assert!(matches!(
-            read("train", &["embedded:duck".into()]),
-            Err(DataError::BadValue { .. })
-        ));
+        assert!(matches!(read("train", &[]), Err(DataError::BadValue { key: "train", .. })));
+        assert!(matches!(read("train", &["embedded:duck".into()]), Err(DataError::BadValue { .. })));
     }
 
     #[test]
@@ -401,10 +334,7 @@ mod tests {
             ("{\"question\": \"q\"}", "\"question\" alone"),
             ("{\"answer\": \"q\"}", "\"answer\" alone"),
             ("{\"question\": \"q\", \"answer\": null}", "no string"),
-            (
-                "{\"text\": \"t\", \"question\": \"q\", \"answer\": \"a\"}",
-                "both",
-            ),
+            ("{\"text\": \"t\", \"question\": \"q\", \"answer\": \"a\"}", "both"),
         ] {
             let message = parse_line(line).unwrap_err();
             assert!(message.contains(found), "{line}: {message}");
@@ -417,12 +347,7 @@ mod tests {
         let stories = read("train", &["embedded:stories".into()]).unwrap();
         let dialogues = read("train", &["embedded:dialogues".into()]).unwrap();
         assert!(stories.iter().all(|d| matches!(d, Document::Text(_))) && stories.len() > 1);
-        assert!(
-            dialogues
-                .iter()
-                .all(|d| matches!(d, Document::Dialogue { .. }))
-                && dialogues.len() > 1
-        );
+        assert!(dialogues.iter().all(|d| matches!(d, Document::Dialogue { .. })) && dialogues.len() > 1);
         assert_eq!(both, [stories, dialogues].concat());
     }
 
@@ -443,12 +368,8 @@ mod tests {
         let lines: String = (0..1000).map(|i| format!("line é {i}\n")).collect();
         let documents = vec![dialogue("q", "a"), text(&lines), text("a last line\n")];
         let (train, valid) = split(documents, 0.1, 0);
-        let [_, Document::Text(head)] = &train[..] else {
-            panic!("{train:?}")
-        };
-        let [Document::Text(tail), last] = &valid[..] else {
-            panic!("{valid:?}")
-        };
+        let [_, Document::Text(head)] = &train[..] else { panic!("{train:?}") };
+        let [Document::Text(tail), last] = &valid[..] else { panic!("{valid:?}") };
         assert_eq!(format!("{head}{tail}"), lines);
         assert!(head.ends_with('\n') && *last == text("a last line\n"));
         let share = tail.len() as f64 / lines.len() as f64;
@@ -458,11 +379,7 @@ mod tests {
         for n in 1..40 {
             let ducks = "🦆".repeat(n);
             let (train, valid) = split(vec![text(&ducks)], 0.3, 0);
-            let joined: String = train
-                .iter()
-                .chain(&valid)
-                .flat_map(Document::texts)
-                .collect();
+            let joined: String = train.iter().chain(&valid).flat_map(Document::texts).collect();
             assert_eq!(joined, ducks);
         }
     }

@@ -6,11 +6,7 @@ use std::{io, path::PathBuf};
 pub enum DataError {
     /// A key of the `[data]` section is out of its range.
     #[error("data.{key}: expected {expected}, found {found}")]
-    BadValue {
-        key: &'static str,
-        expected: String,
-        found: String,
-    },
+    BadValue { key: &'static str, expected: String, found: String },
 
     /// A file or folder is missing or may not be read.
     #[error("cannot read {}: {source}", path.display())]
@@ -42,11 +38,7 @@ pub enum DataError {
          found {found}",
         path.display()
     )]
-    BadLine {
-        path: PathBuf,
-        line: usize,
-        found: String,
-    },
+    BadLine { path: PathBuf, line: usize, found: String },
 
     /// A tokenizer file that cannot be used.
     #[error("{}: expected a tokenizer.json, found {found}", path.display())]
@@ -73,9 +65,5 @@ pub enum DataError {
         "the {split} text has {tokens} tokens, but one window needs {needed} (context + 1): \
          add text or choose a smaller context"
     )]
-    TooShort {
-        split: String,
-        tokens: usize,
-        needed: usize,
-    },
+    TooShort { split: String, tokens: usize, needed: usize },
 }

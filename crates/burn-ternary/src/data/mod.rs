@@ -90,11 +90,7 @@ impl Dataset {
         let valid = tokens::prepare(&valid_path, &valid, &tokenizer, &recipe)?;
         let valid = TokenWindows::sequential(Arc::new(valid), seq_len)?;
         tokenizer.save(&tokenizer_path)?;
-        Ok(Self {
-            tokenizer,
-            train,
-            valid,
-        })
+        Ok(Self { tokenizer, train, valid })
     }
 }
 
@@ -154,11 +150,9 @@ mod tests {
     fn the_embedded_corpus_trains_with_every_tokenizer() {
         for tokenizer in ["byte", "char", "bpe"] {
             let folder = tempfile::tempdir().unwrap();
-            let data = Dataset::prepare(&config("embedded", None, tokenizer), 64, 1, folder.path())
-                .unwrap();
+            let data = Dataset::prepare(&config("embedded", None, tokenizer), 64, 1, folder.path()).unwrap();
             let (train, valid) = (data.train.tokens(), data.valid.tokens());
-            let share =
-                valid.text_bytes() as f64 / (train.text_bytes() + valid.text_bytes()) as f64;
+            let share = valid.text_bytes() as f64 / (train.text_bytes() + valid.text_bytes()) as f64;
             assert!((0.05..0.15).contains(&share), "{share}");
             assert!((0..train.len()).all(|i| (train.id(i) as usize) < data.tokenizer.vocab_size()));
             let reopened = Tokenizer::load(&folder.path().join("tokenizer.json")).unwrap();
@@ -187,13 +181,7 @@ mod tests {
         let (train, _) = corpus::split(documents, 0.1, SPLIT_SEED);
         let other = Tokenizer::train_bpe(&train, 400).unwrap();
         other.save(&path).unwrap();
-        tokens::prepare(
-            &folder.path().join("train.tokens"),
-            &train,
-            &other,
-            "bpe 512",
-        )
-        .unwrap();
+        tokens::prepare(&folder.path().join("train.tokens"), &train, &other, "bpe 512").unwrap();
         let again = Dataset::prepare(&config, 32, 0, folder.path()).unwrap();
         assert_eq!(again.tokenizer.to_json(), other.to_json());
         config.bpe_vocab_size = 300;
@@ -206,15 +194,13 @@ mod tests {
 
     #[test]
     fn shakespeare_by_characters() {
-        let (Some(train), Some(valid)) = (
-            shared("text/tinyshakespeare/train.txt"),
-            shared("text/tinyshakespeare/valid.txt"),
-        ) else {
+        let (Some(train), Some(valid)) =
+            (shared("text/tinyshakespeare/train.txt"), shared("text/tinyshakespeare/valid.txt"))
+        else {
             return;
         };
         let folder = tempfile::tempdir().unwrap();
-        let data =
-            Dataset::prepare(&config(&train, Some(&valid), "char"), 64, 1, folder.path()).unwrap();
+        let data = Dataset::prepare(&config(&train, Some(&valid), "char"), 64, 1, folder.path()).unwrap();
         assert_eq!(data.tokenizer.vocab_size(), 65 + 3);
         // A token a character, and the end of text.
         assert_eq!(data.train.tokens().len(), 1_003_854 + 1);
@@ -233,35 +219,19 @@ mod tests {
             return;
         };
         let folder = tempfile::tempdir().unwrap();
-        let data =
-            Dataset::prepare(&config(&train, Some(&valid), "bpe"), 64, 1, folder.path()).unwrap();
+        let data = Dataset::prepare(&config(&train, Some(&valid), "bpe"), 64, 1, folder.path()).unwrap();
         // The last dialogue of the file, read independently.
         let text = fs::read_to_string(&train).unwrap();
         let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
         let tokens = data.train.tokens();
-        let first_learned = (0..tokens.len())
-            .rev()
-            .find(|&i| !tokens.target(i))
-            .unwrap()
-            + 1;
-        let ids: Vec<u32> = (first_learned..tokens.len())
-            .map(|i| tokens.id(i))
-            .collect();
-        assert_eq!(
-            data.tokenizer.decode(&ids),
-            last["answer"].as_str().unwrap()
-        );
-        assert_eq!(
-            ids.last(),
-            Some(&data.tokenizer.special(chat::Special::EndOfText))
-        );
+        let first_learned = (0..tokens.len()).rev().find(|&i| !tokens.target(i)).unwrap() + 1;
+        let ids: Vec<u32> = (first_learned..tokens.len()).map(|i| tokens.id(i)).collect();
+        assert_eq!(data.tokenizer.decode(&ids), last["answer"].as_str().unwrap());
+        assert_eq!(ids.last(), Some(&data.tokenizer.special(chat::Special::EndOfText)));
         let answers: usize = text
             .lines()
             .map(|line| {
-                serde_json::from_str::<serde_json::Value>(line).unwrap()["answer"]
-                    .as_str()
-                    .unwrap()
-                    .len()
+                serde_json::from_str::<serde_json::Value>(line).unwrap()["answer"].as_str().unwrap().len()
             })
             .sum();
         assert_eq!(tokens.target_bytes(), answers);
@@ -275,57 +245,22 @@ mod tests {
         let text = text.to_str().unwrap();
         let missing = folder.path().join("tokenizer.json");
         let message = |config: &DataConfig| {
-            Dataset::prepare(config, 64, 0, &folder.path().join("run"))
-                .unwrap_err()
-                .to_string()
+            Dataset::prepare(config, 64, 0, &folder.path().join("run")).unwrap_err().to_string()
         };
-        let no_fraction = DataConfig {
-            valid_fraction: 0.0,
-            ..config("embedded", None, "byte")
-        };
-        let too_small = DataConfig {
-            bpe_vocab_size: 100,
-            ..config("embedded", None, "bpe")
-        };
-        let nan = DataConfig {
-            valid_fraction: f64::NAN,
-            ..no_fraction.clone()
-        };
-        let nothing = DataConfig {
-            train: vec![],
-            ..no_fraction.clone()
-        };
+        let no_fraction = DataConfig { valid_fraction: 0.0, ..config("embedded", None, "byte") };
+        let too_small = DataConfig { bpe_vocab_size: 100, ..config("embedded", None, "bpe") };
+        let nan = DataConfig { valid_fraction: f64::NAN, ..no_fraction.clone() };
+        let nothing = DataConfig { train: vec![], ..no_fraction.clone() };
         for (config, expected) in [
-            (
-                no_fraction,
-                "data.valid_fraction: expected a number above 0 and at most 0.5, found 0",
-            ),
+            (no_fraction, "data.valid_fraction: expected a number above 0 and at most 0.5, found 0"),
             (nan, "found NaN"),
             (nothing, "data.train: expected"),
-            (
-                too_small,
-                "data.bpe_vocab_size: expected at least 259, found 100",
-            ),
-            (
-                config(text, None, "byte"),
-                "the train text has 12 tokens, but one window needs 65",
-            ),
-            (
-                config("embedded", Some(text), "byte"),
-                "the valid text has 13 tokens, but one window needs 65",
-            ),
-            (
-                config("embedded", Some("embedded:duck"), "byte"),
-                "data.valid: expected `embedded`",
-            ),
-            (
-                config("embedded", None, missing.to_str().unwrap()),
-                "cannot read",
-            ),
-            (
-                config("embedded", None, text),
-                "expected a tokenizer.json, found no JSON",
-            ),
+            (too_small, "data.bpe_vocab_size: expected at least 259, found 100"),
+            (config(text, None, "byte"), "the train text has 12 tokens, but one window needs 65"),
+            (config("embedded", Some(text), "byte"), "the valid text has 13 tokens, but one window needs 65"),
+            (config("embedded", Some("embedded:duck"), "byte"), "data.valid: expected `embedded`"),
+            (config("embedded", None, missing.to_str().unwrap()), "cannot read"),
+            (config("embedded", None, text), "expected a tokenizer.json, found no JSON"),
         ] {
             let message = message(&config);
             assert!(message.contains(expected), "{message}");

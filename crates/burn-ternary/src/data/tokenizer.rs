@@ -51,11 +51,8 @@ impl Tokenizer {
 
     /// The characters of `documents` in code point order, then the special tokens.
     pub fn char<'a>(documents: impl IntoIterator<Item = &'a Document>) -> Self {
-        let characters: BTreeSet<char> = documents
-            .into_iter()
-            .flat_map(Document::texts)
-            .flat_map(str::chars)
-            .collect();
+        let characters: BTreeSet<char> =
+            documents.into_iter().flat_map(Document::texts).flat_map(str::chars).collect();
         Self::from_characters(characters.into_iter().collect())
     }
 
@@ -67,11 +64,7 @@ impl Tokenizer {
     /// The special tokens follow the `known` ids of `kind`.
     fn after(kind: Kind, known: usize) -> Self {
         let specials = std::array::from_fn(|i| (known + i) as u32);
-        Self {
-            kind,
-            specials,
-            vocab_size: known + Special::ALL.len(),
-        }
+        Self { kind, specials, vocab_size: known + Special::ALL.len() }
     }
 
     /// Trains a byte-level BPE of at most `vocab_size` ids, special tokens included, on `documents`.
@@ -87,38 +80,26 @@ impl Tokenizer {
                 found: vocab_size.to_string(),
             });
         }
-        let failed = |error: tokenizers::Error| DataError::Training {
-            reason: error.to_string(),
-        };
+        let failed = |error: tokenizers::Error| DataError::Training { reason: error.to_string() };
         let bytes = ByteLevel::new(false, true, true);
         let mut tokenizer = tokenizers::Tokenizer::new(BPE::default());
-        tokenizer
-            .with_pre_tokenizer(Some(bytes))
-            .with_decoder(Some(bytes));
+        tokenizer.with_pre_tokenizer(Some(bytes)).with_decoder(Some(bytes));
         let trainer = BpeTrainer::builder()
             .vocab_size(vocab_size)
             .min_frequency(2)
             .show_progress(false)
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-            .special_tokens(
-                Special::ALL
-                    .map(|s| AddedToken::from(s.text(), true))
-                    .into(),
-            )
+            .special_tokens(Special::ALL.map(|s| AddedToken::from(s.text(), true)).into())
             .build();
         // The specials are not known yet, so that one written in a text is learned as the characters it is.
         let texts = documents.iter().flat_map(Document::texts).flat_map(pieces);
-        tokenizer
-            .train(&mut TrainerWrapper::BpeTrainer(trainer), texts)
-            .map_err(failed)?;
+        tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), texts).map_err(failed)?;
         Self::from_hf(tokenizer).map_err(|reason| DataError::Training { reason })
     }
 
     /// Adds the special tokens where they are missing; the error says why the tokenizer cannot be used.
     fn from_hf(mut tokenizer: tokenizers::Tokenizer) -> Result<Self, String> {
-        tokenizer
-            .with_truncation(None)
-            .map_err(|error| error.to_string())?;
+        tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
         tokenizer.with_padding(None);
         tokenizer.add_special_tokens(&Special::ALL.map(|s| AddedToken::from(s.text(), true)));
         tokenizer.set_encode_special_tokens(true);
@@ -127,18 +108,10 @@ impl Tokenizer {
         // Ids are the rows of the embedding: a tokenizer with holes would cost rows, one with two tokens for an id
         // would mix them up (new tokens are numbered by the count of the old).
         if vocab.len() != vocab_size {
-            return Err(format!(
-                "{} tokens with ids up to {}",
-                vocab.len(),
-                vocab_size - 1
-            ));
+            return Err(format!("{} tokens with ids up to {}", vocab.len(), vocab_size - 1));
         }
         let specials = Special::ALL.map(|s| vocab[s.text()]);
-        Ok(Self {
-            kind: Kind::Hf(Box::new(tokenizer)),
-            specials,
-            vocab_size,
-        })
+        Ok(Self { kind: Kind::Hf(Box::new(tokenizer)), specials, vocab_size })
     }
 
     /// The ids of plain text.
@@ -153,30 +126,22 @@ impl Tokenizer {
                 .map(|character| {
                     let place = characters.binary_search(&character);
                     let known = characters.len();
-                    place
-                        .map(|i| i as u32)
-                        .map_err(|_| DataError::UnknownCharacter { character, known })
+                    place.map(|i| i as u32).map_err(|_| DataError::UnknownCharacter { character, known })
                 })
                 .collect(),
             Kind::Hf(tokenizer) => {
                 let encode = |piece: &str| {
                     let encoding =
-                        tokenizer
-                            .encode_fast(piece, false)
-                            .map_err(|error| DataError::Encode {
-                                text: piece.chars().take(20).collect(),
-                                reason: error.to_string(),
-                            })?;
+                        tokenizer.encode_fast(piece, false).map_err(|error| DataError::Encode {
+                            text: piece.chars().take(20).collect(),
+                            reason: error.to_string(),
+                        })?;
                     Ok(encoding.get_ids().to_vec())
                 };
                 let pieces: Vec<&str> = pieces(text).collect();
                 match pieces[..] {
                     [piece] => encode(piece),
-                    _ => Ok(pieces
-                        .into_par_iter()
-                        .map(encode)
-                        .collect::<Result<Vec<_>, _>>()?
-                        .concat()),
+                    _ => Ok(pieces.into_par_iter().map(encode).collect::<Result<Vec<_>, _>>()?.concat()),
                 }
             }
         }
@@ -189,10 +154,7 @@ impl Tokenizer {
                 let bytes: Vec<u8> = ids.iter().filter_map(|&id| u8::try_from(id).ok()).collect();
                 String::from_utf8_lossy(&bytes).into_owned()
             }
-            Kind::Char(characters) => ids
-                .iter()
-                .filter_map(|&id| characters.get(id as usize))
-                .collect(),
+            Kind::Char(characters) => ids.iter().filter_map(|&id| characters.get(id as usize)).collect(),
             // Only a decoder that is broken for every text fails here; a sample is no reason to stop a run.
             Kind::Hf(tokenizer) => tokenizer.decode(ids, true).unwrap_or_default(),
         }
@@ -212,9 +174,7 @@ impl Tokenizer {
     pub fn to_json(&self) -> String {
         let saved = match &self.kind {
             Kind::Byte => Saved::Byte,
-            Kind::Char(characters) => Saved::Char {
-                characters: characters.iter().collect(),
-            },
+            Kind::Char(characters) => Saved::Char { characters: characters.iter().collect() },
             Kind::Hf(tokenizer) => return tokenizer.to_string(false).expect("a tokenizer is JSON"),
         };
         serde_json::to_string(&saved).expect("strings are JSON")
@@ -233,22 +193,16 @@ impl Tokenizer {
     /// # Errors
     /// `Read`: missing, or no permission. `Tokenizer`: no JSON, or no tokenizer that can be used.
     pub fn load(path: &Path) -> Result<Self, DataError> {
-        let json = fs::read(path).map_err(|source| DataError::Read {
-            path: path.into(),
-            source,
-        })?;
-        Self::from_json(&json).map_err(|found| DataError::Tokenizer {
-            path: path.into(),
-            found,
-        })
+        let json = fs::read(path).map_err(|source| DataError::Read { path: path.into(), source })?;
+        Self::from_json(&json).map_err(|found| DataError::Tokenizer { path: path.into(), found })
     }
 
     fn from_json(json: &[u8]) -> Result<Self, String> {
         let value: serde_json::Value =
             serde_json::from_slice(json).map_err(|error| format!("no JSON ({error})"))?;
         if value.get("type").is_none() {
-            let tokenizer = tokenizers::Tokenizer::from_bytes(json)
-                .map_err(|error| format!("other JSON ({error})"))?;
+            let tokenizer =
+                tokenizers::Tokenizer::from_bytes(json).map_err(|error| format!("other JSON ({error})"))?;
             return Self::from_hf(tokenizer);
         }
         match serde_json::from_value(value).map_err(|error| format!("other JSON ({error})"))? {
@@ -306,15 +260,10 @@ mod tests {
     /// Every kind of tokenizer, the trained ones on `corpus`.
     fn every_kind(corpus: &str) -> [Tokenizer; 3] {
         let documents = [text(corpus)];
-        [
-            Tokenizer::byte(),
-            Tokenizer::char(&documents),
-            Tokenizer::train_bpe(&documents, 300).unwrap(),
-        ]
+        [Tokenizer::byte(), Tokenizer::char(&documents), Tokenizer::train_bpe(&documents, 300).unwrap()]
     }
 
-    const HOSTILE: &str =
-        "a <|user|>b<|endoftext|> duck 🦆 é\r\n\t  duck\u{0} <|assistant|><|user|";
+    const HOSTILE: &str = "a <|user|>b<|endoftext|> duck 🦆 é\r\n\t  duck\u{0} <|assistant|><|user|";
 
     #[test]
     fn decoding_undoes_encoding() {
@@ -339,17 +288,11 @@ mod tests {
         for tokenizer in tokenizers {
             let specials = Special::ALL.map(|s| tokenizer.special(s));
             let ids = tokenizer.encode(HOSTILE).unwrap();
-            assert!(
-                specials.iter().all(|id| !ids.contains(id)),
-                "{specials:?} in {ids:?}"
-            );
+            assert!(specials.iter().all(|id| !ids.contains(id)), "{specials:?} in {ids:?}");
             assert_eq!(tokenizer.decode(&ids), HOSTILE);
             // Special tokens and ids beyond the vocabulary leave no trace in the text.
             let unknown = tokenizer.vocab_size() as u32 + 5;
-            assert_eq!(
-                tokenizer.decode(&[&specials[..], &ids, &[unknown]].concat()),
-                HOSTILE
-            );
+            assert_eq!(tokenizer.decode(&[&specials[..], &ids, &[unknown]].concat()), HOSTILE);
         }
     }
 
@@ -360,10 +303,7 @@ mod tests {
         for tokenizer in every_kind(HOSTILE) {
             tokenizer.save(&path).unwrap();
             let loaded = Tokenizer::load(&path).unwrap();
-            assert_eq!(
-                loaded.encode(HOSTILE).unwrap(),
-                tokenizer.encode(HOSTILE).unwrap()
-            );
+            assert_eq!(loaded.encode(HOSTILE).unwrap(), tokenizer.encode(HOSTILE).unwrap());
             assert_eq!(loaded.specials, tokenizer.specials);
             assert_eq!(loaded.vocab_size(), tokenizer.vocab_size());
             assert_eq!(loaded.to_json(), tokenizer.to_json());
@@ -374,10 +314,7 @@ mod tests {
     fn bad_tokenizer_files_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tokenizer.json");
-        assert!(matches!(
-            Tokenizer::load(&path),
-            Err(DataError::Read { .. })
-        ));
+        assert!(matches!(Tokenizer::load(&path), Err(DataError::Read { .. })));
         let hole = r#"{"model": {"type": "BPE", "vocab": {"a": 0, "b": 9}, "merges": []}}"#;
         for (json, found) in [
             ("quack", "no JSON"),
@@ -389,23 +326,15 @@ mod tests {
         ] {
             fs::write(&path, json).unwrap();
             let message = Tokenizer::load(&path).unwrap_err().to_string();
-            assert!(
-                message.contains(found) && message.contains("tokenizer.json"),
-                "{json}: {message}"
-            );
+            assert!(message.contains(found) && message.contains("tokenizer.json"), "{json}: {message}");
         }
     }
 
     #[test]
     fn an_unknown_character_is_named() {
-        let message = Tokenizer::char(&[text("duck")])
-            .encode("dück")
-            .unwrap_err()
-            .to_string();
+        let message = Tokenizer::char(&[text("duck")]).encode("dück").unwrap_err().to_string();
         assert!(
-            message.contains("'ü'")
-                && message.contains("U+00FC")
-                && message.contains("4 characters"),
+            message.contains("'ü'") && message.contains("U+00FC") && message.contains("4 characters"),
             "{message}"
         );
     }
@@ -413,19 +342,8 @@ mod tests {
     #[test]
     fn bpe_needs_room_for_bytes_and_specials() {
         let error = Tokenizer::train_bpe(&[text("duck")], 258).unwrap_err();
-        assert!(matches!(
-            error,
-            DataError::BadValue {
-                key: "bpe_vocab_size",
-                ..
-            }
-        ));
-        assert_eq!(
-            Tokenizer::train_bpe(&[text("duck")], 259)
-                .unwrap()
-                .vocab_size(),
-            259
-        );
+        assert!(matches!(error, DataError::BadValue { key: "bpe_vocab_size", .. }));
+        assert_eq!(Tokenizer::train_bpe(&[text("duck")], 259).unwrap().vocab_size(), 259);
     }
 
     #[test]
@@ -433,21 +351,15 @@ mod tests {
         let Some(vectors) = shared("tokenizers/gpt2/vectors.jsonl") else {
             return;
         };
-        let tokenizer = Tokenizer::load(Path::new(&format!(
-            "{SHARED}/tokenizers/gpt2/tokenizer.json"
-        )))
-        .unwrap();
+        let tokenizer =
+            Tokenizer::load(Path::new(&format!("{SHARED}/tokenizers/gpt2/tokenizer.json"))).unwrap();
         assert_eq!(tokenizer.special(Special::EndOfText), 50256);
         assert_eq!(tokenizer.vocab_size(), 50259);
         let mut cases = 0;
         for line in vectors.lines() {
             let case: serde_json::Value = serde_json::from_str(line).unwrap();
             let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
-            assert_eq!(
-                tokenizer.encode(case["text"].as_str().unwrap()).unwrap(),
-                ids,
-                "{line}"
-            );
+            assert_eq!(tokenizer.encode(case["text"].as_str().unwrap()).unwrap(), ids, "{line}");
             cases += 1;
         }
         assert!(cases > 10);
@@ -459,18 +371,11 @@ mod tests {
             return;
         };
         for name in ["gpt2", "smollm2"] {
-            let tokenizer = Tokenizer::load(Path::new(&format!(
-                "{SHARED}/tokenizers/{name}/tokenizer.json"
-            )))
-            .unwrap();
-            let Kind::Hf(whole) = &tokenizer.kind else {
-                unreachable!()
-            };
+            let tokenizer =
+                Tokenizer::load(Path::new(&format!("{SHARED}/tokenizers/{name}/tokenizer.json"))).unwrap();
+            let Kind::Hf(whole) = &tokenizer.kind else { unreachable!() };
             assert!(pieces(&wiki).count() > 2);
-            assert_eq!(
-                tokenizer.encode(&wiki).unwrap(),
-                whole.encode_fast(&*wiki, false).unwrap().get_ids()
-            );
+            assert_eq!(tokenizer.encode(&wiki).unwrap(), whole.encode_fast(&*wiki, false).unwrap().get_ids());
         }
         assert_eq!(pieces(&"🦆".repeat(PIECE)).count(), 1);
     }
@@ -491,17 +396,10 @@ mod tests {
         let Some(wiki) = shared("text/wikitext2/train.txt") else {
             return;
         };
-        let documents = [
-            corpus::read("train", &["embedded".into()]).unwrap(),
-            vec![text(&wiki)],
-        ]
-        .concat();
+        let documents = [corpus::read("train", &["embedded".into()]).unwrap(), vec![text(&wiki)]].concat();
         let tokenizer = Tokenizer::train_bpe(&documents, 4096).unwrap();
         assert_eq!(tokenizer.vocab_size(), 4096);
-        assert_eq!(
-            Tokenizer::train_bpe(&documents, 4096).unwrap().to_json(),
-            tokenizer.to_json()
-        );
+        assert_eq!(Tokenizer::train_bpe(&documents, 4096).unwrap().to_json(), tokenizer.to_json());
         let valid = shared("text/wikitext2/valid.txt").unwrap();
         let ids = tokenizer.encode(&valid).unwrap();
         assert_eq!(tokenizer.decode(&ids), valid);

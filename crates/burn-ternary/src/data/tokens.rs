@@ -52,28 +52,15 @@ struct Counts {
 
 impl Counts {
     fn to_bytes(self) -> [u8; 32] {
-        let counts = [
-            self.tokens,
-            self.target_tokens,
-            self.text_bytes,
-            self.target_bytes,
-        ];
+        let counts = [self.tokens, self.target_tokens, self.text_bytes, self.target_bytes];
         bytemuck::cast(counts.map(|count| (count as u64).to_le_bytes()))
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let mut counts = bytes.chunks_exact(8).map(|count| {
-            u64::from_le_bytes(count.try_into().unwrap())
-                .try_into()
-                .ok()
-        });
+        let mut counts =
+            bytes.chunks_exact(8).map(|count| u64::from_le_bytes(count.try_into().unwrap()).try_into().ok());
         let mut next = || counts.next().flatten();
-        Some(Self {
-            tokens: next()?,
-            target_tokens: next()?,
-            text_bytes: next()?,
-            target_bytes: next()?,
-        })
+        Some(Self { tokens: next()?, target_tokens: next()?, text_bytes: next()?, target_bytes: next()? })
     }
 }
 
@@ -128,8 +115,7 @@ impl TokenFile {
     /// What a loss of `nats_per_token` over learned tokens is in bits per byte of learned text: with N tokens and B
     /// bytes, `nats * N / (B ln 2)`. Comparable between tokenizers.
     pub fn bits_per_byte(&self, nats_per_token: f64) -> f64 {
-        nats_per_token * self.target_tokens() as f64
-            / (self.target_bytes() as f64 * std::f64::consts::LN_2)
+        nats_per_token * self.target_tokens() as f64 / (self.target_bytes() as f64 * std::f64::consts::LN_2)
     }
 
     /// The id of token `i`.
@@ -166,11 +152,7 @@ pub fn source_digest(tokenizer: &Tokenizer, recipe: &str, documents: &[Document]
     for document in documents {
         // How many texts a document has tells its kind.
         document.texts().for_each(&mut add);
-        add(if matches!(document, Document::Text(_)) {
-            "text"
-        } else {
-            "dialogue"
-        });
+        add(if matches!(document, Document::Text(_)) { "text" } else { "dialogue" });
     }
     digest.finalize().into()
 }
@@ -190,15 +172,9 @@ pub fn prepare(
     if let Some(file) = TokenFile::open(path, &source) {
         return Ok(file);
     }
-    tracing::info!(
-        "tokenizing {} documents into {}",
-        documents.len(),
-        path.display()
-    );
-    let encoded: Vec<Encoded> = documents
-        .par_iter()
-        .map(|document| encode(document, tokenizer))
-        .collect::<Result<_, _>>()?;
+    tracing::info!("tokenizing {} documents into {}", documents.len(), path.display());
+    let encoded: Vec<Encoded> =
+        documents.par_iter().map(|document| encode(document, tokenizer)).collect::<Result<_, _>>()?;
     let mut counts = Counts::default();
     let mut words = Vec::new();
     for document in encoded {
@@ -247,12 +223,7 @@ fn encode(document: &Document, tokenizer: &Tokenizer) -> Result<Encoded, DataErr
 }
 
 fn seal(source: &[u8; 32], counts: Counts, words: &[u8]) -> [u8; 32] {
-    Sha256::new()
-        .chain_update(source)
-        .chain_update(counts.to_bytes())
-        .chain_update(words)
-        .finalize()
-        .into()
+    Sha256::new().chain_update(source).chain_update(counts.to_bytes()).chain_update(words).finalize().into()
 }
 
 /// Writes a file under a scratch name and renames it to `path`, so that nobody ever sees half of it.
@@ -274,10 +245,7 @@ pub(super) fn replace(
     written.map_err(|source| {
         // Nothing to add to the error if the scratch file stays.
         let _ = fs::remove_file(&scratch);
-        DataError::Write {
-            path: path.into(),
-            source,
-        }
+        DataError::Write { path: path.into(), source }
     })
 }
 
@@ -297,10 +265,7 @@ pub(super) mod tests {
     fn documents() -> Vec<Document> {
         vec![
             Document::Text("pond é".into()),
-            Document::Dialogue {
-                question: "who?".into(),
-                answer: "Duck.".into(),
-            },
+            Document::Dialogue { question: "who?".into(), answer: "Duck.".into() },
         ]
     }
 
@@ -315,15 +280,10 @@ pub(super) mod tests {
         expected.push((assistant, false));
         expected.extend("Duck.".bytes().map(|b| (u32::from(b), true)));
         expected.push((end, true));
-        let found: Vec<_> = (0..file.len())
-            .map(|i| (file.id(i), file.target(i)))
-            .collect();
+        let found: Vec<_> = (0..file.len()).map(|i| (file.id(i), file.target(i))).collect();
         assert_eq!(found, expected);
         assert_eq!((file.text_bytes(), file.target_bytes()), (7 + 4 + 5, 7 + 5));
-        assert_eq!(
-            file.target_tokens(),
-            expected.iter().filter(|(_, learned)| *learned).count()
-        );
+        assert_eq!(file.target_tokens(), expected.iter().filter(|(_, learned)| *learned).count());
         // 14 learned tokens for 12 learned bytes, at one bit a token.
         assert!((file.bits_per_byte(2f64.ln()) - 14.0 / 12.0).abs() < 1e-12);
     }
@@ -332,8 +292,7 @@ pub(super) mod tests {
     fn the_order_of_documents_is_kept() {
         let documents: Vec<_> = (0..500).map(|i| Document::Text(format!("{i} "))).collect();
         let file = byte_tokens(&documents);
-        let text =
-            Tokenizer::byte().decode(&(0..file.len()).map(|i| file.id(i)).collect::<Vec<_>>());
+        let text = Tokenizer::byte().decode(&(0..file.len()).map(|i| file.id(i)).collect::<Vec<_>>());
         assert_eq!(text, (0..500).map(|i| format!("{i} ")).collect::<String>());
     }
 
@@ -349,11 +308,7 @@ pub(super) mod tests {
         let written = fs::metadata(&path).unwrap().modified().unwrap();
         prepare(&path, &documents, &tokenizer, "byte").unwrap();
         assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), written);
-        assert_eq!(
-            fs::read_dir(path.parent().unwrap()).unwrap().count(),
-            1,
-            "a scratch file was left"
-        );
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "a scratch file was left");
 
         // Every truncation, one byte too many, and a flip of every byte.
         let truncated = (0..good.len()).map(|n| good[..n].to_vec());
@@ -374,25 +329,12 @@ pub(super) mod tests {
     fn another_source_has_another_digest() {
         let tokenizer = Tokenizer::byte();
         let text = |text: &str| Document::Text(text.into());
-        let dialogue = Document::Dialogue {
-            question: "a".into(),
-            answer: "b".into(),
-        };
-        let corpora = [
-            vec![text("a"), text("b")],
-            vec![text("ab")],
-            vec![text("b"), text("a")],
-            vec![dialogue],
-        ];
-        let mut digests: Vec<_> = corpora
-            .iter()
-            .map(|corpus| source_digest(&tokenizer, "byte", corpus))
-            .collect();
-        digests.push(source_digest(
-            &Tokenizer::char(&corpora[0]),
-            "byte",
-            &corpora[0],
-        ));
+        let dialogue = Document::Dialogue { question: "a".into(), answer: "b".into() };
+        let corpora =
+            [vec![text("a"), text("b")], vec![text("ab")], vec![text("b"), text("a")], vec![dialogue]];
+        let mut digests: Vec<_> =
+            corpora.iter().map(|corpus| source_digest(&tokenizer, "byte", corpus)).collect();
+        digests.push(source_digest(&Tokenizer::char(&corpora[0]), "byte", &corpora[0]));
         digests.push(source_digest(&tokenizer, "bpe", &corpora[0]));
         let distinct: std::collections::HashSet<_> = digests.iter().collect();
         assert_eq!(distinct.len(), digests.len());
@@ -403,16 +345,9 @@ pub(super) mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         fs::write(&file, "in the way").unwrap();
-        let error = prepare(
-            &file.join("train.tokens"),
-            &documents(),
-            &Tokenizer::byte(),
-            "byte",
-        )
-        .unwrap_err();
-        assert!(
-            matches!(error, DataError::Write { .. }) && error.to_string().contains("train.tokens")
-        );
+        let error =
+            prepare(&file.join("train.tokens"), &documents(), &Tokenizer::byte(), "byte").unwrap_err();
+        assert!(matches!(error, DataError::Write { .. }) && error.to_string().contains("train.tokens"));
         assert_eq!(fs::read(&file).unwrap(), b"in the way");
     }
 }

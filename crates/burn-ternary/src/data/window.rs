@@ -39,11 +39,7 @@ impl TokenWindows {
         let whole = Self::sequential(tokens, seq_len)?;
         // One window less than fit, if there is one to spare: it is the room in which the offset moves.
         let per_epoch = (whole.tokens.len() / seq_len - 1).max(1);
-        Ok(Self {
-            per_epoch,
-            order: Order::Shuffled { seed },
-            ..whole
-        })
+        Ok(Self { per_epoch, order: Order::Shuffled { seed }, ..whole })
     }
 
     /// Consecutive windows from the first token on, in the order of the text; for evaluation.
@@ -54,19 +50,10 @@ impl TokenWindows {
         assert!(seq_len > 0, "a window has at least one token");
         if tokens.len() <= seq_len {
             let split = tokens.split().into();
-            return Err(DataError::TooShort {
-                split,
-                tokens: tokens.len(),
-                needed: seq_len + 1,
-            });
+            return Err(DataError::TooShort { split, tokens: tokens.len(), needed: seq_len + 1 });
         }
         let per_epoch = (tokens.len() - 1) / seq_len;
-        Ok(Self {
-            tokens,
-            seq_len,
-            per_epoch,
-            order: Order::Sequential,
-        })
+        Ok(Self { tokens, seq_len, per_epoch, order: Order::Sequential })
     }
 
     /// Inputs a window.
@@ -87,20 +74,13 @@ impl TokenWindows {
     /// Window `index`. Index `e * per_epoch + i` is window `i` of epoch `e`; without end.
     pub fn get(&self, index: usize) -> Window {
         let start = self.start(index);
-        let ids = (start..=start + self.seq_len)
-            .map(|i| self.tokens.id(i))
-            .collect();
-        Window {
-            ids,
-            mask: self.mask(start).collect(),
-        }
+        let ids = (start..=start + self.seq_len).map(|i| self.tokens.id(i)).collect();
+        Window { ids, mask: self.mask(start).collect() }
     }
 
     /// How many targets of window `index` carry loss.
     pub fn target_tokens(&self, index: usize) -> usize {
-        self.mask(self.start(index))
-            .filter(|&learned| learned)
-            .count()
+        self.mask(self.start(index)).filter(|&learned| learned).count()
     }
 
     fn mask(&self, start: usize) -> impl Iterator<Item = bool> + '_ {
@@ -167,9 +147,7 @@ mod tests {
 
     /// `n` tokens: `n - 1` bytes that count up, and the end of text.
     fn counting(n: usize) -> Arc<TokenFile> {
-        byte_tokens(&[Document::Text(
-            (0..n - 1).map(|i| char::from(i as u8 % 128)).collect(),
-        )])
+        byte_tokens(&[Document::Text((0..n - 1).map(|i| char::from(i as u8 % 128)).collect())])
     }
 
     proptest! {
@@ -214,25 +192,14 @@ mod tests {
 
     #[test]
     fn every_token_is_a_target_in_some_epoch() {
-        for (n, seq_len) in [
-            (9, 8),
-            (15, 8),
-            (16, 8),
-            (17, 8),
-            (101, 7),
-            (500, 32),
-            (5, 1),
-        ] {
+        for (n, seq_len) in [(9, 8), (15, 8), (16, 8), (17, 8), (101, 7), (500, 32), (5, 1)] {
             let windows = TokenWindows::new(counting(n), seq_len, 3).unwrap();
             let mut seen = vec![false; n];
             for i in 0..windows.per_epoch() * 400 {
                 let start = windows.start(i);
                 seen[start + 1..=start + seq_len].fill(true);
             }
-            assert!(
-                seen[1..].iter().all(|&seen| seen),
-                "{n} tokens, windows of {seq_len}"
-            );
+            assert!(seen[1..].iter().all(|&seen| seen), "{n} tokens, windows of {seq_len}");
         }
     }
 
@@ -242,10 +209,7 @@ mod tests {
         let mut counts = [0; 5];
         (0..draws).for_each(|epoch| counts[permute(0, n, mix(epoch))] += 1);
         // Binomial with mean 1000 and standard deviation 28.
-        assert!(
-            counts.iter().all(|&count| (860..1140).contains(&count)),
-            "{counts:?}"
-        );
+        assert!(counts.iter().all(|&count| (860..1140).contains(&count)), "{counts:?}");
     }
 
     #[test]
@@ -253,9 +217,7 @@ mod tests {
         let tokens = counting(2000);
         let starts = |seed, epoch| -> Vec<usize> {
             let windows = TokenWindows::new(tokens.clone(), 16, seed).unwrap();
-            (0..windows.per_epoch())
-                .map(|i| windows.start(epoch * windows.per_epoch() + i))
-                .collect()
+            (0..windows.per_epoch()).map(|i| windows.start(epoch * windows.per_epoch() + i)).collect()
         };
         assert_ne!(starts(0, 0), starts(1, 0));
         assert_ne!(starts(0, 0), starts(0, 1));
@@ -274,10 +236,7 @@ mod tests {
 
     #[test]
     fn the_mask_belongs_to_the_targets() {
-        let dialogue = Document::Dialogue {
-            question: "ab".into(),
-            answer: "cd".into(),
-        };
+        let dialogue = Document::Dialogue { question: "ab".into(), answer: "cd".into() };
         let windows = TokenWindows::sequential(byte_tokens(&[dialogue]), 6).unwrap();
         let window = windows.get(0);
         // <|user|> a b <|assistant|> c d <|endoftext|>: the targets from `c` on are learned.
@@ -289,12 +248,7 @@ mod tests {
     #[test]
     fn a_corpus_shorter_than_a_window_is_refused() {
         assert!(TokenWindows::new(counting(9), 8, 0).is_ok());
-        let message = TokenWindows::new(counting(8), 8, 0)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            message.contains("the train text has 8 tokens") && message.contains("needs 9"),
-            "{message}"
-        );
+        let message = TokenWindows::new(counting(8), 8, 0).unwrap_err().to_string();
+        assert!(message.contains("the train text has 8 tokens") && message.contains("needs 9"), "{message}");
     }
 }

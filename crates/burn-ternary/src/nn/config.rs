@@ -85,11 +85,7 @@ pub(crate) fn require(
     }
     // As TOML writes it, so that an enum reads the way the user spelt it.
     let found = toml::Value::try_from(found).map_or_else(|e| e.to_string(), |v| v.to_string());
-    Err(InvalidValue {
-        key: key.into(),
-        found,
-        expected: expected.into(),
-    })
+    Err(InvalidValue { key: key.into(), found, expected: expected.into() })
 }
 
 /// The largest width, context or vocabulary: far above any model, low enough that no product of sizes overflows.
@@ -138,22 +134,12 @@ impl DuckConfig {
 
     /// About ten million parameters; every matrix row is a multiple of 256, the block of GGUF's ternary types.
     pub fn duck_small() -> Self {
-        Self {
-            vocab_size: 4096,
-            context: 256,
-            d_model: 256,
-            n_layers: 8,
-            d_ff: 1024,
-            ..Self::duck_tiny()
-        }
+        Self { vocab_size: 4096, context: 256, d_model: 256, n_layers: 8, d_ff: 1024, ..Self::duck_tiny() }
     }
 
     /// The reference model: the shape of GPT-2 small with a vocabulary of 32,000.
     pub fn duck() -> Self {
-        Self {
-            vocab_size: 32_000,
-            ..Self::gpt2_small()
-        }
+        Self { vocab_size: 32_000, ..Self::gpt2_small() }
     }
 
     /// GPT-2 small.
@@ -180,14 +166,7 @@ impl DuckConfig {
     /// # Source
     /// `config.json` of `openai-community/gpt2-medium` (Radford et al. 2019, table 2).
     pub fn gpt2_medium() -> Self {
-        Self {
-            d_model: 1024,
-            n_layers: 24,
-            n_heads: 16,
-            n_kv_heads: 16,
-            d_ff: 4096,
-            ..Self::gpt2_small()
-        }
+        Self { d_model: 1024, n_layers: 24, n_heads: 16, n_kv_heads: 16, d_ff: 4096, ..Self::gpt2_small() }
     }
 
     /// Llama 2 7B.
@@ -268,12 +247,7 @@ impl DuckConfig {
             let holds = (1..=LARGEST_SIZE).contains(&n);
             require(holds, key, n, format!("1 to {LARGEST_SIZE}"))
         };
-        let Self {
-            d_model,
-            n_heads,
-            n_kv_heads,
-            ..
-        } = *self;
+        let Self { d_model, n_heads, n_kv_heads, .. } = *self;
         require(
             self.vocab_size <= LARGEST_SIZE,
             "vocab_size",
@@ -282,12 +256,7 @@ impl DuckConfig {
         )?;
         size("context", self.context)?;
         size("d_model", d_model)?;
-        require(
-            (1..=1000).contains(&self.n_layers),
-            "n_layers",
-            self.n_layers,
-            "1 to 1000",
-        )?;
+        require((1..=1000).contains(&self.n_layers), "n_layers", self.n_layers, "1 to 1000")?;
         size("n_heads", n_heads)?;
         require(
             d_model.is_multiple_of(n_heads),
@@ -305,10 +274,7 @@ impl DuckConfig {
                     n_kv_heads,
                     format!("n_heads = {n_heads}, for gpt2 has ordinary attention"),
                 )?;
-                (
-                    &[Activation::Gelu, Activation::SquaredRelu],
-                    "gelu or squared_relu in the gpt2 family",
-                )
+                (&[Activation::Gelu, Activation::SquaredRelu], "gelu or squared_relu in the gpt2 family")
             }
             Family::Llama | Family::Bitnet => {
                 require(
@@ -321,10 +287,7 @@ impl DuckConfig {
                     self.head_dim().is_multiple_of(2),
                     "n_heads",
                     n_heads,
-                    format!(
-                        "an even d_model / n_heads for rotary positions, not {}",
-                        self.head_dim()
-                    ),
+                    format!("an even d_model / n_heads for rotary positions, not {}", self.head_dim()),
                 )?;
                 (
                     &[Activation::Swiglu, Activation::SquaredRelu],
@@ -332,27 +295,12 @@ impl DuckConfig {
                 )
             }
         };
-        require(
-            activations.0.contains(&self.activation),
-            "activation",
-            self.activation,
-            activations.1,
-        )?;
-        require(
-            (0.0..1.0).contains(&self.dropout),
-            "dropout",
-            self.dropout,
-            "at least 0 and below 1",
-        )?;
+        require(activations.0.contains(&self.activation), "activation", self.activation, activations.1)?;
+        require((0.0..1.0).contains(&self.dropout), "dropout", self.dropout, "at least 0 and below 1")?;
         let small = self.norm_eps > 0.0 && self.norm_eps < 1.0;
         require(small, "norm_eps", self.norm_eps, "above 0 and below 1")?;
         let finite = self.rope_theta >= 1.0 && self.rope_theta.is_finite();
-        require(
-            finite,
-            "rope_theta",
-            self.rope_theta,
-            "a finite number, at least 1",
-        )
+        require(finite, "rope_theta", self.rope_theta, "a finite number, at least 1")
     }
 }
 
@@ -360,14 +308,7 @@ impl DuckConfig {
 mod tests {
     use super::*;
 
-    const PRESETS: [&str; 6] = [
-        "duck-tiny",
-        "duck-small",
-        "duck",
-        "gpt2-small",
-        "gpt2-medium",
-        "llama-2-7b",
-    ];
+    const PRESETS: [&str; 6] = ["duck-tiny", "duck-small", "duck", "gpt2-small", "gpt2-medium", "llama-2-7b"];
 
     #[test]
     fn published_models_have_their_published_parameter_counts() {
@@ -389,10 +330,7 @@ mod tests {
     #[test]
     fn bitnet_adds_one_sub_norm_before_the_output_and_one_before_the_down_projection() {
         let llama = DuckConfig::duck_tiny();
-        let bitnet = DuckConfig {
-            family: Family::Bitnet,
-            ..llama.clone()
-        };
+        let bitnet = DuckConfig { family: Family::Bitnet, ..llama.clone() };
         assert_eq!(bitnet.count().other - llama.count().other, 4 * (128 + 384));
         assert_eq!(bitnet.count().matrices, llama.count().matrices);
     }
@@ -402,10 +340,7 @@ mod tests {
         assert!((900_000..1_100_000).contains(&DuckConfig::duck_tiny().num_params()));
         assert!((9_000_000..11_000_000).contains(&DuckConfig::duck_small().num_params()));
         let duck = DuckConfig::duck();
-        assert_eq!(
-            (duck.d_model, duck.n_layers, duck.n_heads, duck.d_ff),
-            (768, 12, 12, 3072)
-        );
+        assert_eq!((duck.d_model, duck.n_layers, duck.n_heads, duck.d_ff), (768, 12, 12, 3072));
         assert_eq!(duck.head_dim(), 64);
     }
 
@@ -424,123 +359,27 @@ mod tests {
         let gpt2 = DuckConfig::gpt2_small;
         let tiny = DuckConfig::duck_tiny;
         for (config, key) in [
-            (
-                DuckConfig {
-                    context: 0,
-                    ..tiny()
-                },
-                "context",
-            ),
-            (
-                DuckConfig {
-                    d_model: 1 << 40,
-                    ..tiny()
-                },
-                "d_model",
-            ),
-            (
-                DuckConfig {
-                    n_layers: 0,
-                    ..tiny()
-                },
-                "n_layers",
-            ),
-            (
-                DuckConfig {
-                    n_heads: 0,
-                    ..tiny()
-                },
-                "n_heads",
-            ),
-            (
-                DuckConfig {
-                    n_heads: 5,
-                    ..tiny()
-                },
-                "n_heads",
-            ),
-            (
-                DuckConfig {
-                    n_heads: 128,
-                    n_kv_heads: 128,
-                    ..tiny()
-                },
-                "n_heads",
-            ),
-            (
-                DuckConfig {
-                    n_kv_heads: 0,
-                    ..tiny()
-                },
-                "n_kv_heads",
-            ),
-            (
-                DuckConfig {
-                    n_kv_heads: 3,
-                    ..tiny()
-                },
-                "n_kv_heads",
-            ),
-            (
-                DuckConfig {
-                    n_kv_heads: 4,
-                    ..gpt2()
-                },
-                "n_kv_heads",
-            ),
+            (DuckConfig { context: 0, ..tiny() }, "context"),
+            (DuckConfig { d_model: 1 << 40, ..tiny() }, "d_model"),
+            (DuckConfig { n_layers: 0, ..tiny() }, "n_layers"),
+            (DuckConfig { n_heads: 0, ..tiny() }, "n_heads"),
+            (DuckConfig { n_heads: 5, ..tiny() }, "n_heads"),
+            (DuckConfig { n_heads: 128, n_kv_heads: 128, ..tiny() }, "n_heads"),
+            (DuckConfig { n_kv_heads: 0, ..tiny() }, "n_kv_heads"),
+            (DuckConfig { n_kv_heads: 3, ..tiny() }, "n_kv_heads"),
+            (DuckConfig { n_kv_heads: 4, ..gpt2() }, "n_kv_heads"),
             (DuckConfig { d_ff: 0, ..tiny() }, "d_ff"),
-            (
-                DuckConfig {
-                    activation: Activation::Swiglu,
-                    ..gpt2()
-                },
-                "activation",
-            ),
-            (
-                DuckConfig {
-                    activation: Activation::Gelu,
-                    ..tiny()
-                },
-                "activation",
-            ),
-            (
-                DuckConfig {
-                    dropout: 1.0,
-                    ..tiny()
-                },
-                "dropout",
-            ),
-            (
-                DuckConfig {
-                    dropout: f64::NAN,
-                    ..tiny()
-                },
-                "dropout",
-            ),
-            (
-                DuckConfig {
-                    norm_eps: 0.0,
-                    ..tiny()
-                },
-                "norm_eps",
-            ),
-            (
-                DuckConfig {
-                    rope_theta: f64::INFINITY,
-                    ..tiny()
-                },
-                "rope_theta",
-            ),
+            (DuckConfig { activation: Activation::Swiglu, ..gpt2() }, "activation"),
+            (DuckConfig { activation: Activation::Gelu, ..tiny() }, "activation"),
+            (DuckConfig { dropout: 1.0, ..tiny() }, "dropout"),
+            (DuckConfig { dropout: f64::NAN, ..tiny() }, "dropout"),
+            (DuckConfig { norm_eps: 0.0, ..tiny() }, "norm_eps"),
+            (DuckConfig { rope_theta: f64::INFINITY, ..tiny() }, "rope_theta"),
         ] {
             let error = config.validate().expect_err(key);
             assert_eq!(error.key, key, "{error}");
         }
-        let error = DuckConfig {
-            activation: Activation::Swiglu,
-            ..gpt2()
-        }
-        .validate()
-        .unwrap_err();
+        let error = DuckConfig { activation: Activation::Swiglu, ..gpt2() }.validate().unwrap_err();
         assert_eq!(
             error.to_string(),
             "`activation` is \"swiglu\", expected gelu or squared_relu in the gpt2 family"

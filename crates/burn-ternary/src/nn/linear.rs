@@ -245,7 +245,8 @@ mod tests {
     fn the_effective_weight_is_scale_times_code_by_group() {
         let dims = [16, 6];
         // Who shares a scale with weight (input, channel).
-        let groups: [(Granularity, fn(usize, usize) -> usize); 3] = [
+        type Scales = fn(usize, usize) -> usize;
+        let groups: [(Granularity, Scales); 3] = [
             (Granularity::PerTensor, |_, _| 0),
             (Granularity::PerChannel, |_, channel| channel),
             (Granularity::PerGroup(4), |input, channel| input / 4 * 6 + channel),

@@ -1,6 +1,8 @@
 //! [`QuantizedTransformer`]: the stack of blocks between embedding and head.
 
-use super::{DuckConfig, Family, attention::CausalAttention, feed_forward::FeedForward, linear::QuantizedLinearConfig};
+use super::{
+    DuckConfig, Family, attention::CausalAttention, feed_forward::FeedForward, linear::QuantizedLinearConfig,
+};
 use super::{MixedLayerNorm, Norm, RmsNorm, position::Rotary};
 use crate::quant::{Dial, QuantConfig};
 use burn::module::Module;

@@ -33,8 +33,11 @@ impl TernaryBackend for Flex {
         // A row of `channels` weights when each has its own scale, a run of `n` weights when they share one.
         let row = if channels == 1 { n } else { channels };
         let rows_a_task = (BLOCK / row).max(1);
-        output.par_chunks_mut(rows_a_task * row).zip(weight.par_chunks(rows_a_task * row)).enumerate().for_each(
-            |(task, (output, weight))| {
+        output
+            .par_chunks_mut(rows_a_task * row)
+            .zip(weight.par_chunks(rows_a_task * row))
+            .enumerate()
+            .for_each(|(task, (output, weight))| {
                 for (index, (output, weight)) in output.chunks_mut(row).zip(weight.chunks(row)).enumerate() {
                     let index = task * rows_a_task + index;
                     if channels == 1 {
@@ -53,8 +56,7 @@ impl TernaryBackend for Flex {
                         }
                     }
                 }
-            },
-        );
+            });
         tensor(output, shape)
     }
 
@@ -71,8 +73,10 @@ impl TernaryBackend for Flex {
         let group_sums: Vec<Vec<f32>> = weight
             .par_chunks(n * channels)
             .map(|group| {
-                let blocks: Vec<Vec<f32>> =
-                    group.par_chunks(rows_a_block * channels).map(|block| abs_sums(block, channels)).collect();
+                let blocks: Vec<Vec<f32>> = group
+                    .par_chunks(rows_a_block * channels)
+                    .map(|block| abs_sums(block, channels))
+                    .collect();
                 let mut sums = vec![0f64; channels];
                 for block in blocks {
                     for (sum, value) in sums.iter_mut().zip(block) {

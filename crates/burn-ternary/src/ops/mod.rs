@@ -20,8 +20,8 @@ pub use scale::{SCALE_MAX, SCALE_MIN, mean_abs, round_scale};
 pub use ternary::{StraightThrough, ternary_codes, ternary_quantize};
 
 use burn::backend::{
-    Autodiff, AutodiffBackend, Backend, autodiff::checkpoint::strategy::CheckpointStrategy, backend_extension,
-    tensor::FloatTensor,
+    Autodiff, AutodiffBackend, Backend, autodiff::checkpoint::strategy::CheckpointStrategy,
+    backend_extension, tensor::FloatTensor,
 };
 
 /// The ops of ternary training. Calling one on a backend that is not in this list panics, which cannot happen to

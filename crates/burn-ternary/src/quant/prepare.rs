@@ -1,6 +1,6 @@
 //! Makes anybody's Burn model ternary: installs a [`TernaryQuantizer`] on chosen parameters.
 
-use super::{QuantConfig, Dial, TernaryQuantizer, TernaryQuantizerConfig};
+use super::{Dial, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig};
 use burn::module::{Module, Param, Reparameterization, Reparameterizer};
 use burn::tensor::Tensor;
 

@@ -81,8 +81,7 @@ mod exact {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
         let text = String::deserialize(deserializer)?;
-        text.parse()
-            .map_err(|_| D::Error::custom(format!("expected a number in quotes, found {text:?}")))
+        text.parse().map_err(|_| D::Error::custom(format!("expected a number in quotes, found {text:?}")))
     }
 }
 
@@ -96,9 +95,7 @@ mod exact_option {
         value.map(Exact).serialize(serializer)
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Option<f64>, D::Error> {
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
         Ok(Option::deserialize(deserializer)?.map(|Exact(value)| value))
     }
 }
@@ -131,10 +128,7 @@ pub enum CheckpointError {
     #[error("cannot read {path}: {source}")]
     Read { path: PathBuf, source: io::Error },
     #[error("no good checkpoint in {path}: {}", join(refused))]
-    NoneGood {
-        path: PathBuf,
-        refused: Vec<Refusal>,
-    },
+    NoneGood { path: PathBuf, refused: Vec<Refusal> },
 }
 
 /// A checkpoint that is not used, and why.
@@ -155,11 +149,7 @@ pub enum RefusalReason {
     #[error("{file} cannot be read: {detail}")]
     Unreadable { file: &'static str, detail: String },
     #[error("{file} holds {found} bytes, expected {expected}")]
-    Length {
-        file: &'static str,
-        expected: u64,
-        found: u64,
-    },
+    Length { file: &'static str, expected: u64, found: u64 },
     #[error("{file} was altered: its sha256 is not the recorded one")]
     Altered { file: &'static str },
     #[error("{MANIFEST} is not valid: {detail}")]
@@ -199,10 +189,7 @@ impl Checkpoints {
     pub fn open(dir: impl Into<PathBuf>, keep: usize) -> Result<Self, CheckpointError> {
         let dir = dir.into();
         fs::create_dir_all(&dir).map_err(write_error(&dir))?;
-        Ok(Self {
-            dir,
-            keep: keep.max(1),
-        })
+        Ok(Self { dir, keep: keep.max(1) })
     }
 
     /// Writes the checkpoint of `state.step` and returns its folder; one of the same step is replaced.
@@ -253,10 +240,7 @@ impl Checkpoints {
         if refused.is_empty() {
             return Ok(None);
         }
-        Err(CheckpointError::NoneGood {
-            path: self.dir.clone(),
-            refused,
-        })
+        Err(CheckpointError::NoneGood { path: self.dir.clone(), refused })
     }
 
     /// Clears up after a process that was killed inside [`save`](Self::save).
@@ -313,8 +297,7 @@ impl Checkpoints {
     }
 
     fn scratch(&self, step: usize) -> PathBuf {
-        self.dir
-            .join(format!("{SCRATCH}{}-{}", folder_name(step), process::id()))
+        self.dir.join(format!("{SCRATCH}{}-{}", folder_name(step), process::id()))
     }
 
     /// Step and path of everything named `<prefix>step-00001200`, newest first.
@@ -324,11 +307,8 @@ impl Checkpoints {
             let step = name.strip_prefix(STEP)?.parse().ok()?;
             (folder_name(step) == name).then_some(step)
         };
-        let mut folders: Vec<_> = self
-            .entries()?
-            .into_iter()
-            .filter_map(|path| Some((step_of(&path)?, path)))
-            .collect();
+        let mut folders: Vec<_> =
+            self.entries()?.into_iter().filter_map(|path| Some((step_of(&path)?, path))).collect();
         folders.sort_by_key(|&(step, _)| Reverse(step));
         Ok(folders)
     }
@@ -336,10 +316,7 @@ impl Checkpoints {
     fn entries(&self) -> Result<Vec<PathBuf>, CheckpointError> {
         fs::read_dir(&self.dir)
             .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
-            .map_err(|source| CheckpointError::Read {
-                path: self.dir.clone(),
-                source,
-            })
+            .map_err(|source| CheckpointError::Read { path: self.dir.clone(), source })
     }
 }
 
@@ -354,9 +331,7 @@ fn folder_name(step: usize) -> String {
 
 /// The last part of a path; empty where it is not UTF-8, which no name of ours is.
 fn name(path: &Path) -> &str {
-    path.file_name()
-        .and_then(|name| name.to_str())
-        .unwrap_or_default()
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
 /// What `manifest.sha256` must hold.
@@ -377,12 +352,8 @@ fn write_folder(
         let path = folder.join(name);
         move |error: RecordError| write_error(&path)(io::Error::other(error))
     };
-    model
-        .save(folder.join(MODEL))
-        .map_err(record_error(MODEL))?;
-    optimizer
-        .save(folder.join(OPTIMIZER))
-        .map_err(record_error(OPTIMIZER))?;
+    model.save(folder.join(MODEL)).map_err(record_error(MODEL))?;
+    optimizer.save(folder.join(OPTIMIZER)).map_err(record_error(OPTIMIZER))?;
     let manifest = Manifest {
         version: VERSION,
         experiment_sha256: experiment_sha256.to_owned(),
@@ -392,10 +363,7 @@ fn write_folder(
     };
     let manifest = serde_json::to_vec_pretty(&manifest).expect("plain structs are always JSON");
     write_file(&folder.join(MANIFEST), &manifest)?;
-    write_file(
-        &folder.join(MANIFEST_HASH),
-        manifest_hash(&manifest).as_bytes(),
-    )?;
+    write_file(&folder.join(MANIFEST_HASH), manifest_hash(&manifest).as_bytes())?;
     sync_folder(folder)
 }
 
@@ -404,10 +372,7 @@ fn file_entry(path: PathBuf) -> Result<FileEntry, CheckpointError> {
     let bytes = File::open(&path)
         .and_then(|mut file| io::copy(&mut file, &mut hash))
         .map_err(|source| CheckpointError::Read { path, source })?;
-    Ok(FileEntry {
-        bytes,
-        sha256: format!("{:x}", hash.finalize()),
-    })
+    Ok(FileEntry { bytes, sha256: format!("{:x}", hash.finalize()) })
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
@@ -422,9 +387,7 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
 /// Makes the names in a folder durable; only Unix has a call for it.
 fn sync_folder(path: &Path) -> Result<(), CheckpointError> {
     if cfg!(unix) {
-        File::open(path)
-            .and_then(|folder| folder.sync_all())
-            .map_err(write_error(path))?;
+        File::open(path).and_then(|folder| folder.sync_all()).map_err(write_error(path))?;
     }
     Ok(())
 }
@@ -456,9 +419,7 @@ fn read_manifest(folder: &Path, step: usize) -> Result<Manifest, RefusalReason> 
 
     let found = file_length(folder, MANIFEST)?;
     if found > MANIFEST_LIMIT {
-        return Err(bad_manifest(format!(
-            "{found} bytes, expected at most {MANIFEST_LIMIT}"
-        )));
+        return Err(bad_manifest(format!("{found} bytes, expected at most {MANIFEST_LIMIT}")));
     }
     let text = read_file(folder, MANIFEST)?;
     let hash = manifest_hash(&text);
@@ -472,19 +433,12 @@ fn read_manifest(folder: &Path, step: usize) -> Result<Manifest, RefusalReason> 
     }
     let manifest: Manifest = serde_json::from_slice(&text).map_err(bad_manifest)?;
     if manifest.state.step != step {
-        return Err(bad_manifest(format!(
-            "step {} in a folder of step {step}",
-            manifest.state.step
-        )));
+        return Err(bad_manifest(format!("step {} in a folder of step {step}", manifest.state.step)));
     }
     Ok(manifest)
 }
 
-fn read_tensors(
-    folder: &Path,
-    file: &'static str,
-    entry: &FileEntry,
-) -> Result<Bytes, RefusalReason> {
+fn read_tensors(folder: &Path, file: &'static str, entry: &FileEntry) -> Result<Bytes, RefusalReason> {
     check_length(folder, file, entry.bytes)?;
     let bytes = read_file(folder, file)?;
     if sha256(&bytes) != entry.sha256 {
@@ -498,11 +452,7 @@ fn check_length(folder: &Path, file: &'static str, expected: u64) -> Result<(), 
     if found == expected {
         return Ok(());
     }
-    Err(RefusalReason::Length {
-        file,
-        expected,
-        found,
-    })
+    Err(RefusalReason::Length { file, expected, found })
 }
 
 fn file_length(folder: &Path, file: &'static str) -> Result<u64, RefusalReason> {
@@ -517,10 +467,7 @@ fn read_file(folder: &Path, file: &'static str) -> Result<Vec<u8>, RefusalReason
 fn unreadable(file: &'static str) -> impl FnOnce(io::Error) -> RefusalReason {
     move |error| match error.kind() {
         io::ErrorKind::NotFound => RefusalReason::Missing { file },
-        _ => RefusalReason::Unreadable {
-            file,
-            detail: error.to_string(),
-        },
+        _ => RefusalReason::Unreadable { file, detail: error.to_string() },
     }
 }
 
@@ -530,10 +477,7 @@ fn bad_manifest(detail: impl Display) -> RefusalReason {
 }
 
 fn bad_tensors(file: &'static str) -> impl FnOnce(RecordError) -> RefusalReason {
-    move |error| RefusalReason::Tensors {
-        file,
-        detail: error.to_string(),
-    }
+    move |error| RefusalReason::Tensors { file, detail: error.to_string() }
 }
 
 fn join(refused: &[Refusal]) -> String {
@@ -565,10 +509,7 @@ mod tests {
 
     impl Tiny {
         fn new(device: &Device) -> Self {
-            Self {
-                first: LinearConfig::new(5, 7).init(device),
-                second: LinearConfig::new(7, 3).init(device),
-            }
+            Self { first: LinearConfig::new(5, 7).init(device), second: LinearConfig::new(7, 3).init(device) }
         }
 
         fn bits(&self) -> Vec<u32> {
@@ -608,25 +549,14 @@ mod tests {
     }
 
     fn state(step: usize) -> TrainState {
-        TrainState {
-            step,
-            windows_seen: step as u64 * 12,
-            ..TrainState::default()
-        }
+        TrainState { step, windows_seen: step as u64 * 12, ..TrainState::default() }
     }
 
     /// Saves a model after two steps of AdamW, a different one each time.
     fn save(checkpoints: &Checkpoints, step: usize) -> PathBuf {
         let mut optimizer = optimizer();
         let model = train(Tiny::new(&autodiff()), &mut optimizer, &inputs(2));
-        checkpoints
-            .save(
-                model.into_record(),
-                optimizer.to_record(),
-                &state(step),
-                "abc",
-            )
-            .unwrap()
+        checkpoints.save(model.into_record(), optimizer.to_record(), &state(step), "abc").unwrap()
     }
 
     fn folder() -> (TempDir, Checkpoints) {
@@ -654,12 +584,7 @@ mod tests {
     }
 
     /// Replaces a file of the newest of two checkpoints and expects the older one, with the newer one named.
-    fn refusal_of(
-        checkpoints: &Checkpoints,
-        bad: &Path,
-        file: &str,
-        bytes: &[u8],
-    ) -> RefusalReason {
+    fn refusal_of(checkpoints: &Checkpoints, bad: &Path, file: &str, bytes: &[u8]) -> RefusalReason {
         let path = bad.join(file);
         let good = fs::read(&path).unwrap();
         fs::write(&path, bytes).unwrap();
@@ -684,9 +609,7 @@ mod tests {
         let mut kept = optimizer();
         let model = train(Tiny::new(&autodiff()), &mut kept, &inputs[..2]);
         let record = model.clone().into_record();
-        let path = checkpoints
-            .save(record, kept.to_record(), &state(2), "abc")
-            .unwrap();
+        let path = checkpoints.save(record, kept.to_record(), &state(2), "abc").unwrap();
         assert_eq!(name(&path), "step-00000002");
 
         let loaded = latest(&checkpoints);
@@ -702,11 +625,7 @@ mod tests {
         let resumed = train(resumed, &mut restored, &inputs[2..]);
         let model = train(model, &mut kept, &inputs[2..]);
         assert_eq!(resumed.bits(), model.bits());
-        assert_ne!(
-            forgetful.bits(),
-            model.bits(),
-            "the test does not see the optimizer's state"
-        );
+        assert_ne!(forgetful.bits(), model.bits(), "the test does not see the optimizer's state");
     }
 
     #[test]
@@ -740,17 +659,9 @@ mod tests {
             assert_eq!(back.elapsed_s.to_bits(), value.to_bits());
             assert_eq!(back.loss_average.map(f64::to_bits), Some(value.to_bits()));
         }
-        let nan = TrainState {
-            elapsed_s: f64::NAN,
-            ..TrainState::default()
-        };
+        let nan = TrainState { elapsed_s: f64::NAN, ..TrainState::default() };
         let text = serde_json::to_vec(&nan).unwrap();
-        assert!(
-            serde_json::from_slice::<TrainState>(&text)
-                .unwrap()
-                .elapsed_s
-                .is_nan()
-        );
+        assert!(serde_json::from_slice::<TrainState>(&text).unwrap().elapsed_s.is_nan());
     }
 
     #[test]
@@ -800,11 +711,7 @@ mod tests {
                 altered[random.random_range(0..bytes.len())] ^= 1 << random.random_range(0..8);
                 let reason = refusal_of(&checkpoints, &bad, file, &altered);
                 // A wrong hash cannot be told from a wrong manifest.
-                let file = if file == MANIFEST_HASH {
-                    MANIFEST
-                } else {
-                    file
-                };
+                let file = if file == MANIFEST_HASH { MANIFEST } else { file };
                 assert_eq!(reason, RefusalReason::Altered { file });
             }
         }
@@ -820,10 +727,7 @@ mod tests {
             fs::remove_file(bad.join(file)).unwrap();
             let loaded = latest(&checkpoints);
             assert_eq!(loaded.state.step, 1);
-            let refusal = Refusal {
-                path: bad.clone(),
-                reason: RefusalReason::Missing { file },
-            };
+            let refusal = Refusal { path: bad.clone(), reason: RefusalReason::Missing { file } };
             assert_eq!(loaded.refused, [refusal]);
             fs::write(bad.join(file), bytes).unwrap();
         }
@@ -843,25 +747,13 @@ mod tests {
         let version = replace("\"version\": 1", "\"version\": 2, \"new\": []");
         let manifests = [
             (version, "format version 2, expected 1"),
-            (
-                replace("\"step\": 2", "\"step\": 3"),
-                "step 3 in a folder of step 2",
-            ),
+            (replace("\"step\": 2", "\"step\": 3"), "step 3 in a folder of step 2"),
             (replace("\"step\": 2", "\"step\": -2"), "not valid"),
             (replace("\"bad_steps\": 0,", ""), "bad_steps"),
-            (
-                replace("\"bad_steps\": 0,", "\"bad_steps\": 0, \"more\": 0,"),
-                "more",
-            ),
-            (
-                replace("\"elapsed_s\": \"0.0\"", "\"elapsed_s\": \"soon\""),
-                "soon",
-            ),
+            (replace("\"bad_steps\": 0,", "\"bad_steps\": 0, \"more\": 0,"), "more"),
+            (replace("\"elapsed_s\": \"0.0\"", "\"elapsed_s\": \"soon\""), "soon"),
             (replace(MODEL, "../../../etc/passwd"), "etc/passwd"),
-            (
-                replace(&length.to_string(), &u64::MAX.to_string()),
-                "expected 18446744073709551615",
-            ),
+            (replace(&length.to_string(), &u64::MAX.to_string()), "expected 18446744073709551615"),
             ("[".repeat(100_000), "not valid"),
             (" ".repeat(MANIFEST_LIMIT as usize + 1), "expected at most"),
             (String::new(), "not valid"),
@@ -872,10 +764,7 @@ mod tests {
             assert_eq!(loaded.state.step, 1);
             assert_eq!(loaded.refused[0].path, bad);
             let found = loaded.refused[0].to_string();
-            assert!(
-                found.contains(reason) && found.starts_with(bad.to_str().unwrap()),
-                "{found}"
-            );
+            assert!(found.contains(reason) && found.starts_with(bad.to_str().unwrap()), "{found}");
         }
         forge(&bad, text.as_bytes());
         assert_eq!(latest(&checkpoints).state.step, 2);
@@ -892,18 +781,14 @@ mod tests {
             let noise: Vec<u8> = good.iter().map(|byte| byte.wrapping_mul(31)).collect();
             for bytes in [&b""[..], b"burn", &good[..good.len() / 2], &noise] {
                 fs::write(bad.join(file), bytes).unwrap();
-                let manifest = text.replace(&sha256(&good), &sha256(bytes)).replace(
-                    &format!("\"bytes\": {}", good.len()),
-                    &format!("\"bytes\": {}", bytes.len()),
-                );
+                let manifest = text
+                    .replace(&sha256(&good), &sha256(bytes))
+                    .replace(&format!("\"bytes\": {}", good.len()), &format!("\"bytes\": {}", bytes.len()));
                 forge(&bad, manifest.as_bytes());
                 let loaded = latest(&checkpoints);
                 assert_eq!(loaded.state.step, 1);
                 let reason = &loaded.refused[0].reason;
-                assert!(
-                    matches!(reason, RefusalReason::Tensors { file: f, .. } if *f == file),
-                    "{reason}"
-                );
+                assert!(matches!(reason, RefusalReason::Tensors { file: f, .. } if *f == file), "{reason}");
             }
             fs::write(bad.join(file), good).unwrap();
         }
@@ -918,10 +803,7 @@ mod tests {
         }
         let error = checkpoints.latest_good().unwrap_err();
         for path in &paths {
-            assert!(
-                error.to_string().contains(path.to_str().unwrap()),
-                "{error}"
-            );
+            assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
         }
         assert!(matches!(error, CheckpointError::NoneGood { refused, .. } if refused.len() == 3));
     }
@@ -932,19 +814,11 @@ mod tests {
         for step in [1, 2, 9, 10, 100] {
             save(&checkpoints, step);
         }
-        assert_eq!(
-            names(&checkpoints),
-            ["step-00000009", "step-00000010", "step-00000100"]
-        );
+        assert_eq!(names(&checkpoints), ["step-00000009", "step-00000010", "step-00000100"]);
         // After a return to step 10: what is later does not crowd out what is good.
         save(&checkpoints, 11);
         save(&checkpoints, 12);
-        let later = [
-            "step-00000010",
-            "step-00000011",
-            "step-00000012",
-            "step-00000100",
-        ];
+        let later = ["step-00000010", "step-00000011", "step-00000012", "step-00000100"];
         assert_eq!(names(&checkpoints), later);
         let none = Checkpoints::open(&checkpoints.dir, 0).unwrap();
         save(&none, 101);
@@ -966,28 +840,16 @@ mod tests {
 
     #[test]
     fn every_kill_point_leaves_a_checkpoint() {
-        let stages = [
-            "unfinished",
-            "complete",
-            "aside",
-            "replaced",
-            "half removed",
-            "pruning",
-        ];
+        let stages = ["unfinished", "complete", "aside", "replaced", "half removed", "pruning"];
         for stage in stages {
             let (dir, checkpoints) = folder();
             save(&checkpoints, 1);
             let path = save(&checkpoints, 2);
             // A newer checkpoint of the same step, told apart by its window count.
             let other = Checkpoints::open(dir.path().join("other"), 1).unwrap();
-            let newer = TrainState {
-                windows_seen: 99,
-                ..state(2)
-            };
+            let newer = TrainState { windows_seen: 99, ..state(2) };
             let record = Tiny::new(&autodiff()).into_record();
-            let newer = other
-                .save(record, optimizer().to_record(), &newer, "abc")
-                .unwrap();
+            let newer = other.save(record, optimizer().to_record(), &newer, "abc").unwrap();
             let scratch = checkpoints.dir.join(".tmp-step-00000002-77");
             let aside = checkpoints.dir.join(".old-step-00000002");
             match stage {
@@ -1010,17 +872,9 @@ mod tests {
                 }
                 _ => fs::rename(checkpoints.dir.join("step-00000001"), &scratch).unwrap(),
             }
-            let windows = if ["replaced", "half removed"].contains(&stage) {
-                99
-            } else {
-                24
-            };
+            let windows = if ["replaced", "half removed"].contains(&stage) { 99 } else { 24 };
             let loaded = latest(&checkpoints);
-            assert_eq!(
-                (loaded.state.step, loaded.state.windows_seen),
-                (2, windows),
-                "{stage}"
-            );
+            assert_eq!((loaded.state.step, loaded.state.windows_seen), (2, windows), "{stage}");
             assert_eq!(loaded.refused, [], "{stage}");
 
             save(&checkpoints, 3);
@@ -1067,21 +921,14 @@ mod tests {
             let start = latest(&checkpoints).state.windows_seen;
             for windows in start + 1.. {
                 // Each step three times, so that most saves replace a checkpoint.
-                let state = TrainState {
-                    windows_seen: windows,
-                    ..state(windows as usize / 3)
-                };
+                let state = TrainState { windows_seen: windows, ..state(windows as usize / 3) };
                 let model = constant(64, windows as f32).into_record();
-                checkpoints
-                    .save(model, optimizer().to_record(), &state, "abc")
-                    .unwrap();
+                checkpoints.save(model, optimizer().to_record(), &state, "abc").unwrap();
             }
         }
         let (_dir, checkpoints) = folder();
         let model = constant(64, 0.0).into_record();
-        checkpoints
-            .save(model, optimizer().to_record(), &state(0), "abc")
-            .unwrap();
+        checkpoints.save(model, optimizer().to_record(), &state(0), "abc").unwrap();
         let mut random = ChaCha8Rng::from_os_rng();
         for _ in 0..20 {
             let mut child = child(TEST, &checkpoints.dir, "unlimited").spawn().unwrap();
@@ -1093,15 +940,9 @@ mod tests {
             let windows = loaded.state.windows_seen;
             let weight = constant(64, -1.0).load_record(loaded.model).weight.val();
             let weights = weight.into_data().try_into_vec::<f32>().unwrap();
-            assert!(
-                weights.iter().all(|&weight| weight == windows as f32),
-                "{windows}"
-            );
+            assert!(weights.iter().all(|&weight| weight == windows as f32), "{windows}");
         }
-        assert!(
-            latest(&checkpoints).state.windows_seen > 0,
-            "the child never saved"
-        );
+        assert!(latest(&checkpoints).state.windows_seen > 0, "the child never saved");
     }
 
     #[cfg(unix)]
@@ -1115,10 +956,7 @@ mod tests {
                 let model = constant(size, 1.0).into_record();
                 let error = checkpoints.save(model, optimizer().to_record(), &state(step), "abc");
                 let error = error.unwrap_err().to_string();
-                assert!(
-                    error.contains(MODEL) && error.contains(&folder_name(step)),
-                    "{error}"
-                );
+                assert!(error.contains(MODEL) && error.contains(&folder_name(step)), "{error}");
                 assert_eq!(names(&checkpoints), ["step-00000001"]);
             }
             // Tells the parent that this ran, which a test name without a test would not.
@@ -1142,24 +980,13 @@ mod tests {
         for path in [file.clone(), file.join("checkpoints")] {
             let error = Checkpoints::open(&path, 1).unwrap_err();
             assert!(matches!(error, CheckpointError::Write { .. }));
-            assert!(
-                error.to_string().contains(path.to_str().unwrap()),
-                "{error}"
-            );
+            assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
         }
         assert_eq!(fs::read(&file).unwrap(), b"mine");
-        let checkpoints = Checkpoints {
-            dir: file.clone(),
-            keep: 1,
-        };
+        let checkpoints = Checkpoints { dir: file.clone(), keep: 1 };
         let model = constant(4, 1.0).into_record();
         let error = checkpoints.save(model, optimizer().to_record(), &state(1), "abc");
-        assert!(
-            error
-                .unwrap_err()
-                .to_string()
-                .contains(file.to_str().unwrap())
-        );
+        assert!(error.unwrap_err().to_string().contains(file.to_str().unwrap()));
     }
 
     #[cfg(unix)]

@@ -9,10 +9,7 @@ use crate::train::{self, Experiment, RunOptions, TrainError, experiment, report:
 use toml::Value;
 
 /// What is trained when no file is named.
-const DEFAULT: &str = include_str!(concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/experiments/00-default.toml"
-));
+const DEFAULT: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/experiments/00-default.toml"));
 
 /// What preparing the texts leaves in a run folder.
 const PREPARED: [&str; 3] = ["tokenizer.json", "train.tokens", "valid.tokens"];
@@ -148,7 +145,9 @@ impl TrainCommand {
     pub fn claim(&self, run_dir: &Path) -> Result<(), TrainError> {
         let path = run_dir.to_path_buf();
         let free = match fs::read_dir(run_dir) {
-            Ok(entries) => entries.flatten().all(|entry| PREPARED.iter().any(|name| entry.file_name() == *name)),
+            Ok(entries) => {
+                entries.flatten().all(|entry| PREPARED.iter().any(|name| entry.file_name() == *name))
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => true,
             Err(source) => return Err(TrainError::Read { path, source }),
         };
@@ -163,9 +162,7 @@ impl TrainCommand {
             name.push(format!(".old-{n}"));
             PathBuf::from(name)
         };
-        let aside = (1..)
-            .map(old)
-            .find(|old| fs::symlink_metadata(old).is_err());
+        let aside = (1..).map(old).find(|old| fs::symlink_metadata(old).is_err());
         let aside = aside.expect("numbers do not end");
         fs::rename(run_dir, aside).map_err(|source| TrainError::Write { path, source })
     }
@@ -183,10 +180,7 @@ mod tests {
     #[test]
     fn no_arguments_mean_the_default_experiment() {
         TrainCommand::command().debug_assert();
-        assert_eq!(
-            command(&[]).experiment().unwrap(),
-            Experiment::parse(DEFAULT, "").unwrap()
-        );
+        assert_eq!(command(&[]).experiment().unwrap(), Experiment::parse(DEFAULT, "").unwrap());
     }
 
     #[test]
@@ -194,9 +188,7 @@ mod tests {
         let default = command(&[]).experiment().unwrap();
         type Change = fn(&mut Experiment);
         let changes: [(&[&str], Change); 10] = [
-            (&["--tokenizer", "byte"], |e| {
-                e.data.tokenizer = "byte".into()
-            }),
+            (&["--tokenizer", "byte"], |e| e.data.tokenizer = "byte".into()),
             (&["--steps", "7"], |e| e.run.steps = 7),
             (&["--batch-size", "3"], |e| e.run.batch_size = 3),
             (&["--lr", "1e-4"], |e| e.optim.lr = 1e-4),
@@ -213,27 +205,15 @@ mod tests {
         for (arguments, change) in changes {
             let mut expected = default.clone();
             change(&mut expected);
-            assert_eq!(
-                command(arguments).experiment().unwrap(),
-                expected,
-                "{arguments:?}"
-            );
+            assert_eq!(command(arguments).experiment().unwrap(), expected, "{arguments:?}");
         }
         assert_eq!(command(&["--epochs", "0.5"]).epochs, Some(0.5));
     }
 
     #[test]
     fn set_comes_after_the_flags_and_in_order() {
-        let experiment = command(&[
-            "--set",
-            "run.steps=5",
-            "--steps",
-            "4",
-            "--set",
-            "run.steps=6",
-        ])
-        .experiment()
-        .unwrap();
+        let experiment =
+            command(&["--set", "run.steps=5", "--steps", "4", "--set", "run.steps=6"]).experiment().unwrap();
         assert_eq!(experiment.run.steps, 6);
     }
 
@@ -253,10 +233,7 @@ mod tests {
         for (arguments, fragment) in [
             (&["--lr", "nan"][..], "`optim.lr` is nan"),
             (&["--lr", "-1"], "`optim.lr` is -1.0"),
-            (
-                &["--steps", "0"],
-                "overridden by run.steps=0: `run.steps` is 0",
-            ),
+            (&["--steps", "0"], "overridden by run.steps=0: `run.steps` is 0"),
             (&["--device", "tpu"], "one of auto, flex"),
             (&["--seed", "18446744073709551615"], "run.seed"),
             (&["--set", "optim.lrr=1"], "unknown key `optim.lrr`"),
@@ -275,9 +252,7 @@ mod tests {
         let run = home.path().join("x-1");
         let names = || {
             let entries = fs::read_dir(home.path()).unwrap();
-            let mut names: Vec<_> = entries
-                .map(|e| e.unwrap().file_name().into_string().unwrap())
-                .collect();
+            let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
             names.sort();
             names
         };
@@ -285,10 +260,7 @@ mod tests {
         fs::create_dir(&run).unwrap();
         command(&[]).claim(&run).unwrap();
         fs::write(run.join("metrics.jsonl"), "first").unwrap();
-        assert!(matches!(
-            command(&[]).claim(&run),
-            Err(TrainError::NotEmpty { .. })
-        ));
+        assert!(matches!(command(&[]).claim(&run), Err(TrainError::NotEmpty { .. })));
         command(&["--resume"]).claim(&run).unwrap();
         assert_eq!(names(), ["x-1"]);
         command(&["--overwrite"]).claim(&run).unwrap();

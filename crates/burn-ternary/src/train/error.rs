@@ -38,11 +38,7 @@ pub enum TrainError {
             None => "there is no good checkpoint yet".into(),
         }
     )]
-    Diverged {
-        step: usize,
-        rollbacks: usize,
-        checkpoint: Option<PathBuf>,
-    },
+    Diverged { step: usize, rollbacks: usize, checkpoint: Option<PathBuf> },
     /// What Burn reports.
     #[error("{0}")]
     Burn(String),
@@ -75,67 +71,15 @@ mod tests {
         let (origin, message) = ("x.toml:3".to_string(), "bad".to_string());
         let checkpoint = Some(path.join("step-9"));
         for (error, code, fragment) in [
-            (
-                TrainError::Experiment {
-                    origin,
-                    message: message.clone(),
-                },
-                2,
-                "x.toml:3: bad",
-            ),
-            (
-                TrainError::NotEmpty { path: path.clone() },
-                2,
-                "runs/x-1: expected an empty run folder",
-            ),
-            (
-                crate::device::device("abacus").unwrap_err().into(),
-                4,
-                "flex",
-            ),
-            (
-                TrainError::MemoryTooSmall {
-                    needed: 3 << 30,
-                    available: 1 << 30,
-                },
-                4,
-                "3072 MiB",
-            ),
-            (
-                TrainError::Read {
-                    path: path.clone(),
-                    source: denied(),
-                },
-                5,
-                "runs/x-1: cannot read",
-            ),
-            (
-                TrainError::Write {
-                    path: path.clone(),
-                    source: denied(),
-                },
-                5,
-                "runs/x-1: cannot write",
-            ),
+            (TrainError::Experiment { origin, message: message.clone() }, 2, "x.toml:3: bad"),
+            (TrainError::NotEmpty { path: path.clone() }, 2, "runs/x-1: expected an empty run folder"),
+            (crate::device::device("abacus").unwrap_err().into(), 4, "flex"),
+            (TrainError::MemoryTooSmall { needed: 3 << 30, available: 1 << 30 }, 4, "3072 MiB"),
+            (TrainError::Read { path: path.clone(), source: denied() }, 5, "runs/x-1: cannot read"),
+            (TrainError::Write { path: path.clone(), source: denied() }, 5, "runs/x-1: cannot write"),
             (CheckpointError::Write { path, source: denied() }.into(), 5, "runs/x-1"),
-            (
-                TrainError::Diverged {
-                    step: 9,
-                    rollbacks: 3,
-                    checkpoint,
-                },
-                6,
-                "runs/x-1/step-9",
-            ),
-            (
-                TrainError::Diverged {
-                    step: 9,
-                    rollbacks: 0,
-                    checkpoint: None,
-                },
-                6,
-                "no good checkpoint",
-            ),
+            (TrainError::Diverged { step: 9, rollbacks: 3, checkpoint }, 6, "runs/x-1/step-9"),
+            (TrainError::Diverged { step: 9, rollbacks: 0, checkpoint: None }, 6, "no good checkpoint"),
             (TrainError::Burn("shape".into()), 1, "shape"),
         ] {
             assert_eq!(error.exit_code(), code, "{error}");

@@ -97,10 +97,7 @@ impl Experiment {
                 Some(before) => format!("{origin}:{}", 1 + before.matches('\n').count()),
                 None => origin.into(),
             };
-            TrainError::Experiment {
-                origin,
-                message: describe(error),
-            }
+            TrainError::Experiment { origin, message: describe(error) }
         })
     }
 
@@ -109,8 +106,7 @@ impl Experiment {
     /// # Errors
     /// [`TrainError::Experiment`] with the first key whose value is out of range, the value and what is allowed.
     pub fn validate(&self, origin: &str) -> Result<(), TrainError> {
-        self.check()
-            .map_err(|error| experiment_error(origin, error.to_string()))
+        self.check().map_err(|error| experiment_error(origin, error.to_string()))
     }
 
     /// Override one key, as in `optim.lr=3e-4`. The value is TOML; a bare word is a string.
@@ -124,24 +120,17 @@ impl Experiment {
             let (section, key) = path.split_once('.')?;
             Some((section.trim(), key.trim(), value.trim()))
         });
-        let (section, key, value) =
-            parts.ok_or_else(|| fail("expected section.key=value".into()))?;
+        let (section, key, value) = parts.ok_or_else(|| fail("expected section.key=value".into()))?;
         let mut whole = toml::Table::try_from(&*self).map_err(|e| fail(e.to_string()))?;
         let sections = names(&whole);
         let Some(Value::Table(table)) = whole.get_mut(section) else {
-            return Err(fail(format!(
-                "unknown section `{section}`, expected one of {sections}"
-            )));
+            return Err(fail(format!("unknown section `{section}`, expected one of {sections}")));
         };
         let keys = names(table);
         let Some(slot) = table.get_mut(key) else {
-            return Err(fail(format!(
-                "unknown key `{section}.{key}`, expected one of {keys}"
-            )));
+            return Err(fail(format!("unknown key `{section}.{key}`, expected one of {keys}")));
         };
-        *slot = value
-            .parse()
-            .unwrap_or_else(|_| Value::String(value.into()));
+        *slot = value.parse().unwrap_or_else(|_| Value::String(value.into()));
         *self = whole.try_into().map_err(|e| fail(describe(e)))?;
         Ok(())
     }
@@ -158,10 +147,7 @@ impl Experiment {
 
     fn check(&self) -> Result<(), InvalidValue> {
         check_data(&self.data)?;
-        self.model.validate().map_err(|e| InvalidValue {
-            key: format!("model.{}", e.key),
-            ..e
-        })?;
+        self.model.validate().map_err(|e| InvalidValue { key: format!("model.{}", e.key), ..e })?;
         check_quant(&self.quant, &self.model)?;
         check_optim(&self.optim)?;
         check_schedule(&self.schedule)?;
@@ -174,18 +160,12 @@ pub(super) fn read(path: &Path) -> Result<(String, String), TrainError> {
     let origin = path.display().to_string();
     match fs::read_to_string(path) {
         Ok(text) => Ok((text, origin)),
-        Err(e) => Err(experiment_error(
-            &origin,
-            format!("expected an experiment in TOML: {e}"),
-        )),
+        Err(e) => Err(experiment_error(&origin, format!("expected an experiment in TOML: {e}"))),
     }
 }
 
 fn experiment_error(origin: &str, message: String) -> TrainError {
-    TrainError::Experiment {
-        origin: origin.into(),
-        message,
-    }
+    TrainError::Experiment { origin: origin.into(), message }
 }
 
 /// The message of a TOML error on one line, its key first.
@@ -202,11 +182,7 @@ fn describe(mut error: toml::de::Error) -> String {
 }
 
 fn names(table: &toml::Table) -> String {
-    table
-        .keys()
-        .map(|key| format!("`{key}`"))
-        .collect::<Vec<_>>()
-        .join(", ")
+    table.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
 }
 
 /// 1 to a thousand millions.
@@ -233,12 +209,7 @@ fn positive(key: &str, x: f64) -> Result<(), InvalidValue> {
 }
 
 fn not_negative(key: &str, x: f64) -> Result<(), InvalidValue> {
-    require(
-        x >= 0.0 && x.is_finite(),
-        key,
-        x,
-        "a finite number, at least 0",
-    )
+    require(x >= 0.0 && x.is_finite(), key, x, "a finite number, at least 0")
 }
 
 fn check_data(data: &DataConfig) -> Result<(), InvalidValue> {
@@ -249,19 +220,9 @@ fn check_data(data: &DataConfig) -> Result<(), InvalidValue> {
         &data.train,
         "at least one file or folder, or \"embedded\"",
     )?;
-    require(
-        named(&data.valid),
-        "data.valid",
-        &data.valid,
-        "files or folders",
-    )?;
+    require(named(&data.valid), "data.valid", &data.valid, "files or folders")?;
     let share = data.valid_fraction > 0.0 && data.valid_fraction <= 0.5;
-    require(
-        share,
-        "data.valid_fraction",
-        data.valid_fraction,
-        "above 0, at most 0.5",
-    )?;
+    require(share, "data.valid_fraction", data.valid_fraction, "above 0, at most 0.5")?;
     let tokenizer = data.tokenizer.as_str();
     require(
         matches!(tokenizer, "byte" | "char" | "bpe") || tokenizer.ends_with(".json"),
@@ -289,12 +250,7 @@ fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidVal
         )?;
     }
     let open = quant.threshold > 0.0 && quant.threshold < 1.0;
-    require(
-        open,
-        "quant.threshold",
-        quant.threshold,
-        "above 0 and below 1",
-    )?;
+    require(open, "quant.threshold", quant.threshold, "above 0 and below 1")?;
     let learned = matches!(quant.scale, ScaleRule::Learned | ScaleRule::Seq);
     require(
         learned || quant.estimator == Estimator::Identity,
@@ -337,26 +293,14 @@ fn check_schedule(schedule: &ScheduleConfig) -> Result<(), InvalidValue> {
 fn check_run(run: &RunConfig, context: usize) -> Result<(), InvalidValue> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     require(
-        (1..=100).contains(&run.name.len())
-            && !run.name.starts_with('.')
-            && run.name.chars().all(plain),
+        (1..=100).contains(&run.name.len()) && !run.name.starts_with('.') && run.name.chars().all(plain),
         "run.name",
         &run.name,
         "a plain file name of 1 to 100 letters, digits, `-`, `_` and `.`, not beginning with `.`",
     )?;
-    require(
-        !run.out_dir.is_empty(),
-        "run.out_dir",
-        &run.out_dir,
-        "a folder, `.` for the current one",
-    )?;
+    require(!run.out_dir.is_empty(), "run.out_dir", &run.out_dir, "a folder, `.` for the current one")?;
     // TOML's integers have a sign.
-    require(
-        i64::try_from(run.seed).is_ok(),
-        "run.seed",
-        run.seed,
-        format!("0 to {}", i64::MAX),
-    )?;
+    require(i64::try_from(run.seed).is_ok(), "run.seed", run.seed, format!("0 to {}", i64::MAX))?;
     require(
         DEVICES.contains(&run.device.as_str()),
         "run.device",
@@ -366,10 +310,7 @@ fn check_run(run: &RunConfig, context: usize) -> Result<(), InvalidValue> {
     count("run.steps", run.steps)?;
     count("run.batch_size", run.batch_size)?;
     count("run.accumulation", run.accumulation)?;
-    let tokens = run
-        .batch_size
-        .checked_mul(run.accumulation)
-        .and_then(|n| n.checked_mul(context));
+    let tokens = run.batch_size.checked_mul(run.accumulation).and_then(|n| n.checked_mul(context));
     require(
         tokens.is_some_and(|n| n <= LARGEST_STEP),
         "run.batch_size",
@@ -383,12 +324,7 @@ fn check_run(run: &RunConfig, context: usize) -> Result<(), InvalidValue> {
     count("run.keep_checkpoints", run.keep_checkpoints)?;
     count_or_zero("run.sample_tokens", run.sample_tokens)?;
     let spike = run.spike_factor == 0.0 || (run.spike_factor > 1.0 && run.spike_factor.is_finite());
-    require(
-        spike,
-        "run.spike_factor",
-        run.spike_factor,
-        "0 (never) or a finite number above 1",
-    )?;
+    require(spike, "run.spike_factor", run.spike_factor, "0 (never) or a finite number above 1")?;
     count("run.max_bad_steps", run.max_bad_steps)?;
     count_or_zero("run.max_rollbacks", run.max_rollbacks)
 }

@@ -23,7 +23,12 @@ pub struct LmLoss {
 ///
 /// # Source
 /// Chowdhery et al., PaLM, section 5, for the z-loss.
-pub fn language_model_loss(logits: Tensor<3>, targets: Tensor<2, Int>, mask: Tensor<2>, tokens: usize) -> LmLoss {
+pub fn language_model_loss(
+    logits: Tensor<3>,
+    targets: Tensor<2, Int>,
+    mask: Tensor<2>,
+    tokens: usize,
+) -> LmLoss {
     let [batch, seq, vocab] = logits.dims();
     let logits: Tensor<2> = logits.reshape([batch * seq, vocab]);
     let targets = targets.reshape([batch * seq, 1]);
@@ -57,7 +62,8 @@ mod tests {
             if carries == 0.0 {
                 continue;
             }
-            let row: Vec<f64> = logits[index * vocab..(index + 1) * vocab].iter().map(|&x| f64::from(x)).collect();
+            let row: Vec<f64> =
+                logits[index * vocab..(index + 1) * vocab].iter().map(|&x| f64::from(x)).collect();
             let partition = row.iter().map(|x| x.exp()).sum::<f64>().ln();
             nats += partition - row[target as usize];
             z += partition * partition;

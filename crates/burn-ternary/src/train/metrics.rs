@@ -4,8 +4,8 @@ use super::report::real;
 use burn::{
     tensor::{ExecutionError, TensorReadError},
     train::metric::{
-        Adaptor, ItemLazy, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric,
-        NumericAttributes, NumericEntry, SerializedEntry,
+        Adaptor, ItemLazy, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric, NumericAttributes,
+        NumericEntry, SerializedEntry,
     },
 };
 use serde::{Deserialize, Serialize};
@@ -33,18 +33,10 @@ pub struct StepReport {
     #[serde(with = "real")]
     pub loss: f64,
     /// Mean squared log partition function.
-    #[serde(
-        with = "real::option",
-        default,
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub z_loss: Option<f64>,
     /// Cross entropy in bits a byte of text, which does not depend on the tokenizer.
-    #[serde(
-        with = "real::option",
-        default,
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,
     /// Share of target tokens whose logit is the largest, in [0, 1].
     #[serde(with = "real")]
@@ -57,45 +49,21 @@ pub struct StepReport {
     #[serde(with = "real")]
     pub grad_norm: f64,
     /// Share of ternary codes that are 0.
-    #[serde(
-        with = "real::option",
-        default,
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub zero_fraction: Option<f64>,
-    #[serde(
-        with = "real::option",
-        default,
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub bits_per_weight: Option<f64>,
     /// FP32 bytes over packed bytes of the whole model.
-    #[serde(
-        with = "real::option",
-        default,
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub compression: Option<f64>,
     /// Share of the ternary weight in the forward pass: 0 is float, 1 is ternary.
-    #[serde(
-        with = "real::option",
-        default,
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub lambda: Option<f64>,
     /// Share of codes that changed since the last evaluation.
-    #[serde(
-        with = "real::option",
-        default,
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub flipped: Option<f64>,
     /// `mean |ln(scale now / scale at start)|`.
-    #[serde(
-        with = "real::option",
-        default,
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub scale_drift: Option<f64>,
     /// Largest resident set of the process so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -175,17 +143,11 @@ impl ReportMetric {
     }
 
     fn latest(name: &str, read: fn(&StepReport) -> Option<f64>) -> Self {
-        Self {
-            aggregate: Aggregate::Latest,
-            ..Self::mean(name, read)
-        }
+        Self { aggregate: Aggregate::Latest, ..Self::mean(name, read) }
     }
 
     fn unit(self, unit: &'static str) -> Self {
-        Self {
-            unit: Some(unit),
-            ..self
-        }
+        Self { unit: Some(unit), ..self }
     }
 
     fn show(self, show: fn(f64) -> f64) -> Self {
@@ -193,10 +155,7 @@ impl ReportMetric {
     }
 
     fn higher_is_better(self) -> Self {
-        Self {
-            higher_is_better: true,
-            ..self
-        }
+        Self { higher_is_better: true, ..self }
     }
 
     /// The value of the last report, finite or not.
@@ -216,14 +175,8 @@ impl ReportMetric {
             None => SerializedEntry::NOT_AVAILABLE.into(),
         };
         SerializedEntry::new(
-            format!(
-                "epoch {} - batch {}",
-                text(self.epoch()),
-                text(self.batch())
-            ),
-            serialized.map_or(SerializedEntry::NOT_AVAILABLE.into(), |entry| {
-                entry.serialize()
-            }),
+            format!("epoch {} - batch {}", text(self.epoch()), text(self.batch())),
+            serialized.map_or(SerializedEntry::NOT_AVAILABLE.into(), |entry| entry.serialize()),
         )
     }
 }
@@ -237,11 +190,7 @@ impl Metric for ReportMetric {
 
     fn attributes(&self) -> MetricAttributes {
         let unit = self.unit.map(String::from);
-        NumericAttributes {
-            unit,
-            higher_is_better: self.higher_is_better,
-        }
-        .into()
+        NumericAttributes { unit, higher_is_better: self.higher_is_better }.into()
     }
 
     fn update(
@@ -275,18 +224,12 @@ impl Metric for ReportMetric {
 impl Numeric for ReportMetric {
     fn value(&self) -> Option<NumericEntry> {
         let aggregated_value = self.batch().filter(|value| value.is_finite())?;
-        Some(NumericEntry::Aggregated {
-            aggregated_value,
-            count: self.current_tokens,
-        })
+        Some(NumericEntry::Aggregated { aggregated_value, count: self.current_tokens })
     }
 
     fn running_value(&self) -> Option<NumericEntry> {
         let aggregated_value = self.epoch().filter(|value| value.is_finite())?;
-        Some(NumericEntry::Aggregated {
-            aggregated_value,
-            count: self.weight,
-        })
+        Some(NumericEntry::Aggregated { aggregated_value, count: self.weight })
     }
 
     fn final_value(&self) -> NumericEntry {
@@ -309,15 +252,11 @@ pub fn all() -> Vec<ReportMetric> {
         ReportMetric::mean("Gradient norm", |r| Some(r.grad_norm)),
         ReportMetric::latest("Zero fraction", |r| r.zero_fraction).higher_is_better(),
         ReportMetric::latest("Bits per weight", |r| r.bits_per_weight).unit("bits"),
-        ReportMetric::latest("Compression ratio", |r| r.compression)
-            .unit("x")
-            .higher_is_better(),
+        ReportMetric::latest("Compression ratio", |r| r.compression).unit("x").higher_is_better(),
         ReportMetric::latest("Flipped codes", |r| r.flipped),
         ReportMetric::latest("Scale drift", |r| r.scale_drift),
-        ReportMetric::latest("Peak memory", |r| {
-            Some(r.peak_rss_bytes? as f64 / (1 << 20) as f64)
-        })
-        .unit("MiB"),
+        ReportMetric::latest("Peak memory", |r| Some(r.peak_rss_bytes? as f64 / (1 << 20) as f64))
+            .unit("MiB"),
     ]
 }
 
@@ -325,9 +264,7 @@ pub fn all() -> Vec<ReportMetric> {
 pub(super) fn significant(value: f64, digits: usize) -> String {
     // The exponent is that of the rounded number: 0.9996 in three digits is 1.00.
     let scientific = format!("{value:.*e}", digits - 1);
-    let exponent = scientific
-        .split_once('e')
-        .and_then(|(_, text)| text.parse().ok());
+    let exponent = scientific.split_once('e').and_then(|(_, text)| text.parse().ok());
     match exponent {
         Some(exponent @ -3..6) => {
             let decimals = (digits as i32 - 1 - exponent).max(0) as usize;
@@ -344,31 +281,19 @@ mod tests {
     use rand::Rng;
 
     fn metadata() -> MetricMetadata {
-        MetricMetadata {
-            progress: Progress::new(1, 1, None),
-            iteration: None,
-            lr: None,
-        }
+        MetricMetadata { progress: Progress::new(1, 1, None), iteration: None, lr: None }
     }
 
     fn metric(name: &str) -> ReportMetric {
-        all()
-            .into_iter()
-            .find(|metric| metric.name.as_str() == name)
-            .unwrap()
+        all().into_iter().find(|metric| metric.name.as_str() == name).unwrap()
     }
 
     fn update(metric: &mut ReportMetric, report: StepReport) -> SerializedEntry {
-        metric
-            .update(&LmItem(report).sync().unwrap().adapt(), &metadata())
-            .unwrap()
+        metric.update(&LmItem(report).sync().unwrap().adapt(), &metadata()).unwrap()
     }
 
     fn close(found: f64, expected: f64) {
-        assert!(
-            (found - expected).abs() <= 1e-12 * expected.abs(),
-            "{found} is not {expected}"
-        );
+        assert!((found - expected).abs() <= 1e-12 * expected.abs(), "{found} is not {expected}");
     }
 
     /// Random reports with unequal weights.
@@ -396,19 +321,10 @@ mod tests {
             nats += report.loss * report.tokens as f64;
             tokens += report.tokens;
             close(perplexity.value().unwrap().current(), report.perplexity());
-            close(
-                perplexity.running_value().unwrap().current(),
-                (nats / tokens as f64).exp(),
-            );
+            close(perplexity.running_value().unwrap().current(), (nats / tokens as f64).exp());
         }
-        close(
-            perplexity.final_value().current(),
-            (nats / tokens as f64).exp(),
-        );
-        let mean = reports
-            .iter()
-            .map(|r| r.perplexity() * r.tokens as f64)
-            .sum::<f64>();
+        close(perplexity.final_value().current(), (nats / tokens as f64).exp());
+        let mean = reports.iter().map(|r| r.perplexity() * r.tokens as f64).sum::<f64>();
         assert!(perplexity.final_value().current() < 0.99 * mean / tokens as f64);
     }
 
@@ -426,10 +342,7 @@ mod tests {
         }
         let right: f64 = reports.iter().map(|r| r.accuracy * r.tokens as f64).sum();
         close(accuracy.final_value().current(), right / tokens);
-        let seconds: f64 = reports
-            .iter()
-            .map(|r| r.tokens as f64 / r.tokens_per_s)
-            .sum();
+        let seconds: f64 = reports.iter().map(|r| r.tokens as f64 / r.tokens_per_s).sum();
         close(speed.final_value().current(), tokens / seconds);
         close(lr.final_value().current(), reports.last().unwrap().lr);
         accuracy.clear();
@@ -443,13 +356,7 @@ mod tests {
         assert!(entry.is_not_available());
         assert_eq!(entry.formatted, "epoch N/A - batch N/A");
         assert!(zeros.value().is_none() && zeros.running_value().is_none());
-        update(
-            &mut zeros,
-            StepReport {
-                zero_fraction: Some(0.25),
-                ..Default::default()
-            },
-        );
+        update(&mut zeros, StepReport { zero_fraction: Some(0.25), ..Default::default() });
         let entry = update(&mut zeros, StepReport::default());
         assert_eq!(entry.formatted, "epoch 0.2500 - batch N/A");
     }
@@ -457,22 +364,8 @@ mod tests {
     #[test]
     fn what_is_not_finite_shows_and_leaves_the_average_alone() {
         let mut loss = metric("Loss");
-        update(
-            &mut loss,
-            StepReport {
-                loss: 2.0,
-                tokens: 8,
-                ..Default::default()
-            },
-        );
-        let entry = update(
-            &mut loss,
-            StepReport {
-                loss: f64::NAN,
-                tokens: 8,
-                ..Default::default()
-            },
-        );
+        update(&mut loss, StepReport { loss: 2.0, tokens: 8, ..Default::default() });
+        let entry = update(&mut loss, StepReport { loss: f64::NAN, tokens: 8, ..Default::default() });
         assert_eq!(entry.formatted, "epoch 2.000 nats - batch NaN nats");
         assert!(loss.value().is_none());
         assert_eq!(loss.final_value().current(), 2.0);
@@ -503,21 +396,7 @@ mod tests {
             values.push(metric.value().unwrap().current());
             assert!(names.insert(metric.name()));
         }
-        let expected = [
-            1.,
-            1f64.exp(),
-            2.,
-            3.,
-            4.,
-            5.,
-            6.,
-            7.,
-            8.,
-            9.,
-            10.,
-            11.,
-            12.,
-        ];
+        let expected = [1., 1f64.exp(), 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12.];
         assert_eq!(values, expected);
     }
 

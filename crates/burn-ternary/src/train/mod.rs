@@ -12,8 +12,8 @@ pub mod plot;
 pub mod progress;
 pub mod report;
 mod run;
-pub mod schedule;
 mod saved;
+pub mod schedule;
 mod step;
 mod strategy;
 

@@ -5,8 +5,8 @@ use burn::{
     lr_scheduler::module_lr_scheduler::ModuleLrScheduler,
     module::{Module, ModuleVisitor, Param, ParamGroup},
     optim::{
-        AdamWConfig, GradientsAccumulator, GradientsParams, LearningRate, ModuleOptimizer, Muon,
-        MuonConfig, Optimizer, momentum::MomentumConfig,
+        AdamWConfig, GradientsAccumulator, GradientsParams, LearningRate, ModuleOptimizer, Muon, MuonConfig,
+        Optimizer, momentum::MomentumConfig,
     },
     tensor::Device,
 };
@@ -66,13 +66,9 @@ impl OptimConfig {
             .with_epsilon(self.epsilon as f32)
             .with_weight_decay(0.0)
             .build();
-        let decayed_adamw = Decayed {
-            inner: adamw.clone(),
-            weight_decay: self.weight_decay,
-            dial: decay.clone(),
-        };
-        let optimizer =
-            ModuleOptimizer::from(adamw).with_group(decayed, decayed_adamw.clone(), None);
+        let decayed_adamw =
+            Decayed { inner: adamw.clone(), weight_decay: self.weight_decay, dial: decay.clone() };
+        let optimizer = ModuleOptimizer::from(adamw).with_group(decayed, decayed_adamw.clone(), None);
         match self.matrices {
             MatrixOptimizer::Adamw => optimizer.with_group(matrices, decayed_adamw, None),
             MatrixOptimizer::Muon => {
@@ -83,11 +79,8 @@ impl OptimConfig {
                         nesterov: true,
                     })
                     .build();
-                let muon = Decayed {
-                    inner: InputMajorMuon(muon),
-                    weight_decay: self.weight_decay,
-                    dial: decay,
-                };
+                let muon =
+                    Decayed { inner: InputMajorMuon(muon), weight_decay: self.weight_decay, dial: decay };
                 optimizer.with_group(matrices, muon, None)
             }
         }
@@ -95,17 +88,8 @@ impl OptimConfig {
 
     /// The learning rates that belong to [`OptimConfig::init`], from `step` on: `lr` as the base, and `muon_lr` for
     /// `matrices` where Muon has them; both follow the same schedule.
-    pub fn lr_scheduler(
-        &self,
-        matrices: ParamGroup,
-        schedule: &Schedule,
-        step: usize,
-    ) -> ModuleLrScheduler {
-        let with_peak = |peak| PeakSchedule {
-            peak,
-            schedule: schedule.clone(),
-            step,
-        };
+    pub fn lr_scheduler(&self, matrices: ParamGroup, schedule: &Schedule, step: usize) -> ModuleLrScheduler {
+        let with_peak = |peak| PeakSchedule { peak, schedule: schedule.clone(), step };
         let base = ModuleLrScheduler::new(with_peak(self.lr));
         match self.matrices {
             MatrixOptimizer::Adamw => base,
@@ -133,11 +117,7 @@ impl<O: Optimizer> Optimizer for Decayed<O> {
         state: Option<Self::State<D>>,
     ) -> (Tensor<D>, Option<Self::State<D>>) {
         let rate = lr * self.weight_decay * f64::from(self.dial.get());
-        let tensor = if rate == 0.0 {
-            tensor
-        } else {
-            tensor.mul_scalar(1.0 - rate)
-        };
+        let tensor = if rate == 0.0 { tensor } else { tensor.mul_scalar(1.0 - rate) };
         self.inner.step(lr, tensor, grad, state)
     }
 
@@ -189,31 +169,17 @@ pub fn clip_global_norm<M: Module>(
     module: &M,
     max_norm: f64,
 ) -> (GradientsParams, f64) {
-    let mut squares = SquareSum {
-        from: grads,
-        into: GradientsParams::new(),
-        sums: Vec::new(),
-    };
+    let mut squares = SquareSum { from: grads, into: GradientsParams::new(), sums: Vec::new() };
     module.visit(&mut squares);
-    let SquareSum {
-        into: grads, sums, ..
-    } = squares;
+    let SquareSum { into: grads, sums, .. } = squares;
     if sums.is_empty() {
         return (grads, 0.0);
     }
-    let norm = Tensor::cat(sums, 0)
-        .into_data()
-        .iter::<f64>()
-        .sum::<f64>()
-        .sqrt();
+    let norm = Tensor::cat(sums, 0).into_data().iter::<f64>().sum::<f64>().sqrt();
     if max_norm <= 0.0 || !norm.is_finite() || norm <= max_norm {
         return (grads, norm);
     }
-    let mut scale = Scale {
-        from: grads,
-        into: GradientsParams::new(),
-        factor: max_norm / norm,
-    };
+    let mut scale = Scale { from: grads, into: GradientsParams::new(), factor: max_norm / norm };
     module.visit(&mut scale);
     (scale.into, norm)
 }
@@ -334,8 +300,7 @@ mod tests {
         }
 
         fn grad_values(&self, grads: &GradientsParams) -> [Vec<f32>; 5] {
-            let bias =
-                |linear: &Linear| floats(grads.get::<1>(linear.bias.as_ref().unwrap().id).unwrap());
+            let bias = |linear: &Linear| floats(grads.get::<1>(linear.bias.as_ref().unwrap().id).unwrap());
             [
                 floats(grads.get::<2>(self.embedding.id).unwrap()),
                 floats(grads.get::<2>(self.wide.weight.id).unwrap()),
@@ -363,9 +328,7 @@ mod tests {
     }
 
     fn random(rng: &mut StdRng, shape: &[usize]) -> TensorData {
-        let values: Vec<f32> = (0..shape.iter().product())
-            .map(|_| rng.sample(StandardNormal))
-            .collect();
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.sample(StandardNormal)).collect();
         TensorData::new(values, shape.to_vec())
     }
 
@@ -402,19 +365,12 @@ mod tests {
     }
 
     /// Optimizer, the learning rates of each step, and the dial of its weight decay.
-    fn optimizer(
-        net: &Net,
-        matrices: MatrixOptimizer,
-    ) -> (ModuleOptimizer, ModuleLearningRate, Dial) {
+    fn optimizer(net: &Net, matrices: MatrixOptimizer) -> (ModuleOptimizer, ModuleLearningRate, Dial) {
         let config = config(matrices);
         let constant = schedule(Shape::Constant, 100);
         let dial = Dial::default();
         let optimizer = config.init(net.matrices(), net.decayed(), dial.clone());
-        (
-            optimizer,
-            config.lr_scheduler(net.matrices(), &constant, 0).step(),
-            dial,
-        )
+        (optimizer, config.lr_scheduler(net.matrices(), &constant, 0).step(), dial)
     }
 
     fn assert_close(name: &str, found: &[f32], expected: &[f64], tolerance: f64) {
@@ -437,12 +393,7 @@ mod tests {
         fn new(weights: &[f32]) -> Self {
             let zeros = vec![0.0; weights.len()];
             let weights = weights.iter().map(|&w| w.into()).collect();
-            Self {
-                weights,
-                first: zeros.clone(),
-                second: zeros,
-                time: 0,
-            }
+            Self { weights, first: zeros.clone(), second: zeros, time: 0 }
         }
 
         fn step(&mut self, grads: &[f32], lr: f64, weight_decay: f64) {
@@ -494,9 +445,7 @@ mod tests {
 
         /// `a * self + b * other`.
         fn mixed(&self, a: f64, other: &Self, b: f64) -> Self {
-            Self::from_fn(self.rows, self.cols, |i, j| {
-                a * self.at(i, j) + b * other.at(i, j)
-            })
+            Self::from_fn(self.rows, self.cols, |i, j| a * self.at(i, j) + b * other.at(i, j))
         }
     }
 
@@ -546,11 +495,7 @@ mod tests {
             let factor = if step < 5 { 1.0 } else { 0.0 };
             dial.set(factor as f32);
             let grads = net.grads(|shape| random(rng, shape));
-            for ((reference, grad), decay) in references
-                .iter_mut()
-                .zip(net.grad_values(&grads))
-                .zip(decays)
-            {
+            for ((reference, grad), decay) in references.iter_mut().zip(net.grad_values(&grads)).zip(decays) {
                 reference.step(&grad, LR, decay * factor);
             }
             net = optimizer.step(lr.clone(), net, grads);
@@ -593,23 +538,11 @@ mod tests {
             // No gradient, no update: what remains is the decay.
             let zeros = net.grads(|shape| TensorData::zeros::<f32, _>(shape.to_vec()));
             let after = optimizer.step(lr, net, zeros).values();
-            let matrix_lr = if matrices == MatrixOptimizer::Muon {
-                MUON_LR
-            } else {
-                LR
-            };
+            let matrix_lr = if matrices == MatrixOptimizer::Muon { MUON_LR } else { LR };
             let rates = [0.5 * LR, 0.5 * matrix_lr, 0.5 * matrix_lr, 0.0, 0.0];
             for ((before, after), rate) in before.iter().zip(after).zip(rates) {
-                let expected: Vec<f64> = before
-                    .iter()
-                    .map(|&w| f64::from(w) * (1.0 - rate))
-                    .collect();
-                assert_close(
-                    "weights",
-                    &after,
-                    &expected,
-                    if rate == 0.0 { 0.0 } else { 1e-6 },
-                );
+                let expected: Vec<f64> = before.iter().map(|&w| f64::from(w) * (1.0 - rate)).collect();
+                assert_close("weights", &after, &expected, if rate == 0.0 { 0.0 } else { 1e-6 });
             }
         }
         // AdamW's first update is lr in every weight; Muon's is not.
@@ -625,10 +558,7 @@ mod tests {
             .zip(&after)
             .map(|(before, after)| {
                 let moved = |(a, b): (&f32, &f32)| f64::from((a - b).abs());
-                before
-                    .iter()
-                    .zip(after)
-                    .all(|pair| (moved(pair) - LR).abs() < 1e-3)
+                before.iter().zip(after).all(|pair| (moved(pair) - LR).abs() < 1e-3)
             })
             .collect();
         assert_eq!(by_adamw, [true, false, false, true, true]);
@@ -643,21 +573,14 @@ mod tests {
         let mut resumed = muon.lr_scheduler(net.matrices(), &schedule, 2);
         scheduler.step();
         scheduler.step();
-        let mut loaded = muon
-            .lr_scheduler(net.matrices(), &schedule, 0)
-            .load_record(scheduler.to_record());
+        let mut loaded = muon.lr_scheduler(net.matrices(), &schedule, 0).load_record(scheduler.to_record());
         for rates in [scheduler.step(), resumed.step(), loaded.step()] {
             assert_eq!(rates.base(), LR * 0.5);
-            assert_eq!(
-                rates.lr_from_param(net.embedding.id, Some("embedding")),
-                LR * 0.5
-            );
+            assert_eq!(rates.lr_from_param(net.embedding.id, Some("embedding")), LR * 0.5);
             let matrix = rates.lr_from_param(net.tall.weight.id, Some("tall.weight"));
             assert_eq!(matrix, MUON_LR * 0.5);
         }
-        let adamw = config(MatrixOptimizer::Adamw)
-            .lr_scheduler(net.matrices(), &schedule, 0)
-            .step();
+        let adamw = config(MatrixOptimizer::Adamw).lr_scheduler(net.matrices(), &schedule, 0).step();
         assert_eq!(adamw.lr_from_param(net.tall.weight.id, None), LR);
     }
 
@@ -673,23 +596,18 @@ mod tests {
             }
             let bytes = whole.to_record().into_bytes().unwrap();
             let (fresh, ..) = optimizer(&net, matrices);
-            let loaded = fresh
-                .clone()
-                .load_record(OptimizerRecord::from_bytes(bytes).unwrap());
-            let future: Vec<_> = (0..3)
-                .map(|_| net.grad_values(&net.grads(|shape| random(rng, shape))))
-                .collect();
+            let loaded = fresh.clone().load_record(OptimizerRecord::from_bytes(bytes).unwrap());
+            let future: Vec<_> =
+                (0..3).map(|_| net.grad_values(&net.grads(|shape| random(rng, shape)))).collect();
             let end = |mut optimizer: ModuleOptimizer| {
                 let mut net = net.clone();
                 for values in &future {
                     let mut values = values.iter();
-                    let grads = net.grads(|shape| {
-                        TensorData::new(values.next().unwrap().clone(), shape.to_vec())
-                    });
+                    let grads =
+                        net.grads(|shape| TensorData::new(values.next().unwrap().clone(), shape.to_vec()));
                     net = optimizer.step(lr.clone(), net, grads);
                 }
-                net.values()
-                    .map(|values| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+                net.values().map(|values| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
             };
             let expected = end(whole);
             let without = end(fresh);
@@ -704,26 +622,17 @@ mod tests {
     fn clipping_scales_all_gradients_by_the_global_norm() {
         let rng = &mut rng();
         let net = Net::new(rng);
-        let draws: Vec<TensorData> = [&[7, 4][..], &[4, 10], &[10, 4], &[10], &[4]]
-            .map(|shape| random(rng, shape))
-            .to_vec();
+        let draws: Vec<TensorData> =
+            [&[7, 4][..], &[4, 10], &[10, 4], &[10], &[4]].map(|shape| random(rng, shape)).to_vec();
         let make = || {
             let mut draws = draws.iter().cloned();
             net.grads(|_| draws.next().unwrap())
         };
         let before = net.grad_values(&make());
-        let exact = before
-            .iter()
-            .flatten()
-            .map(|&g| f64::from(g).powi(2))
-            .sum::<f64>()
-            .sqrt();
+        let exact = before.iter().flatten().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
 
         let (clipped, norm) = clip_global_norm(make(), &net, exact / 3.0);
-        assert!(
-            (norm / exact - 1.0).abs() < 1e-6,
-            "{norm} instead of {exact}"
-        );
+        assert!((norm / exact - 1.0).abs() < 1e-6, "{norm} instead of {exact}");
         for (found, before) in net.grad_values(&clipped).iter().zip(&before) {
             let expected: Vec<f64> = before.iter().map(|&g| f64::from(g) / 3.0).collect();
             assert_close("gradients", found, &expected, 1e-6);
@@ -740,21 +649,13 @@ mod tests {
     #[test]
     fn the_norm_of_a_large_matrix_is_exact() {
         let rng = &mut rng();
-        let linear = LinearConfig::new(700, 900)
-            .with_bias(false)
-            .init(&Device::default());
+        let linear = LinearConfig::new(700, 900).with_bias(false).init(&Device::default());
         let data = random(rng, &[700, 900]);
         let exact = data.iter::<f64>().map(|g| g * g).sum::<f64>().sqrt();
         let mut grads = GradientsParams::new();
-        grads.register(
-            linear.weight.id,
-            Tensor::<2>::from_data(data, &Device::default()),
-        );
+        grads.register(linear.weight.id, Tensor::<2>::from_data(data, &Device::default()));
         let (_, norm) = clip_global_norm(grads, &linear, 0.0);
-        assert!(
-            (norm / exact - 1.0).abs() < 1e-6,
-            "{norm} instead of {exact}"
-        );
+        assert!((norm / exact - 1.0).abs() < 1e-6, "{norm} instead of {exact}");
     }
 
     #[test]
@@ -768,8 +669,7 @@ mod tests {
                 TensorData::new(data, shape.to_vec())
             });
             let bits = |grads: &GradientsParams| {
-                net.grad_values(grads)
-                    .map(|v| v.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
+                net.grad_values(grads).map(|v| v.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
             };
             let before = bits(&grads);
             let (after, norm) = clip_global_norm(grads, &net, 1.0);
@@ -786,10 +686,7 @@ mod tests {
             second: Param<Tensor<1>>,
         }
         let shared = Param::from_data([0.0f32, 0.0], &Device::default());
-        let twice = Twice {
-            first: shared.clone(),
-            second: shared,
-        };
+        let twice = Twice { first: shared.clone(), second: shared };
         let mut grads = GradientsParams::new();
         let grad = Tensor::<1>::from_data([3.0f32, 4.0], &Device::default());
         grads.register(twice.first.id, grad);
@@ -823,9 +720,7 @@ mod tests {
             param: Param<Tensor<D>>,
         ) -> (Param<Tensor<D>>, Option<Gain>) {
             let gain = Param::from_data([2.0f32], &param.lazy_device());
-            let gain = Gain {
-                gain: Param::initialized(self.0, gain.val()),
-            };
+            let gain = Gain { gain: Param::initialized(self.0, gain.val()) };
             (param, Some(gain))
         }
     }
@@ -835,25 +730,11 @@ mod tests {
         let device = Device::default().autodiff();
         let id = ParamId::new();
         // Positive, so that the gain's gradient is far from 0 and from AdamW's epsilon.
-        let weight: Vec<f32> = random(&mut rng(), &[3, 2])
-            .iter::<f32>()
-            .map(|w| 0.1 + w.abs())
-            .collect();
-        let linear = Linear {
-            weight: Param::from_data(TensorData::new(weight, [3, 2]), &device),
-            bias: None,
-        };
+        let weight: Vec<f32> = random(&mut rng(), &[3, 2]).iter::<f32>().map(|w| 0.1 + w.abs()).collect();
+        let linear =
+            Linear { weight: Param::from_data(TensorData::new(weight, [3, 2]), &device), bias: None };
         let linear = linear.apply_reparameterization(AddGain(id));
-        let gain = |linear: &Linear| {
-            floats(
-                linear
-                    .weight
-                    .reparameterization::<Gain>()
-                    .unwrap()
-                    .gain
-                    .val(),
-            )
-        };
+        let gain = |linear: &Linear| floats(linear.weight.reparameterization::<Gain>().unwrap().gain.val());
         let grads = linear.weight.val().sum().backward();
         let grads = GradientsParams::from_grads(grads, &linear);
         let base = floats(linear.weight.base());
@@ -861,10 +742,7 @@ mod tests {
         let sum: f64 = base.iter().map(|&w| f64::from(w)).sum();
         let exact = (6.0 * 4.0 + sum * sum).sqrt();
         let (grads, norm) = clip_global_norm(grads, &linear, 0.1);
-        assert!(
-            (norm / exact - 1.0).abs() < 1e-6,
-            "{norm} instead of {exact}"
-        );
+        assert!((norm / exact - 1.0).abs() < 1e-6, "{norm} instead of {exact}");
         let clipped = floats(grads.get::<1>(id).unwrap());
         assert_close("gain", &clipped, &[sum * 0.1 / exact], 1e-6);
 
@@ -885,9 +763,7 @@ mod tests {
         for _ in 0..3 {
             let grads = net.grads(|shape| random(rng, shape));
             for (sum, grad) in expected.iter_mut().zip(net.grad_values(&grads)) {
-                sum.iter_mut()
-                    .zip(grad)
-                    .for_each(|(sum, g)| *sum += f64::from(g));
+                sum.iter_mut().zip(grad).for_each(|(sum, g)| *sum += f64::from(g));
             }
             total = Some(accumulate(total, grads, &net));
         }

@@ -28,16 +28,9 @@ type Drawn = Result<(), Box<dyn Error>>;
 ///
 /// # Errors
 /// What the file system says, with the path.
-pub fn loss_curve(
-    path: &Path,
-    train: &[StepReport],
-    valid: &[StepReport],
-    title: &str,
-) -> io::Result<()> {
+pub fn loss_curve(path: &Path, train: &[StepReport], valid: &[StepReport], title: &str) -> io::Result<()> {
     let (train, valid) = (points(train), points(valid));
-    svg(path, (900, 540), |canvas| {
-        draw_loss(canvas, &train, &valid, title)
-    })
+    svg(path, (900, 540), |canvas| draw_loss(canvas, &train, &valid, title))
 }
 
 /// Draws, for every layer, the shares of its codes as one bar, zeros first, so that the dashed line at the 31.0 % zeros
@@ -50,12 +43,7 @@ pub fn code_histogram(path: &Path, layers: &[(String, [u64; 3])]) -> io::Result<
     svg(path, (900, height), |canvas| draw_codes(canvas, layers))
 }
 
-fn draw_loss(
-    canvas: &Canvas,
-    train: &[(usize, f64)],
-    valid: &[(usize, f64)],
-    title: &str,
-) -> Drawn {
+fn draw_loss(canvas: &Canvas, train: &[(usize, f64)], valid: &[(usize, f64)], title: &str) -> Drawn {
     let all = || train.iter().chain(valid);
     let losses = loss_range(all().map(|(_, loss)| *loss));
     let last_step = all().map(|(step, _)| *step).max().unwrap_or(0).max(1);
@@ -102,11 +90,7 @@ fn draw_loss(
                     + PathElement::new(vec![(0, 0), (24, 0)], line(VERMILLION, 2))
                     + Circle::new((12, 0), 4, VERMILLION.filled())
             });
-        chart.draw_series(
-            valid
-                .iter()
-                .map(|point| Circle::new(*point, 4, VERMILLION.filled())),
-        )?;
+        chart.draw_series(valid.iter().map(|point| Circle::new(*point, 4, VERMILLION.filled())))?;
     }
     chart
         .configure_series_labels()
@@ -122,11 +106,7 @@ fn draw_loss(
 
 fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
     let names: Vec<String> = layers.iter().map(|(name, _)| shortened(name, 36)).collect();
-    let longest = names
-        .iter()
-        .map(|name| name.chars().count())
-        .max()
-        .unwrap_or(0);
+    let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
     let rows = layers.len().max(1) as f64;
     let mut chart = ChartBuilder::on(canvas)
         .margin(14)
@@ -143,10 +123,7 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
     let (left, top) = pixel(0.0, rows);
     for (index, (color, name)) in entries.into_iter().enumerate() {
         let x = left + 62 * index as i32;
-        canvas.draw(&Rectangle::new(
-            [(x, top - 25), (x + 14, top - 11)],
-            color.filled(),
-        ))?;
+        canvas.draw(&Rectangle::new([(x, top - 25), (x + 14, top - 11)], color.filled()))?;
         canvas.draw_text(name, &aligned(HPos::Left), (x + 20, top - 18))?;
     }
     let x = left + 62 * entries.len() as i32;
@@ -154,16 +131,9 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
         let line = vec![(dash, top - 18), (dash + 6, top - 18)];
         canvas.draw(&PathElement::new(line, INK.stroke_width(2)))?;
     }
-    let reference = format!(
-        "{:.1} % zeros: absmean of Gaussian weights",
-        100.0 * GAUSSIAN_ZEROS
-    );
+    let reference = format!("{:.1} % zeros: absmean of Gaussian weights", 100.0 * GAUSSIAN_ZEROS);
     canvas.draw_text(&reference, &aligned(HPos::Left), (x + 32, top - 18))?;
-    canvas.draw_text(
-        "zeros",
-        &aligned(HPos::Right),
-        (pixel(1.0, rows).0 + 62, top - 18),
-    )?;
+    canvas.draw_text("zeros", &aligned(HPos::Right), (pixel(1.0, rows).0 + 62, top - 18))?;
 
     for (index, (name, (_, counts))) in names.iter().zip(layers).enumerate() {
         let middle = rows - index as f64 - 0.5;
@@ -179,10 +149,7 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
         for (count, (color, _)) in [counts[1], counts[0], counts[2]].into_iter().zip(entries) {
             let end = start + count as f64 / total;
             let (x, x_end) = (pixel(start, middle).0, pixel(end, middle).0);
-            canvas.draw(&Rectangle::new(
-                [(x, y - 9), (x_end, y + 9)],
-                color.filled(),
-            ))?;
+            canvas.draw(&Rectangle::new([(x, y - 9), (x_end, y + 9)], color.filled()))?;
             start = end;
         }
     }
@@ -232,10 +199,7 @@ fn shortened(name: &str, most: usize) -> String {
     if length <= most {
         return name.into();
     }
-    format!(
-        "..{}",
-        name.chars().skip(length + 2 - most).collect::<String>()
-    )
+    format!("..{}", name.chars().skip(length + 2 - most).collect::<String>())
 }
 
 /// Step and loss of the reports that can be drawn.
@@ -246,9 +210,8 @@ fn points(reports: &[StepReport]) -> Vec<(usize, f64)> {
 
 /// From the smallest loss to the largest, with room around.
 fn loss_range(losses: impl Iterator<Item = f64>) -> Range<f64> {
-    let (low, high) = losses.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), loss| {
-        (low.min(loss), high.max(loss))
-    });
+    let (low, high) =
+        losses.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), loss| (low.min(loss), high.max(loss)));
     if low > high {
         return 0.0..1.0;
     }
@@ -285,11 +248,7 @@ mod tests {
             let (content, tag) = rest.split_at(start);
             assert!(!content.contains('>'), "unescaped text {content:?}");
             for entity in content.split('&').skip(1) {
-                assert!(
-                    ["lt;", "gt;", "amp;", "quot;", "apos;"]
-                        .iter()
-                        .any(|e| entity.starts_with(e))
-                );
+                assert!(["lt;", "gt;", "amp;", "quot;", "apos;"].iter().any(|e| entity.starts_with(e)));
             }
             let end = tag.find('>').expect("a tag ends");
             let body = &tag[1..end];
@@ -309,9 +268,7 @@ mod tests {
     fn polyline(svg: &str, color: RGBColor, width: u32) -> usize {
         let RGBColor(r, g, b) = color;
         let style = format!(r##"stroke="#{r:02X}{g:02X}{b:02X}" stroke-width="{width}""##);
-        let lines = svg
-            .lines()
-            .filter(|line| line.starts_with("<polyline") && line.contains(&style));
+        let lines = svg.lines().filter(|line| line.starts_with("<polyline") && line.contains(&style));
         let points = |line: &str| line.split("points=").nth(1).unwrap().matches(',').count();
         lines.map(points).max().unwrap_or(0)
     }
@@ -346,25 +303,14 @@ mod tests {
         train[4].loss = f64::INFINITY;
         valid[0].loss = f64::NAN;
         valid[6].loss = 1.75;
-        let svg = draw("loss.svg", |path| {
-            loss_curve(path, &train, &valid, "duck <tiny> & \u{1b}\"co\"")
-        });
+        let svg = draw("loss.svg", |path| loss_curve(path, &train, &valid, "duck <tiny> & \u{1b}\"co\""));
         assert!(svg.contains(r#"viewBox="0 0 900 540""#));
         assert_eq!(polyline(&svg, SKY, 1), 138);
         assert_eq!(polyline(&svg, BLUE, 3), 138);
         assert_eq!(polyline(&svg, VERMILLION, 2), 6);
-        assert_eq!(
-            svg.matches("<circle").count(),
-            6 + 1,
-            "points and the legend's"
-        );
-        for text in [
-            "duck &lt;tiny&gt; &amp; &quot;co",
-            "nats per token",
-            "step",
-            "moving average",
-            "1.750",
-        ] {
+        assert_eq!(svg.matches("<circle").count(), 6 + 1, "points and the legend's");
+        for text in ["duck &lt;tiny&gt; &amp; &quot;co", "nats per token", "step", "moving average", "1.750"]
+        {
             assert!(svg.contains(text), "{text} is missing");
         }
     }
@@ -372,22 +318,9 @@ mod tests {
     #[test]
     fn few_or_no_points_still_give_a_picture() {
         let one = curve(1, 1);
-        let bad = [StepReport {
-            loss: f64::NAN,
-            ..Default::default()
-        }];
-        let huge = [StepReport {
-            loss: 1e300,
-            step: usize::MAX >> 12,
-            ..Default::default()
-        }];
-        for (train, valid) in [
-            (&one[..], &[][..]),
-            (&[], &one),
-            (&[], &[]),
-            (&bad, &bad),
-            (&huge, &one),
-        ] {
+        let bad = [StepReport { loss: f64::NAN, ..Default::default() }];
+        let huge = [StepReport { loss: 1e300, step: usize::MAX >> 12, ..Default::default() }];
+        for (train, valid) in [(&one[..], &[][..]), (&[], &one), (&[], &[]), (&bad, &bad), (&huge, &one)] {
             draw("few.svg", |path| loss_curve(path, train, valid, ""));
         }
         draw("none.svg", |path| code_histogram(path, &[]));
@@ -404,44 +337,21 @@ mod tests {
         layers.push(("blocks.2.feed_forward.down".into(), [1, 2, u64::MAX / 2]));
         let svg = draw("codes.svg", |path| code_histogram(path, &layers));
         let bars = |color: &str| -> Vec<f64> {
-            let bars = svg
-                .lines()
-                .filter(|line| line.contains(r#"height="18""#) && line.contains(color));
+            let bars = svg.lines().filter(|line| line.contains(r#"height="18""#) && line.contains(color));
             let width = |line: &str| {
-                line.split("width=\"")
-                    .nth(1)
-                    .unwrap()
-                    .split('"')
-                    .next()
-                    .unwrap()
-                    .parse()
-                    .unwrap()
+                line.split("width=\"").nth(1).unwrap().split('"').next().unwrap().parse().unwrap()
             };
             bars.map(width).collect()
         };
         let (zero, minus, plus) = (bars("#C8CCD2"), bars("#0072B2"), bars("#E69F00"));
         let whole = zero[0] + minus[0] + plus[0];
-        for (found, share) in [
-            (zero[0], 0.31),
-            (minus[0], 0.345),
-            (zero[1], 0.7),
-            (minus[1], 0.1),
-            (plus[1], 0.2),
-        ] {
-            assert!(
-                (found - share * whole).abs() <= 1.0,
-                "{found} of {whole} is not {share}"
-            );
+        for (found, share) in
+            [(zero[0], 0.31), (minus[0], 0.345), (zero[1], 0.7), (minus[1], 0.1), (plus[1], 0.2)]
+        {
+            assert!((found - share * whole).abs() <= 1.0, "{found} of {whole} is not {share}");
         }
         assert!((plus[3] - whole).abs() <= 1.0);
-        for text in [
-            "blocks.0.attention.query",
-            "31.0 %",
-            "none",
-            "70.0 %",
-            "..",
-            "feed_forward.up",
-        ] {
+        for text in ["blocks.0.attention.query", "31.0 %", "none", "70.0 %", "..", "feed_forward.up"] {
             assert!(svg.contains(text), "{text} is missing");
         }
         assert!(!svg.contains("a.very.long"));

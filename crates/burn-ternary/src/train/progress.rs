@@ -6,8 +6,7 @@ use burn::train::{
     logger::{EvaluationProgressLogger, TrainingProgressLogger},
     metric::MetricDefinition,
     renderer::{
-        EvaluationName, MetricState, MetricsRenderer, MetricsRendererEvaluation,
-        MetricsRendererTraining,
+        EvaluationName, MetricState, MetricsRenderer, MetricsRendererEvaluation, MetricsRendererTraining,
     },
 };
 
@@ -28,11 +27,7 @@ impl ProgressLine {
             significant(report.grad_norm, 3),
         );
         push(&mut line, "zeros", report.zero_fraction);
-        push(
-            &mut line,
-            "lambda",
-            report.lambda.filter(|lambda| *lambda != 1.0),
-        );
+        push(&mut line, "lambda", report.lambda.filter(|lambda| *lambda != 1.0));
         if report.skipped_steps > 0 {
             line += &format!("  skipped {}", report.skipped_steps);
         }
@@ -115,33 +110,20 @@ pub struct PlainRenderer;
 impl MetricsRendererTraining for PlainRenderer {
     fn update_train(&mut self, _state: MetricState) {}
     fn update_valid(&mut self, _state: MetricState) {}
-    fn on_train_end(
-        &mut self,
-        _summary: Option<LearnerSummary>,
-    ) -> Result<(), Box<dyn std::error::Error>> {
+    fn on_train_end(&mut self, _summary: Option<LearnerSummary>) -> Result<(), Box<dyn std::error::Error>> {
         Ok(())
     }
 }
 
 impl MetricsRendererEvaluation for PlainRenderer {
     fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
-    fn on_test_end(
-        &mut self,
-        _summary: Option<LearnerSummary>,
-    ) -> Result<(), Box<dyn std::error::Error>> {
+    fn on_test_end(&mut self, _summary: Option<LearnerSummary>) -> Result<(), Box<dyn std::error::Error>> {
         Ok(())
     }
 }
 
 impl TrainingProgressLogger for PlainRenderer {
-    fn start(
-        &mut self,
-        _epochs: usize,
-        _first: usize,
-        _items: Option<usize>,
-        _label: Option<&str>,
-    ) {
-    }
+    fn start(&mut self, _epochs: usize, _first: usize, _items: Option<usize>, _label: Option<&str>) {}
     fn update_epoch(&mut self, _epoch: usize) {}
     fn start_split(&mut self, _split: &str, _items: usize) {}
     fn update_split(&mut self, _items: usize) {}
@@ -188,11 +170,7 @@ mod tests {
             "step  120/700  loss  3.2145  ppl   24.9  acc 0.310  1.23k tok/s  lr 1.9e-2  |g|   0.840  \
              zeros 0.312  eta 1m12s"
         );
-        let more = StepReport {
-            lambda: Some(0.5),
-            skipped_steps: 3,
-            ..report()
-        };
+        let more = StepReport { lambda: Some(0.5), skipped_steps: 3, ..report() };
         assert!(
             ProgressLine::train(&more, 700, f64::NAN)
                 .ends_with("zeros 0.312  lambda 0.500  skipped 3  eta ?")
@@ -213,18 +191,8 @@ mod tests {
     #[test]
     fn columns_stay_where_they_are() {
         let expected = ProgressLine::train(&report(), 2000, 0.0);
-        let column =
-            |line: &str| ["loss", "ppl", "acc", "lr", "|g|", "zeros"].map(|name| line.find(name));
-        for value in [
-            0.0,
-            0.0123,
-            0.99996,
-            9.9996,
-            12.5,
-            1.2e-4,
-            f64::NAN,
-            f64::INFINITY,
-        ] {
+        let column = |line: &str| ["loss", "ppl", "acc", "lr", "|g|", "zeros"].map(|name| line.find(name));
+        for value in [0.0, 0.0123, 0.99996, 9.9996, 12.5, 1.2e-4, f64::NAN, f64::INFINITY] {
             let changed = StepReport {
                 step: 9,
                 loss: value,
@@ -236,11 +204,7 @@ mod tests {
             let line = ProgressLine::train(&changed, 2000, 0.0);
             assert_eq!(column(&line), column(&expected), "{line}\n{expected}");
             let valid = ProgressLine::valid(&changed, 2000);
-            assert_eq!(
-                valid.find("acc"),
-                expected.find("acc"),
-                "{valid}\n{expected}"
-            );
+            assert_eq!(valid.find("acc"), expected.find("acc"), "{valid}\n{expected}");
         }
     }
 
@@ -254,24 +218,9 @@ mod tests {
     #[test]
     fn counts_and_times_are_short() {
         let counts = [0.4, 999.4, 999.6, 12_345.0, 999_700.0, 7e9, f64::NAN].map(compact);
-        assert_eq!(
-            counts,
-            ["0", "999", "1.00k", "12.3k", "1.00M", "7.00G", "NaN"]
-        );
-        let times = [
-            0.2,
-            59.4,
-            59.6,
-            3599.6,
-            7500.0,
-            273_600.0,
-            -1.0,
-            f64::NAN,
-            f64::INFINITY,
-        ];
-        let texts = [
-            "0s", "59s", "1m00s", "1h00m", "2h05m", "3d04h", "?", "?", "?",
-        ];
+        assert_eq!(counts, ["0", "999", "1.00k", "12.3k", "1.00M", "7.00G", "NaN"]);
+        let times = [0.2, 59.4, 59.6, 3599.6, 7500.0, 273_600.0, -1.0, f64::NAN, f64::INFINITY];
+        let texts = ["0s", "59s", "1m00s", "1h00m", "2h05m", "3d04h", "?", "?", "?"];
         assert_eq!(times.map(duration), texts);
     }
 }

@@ -25,11 +25,7 @@ pub(super) mod real {
 
     impl From<f64> for Real {
         fn from(value: f64) -> Self {
-            if value.is_finite() {
-                Self::Finite(value)
-            } else {
-                Self::Other(value.to_string())
-            }
+            if value.is_finite() { Self::Finite(value) } else { Self::Other(value.to_string()) }
         }
     }
 
@@ -37,9 +33,9 @@ pub(super) mod real {
         fn value<E: Error>(self) -> Result<f64, E> {
             match self {
                 Self::Finite(value) => Ok(value),
-                Self::Other(text) => text.parse().map_err(|_| {
-                    E::custom(format!("expected a number, NaN or inf, found {text:?}"))
-                }),
+                Self::Other(text) => text
+                    .parse()
+                    .map_err(|_| E::custom(format!("expected a number, NaN or inf, found {text:?}"))),
             }
         }
     }
@@ -56,19 +52,12 @@ pub(super) mod real {
     pub mod option {
         use super::*;
 
-        pub fn serialize<S: Serializer>(
-            value: &Option<f64>,
-            serializer: S,
-        ) -> Result<S::Ok, S::Error> {
+        pub fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
             value.map(Real::from).serialize(serializer)
         }
 
-        pub fn deserialize<'de, D: Deserializer<'de>>(
-            deserializer: D,
-        ) -> Result<Option<f64>, D::Error> {
-            Option::<Real>::deserialize(deserializer)?
-                .map(Real::value)
-                .transpose()
+        pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+            Option::<Real>::deserialize(deserializer)?.map(Real::value).transpose()
         }
     }
 }
@@ -115,11 +104,8 @@ fn lines<'a>(path: &Path, bytes: &'a [u8]) -> io::Result<Vec<(&'a [u8], Line)>> 
             Ok(line) => lines.push((text.trim_ascii_end(), line)),
             Err(_) if !text.ends_with(b"\n") => break,
             Err(error) => {
-                let message = format!(
-                    "{}: line {}: expected a metrics line, found {error}",
-                    path.display(),
-                    index + 1
-                );
+                let message =
+                    format!("{}: line {}: expected a metrics line, found {error}", path.display(), index + 1);
                 return Err(io::Error::new(io::ErrorKind::InvalidData, message));
             }
         }
@@ -158,15 +144,8 @@ impl MetricsFile {
             }
         }
         write_atomic(&path, &kept)?;
-        let file = File::options()
-            .append(true)
-            .open(&path)
-            .map_err(at(&path))?;
-        Ok(Self {
-            path,
-            file,
-            length: kept.len() as u64,
-        })
+        let file = File::options().append(true).open(&path).map_err(at(&path))?;
+        Ok(Self { path, file, length: kept.len() as u64 })
     }
 
     /// Writes one line.
@@ -174,10 +153,7 @@ impl MetricsFile {
     /// # Errors
     /// What the file system says (a full disk, for one); the file then ends with the line before.
     pub fn append(&mut self, split: Split, report: &StepReport) -> io::Result<()> {
-        let mut line = serde_json::to_vec(&Line {
-            split,
-            report: *report,
-        })?;
+        let mut line = serde_json::to_vec(&Line { split, report: *report })?;
         line.push(b'\n');
         self.file.write_all(&line).map_err(|error| {
             let _ = self.file.set_len(self.length);
@@ -272,10 +248,7 @@ impl RunResult {
     pub fn new(name: impl Into<String>, seed: u64) -> Self {
         let git = |arguments: &[&str]| {
             let output = Command::new("git").args(arguments).output().ok()?;
-            output
-                .status
-                .success()
-                .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+            output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
         };
         Self {
             name: name.into(),
@@ -321,26 +294,16 @@ impl RunResult {
         ));
         let commit = match &self.git {
             Some(hash) => {
-                let dirty = if self.git_dirty == Some(true) {
-                    ", changed since"
-                } else {
-                    ""
-                };
+                let dirty = if self.git_dirty == Some(true) { ", changed since" } else { "" };
                 format!(", git {:.10}{dirty}", hash)
             }
             None => String::new(),
         };
         rows.push(("code", format!("burn-ternary {}{commit}", self.version)));
-        rows.push((
-            "device",
-            format!("{}, {} threads", self.device, self.threads),
-        ));
+        rows.push(("device", format!("{}, {} threads", self.device, self.threads)));
         rows.push((
             "steps",
-            format!(
-                "{} ({} skipped, {} rollbacks)",
-                self.steps, self.skipped_steps, self.rollbacks
-            ),
+            format!("{} ({} skipped, {} rollbacks)", self.steps, self.skipped_steps, self.rollbacks),
         ));
         rows.push((
             "tokens",
@@ -359,10 +322,7 @@ impl RunResult {
         number("valid loss", self.valid_loss, " nats/token");
         number("perplexity", self.valid_perplexity, "");
         number("bits per byte", self.valid_bits_per_byte, "");
-        let step = self
-            .best_valid_step
-            .map(|step| format!(" at step {step}"))
-            .unwrap_or_default();
+        let step = self.best_valid_step.map(|step| format!(" at step {step}")).unwrap_or_default();
         number("best valid loss", self.best_valid_loss, &step);
         number("zero fraction", self.zero_fraction, "");
         number("bits per weight", self.bits_per_weight, "");
@@ -374,9 +334,7 @@ impl RunResult {
         rows.push(("size", size));
         rows.extend(self.peak_rss_bytes.map(|bytes| ("peak memory", mib(bytes))));
         let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-        rows.iter()
-            .map(|(name, value)| format!("{name:width$}  {value}\n"))
-            .collect()
+        rows.iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()
     }
 }
 
@@ -385,12 +343,7 @@ mod tests {
     use super::*;
 
     fn report(step: usize) -> StepReport {
-        StepReport {
-            step,
-            loss: 3.5 / step as f64,
-            tokens: 64,
-            ..Default::default()
-        }
+        StepReport { step, loss: 3.5 / step as f64, tokens: 64, ..Default::default() }
     }
 
     fn steps(reports: &[StepReport]) -> Vec<usize> {
@@ -418,26 +371,13 @@ mod tests {
         let text = fs::read_to_string(&path).unwrap();
         let line = text.lines().next().unwrap();
         assert!(line.starts_with(r#"{"split":"train","step":7,"#), "{line}");
-        for part in [
-            r#""loss":"NaN""#,
-            r#""grad_norm":"inf""#,
-            r#""z_loss":"-inf""#,
-        ] {
+        for part in [r#""loss":"NaN""#, r#""grad_norm":"inf""#, r#""z_loss":"-inf""#] {
             assert!(line.contains(part), "{line}");
         }
-        assert!(
-            !line.contains("null") && !line.contains("flipped"),
-            "{line}"
-        );
+        assert!(!line.contains("null") && !line.contains("flipped"), "{line}");
         let History { train, valid } = read(&path).unwrap();
         assert!(train[0].loss.is_nan());
-        assert_eq!(
-            StepReport {
-                loss: 0.0,
-                ..train[0]
-            },
-            StepReport { loss: 0.0, ..full }
-        );
+        assert_eq!(StepReport { loss: 0.0, ..train[0] }, StepReport { loss: 0.0, ..full });
         assert_eq!(valid, [report(8)]);
     }
 
@@ -454,12 +394,7 @@ mod tests {
         }
         drop(file);
         let whole = fs::read(&path).unwrap();
-        let kept: Vec<u8> = whole
-            .split_inclusive(|b| *b == b'\n')
-            .take(6)
-            .flatten()
-            .copied()
-            .collect();
+        let kept: Vec<u8> = whole.split_inclusive(|b| *b == b'\n').take(6).flatten().copied().collect();
         // Torn at every byte after the last line that must stay.
         for end in kept.len()..=whole.len() {
             fs::write(&path, &whole[..end]).unwrap();
@@ -476,11 +411,7 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), kept);
         MetricsFile::open(&path, None).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"", "a new run starts empty");
-        assert_eq!(
-            fs::read_dir(folder.path()).unwrap().count(),
-            1,
-            "no scratch file stays"
-        );
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no scratch file stays");
     }
 
     #[test]
@@ -507,11 +438,7 @@ mod tests {
     fn a_full_disk_is_an_error_with_the_path() {
         let path = PathBuf::from("/dev/full");
         let file = File::options().append(true).open(&path).unwrap();
-        let mut metrics = MetricsFile {
-            path,
-            file,
-            length: 0,
-        };
+        let mut metrics = MetricsFile { path, file, length: 0 };
         let error = metrics.append(Split::Train, &report(1)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         assert!(error.to_string().starts_with("/dev/full: "), "{error}");
@@ -579,13 +506,8 @@ mod tests {
         }
         fs::write(&path, "{}").unwrap();
         let error = RunResult::read(&path).unwrap_err().to_string();
-        assert!(
-            error.contains("result.json") && error.contains("name"),
-            "{error}"
-        );
-        let error = expected
-            .write(&folder.path().join("none/result.json"))
-            .unwrap_err();
+        assert!(error.contains("result.json") && error.contains("name"), "{error}");
+        let error = expected.write(&folder.path().join("none/result.json")).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
@@ -598,19 +520,11 @@ mod tests {
             assert_eq!(&line[column - 2..column], "  ", "{line}");
             assert_ne!(&line[column..column + 1], " ", "{line}");
         }
-        for part in [
-            "finished",
-            "0123456789, changed",
-            "1m57s",
-            "best valid loss  1.250 at step 600",
-        ] {
+        for part in ["finished", "0123456789, changed", "1m57s", "best valid loss  1.250 at step 600"] {
             assert!(summary.contains(part), "{part} is not in\n{summary}");
         }
         assert!(!summary.contains("compression"), "{summary}");
-        let failed = RunResult {
-            error: Some("loss is NaN".into()),
-            ..RunResult::default()
-        };
+        let failed = RunResult { error: Some("loss is NaN".into()), ..RunResult::default() };
         assert!(failed.summary().contains("stopped: loss is NaN"));
     }
 }

@@ -80,7 +80,8 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
 
     let metrics_path = run_dir.join("metrics.jsonl");
     let at_metrics = |source| TrainError::Write { path: metrics_path.clone(), source };
-    let metrics = MetricsFile::open(&metrics_path, (state.step > 0).then_some(state.step)).map_err(at_metrics)?;
+    let metrics =
+        MetricsFile::open(&metrics_path, (state.step > 0).then_some(state.step)).map_err(at_metrics)?;
     let history = report::read(&metrics_path).map_err(at_metrics)?;
     let size = learner.model().model.size();
     let tui = std::io::stdout().is_terminal() && !options.quiet;
@@ -208,7 +209,11 @@ fn memory_estimate(model: &DuckConfig, run: &super::experiment::RunConfig) -> u6
 }
 
 /// The checkpoint to go on from; warns of those that were refused.
-fn resumed(checkpoints: &Checkpoints, experiment_sha256: &str, run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
+fn resumed(
+    checkpoints: &Checkpoints,
+    experiment_sha256: &str,
+    run_dir: &Path,
+) -> Result<Option<Loaded>, TrainError> {
     let Some(loaded) = checkpoints.latest_good()? else {
         eprintln!("{}: no checkpoint yet, starting from the first step", run_dir.display());
         return Ok(None);

@@ -67,9 +67,7 @@ impl Schedule {
         let decay_from = match config.shape {
             Shape::Constant => usize::MAX,
             Shape::Cosine | Shape::Linear => peak + 1,
-            Shape::WarmupStableDecay => total_steps
-                .saturating_sub(at(config.decay_fraction))
-                .max(peak + 1),
+            Shape::WarmupStableDecay => total_steps.saturating_sub(at(config.decay_fraction)).max(peak + 1),
         };
         Self {
             shape: config.shape,
@@ -111,11 +109,7 @@ impl Schedule {
     /// # Source
     /// Late removal of weight decay: "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (BitNet b1.58, 2024).
     pub fn weight_decay_factor(&self, step: usize) -> f64 {
-        if step < self.weight_decay_until {
-            1.0
-        } else {
-            0.0
-        }
+        if step < self.weight_decay_until { 1.0 } else { 0.0 }
     }
 
     /// The share of the ternary weight in the forward pass, in [0, 1]: `ramp(k, f, r)` with `f` and `r` the steps
@@ -211,26 +205,15 @@ mod tests {
     fn stable_rate_decays_over_the_last_steps() {
         let found = factors(&config(Shape::WarmupStableDecay, 2, 0.0), 10);
         let third = 1.0 / 3.0;
-        assert_close(
-            &found,
-            &[third, 2.0 * third, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0],
-        );
+        assert_close(&found, &[third, 2.0 * third, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0]);
         // A decay that would begin within the warm-up begins at the peak instead.
-        let all = ScheduleConfig {
-            decay_fraction: 1.0,
-            ..config(Shape::WarmupStableDecay, 1, 0.0)
-        };
+        let all = ScheduleConfig { decay_fraction: 1.0, ..config(Shape::WarmupStableDecay, 1, 0.0) };
         assert_close(&factors(&all, 4), &[0.5, 1.0, 0.5, 0.0]);
     }
 
     #[test]
     fn one_step_has_the_peak_rate_and_a_long_warmup_never_does() {
-        let shapes = [
-            Shape::Constant,
-            Shape::Cosine,
-            Shape::Linear,
-            Shape::WarmupStableDecay,
-        ];
+        let shapes = [Shape::Constant, Shape::Cosine, Shape::Linear, Shape::WarmupStableDecay];
         for shape in shapes {
             assert_close(&factors(&config(shape, 0, 0.1), 1), &[1.0]);
             assert_close(&factors(&config(shape, 3, 0.1), 2), &[0.25, 0.5]);
@@ -239,52 +222,32 @@ mod tests {
 
     #[test]
     fn weight_decay_ends_at_its_share() {
-        let late = ScheduleConfig {
-            weight_decay_until: 0.5,
-            ..config(Shape::Cosine, 0, 0.0)
-        };
+        let late = ScheduleConfig { weight_decay_until: 0.5, ..config(Shape::Cosine, 0, 0.0) };
         let schedule = Schedule::new(&late, 4);
-        assert_eq!(
-            [0, 1, 2, 3].map(|k| schedule.weight_decay_factor(k)),
-            [1.0, 1.0, 0.0, 0.0]
-        );
+        assert_eq!([0, 1, 2, 3].map(|k| schedule.weight_decay_factor(k)), [1.0, 1.0, 0.0, 0.0]);
         let always = Schedule::new(&config(Shape::Cosine, 0, 0.0), 4);
         assert_eq!(always.weight_decay_factor(3), 1.0);
-        let never = ScheduleConfig {
-            weight_decay_until: 0.0,
-            ..late
-        };
+        let never = ScheduleConfig { weight_decay_until: 0.0, ..late };
         assert_eq!(Schedule::new(&never, 4).weight_decay_factor(0), 0.0);
     }
 
     #[test]
     fn lambda_switches_ramps_or_is_one_from_the_start() {
         let lambda = |float_until, ramp_until| {
-            let config = ScheduleConfig {
-                float_until,
-                ramp_until,
-                ..config(Shape::Constant, 0, 0.0)
-            };
+            let config = ScheduleConfig { float_until, ramp_until, ..config(Shape::Constant, 0, 0.0) };
             let schedule = Schedule::new(&config, 8);
             (0..8).map(|k| schedule.lambda(k)).collect::<Vec<_>>()
         };
         assert_close(&lambda(0.0, 0.0), &[1.0; 8]);
         assert_close(&lambda(0.5, 0.0), &[0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]);
-        assert_close(
-            &lambda(0.25, 0.625),
-            &[0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0],
-        );
+        assert_close(&lambda(0.25, 0.625), &[0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]);
         assert_close(&lambda(1.0, 1.0), &[0.0; 8]);
     }
 
     #[test]
     fn a_resumed_peak_schedule_goes_on_where_it_was() {
         let schedule = Schedule::new(&config(Shape::Cosine, 2, 0.1), 9);
-        let at = |step| PeakSchedule {
-            peak: 3e-3,
-            schedule: schedule.clone(),
-            step,
-        };
+        let at = |step| PeakSchedule { peak: 3e-3, schedule: schedule.clone(), step };
         let mut whole = at(0);
         let rates: Vec<_> = (0..9).map(|_| whole.step()).collect();
         let expected: Vec<_> = (0..9).map(|k| 3e-3 * schedule.lr_factor(k)).collect();
@@ -311,24 +274,15 @@ mod tests {
             Just(Shape::WarmupStableDecay)
         ];
         let share = || 0.0..=1.0;
-        (
-            shape,
-            0usize..60,
-            share(),
-            share(),
-            share(),
-            share(),
-            share(),
-        )
-            .prop_map(|c| ScheduleConfig {
-                shape: c.0,
-                warmup_steps: c.1,
-                decay_fraction: c.2,
-                min_lr_ratio: c.3,
-                weight_decay_until: c.4,
-                float_until: c.5,
-                ramp_until: c.6,
-            })
+        (shape, 0usize..60, share(), share(), share(), share(), share()).prop_map(|c| ScheduleConfig {
+            shape: c.0,
+            warmup_steps: c.1,
+            decay_fraction: c.2,
+            min_lr_ratio: c.3,
+            weight_decay_until: c.4,
+            float_until: c.5,
+            ramp_until: c.6,
+        })
     }
 
     proptest! {

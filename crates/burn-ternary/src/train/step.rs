@@ -1,11 +1,11 @@
 //! One optimizer step: forward, backward, guard, clip, update.
 
+use super::TrainError;
 use super::checkpoint::{Loaded, TrainState};
 use super::loss::language_model_loss;
 use super::metrics::{LmItem, StepReport};
 use super::optim::{OptimConfig, accumulate, clip_global_norm};
 use super::schedule::{Schedule, ScheduleConfig};
-use super::TrainError;
 use crate::data::LmBatch;
 use crate::nn::DuckQuantized;
 use crate::quant::{Dial, compute_optimal_scale};
@@ -98,7 +98,8 @@ impl LanguageModel {
             }
             if let (Some(scale), true) = (quantizer.learned_scale(), scale_penalty > 0.0) {
                 let best = compute_optimal_scale(latent.detach(), quantizer.granularity(), None);
-                let distance = scale.clamp_min(f32::MIN_POSITIVE).log() - best.clamp_min(f32::MIN_POSITIVE).log();
+                let distance =
+                    scale.clamp_min(f32::MIN_POSITIVE).log() - best.clamp_min(f32::MIN_POSITIVE).log();
                 terms.push(distance.square().mean().mul_scalar(scale_penalty * share));
             }
         }
@@ -116,7 +117,12 @@ impl TrainStep for LanguageModel {
         TrainOutput::new(self, loss.mul_scalar(weight).backward(), LmItem(report))
     }
 
-    fn optimize(self, optimizer: &mut ModuleOptimizer, lr: ModuleLearningRate, grads: GradientsParams) -> Self {
+    fn optimize(
+        self,
+        optimizer: &mut ModuleOptimizer,
+        lr: ModuleLearningRate,
+        grads: GradientsParams,
+    ) -> Self {
         let mut probe = self.probe.0.lock().expect("no holder of the probe panics");
         if matches!(*probe, ProbeState::Asked) {
             *probe = ProbeState::Answered(optimizer.to_record());
@@ -179,9 +185,18 @@ impl QuantizationTrainer {
         steps: usize,
         seed: u64,
     ) -> Self {
-        let plan = TrainPlan { optim: optim.clone(), schedule: Schedule::new(schedule, steps), decay: Dial::default() };
+        let plan = TrainPlan {
+            optim: optim.clone(),
+            schedule: Schedule::new(schedule, steps),
+            decay: Dial::default(),
+        };
         let learner = plan.learner(model, 0);
-        Self::from_learner(learner, &plan, SpikeGuard { factor: 0.0 }, TrainState { seed, ..TrainState::default() })
+        Self::from_learner(
+            learner,
+            &plan,
+            SpikeGuard { factor: 0.0 },
+            TrainState { seed, ..TrainState::default() },
+        )
     }
 
     /// A trainer that goes on from `state` with a learner made by `plan`.
@@ -305,7 +320,9 @@ impl QuantizationTrainer {
     fn accepts(&self, loss: f64, norm: f64) -> bool {
         let spike = match self.state.loss_average {
             Some(average) => {
-                self.guard.factor > 0.0 && self.state.step >= GUARD_AFTER && loss > average * self.guard.factor
+                self.guard.factor > 0.0
+                    && self.state.step >= GUARD_AFTER
+                    && loss > average * self.guard.factor
             }
             None => false,
         };
@@ -337,7 +354,11 @@ impl TrainPlan {
             quantization_penalty: quant.quantization_penalty,
             scale_penalty: quant.scale_penalty,
         };
-        Learner::new(LanguageModel { model, objective, probe: OptimizerProbe::default() }, optimizer, scheduler)
+        Learner::new(
+            LanguageModel { model, objective, probe: OptimizerProbe::default() },
+            optimizer,
+            scheduler,
+        )
     }
 
     /// A learner that goes on from a checkpoint.

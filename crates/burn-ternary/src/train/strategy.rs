@@ -75,7 +75,8 @@ impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
         valid: ValidLoader<LanguageModel>,
         _starting_epoch: usize,
     ) -> (LanguageModel, SupervisedTrainingEventProcessor<LanguageModel>) {
-        let (session, state) = self.session.lock().expect("held for one line").take().expect("a run fits once");
+        let (session, state) =
+            self.session.lock().expect("held for one line").take().expect("a run fits once");
         let guard = SpikeGuard { factor: session.experiment.run.spike_factor };
         let trainer = QuantizationTrainer::from_learner(learner, &self.plan, guard, state);
         let mut run = Loop {
@@ -117,11 +118,16 @@ struct Loop {
 }
 
 impl Loop {
-    fn run(&mut self, train: TrainLoader<LanguageModel>, valid: ValidLoader<LanguageModel>) -> Result<(), TrainError> {
+    fn run(
+        &mut self,
+        train: TrainLoader<LanguageModel>,
+        valid: ValidLoader<LanguageModel>,
+    ) -> Result<(), TrainError> {
         let run = self.session.experiment.run.clone();
         let (steps, first) = (run.steps, self.trainer.state().step);
         self.elapsed_before = self.trainer.state().elapsed_s;
-        let train = train.slice(first * run.accumulation, steps * run.accumulation).to_device(&self.session.device);
+        let train =
+            train.slice(first * run.accumulation, steps * run.accumulation).to_device(&self.session.device);
         let valid = valid.to_device(&self.session.device.clone().inner());
         let mut batches = train.iter();
         let mut session_steps = 0usize;
@@ -234,7 +240,8 @@ impl Loop {
             let ids = chat::encode_prompt(tokenizer, prompt)?;
             let stop = tokenizer.special(chat::Special::EndOfText);
             let mut rng = ChaCha8Rng::seed_from_u64(crate::seed::mix(run.seed, step as u64));
-            let text = tokenizer.decode(&model.sample(&ids, run.sample_tokens, SAMPLE_TEMPERATURE, stop, &mut rng));
+            let text =
+                tokenizer.decode(&model.sample(&ids, run.sample_tokens, SAMPLE_TEMPERATURE, stop, &mut rng));
             let line = ProgressLine::sample(prompt, &text);
             let path = self.session.run_dir.join("samples.txt");
             OpenOptions::new()
@@ -274,7 +281,12 @@ impl Loop {
         let elapsed = self.elapsed();
         self.trainer.state_mut().elapsed_s = elapsed;
         let (model, optimizer) = self.trainer.records();
-        self.session.checkpoints.save(model, optimizer, self.trainer.state(), &self.session.experiment_sha256)?;
+        self.session.checkpoints.save(
+            model,
+            optimizer,
+            self.trainer.state(),
+            &self.session.experiment_sha256,
+        )?;
         Ok(())
     }
 
@@ -286,7 +298,9 @@ impl Loop {
             let checkpoint = self.session.checkpoints.latest_good()?.map(|loaded| loaded.path);
             return Err(TrainError::Diverged { step, rollbacks, checkpoint });
         };
-        self.print(|| format!("step {step}: too many bad steps, back to the weights of {}", loaded.path.display()));
+        self.print(|| {
+            format!("step {step}: too many bad steps, back to the weights of {}", loaded.path.display())
+        });
         self.trainer.roll_back(loaded.model, loaded.optimizer, &loaded.state);
         Ok(())
     }
