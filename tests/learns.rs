@@ -53,7 +53,8 @@ fn a_short_run_learns_the_embedded_texts_and_leaves_everything_it_promises() {
     assert!(history.valid[1].loss < history.valid[0].loss);
     assert!(history.valid[1].flipped.unwrap() > 0.0);
     let written = report::RunResult::read(&run_dir.join("result.json")).unwrap();
-    assert_eq!(written.valid_loss, result.valid_loss);
+    // JSON readers may be one unit in the last place off.
+    assert!((written.valid_loss.unwrap() - result.valid_loss.unwrap()).abs() < 1e-12);
 
     let saved = SavedRun::open(&run_dir, &burn_ternary::device::device("flex").unwrap()).unwrap();
     assert_eq!(Some(saved.model.size().parameters as u64), Some(written.parameters));

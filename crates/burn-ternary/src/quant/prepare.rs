@@ -55,7 +55,7 @@ impl<F: FnMut(&str) -> bool> Reparameterizer for Prepare<F> {
 /// # use burn::tensor::Device;
 /// let linear = LinearConfig::new(8, 4).init(&Device::default());
 /// let ternary = prepare(linear, &QuantConfig::default(), |path| path.ends_with("weight"));
-/// let weight = ternary.weight.val().into_data().to_vec::<f32>().unwrap();
+/// let weight = ternary.weight.val().into_data().try_to_vec::<f32>().unwrap();
 /// assert!(weight.iter().any(|w| *w == 0.0));
 /// ```
 pub fn prepare<M: Module>(model: M, config: &QuantConfig, chosen: impl FnMut(&str) -> bool) -> M {

@@ -60,9 +60,9 @@ impl TernaryQuantizerConfig {
 /// ```
 /// # use burn_ternary::quant::{Dial, QuantConfig, TernaryQuantizerConfig};
 /// # use burn::tensor::{Device, Tensor};
-/// let weight = Tensor::<2>::from_data([[0.9, -0.1], [-1.1, 0.3]], &Device::default());
+/// let weight = Tensor::<2>::from_data([[0.9, -0.05], [-1.1, 0.3]], &Device::default());
 /// let quantizer = TernaryQuantizerConfig::new(&QuantConfig::default(), &Dial::default()).init(&weight);
-/// assert_eq!(quantizer.codes(weight).into_data().to_vec::<f32>().unwrap(), [1.0, 0.0, -1.0, 1.0]);
+/// assert_eq!(quantizer.codes(weight).into_data().try_to_vec::<f32>().unwrap(), [1.0, 0.0, -1.0, 1.0]);
 /// ```
 #[derive(Module, Debug)]
 pub struct TernaryQuantizer {
