@@ -6,6 +6,7 @@ use burn_ternary::device::device;
 use burn_ternary::train::{SavedRun, TrainError};
 use clap::Parser;
 use rand::SeedableRng;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -42,7 +43,7 @@ impl Command {
 fn main() -> ExitCode {
     match Command::parse().run() {
         Ok(text) => {
-            println!("{text}");
+            let _ = writeln!(std::io::stdout(), "{text}");
             ExitCode::SUCCESS
         }
         Err(error) => {

@@ -4,12 +4,14 @@
 
 use burn_ternary::train::TrainCommand;
 use clap::Parser;
+use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     match TrainCommand::parse().run() {
         Ok(result) => {
-            println!("{}", result.summary());
+            // Whoever reads this may have gone away (`| head`).
+            let _ = writeln!(std::io::stdout(), "{}", result.summary());
             ExitCode::SUCCESS
         }
         Err(error) => {

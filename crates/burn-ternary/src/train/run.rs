@@ -19,7 +19,7 @@ use burn::tensor::Device;
 use burn::train::logger::InMemoryMetricLogger;
 use burn::train::{SupervisedTraining, TrainingStrategy};
 use std::fs;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -177,7 +177,7 @@ fn preflight(experiment: &Experiment, device: &Device, options: &RunOptions) -> 
     let run = &experiment.run;
     let tokens = run.steps * run.batch_size * run.accumulation * experiment.model.context;
     if !options.quiet {
-        println!(
+        let mut line = format!(
             "{}: {} parameters, {} steps, {:.2} M tokens, about {} MiB, on {}",
             run.name,
             experiment.model.num_params(),
@@ -187,8 +187,9 @@ fn preflight(experiment: &Experiment, device: &Device, options: &RunOptions) -> 
             device::describe(device)
         );
         if !device::is_cpu(device) {
-            println!("the first steps tune their kernels and take longer");
+            line += "\nthe first steps tune their kernels and take longer";
         }
+        let _ = writeln!(std::io::stdout(), "{line}");
     }
     match device::available_memory_bytes() {
         Some(available) if device::is_cpu(device) && needed > available => {

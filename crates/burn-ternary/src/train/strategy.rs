@@ -273,7 +273,8 @@ impl Loop {
 
     fn print(&self, line: impl FnOnce() -> String) {
         if self.session.prints {
-            println!("{}", line());
+            // A reader that has gone away (`| head`) must not stop a run.
+            let _ = writeln!(std::io::stdout(), "{}", line());
         }
     }
 
