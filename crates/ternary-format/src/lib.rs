@@ -1,0 +1,14 @@
+//! Files of language models whose weights are -1, 0 or +1, and the one container that all of them are read into and
+//! written from: a [`ModelSpec`], a tokenizer and named [`Tensor`]s make a [`PackedModel`].
+//!
+//! No deep-learning framework and no arithmetic beyond decoding: training and inference meet here only.
+
+mod error;
+mod model;
+mod spec;
+mod tensor;
+
+pub use error::FormatError;
+pub use model::PackedModel;
+pub use spec::{Activation, Family, ModelSpec};
+pub use tensor::{Bytes, Encoding, Tensor};

@@ -1,0 +1,1 @@
+//! Generates text from model files with ternary weights, on CPUs.
