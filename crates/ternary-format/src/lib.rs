@@ -3,12 +3,16 @@
 //!
 //! No deep-learning framework and no arithmetic beyond decoding: training and inference meet here only.
 
+mod block;
+mod encoding;
 mod error;
 mod model;
 mod spec;
 mod tensor;
+mod ternary;
 
+pub use encoding::Encoding;
 pub use error::FormatError;
 pub use model::PackedModel;
 pub use spec::{Activation, Family, ModelSpec};
-pub use tensor::{Bytes, Encoding, Tensor};
+pub use tensor::{Bytes, Tensor};

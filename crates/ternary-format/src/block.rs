@@ -1,0 +1,109 @@
+//! Blocks of float weights: Q8_0, Q4_0, Q4_1, Q4_K and Q6_K.
+//!
+//! # Source
+//! `ggml-quants.c` of llama.cpp, functions `quantize_row_*_ref` and `dequantize_row_*`.
+
+use crate::Encoding;
+use half::f16;
+
+/// The values of a block.
+///
+/// # Shapes
+/// values `[block_weights]`
+pub(crate) fn decode_block(encoding: Encoding, block: &[u8], values: &mut [f32]) {
+    let f16_at = |i: usize| f16::from_le_bytes([block[i], block[i + 1]]).to_f32();
+    match encoding {
+        Encoding::Q8_0 => {
+            let scale = f16_at(0);
+            for (value, &code) in values.iter_mut().zip(&block[2..]) {
+                *value = f32::from(code as i8) * scale;
+            }
+        }
+        Encoding::Q4_0 => {
+            let scale = f16_at(0);
+            nibbles(&block[2..], values, |code| (f32::from(code) - 8.0) * scale);
+        }
+        Encoding::Q4_1 => {
+            let (scale, least) = (f16_at(0), f16_at(2));
+            nibbles(&block[4..], values, |code| f32::from(code) * scale + least);
+        }
+        Encoding::Q4K => {
+            let (scale, least) = (f16_at(0), f16_at(2));
+            let sixes = &block[4..16];
+            let groups = values.chunks_exact_mut(64).zip(block[16..].chunks_exact(32)).enumerate();
+            for (i, (values, codes)) in groups {
+                let [low, high] = [2 * i, 2 * i + 1].map(|j| {
+                    let (s, m) = six_bits(sixes, j);
+                    (scale * f32::from(s), least * f32::from(m))
+                });
+                for (h, (half, (scale, least))) in values.chunks_exact_mut(32).zip([low, high]).enumerate() {
+                    for (value, &byte) in half.iter_mut().zip(codes) {
+                        *value = scale * f32::from((byte >> (4 * h)) & 15) - least;
+                    }
+                }
+            }
+        }
+        Encoding::Q6K => {
+            let scale = f16_at(208);
+            for (h, values) in values.chunks_exact_mut(128).enumerate() {
+                let (low, high) = (&block[64 * h..64 * h + 64], &block[128 + 32 * h..160 + 32 * h]);
+                let scales = &block[192 + 8 * h..200 + 8 * h];
+                for (i, value) in values.iter_mut().enumerate() {
+                    let (quarter, l) = (i / 32, i % 32);
+                    let four = (low[i % 64] >> (4 * (quarter / 2))) & 15;
+                    let two = (high[l] >> (2 * quarter)) & 3;
+                    let code = (four | (two << 4)) as i8 - 32;
+                    *value = scale * f32::from(scales[i / 16] as i8) * f32::from(code);
+                }
+            }
+        }
+        _ => panic!("{encoding} has no blocks of floats"),
+    }
+}
+
+/// Values of 4-bit codes: all low halves, then all high halves.
+fn nibbles(codes: &[u8], values: &mut [f32], value: impl Fn(u8) -> f32) {
+    let (low, high) = values.split_at_mut(codes.len());
+    for ((low, high), &byte) in low.iter_mut().zip(high).zip(codes) {
+        (*low, *high) = (value(byte & 15), value(byte >> 4));
+    }
+}
+
+/// Scale and minimum `j` of a Q4_K block, 6 bits each.
+fn six_bits(packed: &[u8], j: usize) -> (u8, u8) {
+    if j < 4 {
+        (packed[j] & 63, packed[j + 4] & 63)
+    } else {
+        ((packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4), (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4))
+    }
+}
+
+/// Rounds values to a block of Q8_0 or Q4_0, as GGML does.
+pub(crate) fn encode_block(encoding: Encoding, values: &[f32], block: &mut [u8]) {
+    // The first of the largest in magnitude: with its sign it becomes the code -8 of Q4_0.
+    let largest = values.iter().fold(0.0f32, |most, &v| if most.abs() < v.abs() { v } else { most });
+    let divisor = if encoding == Encoding::Q8_0 { 127.0 } else { -8.0 };
+    let largest = if encoding == Encoding::Q8_0 { largest.abs() } else { largest };
+    let scale = largest / divisor;
+    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+    let codes: [i8; 32] = std::array::from_fn(|i| {
+        let x = values[i] * inverse;
+        if encoding == Encoding::Q8_0 { x.round() as i8 } else { ((x + 8.5) as i8).min(15) - 8 }
+    });
+    encode_codes(encoding, &codes, f16::from_f32(scale), block);
+}
+
+/// Codes of a block of Q8_0 or Q4_0 (-8 to 7) with their scale, exactly.
+pub(crate) fn encode_codes(encoding: Encoding, codes: &[i8], scale: f16, block: &mut [u8]) {
+    block[..2].copy_from_slice(&scale.to_le_bytes());
+    match encoding {
+        Encoding::Q8_0 => block[2..].iter_mut().zip(codes).for_each(|(byte, &code)| *byte = code as u8),
+        Encoding::Q4_0 => {
+            let (low, high) = codes.split_at(16);
+            for ((byte, low), high) in block[2..].iter_mut().zip(low).zip(high) {
+                *byte = (low + 8) as u8 | (((high + 8) as u8) << 4);
+            }
+        }
+        _ => panic!("{encoding} has no codes with a scale"),
+    }
+}

@@ -1,0 +1,118 @@
+//! [`Encoding`]: how the values of a tensor are stored.
+
+use crate::FormatError;
+use std::{fmt, str::FromStr};
+
+/// How the values of a tensor are stored; the GGML names are those of GGUF files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    F32,
+    F16,
+    Bf16,
+    Q8_0,
+    Q4_0,
+    Q4_1,
+    Q4K,
+    Q6K,
+    /// Ternary: base 3, five codes a byte, 256 weights a scale.
+    Tq1_0,
+    /// Ternary: 2 bits a code, 256 weights a scale.
+    Tq2_0,
+    /// 2 bits a code, 64 weights a scale.
+    Q2_0,
+    /// Ternary, in memory only: all codes at 2 bits (code + 1, low bits first, each row padded to a byte), then all
+    /// f16 scales, row by row, one for each `group` consecutive weights of a row (the whole row: `group == cols`).
+    Ternary {
+        group: usize,
+    },
+}
+
+/// GGML's types: its number, its name, weights and bytes of a block.
+const GGML: [(Encoding, u32, &str, usize, usize); 11] = [
+    (Encoding::F32, 0, "F32", 1, 4),
+    (Encoding::F16, 1, "F16", 1, 2),
+    (Encoding::Q4_0, 2, "Q4_0", 32, 18),
+    (Encoding::Q4_1, 3, "Q4_1", 32, 20),
+    (Encoding::Q8_0, 8, "Q8_0", 32, 34),
+    (Encoding::Q4K, 12, "Q4_K", 256, 144),
+    (Encoding::Q6K, 14, "Q6_K", 256, 210),
+    (Encoding::Bf16, 30, "BF16", 1, 2),
+    (Encoding::Tq1_0, 34, "TQ1_0", 256, 54),
+    (Encoding::Tq2_0, 35, "TQ2_0", 256, 66),
+    (Encoding::Q2_0, 42, "Q2_0", 64, 18),
+];
+
+impl Encoding {
+    /// The number of the type in GGUF files; `None` for what exists in memory only.
+    pub fn ggml_type(self) -> Option<u32> {
+        GGML.iter().find(|known| known.0 == self).map(|known| known.1)
+    }
+
+    /// The inverse of [`ggml_type`](Self::ggml_type); `None` for types that we do not read.
+    pub fn from_ggml_type(number: u32) -> Option<Self> {
+        GGML.iter().find(|known| known.1 == number).map(|known| known.0)
+    }
+
+    /// Whether all values are -1, 0 or +1 times a scale.
+    pub fn is_ternary(self) -> bool {
+        matches!(self, Self::Tq1_0 | Self::Tq2_0 | Self::Q2_0 | Self::Ternary { .. })
+    }
+
+    /// Weights that are stored together: row lengths are multiples of it.
+    pub fn block_weights(self) -> usize {
+        match self {
+            Self::Ternary { group } => group,
+            _ => GGML.iter().find(|known| known.0 == self).map_or(1, |known| known.3),
+        }
+    }
+
+    /// Bytes of a tensor of `shape`.
+    ///
+    /// # Errors
+    /// `Shape`: no dimension, no weights, or too many. `RowLength`: rows that are no whole number of blocks.
+    pub fn bytes(self, shape: &[usize]) -> Result<usize, FormatError> {
+        let cols = *shape.last().ok_or(FormatError::Shape { shape: vec![] })?;
+        let block = self.block_weights();
+        if block == 0 || cols % block != 0 {
+            return Err(FormatError::RowLength { encoding: self, cols, block });
+        }
+        let blocks = cols / block;
+        let row = match self {
+            Self::Ternary { .. } => {
+                blocks.checked_mul(2).and_then(|scales| scales.checked_add(cols.div_ceil(4)))
+            }
+            _ => GGML.iter().find(|known| known.0 == self).and_then(|known| blocks.checked_mul(known.4)),
+        };
+        // The number of weights must fit as well, although few bytes may hold many.
+        let weights = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
+        let rows = shape[..shape.len() - 1].iter().try_fold(1usize, |product, &n| product.checked_mul(n));
+        weights
+            .and(row)
+            .zip(rows)
+            .and_then(|(row, rows)| row.checked_mul(rows))
+            .filter(|&bytes| 0 < bytes && bytes <= isize::MAX as usize)
+            .ok_or_else(|| FormatError::Shape { shape: shape.into() })
+    }
+}
+
+impl fmt::Display for Encoding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match GGML.iter().find(|known| known.0 == *self) {
+            Some(known) => f.write_str(known.2),
+            None => f.write_str("ternary"),
+        }
+    }
+}
+
+impl FromStr for Encoding {
+    type Err = String;
+
+    /// A GGML name in any case, such as `TQ2_0`.
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = GGML.iter().find(|known| known.2.eq_ignore_ascii_case(name));
+        known.map(|known| known.0).ok_or_else(|| {
+            let names: Vec<&str> = GGML.iter().map(|known| known.2).collect();
+            format!("`{name}`: expected one of {}", names.join(", "))
+        })
+    }
+}
