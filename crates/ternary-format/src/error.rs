@@ -16,6 +16,8 @@ pub enum FormatError {
     #[error("tensor `{tensor}`: {source}")]
     InTensor { tensor: String, source: Box<FormatError> },
 
+    #[error("`{key}` is {found}, expected {expected}")]
+    Spec { key: &'static str, found: String, expected: String },
     #[error("shape {shape:?}: expected dimensions above 0 whose product fits in memory")]
     Shape { shape: Vec<usize> },
     #[error("{encoding} tensor of shape {shape:?}: expected {expected} bytes, found {found}")]
