@@ -27,30 +27,46 @@ pub enum Encoding {
     },
 }
 
-/// GGML's types: its number, its name, weights and bytes of a block.
-const GGML: [(Encoding, u32, &str, usize, usize); 11] = [
-    (Encoding::F32, 0, "F32", 1, 4),
-    (Encoding::F16, 1, "F16", 1, 2),
-    (Encoding::Q4_0, 2, "Q4_0", 32, 18),
-    (Encoding::Q4_1, 3, "Q4_1", 32, 20),
-    (Encoding::Q8_0, 8, "Q8_0", 32, 34),
-    (Encoding::Q4K, 12, "Q4_K", 256, 144),
-    (Encoding::Q6K, 14, "Q6_K", 256, 210),
-    (Encoding::Bf16, 30, "BF16", 1, 2),
-    (Encoding::Tq1_0, 34, "TQ1_0", 256, 54),
-    (Encoding::Tq2_0, 35, "TQ2_0", 256, 66),
-    (Encoding::Q2_0, 42, "Q2_0", 64, 18),
+/// A type of GGML.
+struct Ggml {
+    encoding: Encoding,
+    number: u32,
+    name: &'static str,
+    block_weights: usize,
+    block_bytes: usize,
+}
+
+const fn ggml(encoding: Encoding, number: u32, name: &'static str, block: (usize, usize)) -> Ggml {
+    Ggml { encoding, number, name, block_weights: block.0, block_bytes: block.1 }
+}
+
+const GGML: [Ggml; 11] = [
+    ggml(Encoding::F32, 0, "F32", (1, 4)),
+    ggml(Encoding::F16, 1, "F16", (1, 2)),
+    ggml(Encoding::Q4_0, 2, "Q4_0", (32, 18)),
+    ggml(Encoding::Q4_1, 3, "Q4_1", (32, 20)),
+    ggml(Encoding::Q8_0, 8, "Q8_0", (32, 34)),
+    ggml(Encoding::Q4K, 12, "Q4_K", (256, 144)),
+    ggml(Encoding::Q6K, 14, "Q6_K", (256, 210)),
+    ggml(Encoding::Bf16, 30, "BF16", (1, 2)),
+    ggml(Encoding::Tq1_0, 34, "TQ1_0", (256, 54)),
+    ggml(Encoding::Tq2_0, 35, "TQ2_0", (256, 66)),
+    ggml(Encoding::Q2_0, 42, "Q2_0", (64, 18)),
 ];
 
 impl Encoding {
+    fn ggml(self) -> Option<&'static Ggml> {
+        GGML.iter().find(|known| known.encoding == self)
+    }
+
     /// The number of the type in GGUF files; `None` for what exists in memory only.
     pub fn ggml_type(self) -> Option<u32> {
-        GGML.iter().find(|known| known.0 == self).map(|known| known.1)
+        self.ggml().map(|known| known.number)
     }
 
     /// The inverse of [`ggml_type`](Self::ggml_type); `None` for types that we do not read.
     pub fn from_ggml_type(number: u32) -> Option<Self> {
-        GGML.iter().find(|known| known.1 == number).map(|known| known.0)
+        GGML.iter().find(|known| known.number == number).map(|known| known.encoding)
     }
 
     /// Whether all values are -1, 0 or +1 times a scale.
@@ -62,8 +78,13 @@ impl Encoding {
     pub fn block_weights(self) -> usize {
         match self {
             Self::Ternary { group } => group,
-            _ => GGML.iter().find(|known| known.0 == self).map_or(1, |known| known.3),
+            _ => self.ggml().map_or(1, |known| known.block_weights),
         }
+    }
+
+    /// Bytes of [`block_weights`](Self::block_weights) weights; 0 in memory, where codes and scales are apart.
+    pub(crate) fn block_bytes(self) -> usize {
+        self.ggml().map_or(0, |known| known.block_bytes)
     }
 
     /// Bytes of a tensor of `shape`.
@@ -81,7 +102,7 @@ impl Encoding {
             Self::Ternary { .. } => {
                 blocks.checked_mul(2).and_then(|scales| scales.checked_add(cols.div_ceil(4)))
             }
-            _ => GGML.iter().find(|known| known.0 == self).and_then(|known| blocks.checked_mul(known.4)),
+            _ => blocks.checked_mul(self.block_bytes()),
         };
         // The number of weights must fit as well, although few bytes may hold many.
         let weights = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
@@ -97,10 +118,7 @@ impl Encoding {
 
 impl fmt::Display for Encoding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match GGML.iter().find(|known| known.0 == *self) {
-            Some(known) => f.write_str(known.2),
-            None => f.write_str("ternary"),
-        }
+        f.write_str(self.ggml().map_or("ternary", |known| known.name))
     }
 }
 
@@ -109,9 +127,9 @@ impl FromStr for Encoding {
 
     /// A GGML name in any case, such as `TQ2_0`.
     fn from_str(name: &str) -> Result<Self, String> {
-        let known = GGML.iter().find(|known| known.2.eq_ignore_ascii_case(name));
-        known.map(|known| known.0).ok_or_else(|| {
-            let names: Vec<&str> = GGML.iter().map(|known| known.2).collect();
+        let known = GGML.iter().find(|known| known.name.eq_ignore_ascii_case(name));
+        known.map(|known| known.encoding).ok_or_else(|| {
+            let names: Vec<&str> = GGML.iter().map(|known| known.name).collect();
             format!("`{name}`: expected one of {}", names.join(", "))
         })
     }
