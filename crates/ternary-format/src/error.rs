@@ -18,6 +18,12 @@ pub enum FormatError {
 
     #[error("`{key}` is {found}, expected {expected}")]
     Spec { key: &'static str, found: String, expected: String },
+    #[error("tensor `{tensor}` is missing")]
+    MissingTensor { tensor: String },
+    #[error("tensor `{tensor}` belongs to no model of this family")]
+    UnknownTensor { tensor: String },
+    #[error("expected shape {expected:?}, found {found:?}")]
+    WrongShape { expected: Vec<usize>, found: Vec<usize> },
     #[error("shape {shape:?}: expected dimensions above 0 whose product fits in memory")]
     Shape { shape: Vec<usize> },
     #[error("{encoding} tensor of shape {shape:?}: expected {expected} bytes, found {found}")]

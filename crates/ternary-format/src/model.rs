@@ -1,7 +1,7 @@
 //! [`PackedModel`]: what a model file holds.
 
-use crate::{ModelSpec, Tensor};
-use std::collections::BTreeMap;
+use crate::{FormatError, ModelSpec, Tensor};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A model in memory, or mapped from a file.
 ///
@@ -18,4 +18,30 @@ pub struct PackedModel {
     pub tensors: BTreeMap<String, Tensor>,
     /// Jinja; see the `chat` module.
     pub chat_template: Option<String>,
+}
+
+impl PackedModel {
+    /// Checks that the tensors are those of the spec: no fewer, no others, of their shapes.
+    ///
+    /// # Errors
+    /// `Spec`: no model has such a shape. `MissingTensor`, `UnknownTensor`, `WrongShape`.
+    pub fn validate(&self) -> Result<(), FormatError> {
+        self.spec.validate()?;
+        let mut expected = 0;
+        for (name, shape) in self.spec.tensors() {
+            let tensor = self.tensors.get(&name);
+            let tensor = tensor.ok_or_else(|| FormatError::MissingTensor { tensor: name.clone() })?;
+            if tensor.shape() != shape {
+                let found = tensor.shape().into();
+                return Err(FormatError::WrongShape { expected: shape, found }.in_tensor(&name));
+            }
+            expected += 1;
+        }
+        if self.tensors.len() > expected {
+            let known: BTreeSet<String> = self.spec.tensors().map(|(name, _)| name).collect();
+            let tensor = self.tensors.keys().find(|name| !known.contains(*name)).cloned().unwrap_or_default();
+            return Err(FormatError::UnknownTensor { tensor });
+        }
+        Ok(())
+    }
 }
