@@ -16,9 +16,6 @@ pub enum EngineError {
     MissingTensor { name: String },
     #[error("tensor {name} has shape {found:?}, expected {expected:?}")]
     Shape { name: String, found: Vec<usize>, expected: Vec<usize> },
-    /// A weight is infinite or not a number.
-    #[error("tensor {name} holds {value} in row {row}, expected finite numbers")]
-    NotFinite { name: String, row: usize, value: f32 },
     /// The model has no tokenizer, so it speaks ids only.
     #[error("the model has no tokenizer")]
     NoTokenizer,

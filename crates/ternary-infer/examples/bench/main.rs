@@ -1,0 +1,223 @@
+//! How fast a model file is here: prompt, generation and a batch of sequences in tokens a second, memory, and how much
+//! of the machine's read bandwidth generation reaches.
+//!
+//! ```sh
+//! cargo run --release --example bench -- MODEL.gguf --threads 2 --prompt 512 --generate 128 --json
+//! cargo run --release --example bench -- --shape duck                     # random weights
+//! cargo run --release --example bench -- --shape duck --write duck.gguf   # a file of them, for other programs
+//! ```
+
+mod machine;
+mod shape;
+
+use clap::Parser;
+use serde::Serialize;
+use shape::Shape;
+use std::{error::Error, path::PathBuf, time::Instant};
+use ternary_format::{Encoding, PackedModel, gguf};
+use ternary_infer::{Engine, EngineOptions, Sequence};
+
+/// Measures generation from a model file, or from random weights.
+#[derive(Parser)]
+struct Options {
+    /// A GGUF file.
+    #[arg(required_unless_present = "shape")]
+    model: Option<PathBuf>,
+    /// Random ternary weights of this shape instead of a file.
+    #[arg(long, conflicts_with = "model")]
+    shape: Option<Shape>,
+    /// Writes the random weights to this GGUF file and measures nothing.
+    #[arg(long, requires = "shape")]
+    write: Option<PathBuf>,
+    /// How random weights are stored.
+    #[arg(long = "type", default_value = "tq2_0", requires = "shape")]
+    encoding: Type,
+    #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
+    threads: usize,
+    /// Tokens of the prompt.
+    #[arg(long, default_value_t = 512)]
+    prompt: usize,
+    /// Tokens to generate, from an empty context.
+    #[arg(long, default_value_t = 128)]
+    generate: usize,
+    /// Sequences that are generated side by side.
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// The median of so many runs counts, after one that does not.
+    #[arg(long, default_value_t = 5)]
+    repetitions: usize,
+    /// Prints one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Type {
+    F16,
+    #[value(name = "tq1_0")]
+    Tq1_0,
+    #[value(name = "tq2_0")]
+    Tq2_0,
+    #[value(name = "q2_0")]
+    Q2_0,
+}
+
+impl From<Type> for Encoding {
+    fn from(name: Type) -> Self {
+        match name {
+            Type::F16 => Self::F16,
+            Type::Tq1_0 => Self::Tq1_0,
+            Type::Tq2_0 => Self::Tq2_0,
+            Type::Q2_0 => Self::Q2_0,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    threads: usize,
+    prompt: usize,
+    generate: usize,
+    batch: usize,
+    repetitions: usize,
+    load_s: f64,
+    /// Of the matrices that each generated token reads.
+    weight_bytes: usize,
+    prompt_tokens_per_s: f64,
+    generate_tokens_per_s: f64,
+    /// Of all sequences together.
+    batch_tokens_per_s: f64,
+    peak_resident_bytes: Option<u64>,
+    /// What the machine can read in the same time.
+    bandwidth_bytes_per_s: f64,
+    /// Weights read while generating, over that bandwidth.
+    bandwidth_share: f64,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let options = Options::parse();
+    let start = Instant::now();
+    let model = match (&options.model, options.shape) {
+        (Some(path), _) => gguf::read(path)?,
+        (None, Some(shape)) => shape.random(options.encoding.into())?,
+        (None, None) => unreachable!("clap requires one of the two"),
+    };
+    if let Some(path) = &options.write {
+        gguf::write(&model, path)?;
+        return Ok(());
+    }
+    let report = measure(model, &options, start)?;
+    if options.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print(&report);
+    }
+    Ok(())
+}
+
+fn measure(model: PackedModel, options: &Options, start: Instant) -> Result<Report, Box<dyn Error>> {
+    let weight_bytes = weight_bytes(&model);
+    let name = model.name.clone();
+    let context = options.prompt.max(BATCH_PROMPT + options.generate);
+    let engine =
+        Engine::from_model(model, EngineOptions { threads: options.threads, context, ..Default::default() })?;
+    let load_s = start.elapsed().as_secs_f64();
+
+    let prompt = tokens_per_s(options, &engine, 1, 0, |sequences| {
+        engine.prefill(&mut sequences[0], &ids(&engine, options.prompt))?;
+        Ok(options.prompt)
+    })?;
+    let generate =
+        tokens_per_s(options, &engine, 1, 0, |sequences| decode(&engine, sequences, options.generate))?;
+    let batch = tokens_per_s(options, &engine, options.batch, BATCH_PROMPT, |sequences| {
+        decode(&engine, sequences, options.generate)
+    })?;
+    // Before the block for the bandwidth is taken.
+    let peak_resident_bytes = machine::peak_resident_bytes();
+    let bandwidth = machine::read_bandwidth(options.threads)?;
+    Ok(Report {
+        model: name,
+        threads: options.threads,
+        prompt: options.prompt,
+        generate: options.generate,
+        batch: options.batch,
+        repetitions: options.repetitions,
+        load_s,
+        weight_bytes,
+        prompt_tokens_per_s: prompt,
+        generate_tokens_per_s: generate,
+        batch_tokens_per_s: batch,
+        peak_resident_bytes,
+        bandwidth_bytes_per_s: bandwidth,
+        bandwidth_share: weight_bytes as f64 * generate / bandwidth,
+    })
+}
+
+/// Tokens that each sequence of the batch holds before it is generated; llama.cpp's bench of batches wants some.
+const BATCH_PROMPT: usize = 16;
+
+/// Median speed of `work`, which returns its number of tokens, on new sequences that hold `held` tokens.
+fn tokens_per_s(
+    options: &Options,
+    engine: &Engine,
+    sequences: usize,
+    held: usize,
+    mut work: impl FnMut(&mut [Sequence]) -> Result<usize, Box<dyn Error>>,
+) -> Result<f64, Box<dyn Error>> {
+    let mut speeds = Vec::new();
+    for _ in 0..=options.repetitions {
+        let mut sequences: Vec<Sequence> = (0..sequences).map(|_| engine.sequence()).collect();
+        if held > 0 {
+            for sequence in &mut sequences {
+                engine.prefill(sequence, &ids(engine, held))?;
+            }
+        }
+        let start = Instant::now();
+        let tokens = work(&mut sequences)?;
+        speeds.push(tokens as f64 / start.elapsed().as_secs_f64());
+    }
+    let speeds = &mut speeds[1..];
+    speeds.sort_by(f64::total_cmp);
+    Ok(speeds[speeds.len() / 2])
+}
+
+/// Feeds tokens to all sequences side by side: what generation costs but for the drawing, as other benches have it.
+fn decode(engine: &Engine, sequences: &mut [Sequence], tokens: usize) -> Result<usize, Box<dyn Error>> {
+    let count = tokens * sequences.len();
+    for id in ids(engine, tokens) {
+        let mut batch: Vec<_> = sequences.iter_mut().map(|sequence| (sequence, id)).collect();
+        engine.decode_batch(&mut batch)?;
+    }
+    Ok(count)
+}
+
+/// Ids from all over the vocabulary.
+fn ids(engine: &Engine, count: usize) -> Vec<u32> {
+    (0..count).map(|i| (i * 7919 % engine.spec().vocab_size) as u32).collect()
+}
+
+/// Bytes of all matrices, the embedding only where it is the head too.
+fn weight_bytes(model: &PackedModel) -> usize {
+    let skipped =
+        |name: &str| name == "position_embd.weight" || name == "token_embd.weight" && !model.spec.tied;
+    let matrices = model.tensors.iter().filter(|(name, tensor)| tensor.shape().len() == 2 && !skipped(name));
+    matrices.map(|(_, tensor)| tensor.bytes().len()).sum()
+}
+
+fn print(report: &Report) {
+    println!("{}, {} threads, loaded in {:.2} s", report.model, report.threads, report.load_s);
+    println!("prompt of {:4}       {:8.1} tokens/s", report.prompt, report.prompt_tokens_per_s);
+    println!("generation of {:4}   {:8.1} tokens/s", report.generate, report.generate_tokens_per_s);
+    println!("{:2} sequences         {:8.1} tokens/s together", report.batch, report.batch_tokens_per_s);
+    if let Some(bytes) = report.peak_resident_bytes {
+        println!("memory, at most    {:8.1} MiB", bytes as f64 / f64::from(1 << 20));
+    }
+    println!(
+        "weights of {:.1} MB a token: {:.0} % of the {:.1} GB/s that {} threads read",
+        report.weight_bytes as f64 / 1e6,
+        100.0 * report.bandwidth_share,
+        report.bandwidth_bytes_per_s / 1e9,
+        report.threads
+    );
+}

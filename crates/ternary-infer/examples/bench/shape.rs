@@ -1,0 +1,84 @@
+//! Models with random ternary weights: as fast as trained ones of the same shape.
+
+use half::f16;
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+use ternary_format::{Activation, Encoding, Family, FormatError, ModelSpec, PackedModel, Tensor};
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum Shape {
+    /// 768 x 12, 138 million parameters
+    Duck,
+    /// 2048 x 24, 1.3 billion parameters
+    #[value(name = "1b")]
+    Billion,
+    /// 4096 x 32, 6.6 billion parameters
+    #[value(name = "7b")]
+    SevenBillion,
+}
+
+impl Shape {
+    pub fn spec(self) -> ModelSpec {
+        let [d_model, n_layers, n_heads, d_ff] = match self {
+            Self::Duck => [768, 12, 12, 3072],
+            Self::Billion => [2048, 24, 32, 5632],
+            Self::SevenBillion => [4096, 32, 32, 11008],
+        };
+        ModelSpec {
+            family: Family::Llama,
+            vocab_size: 32000,
+            context: 2048,
+            d_model,
+            n_layers,
+            n_heads,
+            n_kv_heads: n_heads,
+            d_ff,
+            activation: Activation::Swiglu,
+            tied: true,
+            norm_eps: 1e-5,
+            rope_theta: 10000.0,
+        }
+    }
+
+    /// Blocks in `encoding`, of codes that are -1, 0 and +1 equally often; the embedding in 8 bits.
+    pub fn random(self, encoding: Encoding) -> Result<PackedModel, FormatError> {
+        let spec = self.spec();
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let tensors = spec.tensors().map(|(name, shape)| {
+            let tensor = match shape[..] {
+                [width] => Tensor::f32(&[width], &vec![1.0; width])?,
+                [rows, cols] if name == "token_embd.weight" => {
+                    // A standard deviation of 74 codes, about 0.02.
+                    let scale = f16::from_f32(0.02 / 74.0);
+                    matrix(Encoding::Q8_0, [rows, cols], scale, || (rng.next_u32() >> 24) as i8)?
+                }
+                [rows, cols] => {
+                    let scale = f16::from_f32((1.5 / cols as f32).sqrt());
+                    matrix(encoding, [rows, cols], scale, || (rng.next_u32() % 3) as i8 - 1)?
+                }
+                _ => unreachable!("models have vectors and matrices"),
+            };
+            Ok((name, tensor))
+        });
+        Ok(PackedModel {
+            name: format!("random {self:?}").to_lowercase(),
+            tensors: tensors.collect::<Result<_, FormatError>>()?,
+            spec,
+            chat_template: None,
+        })
+    }
+}
+
+fn matrix(
+    encoding: Encoding,
+    [rows, cols]: [usize; 2],
+    scale: f16,
+    mut code: impl FnMut() -> i8,
+) -> Result<Tensor, FormatError> {
+    Tensor::from_codes(encoding, rows, cols, |_, codes, scales| {
+        codes.fill_with(&mut code);
+        scales.fill(scale);
+    })
+}

@@ -1,0 +1,298 @@
+//! [`Engine`]: a model that is ready to generate, and the [`Sequence`]s that it continues.
+
+use crate::{EngineError, Sampler, Sampling, cache::Cache, forward::Work, model::Model, spec};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use ternary_format::{ModelSpec, PackedModel};
+use ternary_kernels::Pool;
+
+/// Rows of a prompt that go through the layers together.
+const CHUNK: usize = 128;
+
+/// What matrices multiply.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ActivationMode {
+    /// Int8 with one scale a token, keys and values in f16: fast.
+    #[default]
+    Int8,
+    /// Floats, keys and values too: exact, slow; for comparison.
+    F32,
+}
+
+/// How a model is run.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    /// 0: one a core.
+    pub threads: usize,
+    pub activations: ActivationMode,
+    /// Longest sequence, in tokens, at most the model's; keys and values of a sequence take memory by it.
+    pub context: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { threads: 0, activations: ActivationMode::default(), context: 4096 }
+    }
+}
+
+/// A model on the threads of this machine.
+///
+/// It may be shared between threads; forward passes wait for each other.
+#[derive(Debug)]
+pub struct Engine {
+    model: Model,
+    work: Mutex<Work>,
+    activations: ActivationMode,
+    context: usize,
+}
+
+/// A text in the making: its keys and values, and the logits of the token that comes next.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    pub(crate) cache: Cache,
+    pub(crate) length: usize,
+    pub(crate) logits: Vec<f32>,
+}
+
+impl Sequence {
+    /// Tokens so far.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// Forgets all tokens from the `length`th on. The logits stay those of the last token seen.
+    pub fn truncate(&mut self, length: usize) {
+        self.length = self.length.min(length);
+    }
+
+    /// Logits of the next token, `[vocab]`; zeros before the first.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+}
+
+impl Engine {
+    /// # Errors
+    /// `Spec`, `MissingTensor`, `Shape`: the model does not fit together. `Option`: no context.
+    pub fn from_model(model: PackedModel, options: EngineOptions) -> Result<Self, EngineError> {
+        if options.context == 0 {
+            let found = options.context.to_string();
+            return Err(EngineError::Option { key: "context", found, expected: "at least 1" });
+        }
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, |threads| threads.get()),
+            threads => threads,
+        };
+        let context = options.context.min(model.spec.context);
+        let model = Model::pack(&model, options.activations)?;
+        let work = Work::new(&model, Pool::new(threads), options.activations, context);
+        Ok(Self { model, work: Mutex::new(work), activations: options.activations, context })
+    }
+
+    pub fn spec(&self) -> &ModelSpec {
+        &self.model.spec
+    }
+
+    /// Longest sequence, in tokens.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// An empty sequence.
+    pub fn sequence(&self) -> Sequence {
+        Sequence {
+            cache: Cache::new(&self.model.spec, self.context, self.activations),
+            length: 0,
+            logits: vec![0.0; self.model.spec.vocab_size],
+        }
+    }
+
+    /// Appends `ids`, chunk by chunk; the sequence then has the logits of the token after them.
+    ///
+    /// # Errors
+    /// `EmptyPrompt`, `UnknownToken`, `ContextFull`; the sequence is then unchanged.
+    pub fn prefill(&self, sequence: &mut Sequence, ids: &[u32]) -> Result<(), EngineError> {
+        self.check(ids, sequence.length)?;
+        let work = &mut *self.work();
+        for (index, chunk) in ids.chunks(CHUNK).enumerate() {
+            let segments = &mut [(&mut *sequence, chunk)];
+            work.forward(&self.model, segments);
+            if (index + 1) * CHUNK >= ids.len() {
+                work.last_logits(&self.model, segments);
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends one token to each of several sequences in one pass; each gets the logits it would get alone.
+    ///
+    /// # Errors
+    /// `UnknownToken`, `ContextFull`; the sequences are then unchanged.
+    pub fn decode_batch(&self, batch: &mut [(&mut Sequence, u32)]) -> Result<(), EngineError> {
+        for (sequence, id) in batch.iter() {
+            self.check(&[*id], sequence.length)?;
+        }
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let work = &mut *self.work();
+        work.forward(&self.model, batch);
+        work.last_logits(&self.model, batch);
+        Ok(())
+    }
+
+    /// Logits at every position of a text, `[ids][vocab]`: `logits[i]` is for the token after `ids[i]`.
+    ///
+    /// # Errors
+    /// `EmptyPrompt`, `UnknownToken`, `ContextFull`
+    pub fn logits(&self, ids: &[u32]) -> Result<Vec<f32>, EngineError> {
+        self.check(ids, 0)?;
+        let vocab = self.model.spec.vocab_size;
+        let mut logits = vec![0.0; ids.len() * vocab];
+        let mut sequence = self.sequence();
+        let work = &mut *self.work();
+        for (chunk, logits) in ids.chunks(CHUNK).zip(logits.chunks_mut(CHUNK * vocab)) {
+            work.forward(&self.model, &mut [(&mut sequence, chunk)]);
+            work.all_logits(&self.model, logits);
+        }
+        Ok(logits)
+    }
+
+    /// The tokens that follow `prompt`, drawn one by one.
+    ///
+    /// # Errors
+    /// `EmptyPrompt`, `UnknownToken`, `ContextFull`: the prompt does not fit. `Option`: a sampling number is out of
+    /// range.
+    pub fn generate(&self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>, EngineError> {
+        self.resume(self.sequence(), prompt, options)
+    }
+
+    /// The same, after the tokens that `sequence` already holds.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn resume(
+        &self,
+        mut sequence: Sequence,
+        ids: &[u32],
+        options: GenerateOptions,
+    ) -> Result<Generation<'_>, EngineError> {
+        let mut sampler = Sampler::new(options.sampling, self.model.spec.vocab_size)?;
+        self.prefill(&mut sequence, ids)?;
+        ids.iter().for_each(|id| sampler.accept(*id));
+        Ok(Generation {
+            engine: self,
+            sequence,
+            sampler,
+            stop: options.stop,
+            left: options.max_tokens,
+            drawn: None,
+            finish: None,
+        })
+    }
+
+    fn check(&self, ids: &[u32], seen: usize) -> Result<(), EngineError> {
+        spec::check_ids(&self.model.spec, ids, seen)?;
+        let found = seen + ids.len();
+        if found > self.context {
+            return Err(EngineError::ContextFull { found, context: self.context });
+        }
+        Ok(())
+    }
+
+    fn work(&self) -> MutexGuard<'_, Work> {
+        // A panic leaves nothing behind that the next pass would read before writing.
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What to generate.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    pub sampling: Sampling,
+    /// At most so many tokens.
+    pub max_tokens: usize,
+    /// Tokens that end the text; they are not part of it.
+    pub stop: Vec<u32>,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self { sampling: Sampling::default(), max_tokens: usize::MAX, stop: Vec::new() }
+    }
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// This stop token was drawn.
+    Stop(u32),
+    /// As many tokens as were asked for.
+    MaxTokens,
+    /// The context is full.
+    Context,
+}
+
+/// An iterator of drawn tokens; see [`Engine::generate`].
+#[derive(Debug)]
+pub struct Generation<'a> {
+    engine: &'a Engine,
+    sequence: Sequence,
+    sampler: Sampler,
+    stop: Vec<u32>,
+    left: usize,
+    /// A token that the sequence does not hold yet.
+    drawn: Option<u32>,
+    finish: Option<Finish>,
+}
+
+impl Generation<'_> {
+    /// Why it ended; `None` while it goes on.
+    pub fn finish(&self) -> Option<Finish> {
+        self.finish
+    }
+
+    /// The sequence, to be resumed: it holds all tokens but the last one, which is given beside it.
+    pub fn into_sequence(self) -> (Sequence, Option<u32>) {
+        (self.sequence, self.drawn)
+    }
+
+    fn draw(&mut self) -> Result<u32, Finish> {
+        if self.left == 0 {
+            return Err(Finish::MaxTokens);
+        }
+        if let Some(id) = self.drawn.take() {
+            // The id comes from the sampler; only the context can be in the way.
+            let fed = self.engine.decode_batch(&mut [(&mut self.sequence, id)]);
+            fed.map_err(|_| Finish::Context)?;
+        }
+        let id = self.sampler.sample(self.sequence.logits());
+        if self.stop.contains(&id) {
+            return Err(Finish::Stop(id));
+        }
+        self.sampler.accept(id);
+        self.left -= 1;
+        self.drawn = Some(id);
+        Ok(id)
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        if self.finish.is_some() {
+            return None;
+        }
+        match self.draw() {
+            Ok(id) => Some(id),
+            Err(finish) => {
+                self.finish = Some(finish);
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! The forward pass: rows of tokens of one or several sequences through all layers.
+
+use crate::{
+    ActivationMode, Sequence,
+    model::{Block, Linear, Model, Norm},
+};
+use std::sync::Mutex;
+use ternary_format::Activation;
+use ternary_kernels::{Input, Isa, Pool, Product, Quantized, multiply};
+
+/// The next tokens of one sequence.
+pub(crate) trait Segment: Send + Sync {
+    fn ids(&self) -> &[u32];
+    fn sequence(&self) -> &Sequence;
+    fn sequence_mut(&mut self) -> &mut Sequence;
+}
+
+impl Segment for (&mut Sequence, u32) {
+    fn ids(&self) -> &[u32] {
+        std::slice::from_ref(&self.1)
+    }
+
+    fn sequence(&self) -> &Sequence {
+        self.0
+    }
+
+    fn sequence_mut(&mut self) -> &mut Sequence {
+        self.0
+    }
+}
+
+impl Segment for (&mut Sequence, &[u32]) {
+    fn ids(&self) -> &[u32] {
+        self.1
+    }
+
+    fn sequence(&self) -> &Sequence {
+        self.0
+    }
+
+    fn sequence_mut(&mut self) -> &mut Sequence {
+        self.0
+    }
+}
+
+/// Where a row belongs.
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    segment: usize,
+    position: usize,
+}
+
+/// Threads and the memory of a forward pass, used again by the next one.
+#[derive(Debug)]
+pub(crate) struct Work {
+    pub pool: Pool,
+    activations: ActivationMode,
+    rows: Vec<Row>,
+    /// Cosines and sines of a row's angles, `[rows, head_dim / 2]` each.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    /// `[rows, d_model]`
+    hidden: Vec<f32>,
+    /// Input of matrices, `[rows, d_model or d_ff]`
+    input: Vec<f32>,
+    quantized: Quantized,
+    query: Vec<f32>,
+    key: Vec<f32>,
+    value: Vec<f32>,
+    mixed: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    /// `[segments, vocab]`
+    logits: Vec<f32>,
+    /// One a thread.
+    scratch: Vec<Mutex<Scratch>>,
+}
+
+/// What a thread needs for attention.
+#[derive(Debug)]
+struct Scratch {
+    query: Vec<f32>,
+    scores: Vec<f32>,
+}
+
+impl Work {
+    pub fn new(model: &Model, pool: Pool, activations: ActivationMode, context: usize) -> Self {
+        let scratch =
+            || Mutex::new(Scratch { query: vec![0.0; model.spec.head_dim()], scores: vec![0.0; context] });
+        let scratch = (0..pool.threads()).map(|_| scratch()).collect();
+        Self {
+            pool,
+            activations,
+            rows: Vec::new(),
+            cos: Vec::new(),
+            sin: Vec::new(),
+            hidden: Vec::new(),
+            input: Vec::new(),
+            quantized: Quantized::default(),
+            query: Vec::new(),
+            key: Vec::new(),
+            value: Vec::new(),
+            mixed: Vec::new(),
+            gate: Vec::new(),
+            up: Vec::new(),
+            logits: Vec::new(),
+            scratch,
+        }
+    }
+
+    /// Appends the ids of each segment to its sequence; `self.hidden` is then what the final norm takes.
+    pub fn forward<S: Segment>(&mut self, model: &Model, segments: &mut [S]) {
+        self.embed(model, segments);
+        for (layer, block) in model.blocks.iter().enumerate() {
+            self.attention(model, layer, block, segments);
+            self.feed_forward(model.spec.activation, block);
+        }
+        for segment in segments {
+            let length = segment.ids().len();
+            segment.sequence_mut().length += length;
+        }
+    }
+
+    /// Logits of each segment's last row, into its sequence.
+    pub fn last_logits<S: Segment>(&mut self, model: &Model, segments: &mut [S]) {
+        let (d, vocab) = (model.spec.d_model, model.spec.vocab_size);
+        self.input.resize(segments.len() * d, 0.0);
+        let mut end = 0;
+        for (segment, input) in segments.iter().zip(self.input.chunks_exact_mut(d)) {
+            end += segment.ids().len();
+            model.norm.forward(self.pool.isa(), &self.hidden[(end - 1) * d..end * d], input);
+        }
+        let x = quantized(&self.pool, self.activations, &self.input, d, &mut self.quantized);
+        if let [segment] = segments {
+            let logits = &mut segment.sequence_mut().logits;
+            multiply(&self.pool, &x, &mut [Product::new(&model.head, logits)]);
+            return;
+        }
+        self.logits.resize(segments.len() * vocab, 0.0);
+        multiply(&self.pool, &x, &mut [Product::new(&model.head, &mut self.logits)]);
+        for (segment, logits) in segments.iter_mut().zip(self.logits.chunks_exact(vocab)) {
+            segment.sequence_mut().logits.copy_from_slice(logits);
+        }
+    }
+
+    /// Logits of every row, `[rows, vocab]`.
+    pub fn all_logits(&mut self, model: &Model, logits: &mut [f32]) {
+        norm(&self.pool, &model.norm, &self.hidden, model.spec.d_model, &mut self.input);
+        let x = quantized(&self.pool, self.activations, &self.input, model.spec.d_model, &mut self.quantized);
+        multiply(&self.pool, &x, &mut [Product::new(&model.head, logits)]);
+    }
+
+    fn embed<S: Segment>(&mut self, model: &Model, segments: &[S]) {
+        let (d, half) = (model.spec.d_model, model.spec.head_dim() / 2);
+        self.rows.clear();
+        for (segment, rows) in segments.iter().enumerate() {
+            let start = rows.sequence().length;
+            let end = start + rows.ids().len();
+            self.rows.extend((start..end).map(|position| Row { segment, position }));
+        }
+        self.hidden.resize(self.rows.len() * d, 0.0);
+        let ids = segments.iter().flat_map(|segment| segment.ids());
+        for (id, hidden) in ids.zip(self.hidden.chunks_exact_mut(d)) {
+            model.embedding.read_row(*id as usize, hidden);
+        }
+        if let Some(positions) = &model.positions {
+            self.input.resize(d, 0.0);
+            for (row, hidden) in self.rows.iter().zip(self.hidden.chunks_exact_mut(d)) {
+                positions.read_row(row.position, &mut self.input);
+                hidden.iter_mut().zip(&self.input).for_each(|(hidden, x)| *hidden += x);
+            }
+            return;
+        }
+        self.cos.clear();
+        self.sin.clear();
+        for row in &self.rows {
+            for i in 0..half {
+                let frequency = (model.spec.rope_theta as f64).powf(-(i as f64) / half as f64);
+                let (sin, cos) = (row.position as f64 * frequency).sin_cos();
+                self.cos.push(cos as f32);
+                self.sin.push(sin as f32);
+            }
+        }
+    }
+
+    /// `hidden += output(attention(norm(hidden)))`
+    fn attention<S: Segment>(&mut self, model: &Model, layer: usize, block: &Block, segments: &mut [S]) {
+        let Self { pool, activations, rows, cos, sin, hidden, input, quantized: buffer, .. } = self;
+        let Self { query, key, value, mixed, scratch, .. } = self;
+        let spec = &model.spec;
+        let (d, head_dim, isa) = (spec.d_model, spec.head_dim(), pool.isa());
+        let kv_width = spec.n_kv_heads * head_dim;
+        norm(pool, &block.attention_norm, hidden, d, input);
+        let x = quantized(pool, *activations, input, d, buffer);
+        query.resize(rows.len() * d, 0.0);
+        key.resize(rows.len() * kv_width, 0.0);
+        value.resize(rows.len() * kv_width, 0.0);
+        let mut products =
+            [product(&block.query, query), product(&block.key, key), product(&block.value, value)];
+        multiply(pool, &x, &mut products);
+
+        let half = head_dim / 2;
+        let rotary = model.positions.is_none();
+        let angles = |row: usize| (&cos[row * half..(row + 1) * half], &sin[row * half..(row + 1) * half]);
+        let places = key.chunks_exact_mut(kv_width).zip(value.chunks_exact(kv_width)).zip(rows.iter());
+        for (index, ((key, value), row)) in places.enumerate() {
+            if rotary {
+                let (cos, sin) = angles(index);
+                key.chunks_exact_mut(head_dim).for_each(|head| isa.rope(head, cos, sin));
+            }
+            segments[row.segment].sequence_mut().cache.store(isa, layer, row.position, key, value);
+        }
+
+        let share = spec.n_heads / spec.n_kv_heads;
+        let segments = &*segments;
+        mixed.resize(rows.len() * d, 0.0);
+        // Many rows make tasks enough; one alone is cut into its heads.
+        let unit = if rows.len() >= 4 * pool.threads() { d } else { head_dim };
+        pool.chunks(mixed, unit, |task, thread, out| {
+            let scratch = &mut *scratch[thread].lock().expect("no thread has panicked");
+            for (index, out) in out.chunks_exact_mut(head_dim).enumerate() {
+                let place = task * unit / head_dim + index;
+                let (row, head) = (place / spec.n_heads, place % spec.n_heads);
+                let Row { segment, position } = rows[row];
+                scratch.query.copy_from_slice(&query[place * head_dim..(place + 1) * head_dim]);
+                if rotary {
+                    let (cos, sin) = angles(row);
+                    isa.rope(&mut scratch.query, cos, sin);
+                }
+                let cached = segments[segment].sequence().cache.head(layer, head / share);
+                cached.attend(isa, &scratch.query, &mut scratch.scores[..=position], out);
+            }
+        });
+
+        let input = match &block.attention_sub_norm {
+            Some(sub_norm) => {
+                norm(pool, sub_norm, mixed, d, input);
+                &*input
+            }
+            None => &*mixed,
+        };
+        let x = quantized(pool, *activations, input, d, buffer);
+        multiply(pool, &x, &mut [Product { add: true, ..product(&block.output, hidden) }]);
+    }
+
+    /// `hidden += feed_forward(norm(hidden))`
+    fn feed_forward(&mut self, activation: Activation, block: &Block) {
+        let Self { pool, activations, rows, hidden, input, quantized: buffer, gate, up, .. } = self;
+        let (d, d_ff, isa) = (block.up.matrix.cols(), block.up.matrix.rows(), pool.isa());
+        norm(pool, &block.feed_forward_norm, hidden, d, input);
+        let x = quantized(pool, *activations, input, d, buffer);
+        up.resize(rows.len() * d_ff, 0.0);
+        let inner = match &block.gate {
+            Some(linear) => {
+                gate.resize(rows.len() * d_ff, 0.0);
+                multiply(pool, &x, &mut [product(linear, gate), product(&block.up, up)]);
+                pool.chunks(gate, d_ff, |row, _, gate| {
+                    let up = &up[row * d_ff..(row + 1) * d_ff];
+                    match activation {
+                        Activation::SquaredRelu => isa.relu2_mul(gate, up),
+                        _ => isa.silu_mul(gate, up),
+                    }
+                });
+                gate
+            }
+            None => {
+                multiply(pool, &x, &mut [product(&block.up, up)]);
+                pool.chunks(up, d_ff, |_, _, up| match activation {
+                    Activation::SquaredRelu => isa.relu2(up),
+                    _ => isa.gelu(up),
+                });
+                up
+            }
+        };
+        let inner = match &block.feed_forward_sub_norm {
+            Some(sub_norm) => {
+                norm(pool, sub_norm, inner, d_ff, input);
+                &*input
+            }
+            None => &*inner,
+        };
+        let x = quantized(pool, *activations, inner, d_ff, buffer);
+        multiply(pool, &x, &mut [Product { add: true, ..product(&block.down, hidden) }]);
+    }
+}
+
+fn product<'a>(linear: &'a Linear, out: &'a mut [f32]) -> Product<'a> {
+    Product { bias: linear.bias.as_deref(), ..Product::new(&linear.matrix, out) }
+}
+
+fn quantized<'a>(
+    pool: &Pool,
+    activations: ActivationMode,
+    values: &'a [f32],
+    cols: usize,
+    buffer: &'a mut Quantized,
+) -> Input<'a> {
+    match activations {
+        ActivationMode::Int8 => Input::int8(pool, values, cols, buffer),
+        ActivationMode::F32 => Input::exact(values, cols),
+    }
+}
+
+/// The norm of each row of `width`.
+fn norm(pool: &Pool, norm: &Norm, from: &[f32], width: usize, to: &mut Vec<f32>) {
+    let isa: Isa = pool.isa();
+    to.resize(from.len(), 0.0);
+    pool.chunks(to, width, |row, _, to| norm.forward(isa, &from[row * width..(row + 1) * width], to));
+}

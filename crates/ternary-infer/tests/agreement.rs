@@ -1,0 +1,214 @@
+//! Promise: the engine computes what the float64 reference computes, whatever the chunks, the batch and the threads.
+
+use crate::{divergence, error};
+use ternary_format::{Activation, Encoding, Family, ModelSpec, PackedModel};
+use ternary_infer::{ActivationMode, Engine, EngineOptions, GenerateOptions, Sampling, random, reference};
+
+const FAMILIES: [(Family, Activation); 6] = [
+    (Family::Gpt2, Activation::Gelu),
+    (Family::Gpt2, Activation::SquaredRelu),
+    (Family::Llama, Activation::Swiglu),
+    (Family::Llama, Activation::SquaredRelu),
+    (Family::Bitnet, Activation::Swiglu),
+    (Family::Bitnet, Activation::SquaredRelu),
+];
+
+fn spec(family: Family, activation: Activation) -> ModelSpec {
+    ModelSpec {
+        family,
+        activation,
+        vocab_size: 131,
+        context: 300,
+        d_model: 96,
+        n_layers: 3,
+        n_heads: 6,
+        n_kv_heads: if family == Family::Gpt2 { 6 } else { 2 },
+        d_ff: 160,
+        tied: activation == Activation::SquaredRelu,
+        norm_eps: 1e-3,
+        rope_theta: 100.0,
+    }
+}
+
+/// Models of every family at odd sizes, with ternary weights by row and by group, and as float twins.
+fn models() -> Vec<(String, PackedModel)> {
+    let mut models = Vec::new();
+    for (seed, (family, activation)) in FAMILIES.into_iter().enumerate() {
+        let odd = ModelSpec { d_model: 84, n_heads: 6, d_ff: 35, ..spec(family, activation) };
+        let by_row = |cols| Encoding::Ternary { group: cols };
+        let kinds = [
+            ("by row, odd", random::model(&odd, by_row, Encoding::F32, seed as u64)),
+            (
+                "by 16",
+                random::model(
+                    &spec(family, activation),
+                    |_| Encoding::Ternary { group: 16 },
+                    Encoding::Q8_0,
+                    7,
+                ),
+            ),
+            ("by 7", random::model(&odd, |_| Encoding::Ternary { group: 7 }, Encoding::F16, 8)),
+            ("float", random::model(&odd, |_| Encoding::F16, Encoding::F16, 9)),
+        ];
+        for (kind, model) in kinds {
+            models.push((format!("{family:?} {activation:?} {kind}"), model.unwrap()));
+        }
+    }
+    models
+}
+
+fn engine(model: &PackedModel, threads: usize, activations: ActivationMode) -> Engine {
+    let options = EngineOptions { threads, activations, ..EngineOptions::default() };
+    Engine::from_model(model.clone(), options).unwrap()
+}
+
+fn ids(count: usize, seed: u32) -> Vec<u32> {
+    (0..count as u32).map(|i| (i * i * 31 + i * 17 + seed * 29) % 131).collect()
+}
+
+#[test]
+fn with_float_activations_every_family_agrees_with_the_reference() {
+    for (what, model) in models() {
+        let ids = ids(41, 1);
+        let expected = reference::logits(&model, &ids).unwrap().concat();
+        let error = error(&engine(&model, 2, ActivationMode::F32).logits(&ids).unwrap(), &expected);
+        println!("{what}: error {error:.1e} of the spread");
+        assert!(error < 1e-5, "{what}: {error:e}");
+    }
+}
+
+#[test]
+fn int8_activations_stay_near_the_reference() {
+    for (what, model) in models() {
+        let ids = ids(41, 2);
+        let expected = reference::logits(&model, &ids).unwrap().concat();
+        let logits = engine(&model, 2, ActivationMode::Int8).logits(&ids).unwrap();
+        let (kl, equal) = divergence(&logits, &expected, model.spec.vocab_size);
+        println!("{what}: {kl:.1e} nats, likeliest equal {equal:.3}");
+        // Random weights amplify what a trained model damps: a sanity bound, not the promise for trained models.
+        assert!(kl < 2e-2, "{what}: {kl:e}");
+    }
+}
+
+#[test]
+fn chunks_tokens_batches_and_threads_give_the_same_bits() {
+    for activations in [ActivationMode::Int8, ActivationMode::F32] {
+        for (what, model) in models() {
+            let what = format!("{what} {activations:?}");
+            let (engine, single) = (engine(&model, 2, activations), engine(&model, 1, activations));
+            let prompts: Vec<Vec<u32>> = (0..8).map(|seed| ids(150 + 17 * seed as usize, seed)).collect();
+            let alone: Vec<Vec<f32>> = prompts
+                .iter()
+                .map(|ids| {
+                    let mut sequence = engine.sequence();
+                    engine.prefill(&mut sequence, ids).unwrap();
+                    sequence.logits().to_vec()
+                })
+                .collect();
+            let mut sequence = single.sequence();
+            for id in &prompts[0] {
+                single.decode_batch(&mut [(&mut sequence, *id)]).unwrap();
+            }
+            assert_eq!(sequence.logits(), alone[0], "{what}: token by token on one thread");
+
+            let mut batch: Vec<_> = prompts.iter().map(|_| engine.sequence()).collect();
+            for (sequence, ids) in batch.iter_mut().zip(&prompts) {
+                engine.prefill(sequence, &ids[..ids.len() - 3]).unwrap();
+            }
+            for back in [3, 2, 1] {
+                let mut steps: Vec<_> =
+                    batch.iter_mut().zip(&prompts).map(|(s, ids)| (s, ids[ids.len() - back])).collect();
+                engine.decode_batch(&mut steps).unwrap();
+            }
+            for (sequence, alone) in batch.iter().zip(&alone) {
+                assert_eq!(sequence.logits(), alone, "{what}: in a batch");
+            }
+            let all = engine.logits(&prompts[1]).unwrap();
+            assert_eq!(all[all.len() - model.spec.vocab_size..], alone[1], "{what}: all logits");
+        }
+    }
+}
+
+#[test]
+fn generation_ends_for_a_reason() {
+    use ternary_infer::{EngineError, Finish};
+    let (_, model) = models().swap_remove(8);
+    let engine = engine(&model, 1, ActivationMode::Int8);
+    let prompt = ids(5, 3);
+    let sampling = Sampling { seed: 4, ..Sampling::default() };
+    let options = |max_tokens, stop: &[u32]| GenerateOptions {
+        sampling: sampling.clone(),
+        max_tokens,
+        stop: stop.to_vec(),
+    };
+    let mut free = engine.generate(&prompt, options(20, &[])).unwrap();
+    let text: Vec<u32> = free.by_ref().collect();
+    assert_eq!((text.len(), free.finish()), (20, Some(Finish::MaxTokens)));
+    let again: Vec<u32> = engine.generate(&prompt, options(20, &[])).unwrap().collect();
+    assert_eq!(text, again);
+
+    let stop = text[7];
+    let first = text.iter().position(|id| *id == stop).unwrap();
+    let mut stopped = engine.generate(&prompt, options(20, &[stop])).unwrap();
+    assert_eq!(stopped.by_ref().collect::<Vec<_>>(), text[..first]);
+    assert_eq!(stopped.finish(), Some(Finish::Stop(stop)));
+
+    let mut endless = engine.generate(&prompt, options(usize::MAX, &[])).unwrap();
+    // The token after the last place of the context is drawn and never fed.
+    assert_eq!(endless.by_ref().count(), engine.context() - prompt.len() + 1);
+    assert_eq!(endless.finish(), Some(Finish::Context));
+
+    let error = |prompt: &[u32]| engine.generate(prompt, options(1, &[])).map(|_| ()).unwrap_err();
+    assert!(matches!(error(&[]), EngineError::EmptyPrompt));
+    assert!(matches!(error(&[131]), EngineError::UnknownToken { id: 131, .. }));
+    assert!(matches!(error(&ids(301, 0)), EngineError::ContextFull { found: 301, context: 300 }));
+}
+
+#[test]
+fn a_resumed_sequence_goes_on_where_it_was() {
+    let (_, model) = models().swap_remove(8);
+    let engine = engine(&model, 2, ActivationMode::Int8);
+    let prompt = ids(9, 5);
+    let options =
+        |max_tokens| GenerateOptions { sampling: Sampling::greedy(), max_tokens, ..Default::default() };
+    let whole: Vec<u32> = engine.generate(&prompt, options(30)).unwrap().collect();
+    let mut start = engine.generate(&prompt, options(12)).unwrap();
+    let mut text: Vec<u32> = start.by_ref().collect();
+    let (mut sequence, last) = start.into_sequence();
+    assert_eq!((sequence.len(), last), (9 + 11, text.last().copied()));
+    // What is cut off is computed again.
+    sequence.truncate(15);
+    let seen = [&prompt[..], &text].concat();
+    text.extend(engine.resume(sequence, &seen[15..], options(18)).unwrap());
+    assert_eq!(text, whole);
+}
+
+#[test]
+fn misfits_are_named() {
+    let (_, model) = models().swap_remove(8);
+    let error =
+        |model: PackedModel| Engine::from_model(model, EngineOptions::default()).unwrap_err().to_string();
+    let spec = &model.spec;
+    for (spec, key) in [
+        (ModelSpec { n_heads: 5, ..spec.clone() }, "n_heads"),
+        (ModelSpec { n_kv_heads: 4, ..spec.clone() }, "n_kv_heads"),
+        (ModelSpec { n_heads: 0, ..spec.clone() }, "n_heads"),
+        (ModelSpec { d_ff: usize::MAX, ..spec.clone() }, "d_ff"),
+        (ModelSpec { norm_eps: f32::NAN, ..spec.clone() }, "norm_eps"),
+        (ModelSpec { rope_theta: f32::INFINITY, ..spec.clone() }, "rope_theta"),
+        (ModelSpec { activation: Activation::Gelu, ..spec.clone() }, "activation"),
+        (ModelSpec { vocab_size: 130, ..spec.clone() }, "token_embd.weight"),
+        (ModelSpec { n_layers: 4, ..spec.clone() }, "blk.3.attn_q.weight"),
+        (ModelSpec { family: Family::Bitnet, ..spec.clone() }, "blk.0.attn_sub_norm.weight"),
+        (ModelSpec { family: Family::Gpt2, n_kv_heads: 6, ..spec.clone() }, "activation"),
+    ] {
+        let error = error(PackedModel { spec, ..model.clone() });
+        assert!(error.contains(key), "{error}");
+    }
+    for name in model.tensors.keys() {
+        let mut model = model.clone();
+        model.tensors.remove(name);
+        let error = error(model);
+        assert!(error.contains(name.as_str()), "{error} without {name}");
+    }
+}

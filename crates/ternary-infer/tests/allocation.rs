@@ -1,0 +1,77 @@
+//! Promise: in steady state a token takes no memory from the system.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+};
+use ternary_format::{Activation, Encoding, Family, ModelSpec};
+use ternary_infer::{Engine, EngineOptions, GenerateOptions, Sampling, random};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is passed on to the system's allocator.
+#[allow(unsafe_code)]
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn allocations(work: impl FnOnce()) -> usize {
+    let before = ALLOCATIONS.load(Relaxed);
+    work();
+    ALLOCATIONS.load(Relaxed) - before
+}
+
+#[test]
+fn a_token_allocates_nothing() {
+    for (family, activation, table) in [
+        (Family::Llama, Activation::Swiglu, Encoding::F16),
+        (Family::Bitnet, Activation::SquaredRelu, Encoding::Q8_0),
+        (Family::Gpt2, Activation::Gelu, Encoding::Tq2_0),
+    ] {
+        let spec = ModelSpec {
+            family,
+            activation,
+            vocab_size: 300,
+            context: 128,
+            d_model: 256,
+            n_layers: 2,
+            n_heads: 4,
+            n_kv_heads: 4,
+            d_ff: 256,
+            tied: true,
+            norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+        };
+        let model = random::model(&spec, |_| Encoding::Tq2_0, table, 1).unwrap();
+        let options = EngineOptions { threads: 2, ..EngineOptions::default() };
+        let engine = Engine::from_model(model, options).unwrap();
+        let sampling =
+            Sampling { top_k: 40, top_p: 0.9, min_p: 0.05, repetition_penalty: 1.1, ..Default::default() };
+        let options = GenerateOptions { sampling, ..Default::default() };
+        let mut generation = engine.generate(&[1, 2, 3], options).unwrap();
+        let mut next = || generation.next().expect("the context has room");
+        (0..3).for_each(|_| drop(next()));
+        let count = allocations(|| (0..50).for_each(|_| drop(next())));
+        assert_eq!(count, 0, "{family:?}: allocations in 50 tokens");
+
+        let mut batch: Vec<_> = (0..5).map(|_| engine.sequence()).collect();
+        let mut steps: Vec<_> = batch.iter_mut().map(|sequence| (sequence, 7)).collect();
+        engine.decode_batch(&mut steps).unwrap();
+        let count = allocations(|| (0..20).for_each(|_| engine.decode_batch(&mut steps).unwrap()));
+        assert_eq!(count, 0, "{family:?}: allocations in 20 batches");
+    }
+}
