@@ -16,6 +16,48 @@ pub enum FormatError {
     #[error("tensor `{tensor}`: {source}")]
     InTensor { tensor: String, source: Box<FormatError> },
 
+    #[error("expected the magic bytes \"GGUF\", found {found:?}")]
+    Magic { found: Vec<u8> },
+    #[error("GGUF version {found}, expected 2 or 3, little-endian")]
+    Version { found: u32 },
+    #[error("offset {offset}: {what} takes {expected} bytes, the file has {left} more")]
+    Truncated { what: &'static str, offset: usize, expected: u64, left: usize },
+    #[error("offset {offset}: {found} {what} in the {left} bytes that are left of the file")]
+    Count { what: &'static str, offset: usize, found: u64, left: usize },
+    #[error("offset {offset}: {what} is no UTF-8")]
+    NotUtf8 { what: &'static str, offset: usize },
+    #[error("offset {offset}: an empty key")]
+    EmptyKey { offset: usize },
+    #[error("key `{key}` is there twice")]
+    DuplicateKey { key: String },
+    #[error("key `{key}` has type {found}, which GGUF does not know")]
+    ValueType { key: String, found: u32 },
+    #[error("alignment {found}, expected a power of two of at most the file's {file} bytes")]
+    Alignment { found: u32, file: usize },
+    #[error("key `{key}` is missing")]
+    MissingKey { key: String },
+    #[error("key `{key}` is {found}, expected {expected}")]
+    Value { key: String, found: String, expected: String },
+    #[error("a tensor name of {bytes} bytes, expected less than 64")]
+    TensorName { bytes: usize },
+    #[error("tensor `{tensor}` is there twice")]
+    DuplicateTensor { tensor: String },
+    #[error("tensor `{tensor}` has {found} dimensions, expected 1 to 4")]
+    Dimensions { tensor: String, found: u32 },
+    #[error("tensor `{tensor}` has type {found}, which is not read here")]
+    TensorType { tensor: String, found: u32 },
+    #[error("offset {found} within the data, expected {expected}: tensors follow each other")]
+    Offset { expected: u64, found: u64 },
+    #[error("architecture `{found}`, expected gpt2, llama or bitnet")]
+    Architecture { found: String },
+    #[error("{what}: {why}")]
+    NotInGguf { what: String, why: String },
+    #[error(
+        "{setting} is {width}, {encoding} needs a multiple of {block}: {instead} or train with {setting} a multiple \
+         of {block}"
+    )]
+    Width { setting: &'static str, width: usize, encoding: Encoding, block: usize, instead: String },
+
     #[error("`{key}` is {found}, expected {expected}")]
     Spec { key: &'static str, found: String, expected: String },
     #[error("tensor `{tensor}` is missing")]
@@ -45,6 +87,30 @@ pub enum FormatError {
     ScalesDiffer { encoding: Encoding, row: usize, block: usize },
     #[error("{encoding} is read, never written")]
     ReadOnly { encoding: Encoding },
+
+    #[error("not the JSON that it should be: {source}")]
+    Json { source: serde_json::Error },
+    #[error("not a safetensors file: {source}")]
+    Safetensors { source: safetensors::SafeTensorError },
+    #[error("expected values of type {expected}, found {found:?}")]
+    StoredType { expected: &'static str, found: safetensors::Dtype },
+    #[error("{found} bytes, expected at most {expected}")]
+    TooLong { expected: u64, found: u64 },
+    #[error("shard `{shard}`: expected the name of a file in the same folder")]
+    Shard { shard: String },
+    #[error("weight scale {scale}, expected a finite number, at least 0")]
+    Scale { scale: f32 },
+    #[error("{rows} rows, BitNet packs a multiple of 4")]
+    RowCount { rows: usize },
+    #[error(
+        "row {row} has another scale than those before it, BitNet files have one a matrix: \
+         train with `[quant] granularity = \"per_tensor\"` or write F32 or F16"
+    )]
+    NotPerTensor { row: usize },
+    #[error("BitNet's packed weights are read in the llama and bitnet families only: write F32 or F16")]
+    Unpackable,
+    #[error("weight type {found}, expected {expected}")]
+    WeightType { found: crate::WeightType, expected: &'static str },
 }
 
 impl FormatError {
@@ -75,5 +141,11 @@ impl FormatError {
             Self::Io { .. } | Self::InTensor { .. } => self,
             _ => Self::InTensor { tensor: tensor.into(), source: self.into() },
         }
+    }
+}
+
+impl From<serde_json::Error> for FormatError {
+    fn from(source: serde_json::Error) -> Self {
+        Self::Json { source }
     }
 }

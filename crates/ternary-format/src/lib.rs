@@ -6,13 +6,19 @@
 mod block;
 mod encoding;
 mod error;
+mod file;
+pub mod gguf;
+pub mod huggingface;
 mod model;
+mod safetensors;
+mod scratch;
 mod spec;
 mod tensor;
 mod ternary;
 
 pub use encoding::Encoding;
 pub use error::FormatError;
+pub use file::{WeightType, WriteOptions, read_model, write_model};
 pub use model::PackedModel;
 pub use spec::{Activation, Family, ModelSpec};
 pub use tensor::{Bytes, Tensor};

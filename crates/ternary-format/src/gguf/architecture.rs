@@ -1,0 +1,257 @@
+//! Names, keys and orders of rows in the architectures of llama.cpp.
+
+use super::{
+    GgufOptions,
+    container::{Container, TensorInfo, Value},
+};
+use crate::{Activation, Encoding, Family, FormatError, ModelSpec, PackedModel};
+
+/// A tensor as the file has it.
+#[derive(Clone, Debug)]
+pub(super) struct FileTensor {
+    pub name: String,
+    pub shape: Vec<usize>,
+    /// Which of our tensors lie in it, and how many rows each has.
+    pub parts: Vec<(String, usize)>,
+    /// Whether rows of queries and keys are in the order of interleaved rotation.
+    pub interleaved: bool,
+}
+
+impl FileTensor {
+    pub(super) fn info(&self, encoding: Encoding) -> TensorInfo {
+        TensorInfo { name: self.name.clone(), shape: self.shape.clone(), encoding }
+    }
+
+    /// Norms, biases and positions.
+    pub(super) fn is_float(&self) -> bool {
+        self.shape.len() == 1 || self.name == "position_embd.weight"
+    }
+
+    /// Whether rows are whole blocks.
+    pub(super) fn check_width(&self, encoding: Encoding) -> Result<(), FormatError> {
+        let width = self.shape[self.shape.len() - 1];
+        let block = encoding.block_weights();
+        if encoding.ggml_type().is_none() {
+            return Err(FormatError::ReadOnly { encoding }.in_tensor(&self.name));
+        }
+        if width.is_multiple_of(block) {
+            return Ok(());
+        }
+        let setting = if self.name.contains("ffn_down") { "d_ff" } else { "d_model" };
+        let narrower = if encoding.is_ternary() { Encoding::Q2_0 } else { Encoding::F16 };
+        let fits = width.is_multiple_of(narrower.block_weights());
+        let instead = if fits { narrower } else { Encoding::F16 };
+        let instead = format!("use {instead}");
+        Err(FormatError::Width { setting, width, encoding, block, instead }.in_tensor(&self.name))
+    }
+}
+
+/// The tensors of a file, in order; lazy, as [`ModelSpec::tensors`] is.
+pub(super) fn layout(spec: &ModelSpec) -> impl Iterator<Item = FileTensor> + use<> {
+    let gpt2 = spec.family == Family::Gpt2;
+    let llama = spec.family == Family::Llama;
+    spec.tensors().filter_map(move |(name, mut shape)| {
+        let rows = shape[0];
+        if !gpt2 {
+            // llama.cpp turns the llama family interleaved (LLAMA_ROPE_TYPE_NORM), bitnet by halves (NEOX).
+            let interleaved = llama && (name.ends_with("attn_q.weight") || name.ends_with("attn_k.weight"));
+            return Some(FileTensor { parts: vec![(name.clone(), rows)], name, shape, interleaved });
+        }
+        if name.contains("attn_k.") || name.contains("attn_v.") {
+            return None; // with the queries
+        }
+        let mut parts = vec![(name.clone(), rows)];
+        if name.contains("attn_q.") {
+            parts.extend(["attn_k.", "attn_v."].map(|part| (name.replace("attn_q.", part), rows)));
+            shape[0] = 3 * rows;
+        }
+        Some(FileTensor { name: name.replace("attn_q.", "attn_qkv."), shape, parts, interleaved: false })
+    })
+}
+
+/// Where row `row` of the order by halves is in the interleaved order.
+pub(super) fn interleaved_row(row: usize, head_dim: usize) -> usize {
+    let (start, within) = (row / head_dim * head_dim, row % head_dim);
+    let half = head_dim / 2;
+    start + 2 * (within % half) + within / half
+}
+
+/// The inverse of [`interleaved_row`].
+pub(super) fn half_rotation_row(row: usize, head_dim: usize) -> usize {
+    let (start, within) = (row / head_dim * head_dim, row % head_dim);
+    start + within % 2 * (head_dim / 2) + within / 2
+}
+
+/// Whether stock programs compute what the model computes.
+pub(super) fn check_stock(spec: &ModelSpec) -> Result<(), FormatError> {
+    let (family, activation) = (spec.family, spec.activation);
+    let not = |what: String, why: &str| Err(FormatError::NotInGguf { what, why: why.into() });
+    if activation == Activation::SquaredRelu {
+        let why = "llama.cpp has gelu in gpt2, swiglu in llama and bitnet: train with that, or write another file type";
+        return not(format!("activation squared_relu in the {} family", name(family)), why);
+    }
+    if family == Family::Bitnet && !spec.tied {
+        let why = "llama.cpp's bitnet uses the token embedding as its head: train with tied = true";
+        return not("an untied head in the bitnet family".into(), why);
+    }
+    Ok(())
+}
+
+fn name(family: Family) -> &'static str {
+    match family {
+        Family::Gpt2 => "gpt2",
+        Family::Llama => "llama",
+        Family::Bitnet => "bitnet",
+    }
+}
+
+/// The keys of a file.
+pub(super) fn metadata(
+    model: &PackedModel,
+    options: &GgufOptions,
+) -> Result<Vec<(String, Value)>, FormatError> {
+    let spec = &model.spec;
+    let architecture = name(spec.family);
+    // LLAMA_FTYPE_*: what most of the file is; readers show it, no more.
+    let file_type = match options.blocks {
+        Encoding::F16 => 1,
+        Encoding::Q4_0 => 2,
+        Encoding::Q8_0 => 7,
+        Encoding::Tq1_0 => 36,
+        Encoding::Tq2_0 => 37,
+        Encoding::Q2_0 => 41,
+        _ => 0,
+    };
+    let mut keys = vec![
+        ("general.architecture".to_string(), Value::Text(architecture.into())),
+        ("general.name".into(), Value::Text(model.name.clone())),
+        ("general.file_type".into(), Value::U32(file_type)),
+        ("general.quantization_version".into(), Value::U32(2)),
+    ];
+    let mut key = |key: &str, value| keys.push((format!("{architecture}.{key}"), value));
+    for (name, size) in [
+        ("vocab_size", spec.vocab_size),
+        ("context_length", spec.context),
+        ("embedding_length", spec.d_model),
+        ("block_count", spec.n_layers),
+        ("feed_forward_length", spec.d_ff),
+        ("attention.head_count", spec.n_heads),
+        ("attention.head_count_kv", spec.n_kv_heads),
+    ] {
+        key(name, Value::U32(size as u32));
+    }
+    if spec.family == Family::Gpt2 {
+        key("attention.layer_norm_epsilon", Value::F32(spec.norm_eps));
+    } else {
+        key("attention.layer_norm_rms_epsilon", Value::F32(spec.norm_eps));
+        key("rope.dimension_count", Value::U32(spec.head_dim() as u32));
+        key("rope.freq_base", Value::F32(spec.rope_theta));
+    }
+    if let Some(template) = &model.chat_template {
+        keys.push(("tokenizer.chat_template".into(), Value::Text(template.clone())));
+    }
+    Ok(keys)
+}
+
+/// The shape of the model in a file.
+pub(super) fn spec(container: &Container) -> Result<ModelSpec, FormatError> {
+    let keys = Keys { container, architecture: text(container, "general.architecture")? };
+    let family = match keys.architecture {
+        "gpt2" => Family::Gpt2,
+        "llama" => Family::Llama,
+        "bitnet" => Family::Bitnet,
+        found => return Err(FormatError::Architecture { found: found.into() }),
+    };
+    let gpt2 = family == Family::Gpt2;
+    let n_heads = keys.size("attention.head_count", None)?;
+    let epsilon = if gpt2 { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" };
+    let embedding = "token_embd.weight";
+    let vocab_size = container
+        .shape(embedding)
+        .and_then(|shape| shape.first())
+        .ok_or_else(|| FormatError::MissingTensor { tensor: embedding.into() })?;
+    let spec = ModelSpec {
+        family,
+        vocab_size: *vocab_size,
+        context: keys.size("context_length", None)?,
+        d_model: keys.size("embedding_length", None)?,
+        n_layers: keys.size("block_count", None)?,
+        n_heads,
+        n_kv_heads: keys.size("attention.head_count_kv", Some(n_heads))?,
+        d_ff: keys.size("feed_forward_length", None)?,
+        activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
+        tied: container.shape("output.weight").is_none(),
+        norm_eps: keys.float(epsilon, None)?,
+        rope_theta: keys.float("rope.freq_base", Some(10_000.0))?,
+    };
+    spec.validate()?;
+    keys.refuse_variants(&spec)?;
+    Ok(spec)
+}
+
+fn text<'a>(container: &'a Container, key: &str) -> Result<&'a str, FormatError> {
+    let value = container.metadata.get(key).ok_or_else(|| FormatError::MissingKey { key: key.into() })?;
+    value.as_text().ok_or_else(|| unexpected(key, "a text", value))
+}
+
+fn unexpected(key: &str, expected: &str, found: &Value) -> FormatError {
+    FormatError::Value { key: key.into(), expected: expected.into(), found: found.describe() }
+}
+
+/// The keys that begin with the name of the architecture.
+struct Keys<'a> {
+    container: &'a Container,
+    architecture: &'a str,
+}
+
+impl Keys<'_> {
+    fn get(&self, key: &str) -> (String, Option<&Value>) {
+        let key = format!("{}.{key}", self.architecture);
+        let value = self.container.metadata.get(&key);
+        (key, value)
+    }
+
+    /// A whole number, or one for each layer that are all the same.
+    fn size(&self, key: &str, default: Option<usize>) -> Result<usize, FormatError> {
+        let (key, value) = self.get(key);
+        let Some(value) = value else { return default.ok_or(FormatError::MissingKey { key }) };
+        let size = match value.items() {
+            None => value.as_size(),
+            Some(mut items) => {
+                let first = items.next().and_then(|item| item.as_size());
+                first.filter(|_| items.all(|item| item.as_size() == first))
+            }
+        };
+        size.ok_or_else(|| unexpected(&key, "a whole number, the same for all layers", value))
+    }
+
+    fn float(&self, key: &str, default: Option<f32>) -> Result<f32, FormatError> {
+        let (key, value) = self.get(key);
+        let Some(value) = value else { return default.ok_or(FormatError::MissingKey { key }) };
+        value.as_f32().ok_or_else(|| unexpected(&key, "a float", value))
+    }
+
+    /// Keys that make another model of the same tensors.
+    fn refuse_variants(&self, spec: &ModelSpec) -> Result<(), FormatError> {
+        let head_dim = spec.head_dim();
+        for (key, expected) in [
+            ("attention.key_length", head_dim),
+            ("attention.value_length", head_dim),
+            ("rope.dimension_count", head_dim),
+            ("expert_count", 0),
+        ] {
+            if self.size(key, Some(expected))? != expected {
+                let (key, value) = self.get(key);
+                return Err(unexpected(&key, &expected.to_string(), value.unwrap_or(&Value::U8(0))));
+            }
+        }
+        let scaled = self.float("rope.scaling.factor", Some(1.0))? != 1.0;
+        if let (key, Some(value)) = self.get("rope.scaling.type")
+            && value.as_text() != Some("none")
+            && (scaled || value.as_text() != Some("linear"))
+        {
+            return Err(unexpected(&key, "`none`", value));
+        }
+        Ok(())
+    }
+}

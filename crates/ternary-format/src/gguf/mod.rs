@@ -1,0 +1,167 @@
+//! GGUF files, as llama.cpp reads and writes them, for its architectures `gpt2`, `llama` and `bitnet`.
+//!
+//! # Source
+//! `llama-model.cpp`, `models/{gpt2,llama,bitnet}.cpp` and `conversion/` of llama.cpp.
+
+mod architecture;
+mod container;
+
+use crate::{Bytes, Encoding, FormatError, ModelSpec, PackedModel, Tensor, scratch};
+use architecture::FileTensor;
+use container::{ALIGNMENT, Container, Value};
+use std::{collections::BTreeSet, io::Write, path::Path};
+
+/// How the matrices of a file are stored; norms, biases and positions are always F32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GgufOptions {
+    /// The linear layers of the blocks.
+    pub blocks: Encoding,
+    /// The token embedding.
+    pub embedding: Encoding,
+    /// The head, where it is not the embedding.
+    pub head: Encoding,
+}
+
+/// Reads a model; the data of its tensors stays in the mapped file.
+///
+/// # Errors
+/// `Io`, or what is wrong with the file, `InFile`.
+pub fn read(path: &Path) -> Result<PackedModel, FormatError> {
+    parse(Bytes::map(path)?).map_err(|error| error.in_file(path))
+}
+
+/// Reads a model from the bytes of a file.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn parse(file: Bytes) -> Result<PackedModel, FormatError> {
+    let container = Container::parse(file)?;
+    let spec = architecture::spec(&container)?;
+    let mut used = BTreeSet::new();
+    let mut model = PackedModel {
+        name: container.metadata.get("general.name").and_then(Value::as_text).unwrap_or("model").into(),
+        tensors: Default::default(),
+        chat_template: container
+            .metadata
+            .get("tokenizer.chat_template")
+            .and_then(Value::as_text)
+            .map(Into::into),
+        spec,
+    };
+    for tensor in architecture::layout(&model.spec) {
+        let mut first = 0;
+        for (name, rows) in &tensor.parts {
+            let whole = tensor.parts.len() == 1;
+            let part = (!whole).then_some(first..first + rows);
+            let mut part = container.tensor(&tensor.name, part, &tensor.shape)?;
+            if tensor.interleaved {
+                let head_dim = model.spec.head_dim();
+                part = part.select_rows((0..*rows).map(|row| architecture::interleaved_row(row, head_dim)));
+            }
+            model.tensors.insert(name.clone(), part);
+            first += rows;
+        }
+        used.insert(tensor.name);
+    }
+    if let Some(tensor) = container.names().find(|name| !used.contains(*name)) {
+        return Err(FormatError::UnknownTensor { tensor: tensor.into() });
+    }
+    Ok(model)
+}
+
+/// Writes a model, replacing what was there once the file is whole.
+///
+/// Ternary weights keep their codes and scales. Nothing that is not ternary becomes ternary.
+///
+/// # Errors
+/// As [`PackedModel::validate`]. `Width`, `ScalesDiffer`, `NotTernary`, `ReadOnly`: a tensor does not fit its encoding.
+/// `NotInGguf`: stock programs cannot run the model. `Io`.
+pub fn write(model: &PackedModel, path: &Path, options: &GgufOptions) -> Result<(), FormatError> {
+    model.validate()?;
+    write_with(model, path, options, |name| Ok(model.tensors[name].clone()))
+}
+
+/// Writes a model whose tensors do not fit in memory together: `tensor(name)` gives one when it is needed, and those
+/// in `model` are not looked at.
+///
+/// # Errors
+/// As [`write`], and what `tensor` fails with.
+pub fn write_with(
+    model: &PackedModel,
+    path: &Path,
+    options: &GgufOptions,
+    mut tensor: impl FnMut(&str) -> Result<Tensor, FormatError>,
+) -> Result<(), FormatError> {
+    let tensors = encoded_layout(&model.spec, options)?;
+    let metadata = architecture::metadata(model, options)?;
+    let infos: Vec<_> = tensors.iter().map(|(tensor, encoding)| tensor.info(*encoding)).collect();
+    let head = container::head(&metadata, &infos)?;
+    scratch::replace(path, |file| {
+        file.write_all(&head).map_err(FormatError::io(path))?;
+        for (to, encoding) in &tensors {
+            let mut written = 0;
+            for (name, rows) in &to.parts {
+                let part = tensor(name)?;
+                let mut expected = to.shape.clone();
+                expected[0] = *rows;
+                if part.shape() != expected {
+                    let found = part.shape().into();
+                    return Err(FormatError::WrongShape { expected, found }.in_tensor(name));
+                }
+                let mut part = part.encode(*encoding).map_err(|error| error.in_tensor(name))?;
+                if to.interleaved {
+                    let head_dim = model.spec.head_dim();
+                    part = part
+                        .select_rows((0..*rows).map(|row| architecture::half_rotation_row(row, head_dim)));
+                }
+                file.write_all(part.bytes()).map_err(FormatError::io(path))?;
+                written += part.bytes().len();
+            }
+            let padding = written.next_multiple_of(ALIGNMENT) - written;
+            file.write_all(&[0; ALIGNMENT][..padding]).map_err(FormatError::io(path))?;
+        }
+        Ok(())
+    })
+}
+
+/// A tensor of a file: its name, shape and encoding, and the bytes it takes.
+#[derive(Clone, Debug)]
+pub struct TensorSize {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub encoding: Encoding,
+    pub bytes: usize,
+}
+
+/// The tensors that [`write`] would write, in the order of the file; needs no weights.
+///
+/// # Errors
+/// `Spec`, `Width`, `ReadOnly`, `NotInGguf`: such a file cannot be.
+pub fn sizes(spec: &ModelSpec, options: &GgufOptions) -> Result<Vec<TensorSize>, FormatError> {
+    let size = |(tensor, encoding): (FileTensor, Encoding)| {
+        let bytes = encoding.bytes(&tensor.shape)?;
+        Ok(TensorSize { name: tensor.name, shape: tensor.shape, encoding, bytes })
+    };
+    encoded_layout(spec, options)?.into_iter().map(size).collect()
+}
+
+/// The tensors of a file with their encodings.
+fn encoded_layout(
+    spec: &ModelSpec,
+    options: &GgufOptions,
+) -> Result<Vec<(FileTensor, Encoding)>, FormatError> {
+    spec.validate()?;
+    architecture::check_stock(spec)?;
+    let mut tensors = Vec::new();
+    for tensor in architecture::layout(spec) {
+        let encoding = match tensor.name.as_str() {
+            "token_embd.weight" => options.embedding,
+            "output.weight" => options.head,
+            _ if tensor.is_float() => Encoding::F32,
+            _ => options.blocks,
+        };
+        tensor.check_width(encoding)?;
+        tensors.push((tensor, encoding));
+    }
+    Ok(tensors)
+}
