@@ -1,5 +1,7 @@
 //! [`Arena`]: huge pages that several matrices share.
 
+use crate::simd::{LANES, Line};
+use half::f16;
 use memmap2::MmapMut;
 use std::{ptr::NonNull, sync::Arc};
 
@@ -37,45 +39,64 @@ impl Arena {
         self.map = Some(Arc::new(map));
     }
 
-    /// Zeroed memory for `len` bytes, at a cache line.
-    pub(crate) fn take(&mut self, len: usize) -> Block {
-        let size = len.next_multiple_of(LINE);
+    /// Bytes that it has before it grows.
+    #[cfg(test)]
+    pub(crate) fn left(&self) -> usize {
+        self.end - self.next
+    }
+
+    /// `len` zeros, at a cache line.
+    pub(crate) fn take<T: Plain>(&mut self, len: usize) -> Block<T> {
+        let size = (len * size_of::<T>()).next_multiple_of(LINE);
         if self.map.is_none() || self.end - self.next < size {
             self.grow(size);
         }
         let map = self.map.clone().expect("the arena has grown");
-        let address = self.next - map.as_ptr() as usize;
+        let offset = self.next - map.as_ptr() as usize;
         self.next += size;
-        // SAFETY: `address + size` lies within the map, checked above; the pointer keeps the provenance of the map.
-        let start = unsafe { NonNull::new_unchecked(map.as_ptr().cast_mut().add(address)) };
+        // SAFETY: `offset + size` lies within the map, as checked above.
+        let start = unsafe { NonNull::new_unchecked(map.as_ptr().cast_mut().add(offset).cast()) };
         Block { start, len, _map: map }
     }
 }
 
+/// # Safety
+/// Zero bytes are a value, nothing is dropped, and a cache line is aligned enough.
+pub(crate) unsafe trait Plain: Copy + Send + Sync {}
+
+// SAFETY: bytes at most as aligned as a cache line.
+unsafe impl Plain for Line {}
+// SAFETY: numbers.
+unsafe impl Plain for [i8; LANES] {}
+// SAFETY: numbers.
+unsafe impl Plain for [f16; LANES] {}
+// SAFETY: numbers.
+unsafe impl Plain for [f32; LANES] {}
+
 /// A part of an arena that nobody else has.
 #[derive(Debug)]
-pub(crate) struct Block {
-    start: NonNull<u8>,
+pub(crate) struct Block<T> {
+    start: NonNull<T>,
     len: usize,
     _map: Arc<MmapMut>,
 }
 
 // SAFETY: a block owns its part of the map, as a Vec owns its heap memory.
-unsafe impl Send for Block {}
+unsafe impl<T: Plain> Send for Block<T> {}
 // SAFETY: as above; shared references only read.
-unsafe impl Sync for Block {}
+unsafe impl<T: Plain> Sync for Block<T> {}
 
-impl std::ops::Deref for Block {
-    type Target = [u8];
+impl<T: Plain> std::ops::Deref for Block<T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[u8] {
-        // SAFETY: the map lives as long as the block, was zeroed by the system, and the part is nobody else's.
+    fn deref(&self) -> &[T] {
+        // SAFETY: the map lives as long as the block, began as zeros, and the part is nobody else's.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
-impl std::ops::DerefMut for Block {
-    fn deref_mut(&mut self) -> &mut [u8] {
+impl<T: Plain> std::ops::DerefMut for Block<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as for `deref`; `&mut self` makes it exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }

@@ -1,19 +1,29 @@
 //! [`Input`]: the activations of one or many tokens.
 
-use crate::Pool;
+use crate::{
+    Pool,
+    pool::Disjoint,
+    simd::{Kernel, LANES, Simd},
+};
 
-/// Columns are padded to this many.
-pub(crate) const BLOCK: usize = 16;
+/// Columns are padded to this many: 16.
+pub(crate) const BLOCK: usize = LANES;
+
+/// Smallest absolute maximum of a token; keeps a token of zeros from dividing by zero.
+const ABSMAX_MIN: f32 = 1e-5;
+
+/// Values above which threads share the quantizing.
+const SHARED: usize = 1 << 14;
 
 /// Room for int8 activations, to be used again and again.
 #[derive(Debug, Default)]
 pub struct Quantized {
-    /// `[tokens, stride]` in -127..=127, zero beyond the columns.
-    pub(crate) codes: Vec<i8>,
-    pub(crate) stride: usize,
+    /// `[tokens, blocks]` in -127..=127, zero beyond the columns.
+    pub(crate) codes: Vec<[i8; BLOCK]>,
+    pub(crate) blocks: usize,
     /// `[tokens]`: absmax / 127
     pub(crate) scales: Vec<f32>,
-    /// `[tokens, stride / BLOCK + 1]`: sums of the codes before each block.
+    /// `[tokens, blocks + 1]`: sums of the codes before each block.
     pub(crate) sums: Vec<i32>,
 }
 
@@ -35,7 +45,8 @@ impl<'a> Input<'a> {
         Self { floats: values, cols, int8: None }
     }
 
-    /// Quantizes each token: `scale = absmax / 127`, `code = round_ties_even(x / scale)`. A token of zeros stays zero.
+    /// Quantizes each token, as training does: `scale = max(absmax, 1e-5) / 127`,
+    /// `code = round_ties_even(x / scale)`. NaN counts as zero.
     ///
     /// # Panics
     /// When `values` is not a whole number of tokens.
@@ -51,26 +62,65 @@ impl<'a> Input<'a> {
 }
 
 impl Quantized {
-    fn quantize(&mut self, _pool: &Pool, values: &[f32], cols: usize) {
-        let tokens = values.len() / cols;
-        self.stride = cols.next_multiple_of(BLOCK);
-        let blocks = self.stride / BLOCK;
-        self.codes.resize(tokens * self.stride, 0);
+    fn quantize(&mut self, pool: &Pool, values: &[f32], cols: usize) {
+        let (tokens, blocks) = (values.len() / cols, cols.div_ceil(BLOCK));
+        self.blocks = blocks;
+        self.codes.resize(tokens * blocks, [0; BLOCK]);
         self.scales.resize(tokens, 0.0);
         self.sums.resize(tokens * (blocks + 1), 0);
-        for (token, x) in values.chunks_exact(cols).enumerate() {
-            let codes = &mut self.codes[token * self.stride..][..self.stride];
-            let absmax = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-            let inverse = if absmax > 0.0 { 127.0 / absmax } else { 0.0 };
-            self.scales[token] = absmax / 127.0;
-            for (code, x) in codes.iter_mut().zip(x) {
-                *code = (x * inverse).round_ties_even() as i8;
-            }
-            codes[cols..].fill(0);
-            let sums = &mut self.sums[token * (blocks + 1)..][..blocks + 1];
-            for (block, codes) in codes.chunks_exact(BLOCK).enumerate() {
-                sums[block + 1] = sums[block] + codes.iter().map(|c| i32::from(*c)).sum::<i32>();
-            }
+        let codes = Disjoint::new(&mut self.codes);
+        let scales = Disjoint::new(&mut self.scales);
+        let sums = Disjoint::new(&mut self.sums);
+        let isa = pool.isa();
+        let token = |token: usize, _| {
+            // SAFETY: each token is called once, and has its own part of each slice.
+            let (codes, scale, sums) = unsafe {
+                (
+                    codes.slice(token * blocks, blocks),
+                    scales.slice(token, 1),
+                    sums.slice(token * (blocks + 1), blocks + 1),
+                )
+            };
+            scale[0] = isa.run(Quantize { values: &values[token * cols..][..cols], codes, sums });
+        };
+        if values.len() > SHARED {
+            pool.run(tokens, token);
+        } else {
+            (0..tokens).for_each(|index| token(index, 0));
         }
+    }
+}
+
+/// Quantizes one token; the result is its scale.
+struct Quantize<'a> {
+    values: &'a [f32],
+    codes: &'a mut [[i8; BLOCK]],
+    sums: &'a mut [i32],
+}
+
+impl Kernel for Quantize<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let (blocks, rest) = self.values.as_chunks::<BLOCK>();
+        let mut tail = [0.0; BLOCK];
+        tail[..rest.len()].copy_from_slice(rest);
+        let blocks = || blocks.iter().chain((!rest.is_empty()).then_some(&tail));
+        let mut absmax = s.splat_f32(ABSMAX_MIN);
+        for block in blocks() {
+            let x = s.load_f32(block);
+            absmax = s.max_f32(absmax, s.max_f32(x, s.sub_f32(s.splat_f32(0.0), x)));
+        }
+        let scale = s.max_lanes(absmax) / 127.0;
+        let divisor = s.splat_f32(scale);
+        let mut sum = 0;
+        self.sums[0] = 0;
+        for ((block, codes), after) in blocks().zip(self.codes).zip(&mut self.sums[1..]) {
+            s.store_i8(s.to_int(s.div_f32(s.load_f32(block), divisor)), codes);
+            sum += codes.iter().map(|code| i32::from(*code)).sum::<i32>();
+            *after = sum;
+        }
+        scale
     }
 }

@@ -1,12 +1,30 @@
 //! [`Isa`]: the instruction set in use.
 
+#[cfg(target_arch = "aarch64")]
+use crate::aarch64::Neon;
+#[cfg(target_arch = "x86_64")]
+use crate::x86_64::{Avx2, Avx512};
+use crate::{
+    scalar::Scalar,
+    simd::{Kernel, Simd},
+};
 use std::sync::OnceLock;
 
-/// An instruction set that this CPU has.
+/// An instruction set that this CPU has: each variant holds the proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Isa {
-    Scalar,
+    Scalar(Scalar),
+    /// With FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2<false>),
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni(Avx2<true>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+    /// With dot products.
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
 }
 
 impl Isa {
@@ -29,12 +47,45 @@ impl Isa {
 
     /// All that this CPU has, the best last.
     pub fn available() -> Vec<Self> {
-        vec![Self::Scalar]
+        let mut all = vec![Self::Scalar(Scalar)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(Avx2::new().map(Self::Avx2));
+            all.extend(Avx2::new().map(Self::AvxVnni));
+            all.extend(Avx512::new().map(Self::Avx512));
+        }
+        #[cfg(target_arch = "aarch64")]
+        all.extend(Neon::new().map(Self::Neon));
+        all
     }
 
+    /// As in `TERNARY_ISA`: `scalar`, `avx2`, `avxvnni`, `avx512vnni` or `neon`.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Scalar => "scalar",
+            Self::Scalar(_) => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni(_) => "avxvnni",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "avx512vnni",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(_) => "neon",
+        }
+    }
+
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            Self::Scalar(simd) => simd.vectorize(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(simd) => simd.vectorize(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni(simd) => simd.vectorize(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(simd) => simd.vectorize(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(simd) => simd.vectorize(kernel),
         }
     }
 }

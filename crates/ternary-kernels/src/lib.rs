@@ -18,16 +18,31 @@
 //! ```
 
 mod arena;
+mod byte;
 mod elementwise;
+mod float;
 mod input;
 mod isa;
 mod matrix;
 mod pool;
 mod product;
+mod scalar;
+mod simd;
+mod six_bit;
+mod ternary;
+#[cfg(test)]
+mod tests;
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 pub use arena::Arena;
+pub use byte::ByteMatrix;
+pub use float::FloatMatrix;
 pub use input::{Input, Quantized};
 pub use isa::Isa;
-pub use matrix::{ByteMatrix, FloatMatrix, Matrix, TernaryMatrix};
+pub use matrix::Matrix;
 pub use pool::Pool;
 pub use product::{Product, multiply};
+pub use six_bit::SixBitMatrix;
+pub use ternary::TernaryMatrix;

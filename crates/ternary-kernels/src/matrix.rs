@@ -1,64 +1,75 @@
 //! [`Matrix`]: weights packed for the CPU.
+//!
+//! All forms are cut into tiles of 16 rows. A cache line holds four bytes of each row of a tile, so that a line times
+//! four broadcast activations adds to 16 results at once, and no sum runs across lanes. A tile is contiguous, column
+//! block by column block; a product reads the matrix from its first byte to its last.
 
-use crate::Arena;
-use half::f16;
+use crate::{
+    Input, Quantized,
+    byte::ByteMatrix,
+    float::FloatMatrix,
+    simd::{LANES, Simd},
+    six_bit::SixBitMatrix,
+    ternary::TernaryMatrix,
+};
 
 /// A matrix `[rows, cols]` in any of the packed forms.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Matrix {
     Ternary(TernaryMatrix),
+    SixBit(SixBitMatrix),
     Byte(ByteMatrix),
     Float(FloatMatrix),
 }
 
+/// What is done with whichever form it is.
+macro_rules! each_form {
+    ($matrix:expr, $m:ident => $body:expr) => {
+        match $matrix {
+            $crate::Matrix::Ternary($m) => $body,
+            $crate::Matrix::SixBit($m) => $body,
+            $crate::Matrix::Byte($m) => $body,
+            $crate::Matrix::Float($m) => $body,
+        }
+    };
+}
+pub(crate) use each_form;
+
 impl Matrix {
     pub fn rows(&self) -> usize {
-        match self {
-            Self::Ternary(m) => m.rows,
-            Self::Byte(m) => m.rows,
-            Self::Float(m) => m.rows,
-        }
+        each_form!(self, m => m.shape().0)
     }
 
     pub fn cols(&self) -> usize {
-        match self {
-            Self::Ternary(m) => m.cols,
-            Self::Byte(m) => m.cols,
-            Self::Float(m) => m.cols,
-        }
+        each_form!(self, m => m.shape().1)
     }
 
-    /// Whether products want int8 activations: see [`crate::Input`].
+    /// Whether products want int8 activations: see [`Input`].
     pub fn is_integer(&self) -> bool {
         !matches!(self, Self::Float(_))
     }
 
     /// The values of a row, as for an embedding.
+    ///
+    /// # Panics
+    /// When there is no such row, or `values` does not have one place a column.
     pub fn read_row(&self, row: usize, values: &mut [f32]) {
-        assert_eq!(values.len(), self.cols());
-        match self {
-            Self::Ternary(m) => {
-                let groups = m.cols.div_ceil(m.group);
-                for (col, value) in values.iter_mut().enumerate() {
-                    *value = f32::from(m.codes[row * m.cols + col])
-                        * m.scales[row * groups + col / m.group].to_f32();
-                }
-            }
-            Self::Byte(m) => {
-                let groups = m.cols.div_ceil(m.group);
-                for (col, value) in values.iter_mut().enumerate() {
-                    *value = f32::from(m.codes[row * m.cols + col]) * m.scales[row * groups + col / m.group];
-                }
-            }
-            Self::Float(m) => values.copy_from_slice(&m.values[row * m.cols..][..m.cols]),
-        }
+        assert!(row < self.rows(), "row {row} of {}", self.rows());
+        assert_eq!(values.len(), self.cols(), "columns");
+        each_form!(self, m => m.read_row(row, values));
     }
 }
 
 impl From<TernaryMatrix> for Matrix {
     fn from(matrix: TernaryMatrix) -> Self {
         Self::Ternary(matrix)
+    }
+}
+
+impl From<SixBitMatrix> for Matrix {
+    fn from(matrix: SixBitMatrix) -> Self {
+        Self::SixBit(matrix)
     }
 }
 
@@ -74,111 +85,60 @@ impl From<FloatMatrix> for Matrix {
     }
 }
 
-/// Codes -1, 0, +1 at two bits, with an f16 scale for each `group` consecutive columns of a row.
-#[derive(Debug)]
-pub struct TernaryMatrix {
-    rows: usize,
-    cols: usize,
-    group: usize,
-    codes: Vec<i8>,
-    scales: Vec<f16>,
+/// A packed form, and its products a tile at a time.
+pub(crate) trait Form: Sync {
+    const INTEGER: bool = true;
+
+    fn shape(&self) -> (usize, usize);
+
+    /// Bytes that a tile reads.
+    fn tile_bytes(&self) -> usize;
+
+    fn read_row(&self, row: usize, values: &mut [f32]);
+
+    /// Products of the 16 rows of a tile with the int8 codes of tokens `token..token + T`, not yet times their scales.
+    fn integer<S: Simd, const T: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Quantized,
+        token: usize,
+    ) -> [S::Float; T];
+
+    /// The same with the float activations.
+    fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T];
 }
 
-impl TernaryMatrix {
-    /// Bytes that [`pack`](Self::pack) takes from its arena.
-    pub fn bytes(rows: usize, cols: usize, group: usize) -> usize {
-        rows.next_multiple_of(16) * (cols.next_multiple_of(16) / 4 + cols.div_ceil(group) * 2)
-    }
-
-    /// `read(row, codes, scales)` gives codes `[cols]` and scales `[cols / group, rounded up]` of each row in turn.
-    ///
-    /// # Panics
-    /// When `group` is neither a multiple of 16 nor the whole row.
-    pub fn pack(
-        _arena: &mut Arena,
-        rows: usize,
-        cols: usize,
-        group: usize,
-        mut read: impl FnMut(usize, &mut [i8], &mut [f16]),
-    ) -> Self {
-        assert!(
-            group == cols || group.is_multiple_of(16),
-            "groups of {group} columns are not a multiple of 16"
-        );
-        let groups = cols.div_ceil(group);
-        let (mut codes, mut scales) = (vec![0; rows * cols], vec![f16::ZERO; rows * groups]);
-        for row in 0..rows {
-            read(row, &mut codes[row * cols..][..cols], &mut scales[row * groups..][..groups]);
-        }
-        Self { rows, cols, group, codes, scales }
-    }
+pub(crate) fn tiles(rows: usize) -> usize {
+    rows.div_ceil(LANES)
 }
 
-/// Int8 codes with a scale for each `group` consecutive columns of a row.
-#[derive(Debug)]
-pub struct ByteMatrix {
-    rows: usize,
-    cols: usize,
-    group: usize,
-    codes: Vec<i8>,
-    scales: Vec<f32>,
+/// Blocks of columns that share a scale.
+///
+/// # Panics
+/// When a group is neither a whole number of blocks nor the whole row.
+pub(crate) fn group_blocks(cols: usize, group: usize) -> usize {
+    assert!(
+        group == cols || group > 0 && group.is_multiple_of(LANES),
+        "groups of {group} columns are neither a multiple of {LANES} nor the whole row of {cols}"
+    );
+    group.div_ceil(LANES)
 }
 
-impl ByteMatrix {
-    /// Bytes that [`pack`](Self::pack) takes from its arena.
-    pub fn bytes(rows: usize, cols: usize, group: usize) -> usize {
-        rows.next_multiple_of(16) * (cols.next_multiple_of(16) + cols.div_ceil(group) * 4)
-    }
-
-    /// `read(row, codes, scales)` gives codes `[cols]` and scales `[cols / group, rounded up]` of each row in turn.
-    ///
-    /// # Panics
-    /// When `group` is neither a multiple of 16 nor the whole row.
-    pub fn pack(
-        _arena: &mut Arena,
-        rows: usize,
-        cols: usize,
-        group: usize,
-        mut read: impl FnMut(usize, &mut [i8], &mut [f32]),
-    ) -> Self {
-        assert!(
-            group == cols || group.is_multiple_of(16),
-            "groups of {group} columns are not a multiple of 16"
-        );
-        let groups = cols.div_ceil(group);
-        let (mut codes, mut scales) = (vec![0; rows * cols], vec![0.0; rows * groups]);
-        for row in 0..rows {
-            read(row, &mut codes[row * cols..][..cols], &mut scales[row * groups..][..groups]);
-        }
-        Self { rows, cols, group, codes, scales }
-    }
+/// The codes of `T` tokens.
+#[inline(always)]
+pub(crate) fn token_codes<const T: usize>(x: &Quantized, token: usize) -> [&[[i8; LANES]]; T] {
+    std::array::from_fn(|t| &x.codes[(token + t) * x.blocks..][..x.blocks])
 }
 
-/// Float weights.
-#[derive(Debug)]
-pub struct FloatMatrix {
-    rows: usize,
-    cols: usize,
-    values: Vec<f32>,
+/// The running sums of the codes of `T` tokens.
+#[inline(always)]
+pub(crate) fn token_sums<const T: usize>(x: &Quantized, token: usize) -> [&[i32]; T] {
+    std::array::from_fn(|t| &x.sums[(token + t) * (x.blocks + 1)..][..x.blocks + 1])
 }
 
-impl FloatMatrix {
-    /// Bytes that [`pack`](Self::pack) takes from its arena.
-    pub fn bytes(rows: usize, cols: usize) -> usize {
-        rows.next_multiple_of(16) * cols.next_multiple_of(16) * 4
-    }
-
-    /// `read(row, values)` gives the values `[cols]` of each row in turn.
-    pub fn pack(
-        _arena: &mut Arena,
-        rows: usize,
-        cols: usize,
-        mut read: impl FnMut(usize, &mut [f32]),
-    ) -> Self {
-        let mut values = vec![0.0; rows * cols];
-        for (row, values) in values.chunks_exact_mut(cols).enumerate() {
-            read(row, values);
-        }
-        Self { rows, cols, values }
-    }
+/// The floats of `T` tokens.
+#[inline(always)]
+pub(crate) fn token_floats<'a, const T: usize>(x: &Input<'a>, token: usize) -> [&'a [f32]; T] {
+    std::array::from_fn(|t| &x.floats[(token + t) * x.cols..][..x.cols])
 }

@@ -1,6 +1,17 @@
 //! [`multiply`]: matrices times activations.
 
-use crate::{Input, Matrix, Pool};
+use crate::{
+    Input, Matrix, Pool,
+    matrix::{Form, each_form, tiles},
+    pool::Disjoint,
+    simd::{Kernel, LANES, Simd},
+};
+use std::ops::Range;
+
+/// Weights of a task stay in the second-level cache while the tokens pass.
+const TASK_BYTES: usize = 64 << 10;
+/// Tasks for each thread, so that a slow one does fewer.
+const TASKS: usize = 6;
 
 /// One of the products of [`multiply`]: `out = W x`, with what else is done to the result.
 #[derive(Debug)]
@@ -21,40 +32,146 @@ impl<'a> Product<'a> {
     }
 }
 
+/// Most products of one call.
+const MOST: usize = 4;
+
 /// Multiplies the same activations with each matrix, `out[t, r] = sum_c W[r, c] x[t, c]`, in one go over the threads.
 ///
 /// Integer matrices take the int8 activations where the input has them; the result is then
-/// `sum over groups of scale[r, g] * (sum of codes * activation codes) * scale[t]`, exact but for the last roundings.
+/// `sum over groups of scale[r, g] * (sum of codes * activation codes) * scale[t]`, with the inner sums exact.
+/// Neither the number of threads nor the instruction set changes a bit of it.
 ///
 /// # Panics
-/// When shapes do not fit.
-pub fn multiply(_pool: &Pool, x: &Input, products: &mut [Product]) {
-    for product in products {
-        let (rows, cols) = (product.matrix.rows(), product.matrix.cols());
+/// When shapes do not fit, or there are more than four products.
+pub fn multiply(pool: &Pool, x: &Input, products: &mut [Product]) {
+    assert!(products.len() <= MOST, "{} products, more than {MOST}", products.len());
+    let rows: usize = products.iter().map(|product| tiles(product.matrix.rows())).sum();
+    let share = rows.div_ceil(pool.threads() * TASKS);
+    let mut tasks = 0;
+    let mut products = products.iter_mut();
+    let parts: [Option<Part>; MOST] = std::array::from_fn(|_| {
+        let part = Part::new(x, products.next()?, share, tasks);
+        tasks = part.tasks.end;
+        Some(part)
+    });
+    pool.run(tasks, |index, _| {
+        let part =
+            parts.iter().flatten().find(|part| part.tasks.contains(&index)).expect("a task has a product");
+        let start = (index - part.tasks.start) * part.share;
+        let tiles = start..tiles(part.matrix.rows()).min(start + part.share);
+        // The task has the rows of its tiles to itself.
+        each_form!(part.matrix, form => pool.isa().run(Task { form, part, x, tiles }));
+    });
+}
+
+/// A product while threads share it.
+struct Part<'a> {
+    matrix: &'a Matrix,
+    bias: Option<&'a [f32]>,
+    add: bool,
+    out: Disjoint<'a, f32>,
+    /// Which tasks are its own, and how many tiles each has.
+    tasks: Range<usize>,
+    share: usize,
+}
+
+impl<'a> Part<'a> {
+    fn new(x: &Input, product: &'a mut Product, share: usize, first: usize) -> Self {
+        let Product { matrix, bias, add, out } = product;
+        let (rows, cols) = (matrix.rows(), matrix.cols());
         assert_eq!(x.cols, cols, "columns of activations and matrix");
-        assert_eq!(product.out.len(), x.tokens() * rows, "tokens x rows of the result");
-        let mut values = vec![0.0; cols];
-        for row in 0..rows {
-            product.matrix.read_row(row, &mut values);
-            for token in 0..x.tokens() {
-                let mut sum = 0.0;
-                match x.int8 {
-                    Some(x) if product.matrix.is_integer() => {
-                        for (w, x) in values.iter().zip(&x.codes[token * x.stride..]) {
-                            sum += w * f32::from(*x);
-                        }
-                        sum *= x.scales[token];
-                    }
-                    _ => {
-                        for (w, x) in values.iter().zip(&x.floats[token * cols..]) {
-                            sum += w * x;
-                        }
+        assert_eq!(out.len(), x.tokens() * rows, "tokens x rows of the result");
+        assert!(bias.is_none_or(|bias| bias.len() == rows), "rows of bias and matrix");
+        let most = TASK_BYTES / each_form!(matrix, m => m.tile_bytes()).max(1);
+        let share = share.min(most).max(1);
+        let tasks = first..first + tiles(rows).div_ceil(share);
+        Self { matrix, bias: *bias, add: *add, out: Disjoint::new(out), tasks, share }
+    }
+}
+
+/// Some tiles of a product, for all tokens.
+struct Task<'a, F> {
+    form: &'a F,
+    part: &'a Part<'a>,
+    x: &'a Input<'a>,
+    tiles: Range<usize>,
+}
+
+impl<F: Form> Kernel for Task<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let tokens = self.x.tokens();
+        let mut token = 0;
+        while S::TOKENS >= 8 && tokens - token >= 8 {
+            self.tokens::<S, 8>(s, token);
+            token += 8;
+        }
+        while tokens - token >= 4 {
+            self.tokens::<S, 4>(s, token);
+            token += 4;
+        }
+        if tokens - token >= 2 {
+            self.tokens::<S, 2>(s, token);
+            token += 2;
+        }
+        if token < tokens {
+            self.tokens::<S, 1>(s, token);
+        }
+    }
+}
+
+impl<F: Form> Task<'_, F> {
+    #[inline(always)]
+    fn tokens<S: Simd, const T: usize>(&self, s: S, token: usize) {
+        for tile in self.tiles.clone() {
+            match self.x.int8 {
+                Some(x) if F::INTEGER => {
+                    let sums = self.form.integer::<S, T>(s, tile, x, token);
+                    for t in 0..T {
+                        let sum = s.mul_f32(sums[t], s.splat_f32(x.scales[token + t]));
+                        self.finish(s, tile, token + t, sum);
                     }
                 }
-                sum += product.bias.map_or(0.0, |bias| bias[row]);
-                let out = &mut product.out[token * rows + row];
-                *out = if product.add { *out + sum } else { sum };
+                _ => {
+                    let sums = self.form.exact::<S, T>(s, tile, self.x, token);
+                    for t in 0..T {
+                        self.finish(s, tile, token + t, sums[t]);
+                    }
+                }
             }
+        }
+    }
+
+    #[inline(always)]
+    fn finish<S: Simd>(&self, s: S, tile: usize, token: usize, mut sum: S::Float) {
+        let (rows, start) = (self.form.shape().0, tile * LANES);
+        let len = LANES.min(rows - start);
+        // SAFETY: rows of a tile belong to one task, and a task writes a token at a time.
+        let out = unsafe { self.part.out.slice(token * rows + start, len) };
+        if let Some(bias) = self.part.bias {
+            sum = s.add_f32(sum, load(s, &bias[start..start + len]));
+        }
+        if self.part.add {
+            sum = s.add_f32(load(s, out), sum);
+        }
+        match out.as_mut_array::<LANES>() {
+            Some(out) => s.store_f32(sum, out),
+            None => out.copy_from_slice(&s.array(sum)[..len]),
+        }
+    }
+}
+
+/// Up to 16 values, zeros after them.
+#[inline(always)]
+fn load<S: Simd>(s: S, values: &[f32]) -> S::Float {
+    match values.as_array::<LANES>() {
+        Some(values) => s.load_f32(values),
+        None => {
+            let mut padded = [0.0; LANES];
+            padded[..values.len()].copy_from_slice(values);
+            s.load_f32(&padded)
         }
     }
 }

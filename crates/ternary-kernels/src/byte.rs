@@ -1,0 +1,162 @@
+//! [`ByteMatrix`]: eight bits a weight.
+
+use crate::{
+    Arena, Input, Quantized,
+    arena::Block,
+    matrix::{Form, group_blocks, tiles, token_codes, token_floats, token_sums},
+    simd::{LANES, Line, Simd},
+};
+
+/// Lines of four columns in a block of 16.
+const LINES: usize = 4;
+
+/// Int8 codes with a scale for each `group` consecutive columns of a row.
+///
+/// A line holds four columns of 16 rows.
+#[derive(Debug)]
+pub struct ByteMatrix {
+    rows: usize,
+    cols: usize,
+    blocks: usize,
+    group: usize,
+    /// `[tiles, blocks, LINES]`
+    codes: Block<Line>,
+    /// `[tiles, groups]`
+    scales: Block<[f32; LANES]>,
+}
+
+impl ByteMatrix {
+    /// Bytes that [`pack`](Self::pack) takes from its arena.
+    pub fn bytes(rows: usize, cols: usize, group: usize) -> usize {
+        tiles(rows) * (cols.div_ceil(LANES) * LINES + cols.div_ceil(group)) * size_of::<Line>()
+    }
+
+    /// `read(row, codes, scales)` gives codes `[cols]` and scales `[cols / group, rounded up]` of each row in turn.
+    ///
+    /// # Panics
+    /// When `group` is neither a multiple of 16 nor the whole row.
+    pub fn pack(
+        arena: &mut Arena,
+        rows: usize,
+        cols: usize,
+        group: usize,
+        mut read: impl FnMut(usize, &mut [i8], &mut [f32]),
+    ) -> Self {
+        let (blocks, group) = (cols.div_ceil(LANES), group_blocks(cols, group));
+        let groups = blocks.div_ceil(group);
+        let mut codes = arena.take::<Line>(tiles(rows) * blocks * LINES);
+        let mut scales = arena.take::<[f32; LANES]>(tiles(rows) * groups);
+        let (mut row_codes, mut row_scales) = (vec![0; cols], vec![0.0; groups]);
+        for row in 0..rows {
+            read(row, &mut row_codes, &mut row_scales);
+            let (tile, lane) = (row / LANES, row % LANES);
+            for (line, codes) in codes[tile * blocks * LINES..].iter_mut().zip(row_codes.chunks(4)) {
+                for (byte, code) in line.0[lane * 4..].iter_mut().zip(codes) {
+                    *byte = *code as u8;
+                }
+            }
+            for (to, scale) in scales[tile * groups..].iter_mut().zip(&row_scales) {
+                to[lane] = *scale;
+            }
+        }
+        Self { rows, cols, blocks, group, codes, scales }
+    }
+
+    #[inline(always)]
+    fn tile(&self, tile: usize) -> (&[[Line; LINES]], &[[f32; LANES]]) {
+        let groups = self.blocks.div_ceil(self.group);
+        let (blocks, _) = self.codes.as_chunks::<LINES>();
+        (&blocks[tile * self.blocks..][..self.blocks], &self.scales[tile * groups..][..groups])
+    }
+}
+
+impl Form for ByteMatrix {
+    fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    fn tile_bytes(&self) -> usize {
+        self.blocks * LINES * size_of::<Line>()
+    }
+
+    fn read_row(&self, row: usize, values: &mut [f32]) {
+        let (blocks, scales) = self.tile(row / LANES);
+        let lane = row % LANES;
+        for (block, values) in values.chunks_mut(LANES).enumerate() {
+            let scale = scales[block / self.group][lane];
+            for (column, value) in values.iter_mut().enumerate() {
+                *value = f32::from(blocks[block][column / 4].0[lane * 4 + column % 4] as i8) * scale;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn integer<S: Simd, const T: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Quantized,
+        token: usize,
+    ) -> [S::Float; T] {
+        let (blocks, scales) = self.tile(tile);
+        let (codes, sums) = (token_codes::<T>(x, token), token_sums::<T>(x, token));
+        let mut result = [s.splat_f32(0.0); T];
+        let mut start = 0;
+        for scale in scales {
+            let end = self.blocks.min(start + self.group);
+            let mut totals: [S::Int; T] =
+                std::array::from_fn(|t| s.splat((sums[t][start] - sums[t][end]) * S::OFFSET));
+            let blocks = &blocks[start..end];
+            let codes = codes.map(|codes| &codes[start..end]);
+            for i in 0..blocks.len() {
+                for p in 0..LINES {
+                    if T == 1 {
+                        s.prefetch(&blocks[i][p], 64);
+                    }
+                    let w = s.load(&blocks[i][p]);
+                    for t in 0..T {
+                        let x = &codes[t][i];
+                        let x = s.splat4([x[4 * p], x[4 * p + 1], x[4 * p + 2], x[4 * p + 3]]);
+                        totals[t] = s.dot_signed(totals[t], w, x);
+                    }
+                }
+            }
+            let scale = s.load_f32(scale);
+            for t in 0..T {
+                result[t] = s.fma(s.to_float(totals[t]), scale, result[t]);
+            }
+            start = end;
+        }
+        result
+    }
+
+    #[inline(always)]
+    fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T] {
+        let (blocks, scales) = self.tile(tile);
+        let floats = token_floats::<T>(x, token);
+        let mut result = [s.splat_f32(0.0); T];
+        for (group, scale) in scales.iter().enumerate() {
+            let mut sums = [s.splat_f32(0.0); T];
+            for block in group * self.group..self.blocks.min((group + 1) * self.group) {
+                for p in 0..LINES {
+                    let mut bytes = s.load(&blocks[block][p]);
+                    for b in 0..4 {
+                        let w = s.to_float(s.sra::<24>(s.shl::<24>(bytes)));
+                        bytes = s.shr::<8>(bytes);
+                        let column = block * LANES + 4 * p + b;
+                        if column < self.cols {
+                            for t in 0..T {
+                                sums[t] = s.fma(w, s.splat_f32(floats[t][column]), sums[t]);
+                            }
+                        }
+                    }
+                }
+            }
+            let scale = s.load_f32(scale);
+            for t in 0..T {
+                result[t] = s.fma(sums[t], scale, result[t]);
+            }
+        }
+        result
+    }
+}

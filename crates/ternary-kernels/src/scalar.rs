@@ -1,0 +1,145 @@
+//! Vectors as arrays, for any CPU.
+
+use crate::simd::{Kernel, LANES, Line, Simd};
+use half::f16;
+use std::array::from_fn;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scalar;
+
+type Int = [i32; LANES];
+type Float = [f32; LANES];
+
+/// Sum of the products of unsigned (plus offset) and signed bytes of a lane.
+fn products(w: i32, x: i32, weight: impl Fn(u8) -> i32) -> i32 {
+    w.to_le_bytes().into_iter().zip(x.to_le_bytes()).map(|(w, x)| weight(w) * i32::from(x as i8)).sum()
+}
+
+impl Simd for Scalar {
+    type Int = Int;
+    type Float = Float;
+    const NARROW: bool = false;
+    const OFFSET: i32 = 0;
+    const TOKENS: usize = 4;
+
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
+
+    fn load(self, line: &Line) -> Int {
+        let (words, _) = line.0.as_chunks::<4>();
+        from_fn(|i| i32::from_le_bytes(words[i]))
+    }
+
+    fn load_i8(self, values: &[i8; LANES]) -> Int {
+        values.map(i32::from)
+    }
+
+    fn store_i8(self, a: Int, values: &mut [i8; LANES]) {
+        *values = a.map(|a| a as i8);
+    }
+
+    fn splat(self, value: i32) -> Int {
+        [value; LANES]
+    }
+
+    fn and(self, a: Int, b: Int) -> Int {
+        from_fn(|i| a[i] & b[i])
+    }
+
+    fn add(self, a: Int, b: Int) -> Int {
+        from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+
+    fn sub(self, a: Int, b: Int) -> Int {
+        from_fn(|i| a[i].wrapping_sub(b[i]))
+    }
+
+    fn mul(self, a: Int, b: Int) -> Int {
+        from_fn(|i| a[i].wrapping_mul(b[i]))
+    }
+
+    fn shl<const N: i32>(self, a: Int) -> Int {
+        a.map(|a| a << N)
+    }
+
+    fn shr<const N: i32>(self, a: Int) -> Int {
+        a.map(|a| (a as u32 >> N) as i32)
+    }
+
+    fn sra<const N: i32>(self, a: Int) -> Int {
+        a.map(|a| a >> N)
+    }
+
+    fn dot(self, sum: Int, w: Int, x: Int) -> Int {
+        from_fn(|i| sum[i].wrapping_add(products(w[i], x[i], i32::from)))
+    }
+
+    fn widen(self, sum: Int) -> Int {
+        sum
+    }
+
+    fn dot_signed(self, sum: Int, w: Int, x: Int) -> Int {
+        from_fn(|i| sum[i].wrapping_add(products(w[i], x[i], |w| i32::from(w as i8))))
+    }
+
+    fn load_f32(self, values: &[f32; LANES]) -> Float {
+        *values
+    }
+
+    fn store_f32(self, a: Float, values: &mut [f32; LANES]) {
+        *values = a;
+    }
+
+    fn load_f16(self, values: &[f16; LANES]) -> Float {
+        values.map(f16::to_f32)
+    }
+
+    fn store_f16(self, a: Float, values: &mut [f16; LANES]) {
+        *values = a.map(f16::from_f32);
+    }
+
+    fn splat_f32(self, value: f32) -> Float {
+        [value; LANES]
+    }
+
+    fn add_f32(self, a: Float, b: Float) -> Float {
+        from_fn(|i| a[i] + b[i])
+    }
+
+    fn sub_f32(self, a: Float, b: Float) -> Float {
+        from_fn(|i| a[i] - b[i])
+    }
+
+    fn mul_f32(self, a: Float, b: Float) -> Float {
+        from_fn(|i| a[i] * b[i])
+    }
+
+    fn div_f32(self, a: Float, b: Float) -> Float {
+        from_fn(|i| a[i] / b[i])
+    }
+
+    fn max_f32(self, a: Float, b: Float) -> Float {
+        from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+
+    fn fma(self, a: Float, b: Float, c: Float) -> Float {
+        from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    fn to_int(self, a: Float) -> Int {
+        a.map(|a| a.round_ties_even() as i32)
+    }
+
+    fn to_float(self, a: Int) -> Float {
+        a.map(|a| a as f32)
+    }
+
+    fn bits(self, a: Float) -> Int {
+        a.map(|a| a.to_bits() as i32)
+    }
+
+    fn from_bits(self, a: Int) -> Float {
+        a.map(|a| f32::from_bits(a as u32))
+    }
+}

@@ -1,0 +1,114 @@
+//! [`Simd`]: what the algorithms need of a CPU, as vectors of 16 lanes of 32 bits on every instruction set.
+//!
+//! Layouts and algorithms are thus the same everywhere, floats are summed in the same order, and results are equal to
+//! the bit. A CPU with narrower registers uses several for a vector.
+
+use half::f16;
+
+/// Rows of a tile, and lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// A cache line of packed weights: four bytes for each of 16 rows.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub [u8; 64]);
+
+/// A value of the implementing type proves that the CPU has the instructions.
+pub(crate) trait Simd: Copy {
+    type Int: Copy;
+    type Float: Copy;
+
+    /// Whether [`dot`](Self::dot) keeps two sums of 16 bits a lane, to be widened before they overflow.
+    const NARROW: bool;
+    /// What [`dot_signed`](Self::dot_signed) adds to each weight.
+    const OFFSET: i32;
+    /// Tokens that share a pass over the weights: as many as the registers hold.
+    const TOKENS: usize;
+
+    /// Runs the kernel with the instructions enabled.
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
+
+    fn load(self, line: &Line) -> Self::Int;
+    fn load_i8(self, values: &[i8; LANES]) -> Self::Int;
+    /// The low bytes.
+    fn store_i8(self, a: Self::Int, values: &mut [i8; LANES]);
+    fn splat(self, value: i32) -> Self::Int;
+    fn and(self, a: Self::Int, b: Self::Int) -> Self::Int;
+    fn add(self, a: Self::Int, b: Self::Int) -> Self::Int;
+    fn sub(self, a: Self::Int, b: Self::Int) -> Self::Int;
+    fn mul(self, a: Self::Int, b: Self::Int) -> Self::Int;
+    /// Shift left.
+    fn shl<const N: i32>(self, a: Self::Int) -> Self::Int;
+    /// Shift right, zeros in.
+    fn shr<const N: i32>(self, a: Self::Int) -> Self::Int;
+    /// Shift right, signs in.
+    fn sra<const N: i32>(self, a: Self::Int) -> Self::Int;
+
+    /// Adds the products of the four unsigned bytes of `w` and the four signed bytes of `x`, -127 or more, to each lane
+    /// of a sum that [`widen`](Self::widen) makes whole. Where the sum is `NARROW`, products of neighbours may not
+    /// exceed 2^15 - 1 together.
+    fn dot(self, sum: Self::Int, w: Self::Int, x: Self::Int) -> Self::Int;
+    /// The sum in 32 bits.
+    fn widen(self, sum: Self::Int) -> Self::Int;
+    /// Adds the four products of the signed bytes `(w + OFFSET) x` to each lane; `x` is -127 or more.
+    fn dot_signed(self, sum: Self::Int, w: Self::Int, x: Self::Int) -> Self::Int;
+
+    fn load_f32(self, values: &[f32; LANES]) -> Self::Float;
+    fn store_f32(self, a: Self::Float, values: &mut [f32; LANES]);
+    fn load_f16(self, values: &[f16; LANES]) -> Self::Float;
+    /// Rounded to the nearest, ties to even.
+    fn store_f16(self, a: Self::Float, values: &mut [f16; LANES]);
+    fn splat_f32(self, value: f32) -> Self::Float;
+    fn add_f32(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    fn sub_f32(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    fn mul_f32(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    fn div_f32(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    fn max_f32(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
+    /// Rounds ties to even.
+    fn to_int(self, a: Self::Float) -> Self::Int;
+    fn to_float(self, a: Self::Int) -> Self::Float;
+    fn bits(self, a: Self::Float) -> Self::Int;
+    fn from_bits(self, a: Self::Int) -> Self::Float;
+
+    /// Asks for the line that is this many lines further on.
+    #[inline(always)]
+    fn prefetch(self, _line: &Line, _ahead: usize) {}
+
+    /// Four activations in every lane.
+    #[inline(always)]
+    fn splat4(self, x: [i8; 4]) -> Self::Int {
+        self.splat(i32::from_le_bytes(x.map(|x| x as u8)))
+    }
+
+    #[inline(always)]
+    fn array(self, a: Self::Float) -> [f32; LANES] {
+        let mut values = [0.0; LANES];
+        self.store_f32(a, &mut values);
+        values
+    }
+
+    #[inline(always)]
+    fn sum_lanes(self, a: Self::Float) -> f32 {
+        let mut values = self.array(a);
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                values[i] += values[i + half];
+            }
+        }
+        values[0]
+    }
+
+    #[inline(always)]
+    fn max_lanes(self, a: Self::Float) -> f32 {
+        self.array(a).into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+/// An algorithm over vectors. `run` must be `#[inline(always)]`, to be compiled with the instructions.
+pub(crate) trait Kernel {
+    type Output;
+
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}

@@ -1,0 +1,209 @@
+//! [`SixBitMatrix`]: six bits a weight, as in GGUF's Q6_K.
+
+use crate::{
+    Arena, Input, Quantized,
+    arena::Block,
+    matrix::{Form, tiles, token_codes, token_floats, token_sums},
+    simd::{LANES, Line, Simd},
+};
+use half::f16;
+
+/// Lines of a block of 16 columns: low four bits of columns 0-7, of columns 8-15, high two bits.
+const LINES: usize = 3;
+/// Blocks that share a scale.
+const GROUP: usize = 16;
+
+/// Codes -32 to 31, with an int8 factor for each 16 consecutive columns of a row and an f16 scale for each 256:
+/// `w = scale * factor * code`.
+///
+/// The low bits `4n` of byte `b` of row `r` in line `i` are column `8i + 4n + b`; the high bits are laid out as in
+/// [`TernaryMatrix`](crate::TernaryMatrix). Stored is `code + 32`.
+#[derive(Debug)]
+pub struct SixBitMatrix {
+    rows: usize,
+    cols: usize,
+    blocks: usize,
+    /// `[tiles, blocks, LINES]`
+    codes: Block<Line>,
+    /// `[tiles, blocks]`
+    factors: Block<[i8; LANES]>,
+    /// `[tiles, groups]`
+    scales: Block<[f16; LANES]>,
+}
+
+impl SixBitMatrix {
+    /// Bytes that [`pack`](Self::pack) takes from its arena.
+    pub fn bytes(rows: usize, cols: usize) -> usize {
+        let blocks = cols.div_ceil(LANES);
+        let tile = blocks * (LINES * size_of::<Line>() + LANES) + blocks.div_ceil(GROUP) * LANES * 2;
+        tiles(rows) * tile + 2 * size_of::<Line>()
+    }
+
+    /// `read(row, codes, factors, scales)` gives codes `[cols]`, factors `[cols / 16]` and scales `[cols / 256]`,
+    /// rounded up, of each row in turn.
+    ///
+    /// # Panics
+    /// When a code is not in -32..=31.
+    pub fn pack(
+        arena: &mut Arena,
+        rows: usize,
+        cols: usize,
+        mut read: impl FnMut(usize, &mut [i8], &mut [i8], &mut [f16]),
+    ) -> Self {
+        let blocks = cols.div_ceil(LANES);
+        let groups = blocks.div_ceil(GROUP);
+        let mut codes = arena.take::<Line>(tiles(rows) * blocks * LINES);
+        let mut factors = arena.take::<[i8; LANES]>(tiles(rows) * blocks);
+        let mut scales = arena.take::<[f16; LANES]>(tiles(rows) * groups);
+        let (mut row_codes, mut row_factors) = (vec![0; cols], vec![0; blocks]);
+        let mut row_scales = vec![f16::ZERO; groups];
+        for row in 0..rows {
+            read(row, &mut row_codes, &mut row_factors, &mut row_scales);
+            let (tile, lane) = (row / LANES, row % LANES);
+            let (lines, _) = codes[tile * blocks * LINES..].as_chunks_mut::<LINES>();
+            for (lines, codes) in lines.iter_mut().zip(row_codes.chunks(LANES)) {
+                for (column, code) in codes.iter().enumerate() {
+                    assert!((-32..32).contains(code), "code {code} of row {row} has more than six bits");
+                    let (code, byte) = ((code + 32) as u8, lane * 4 + column % 4);
+                    lines[column / 8].0[byte] |= (code & 15) << (column / 4 % 2 * 4);
+                    lines[2].0[byte] |= (code >> 4) << (column / 4 * 2);
+                }
+            }
+            for (to, factor) in factors[tile * blocks..].iter_mut().zip(&row_factors) {
+                to[lane] = *factor;
+            }
+            for (to, scale) in scales[tile * groups..].iter_mut().zip(&row_scales) {
+                to[lane] = *scale;
+            }
+        }
+        Self { rows, cols, blocks, codes, factors, scales }
+    }
+
+    #[inline(always)]
+    fn tile(&self, tile: usize) -> (&[[Line; LINES]], &[[i8; LANES]], &[[f16; LANES]]) {
+        let groups = self.blocks.div_ceil(GROUP);
+        let (blocks, _) = self.codes.as_chunks::<LINES>();
+        (
+            &blocks[tile * self.blocks..][..self.blocks],
+            &self.factors[tile * self.blocks..][..self.blocks],
+            &self.scales[tile * groups..][..groups],
+        )
+    }
+}
+
+/// Four bits of four columns: plane `p` of the two low lines.
+#[inline(always)]
+fn low<S: Simd>(s: S, lines: &[Line; LINES], p: usize) -> S::Int {
+    let line = s.load(&lines[p / 2]);
+    s.and(if p % 2 == 0 { line } else { s.shr::<4>(line) }, s.splat(0x0f0f_0f0f))
+}
+
+/// Two bits of four columns: plane `p` of the high line.
+#[inline(always)]
+fn high<S: Simd>(s: S, line: S::Int, p: usize) -> S::Int {
+    let shifted = match p {
+        0 => line,
+        1 => s.shr::<2>(line),
+        2 => s.shr::<4>(line),
+        _ => s.shr::<6>(line),
+    };
+    s.and(shifted, s.splat(0x0303_0303))
+}
+
+impl Form for SixBitMatrix {
+    fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    fn tile_bytes(&self) -> usize {
+        self.blocks * (LINES * size_of::<Line>() + LANES)
+    }
+
+    fn read_row(&self, row: usize, values: &mut [f32]) {
+        let (blocks, factors, scales) = self.tile(row / LANES);
+        let lane = row % LANES;
+        for (block, values) in values.chunks_mut(LANES).enumerate() {
+            let scale = scales[block / GROUP][lane].to_f32() * f32::from(factors[block][lane]);
+            for (column, value) in values.iter_mut().enumerate() {
+                let byte = lane * 4 + column % 4;
+                let low = blocks[block][column / 8].0[byte] >> (column / 4 % 2 * 4) & 15;
+                let high = blocks[block][2].0[byte] >> (column / 4 * 2) & 3;
+                *value = f32::from((low | high << 4) as i8 - 32) * scale;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn integer<S: Simd, const T: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Quantized,
+        token: usize,
+    ) -> [S::Float; T] {
+        let (blocks, factors, scales) = self.tile(tile);
+        let (codes, sums) = (token_codes::<T>(x, token), token_sums::<T>(x, token));
+        let mut result = [s.splat_f32(0.0); T];
+        for (group, scale) in scales.iter().enumerate() {
+            let mut totals = [s.splat(0); T];
+            for i in group * GROUP..self.blocks.min((group + 1) * GROUP) {
+                if T == 1 {
+                    for line in &blocks[i] {
+                        s.prefetch(line, 64);
+                    }
+                }
+                let factor = s.load_i8(&factors[i]);
+                let line = s.load(&blocks[i][2]);
+                // Four pairs of at most 15 * 127 fit 16 bits, beside four of 3 * 127.
+                let mut acc = [[s.splat(0); 2]; T];
+                for p in 0..4 {
+                    let w = [low(s, &blocks[i], p), high(s, line, p)];
+                    for t in 0..T {
+                        let x = &codes[t][i];
+                        let x = s.splat4([x[4 * p], x[4 * p + 1], x[4 * p + 2], x[4 * p + 3]]);
+                        acc[t] = [s.dot(acc[t][0], w[0], x), s.dot(acc[t][1], w[1], x)];
+                    }
+                }
+                for t in 0..T {
+                    let offset = s.splat(32 * (sums[t][i] - sums[t][i + 1]));
+                    let sum = s.add(s.widen(acc[t][0]), s.shl::<4>(s.widen(acc[t][1])));
+                    totals[t] = s.add(totals[t], s.mul(s.add(sum, offset), factor));
+                }
+            }
+            let scale = s.load_f16(scale);
+            for t in 0..T {
+                result[t] = s.fma(s.to_float(totals[t]), scale, result[t]);
+            }
+        }
+        result
+    }
+
+    #[inline(always)]
+    fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T] {
+        let (blocks, factors, scales) = self.tile(tile);
+        let floats = token_floats::<T>(x, token);
+        let mut result = [s.splat_f32(0.0); T];
+        for (i, (lines, factors)) in blocks.iter().zip(factors).enumerate() {
+            let scale = s.mul_f32(s.load_f16(&scales[i / GROUP]), s.to_float(s.load_i8(factors)));
+            let line = s.load(&lines[2]);
+            let mut sums = [s.splat_f32(0.0); T];
+            for p in 0..4 {
+                let mut bytes = s.add(low(s, lines, p), s.shl::<4>(high(s, line, p)));
+                for b in 0..4 {
+                    let w = s.to_float(s.sub(s.and(bytes, s.splat(63)), s.splat(32)));
+                    bytes = s.shr::<8>(bytes);
+                    let column = i * LANES + 4 * p + b;
+                    if column < self.cols {
+                        for t in 0..T {
+                            sums[t] = s.fma(w, s.splat_f32(floats[t][column]), sums[t]);
+                        }
+                    }
+                }
+            }
+            for t in 0..T {
+                result[t] = s.fma(sums[t], scale, result[t]);
+            }
+        }
+        result
+    }
+}

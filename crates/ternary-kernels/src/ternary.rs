@@ -1,0 +1,221 @@
+//! [`TernaryMatrix`]: two bits a weight.
+
+use crate::{
+    Arena, Input, Quantized,
+    arena::Block,
+    matrix::{Form, group_blocks, tiles, token_codes, token_floats, token_sums},
+    simd::{LANES, Line, Simd},
+};
+use half::f16;
+
+/// Codes -1, 0, +1 at two bits, with an f16 scale for each `group` consecutive columns of a row.
+///
+/// A line holds 16 columns of 16 rows as `code + 1`: bits `2p` of byte `b` of row `r` are column `4p + b`. The planes
+/// `p` are taken out with a mask, and multiply four activations each.
+#[derive(Debug)]
+pub struct TernaryMatrix {
+    rows: usize,
+    cols: usize,
+    /// Blocks of 16 columns, and how many share a scale.
+    blocks: usize,
+    group: usize,
+    /// `[tiles, blocks]`
+    codes: Block<Line>,
+    /// `[tiles, groups]`
+    scales: Block<[f16; LANES]>,
+}
+
+impl TernaryMatrix {
+    /// Bytes that [`pack`](Self::pack) takes from its arena.
+    pub fn bytes(rows: usize, cols: usize, group: usize) -> usize {
+        let tile = cols.div_ceil(LANES) * size_of::<Line>() + cols.div_ceil(group) * LANES * 2;
+        tiles(rows) * tile + size_of::<Line>()
+    }
+
+    /// `read(row, codes, scales)` gives codes `[cols]` and scales `[cols / group, rounded up]` of each row in turn.
+    ///
+    /// # Panics
+    /// When `group` is neither a multiple of 16 nor the whole row, or a code is none of -1, 0, +1.
+    pub fn pack(
+        arena: &mut Arena,
+        rows: usize,
+        cols: usize,
+        group: usize,
+        mut read: impl FnMut(usize, &mut [i8], &mut [f16]),
+    ) -> Self {
+        let (blocks, group) = (cols.div_ceil(LANES), group_blocks(cols, group));
+        let groups = blocks.div_ceil(group);
+        let mut codes = arena.take::<Line>(tiles(rows) * blocks);
+        let mut scales = arena.take::<[f16; LANES]>(tiles(rows) * groups);
+        // Padding is code 0.
+        codes.fill(Line([0b01_01_01_01; 64]));
+        let (mut row_codes, mut row_scales) = (vec![0; cols], vec![f16::ZERO; groups]);
+        for row in 0..rows {
+            read(row, &mut row_codes, &mut row_scales);
+            let (tile, lane) = (row / LANES, row % LANES);
+            for (line, codes) in codes[tile * blocks..].iter_mut().zip(row_codes.chunks(LANES)) {
+                let mut bytes = [0b01_01_01_01; 4];
+                for (column, code) in codes.iter().enumerate() {
+                    assert!((-1..=1).contains(code), "code {code} of row {row} is not ternary");
+                    bytes[column % 4] ^= (0b01 ^ (code + 1) as u8) << (column / 4 * 2);
+                }
+                line.0[lane * 4..][..4].copy_from_slice(&bytes);
+            }
+            for (to, scale) in scales[tile * groups..].iter_mut().zip(&row_scales) {
+                to[lane] = *scale;
+            }
+        }
+        Self { rows, cols, blocks, group, codes, scales }
+    }
+
+    #[inline(always)]
+    fn tile(&self, tile: usize) -> (&[Line], &[[f16; LANES]]) {
+        let groups = self.blocks.div_ceil(self.group);
+        (&self.codes[tile * self.blocks..][..self.blocks], &self.scales[tile * groups..][..groups])
+    }
+
+    /// `integer`, with planes `p` and `p + P` shifted onto each other and summed together: `P` sums that weigh
+    /// `4^(p mod P)`. More sums need fewer shifts and more registers.
+    #[inline(always)]
+    fn planes<S: Simd, const T: usize, const P: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Quantized,
+        token: usize,
+    ) -> [S::Float; T] {
+        let (lines, scales) = self.tile(tile);
+        let (codes, sums) = (token_codes::<T>(x, token), token_sums::<T>(x, token));
+        // Two products of at most 2 * 4^(P - 1) * 127 for each of the 4 / P planes of a sum, within 2^15.
+        let limit = if S::NARROW { 32_767 / (508 * (1 << (2 * (P - 1))) * (4 / P)) } else { usize::MAX };
+        let mut result = [s.splat_f32(0.0); T];
+        let mut start = 0;
+        for scale in scales {
+            let end = self.blocks.min(start + self.group);
+            let mut totals: [S::Int; T] = std::array::from_fn(|t| s.splat(sums[t][start] - sums[t][end]));
+            while start < end {
+                let stop = end.min(start.saturating_add(limit));
+                let lines = &lines[start..stop];
+                let codes = codes.map(|codes| &codes[start..stop]);
+                let mut acc = [[s.splat(0); P]; T];
+                for i in 0..lines.len() {
+                    if T == 1 {
+                        s.prefetch(&lines[i], AHEAD);
+                    }
+                    let line = s.load(&lines[i]);
+                    for p in 0..4 {
+                        let w = plane::<S, P>(s, line, p);
+                        for t in 0..T {
+                            let x = &codes[t][i];
+                            let x = s.splat4([x[4 * p], x[4 * p + 1], x[4 * p + 2], x[4 * p + 3]]);
+                            acc[t][p % P] = s.dot(acc[t][p % P], w, x);
+                        }
+                    }
+                }
+                for t in 0..T {
+                    for p in 0..P {
+                        let sum = s.widen(acc[t][p]);
+                        let sum = match p {
+                            0 => sum,
+                            1 => s.sra::<2>(sum),
+                            2 => s.sra::<4>(sum),
+                            _ => s.sra::<6>(sum),
+                        };
+                        totals[t] = s.add(totals[t], sum);
+                    }
+                }
+                start = stop;
+            }
+            let scale = s.load_f16(scale);
+            for t in 0..T {
+                result[t] = s.fma(s.to_float(totals[t]), scale, result[t]);
+            }
+        }
+        result
+    }
+}
+
+/// Lines between what is asked of memory and what is in use: 4 KiB.
+const AHEAD: usize = 64;
+
+/// Codes + 1 of four columns, times `4^(p mod P)`.
+#[inline(always)]
+fn plane<S: Simd, const P: usize>(s: S, line: S::Int, p: usize) -> S::Int {
+    let shifted = match p / P * P {
+        0 => line,
+        1 => s.shr::<2>(line),
+        2 => s.shr::<4>(line),
+        _ => s.shr::<6>(line),
+    };
+    s.and(shifted, s.splat(0x0303_0303 << (2 * (p % P))))
+}
+
+impl Form for TernaryMatrix {
+    fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    fn tile_bytes(&self) -> usize {
+        self.blocks * size_of::<Line>()
+    }
+
+    fn read_row(&self, row: usize, values: &mut [f32]) {
+        let (lines, scales) = self.tile(row / LANES);
+        let lane = row % LANES;
+        for (block, values) in values.chunks_mut(LANES).enumerate() {
+            let scale = scales[block / self.group][lane].to_f32();
+            let bytes = &lines[block].0[lane * 4..];
+            for (column, value) in values.iter_mut().enumerate() {
+                let code = (bytes[column % 4] >> (column / 4 * 2) & 3) as i8 - 1;
+                *value = f32::from(code) * scale;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn integer<S: Simd, const T: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Quantized,
+        token: usize,
+    ) -> [S::Float; T] {
+        match T {
+            1 if !S::NARROW => self.planes::<S, T, 4>(s, tile, x, token),
+            1 | 2 => self.planes::<S, T, 2>(s, tile, x, token),
+            _ => self.planes::<S, T, 1>(s, tile, x, token),
+        }
+    }
+
+    #[inline(always)]
+    fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T] {
+        let (lines, scales) = self.tile(tile);
+        let floats = token_floats::<T>(x, token);
+        let mut result = [s.splat_f32(0.0); T];
+        for (group, scale) in scales.iter().enumerate() {
+            let mut sums = [s.splat_f32(0.0); T];
+            for block in group * self.group..self.blocks.min((group + 1) * self.group) {
+                let mut bytes = s.load(&lines[block]);
+                for b in 0..4 {
+                    let mut codes = bytes;
+                    bytes = s.shr::<8>(bytes);
+                    for p in 0..4 {
+                        let w = s.to_float(s.sub(s.and(codes, s.splat(3)), s.splat(1)));
+                        codes = s.shr::<2>(codes);
+                        let column = block * LANES + 4 * p + b;
+                        if column < self.cols {
+                            for t in 0..T {
+                                sums[t] = s.fma(w, s.splat_f32(floats[t][column]), sums[t]);
+                            }
+                        }
+                    }
+                }
+            }
+            let scale = s.load_f16(scale);
+            for t in 0..T {
+                result[t] = s.fma(sums[t], scale, result[t]);
+            }
+        }
+        result
+    }
+}

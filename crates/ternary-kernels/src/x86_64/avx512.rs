@@ -1,0 +1,221 @@
+//! 512-bit vectors, one for 16 lanes, with the dot products of AVX-512 VNNI.
+
+use crate::simd::{Kernel, LANES, Line, Simd};
+use half::f16;
+use std::arch::x86_64::*;
+
+/// AVX-512 F, BW and VNNI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Avx512(());
+
+impl Avx512 {
+    pub fn new() -> Option<Self> {
+        let has = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni");
+        has.then_some(Self(()))
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn with_avx512<K: Kernel>(kernel: K, simd: Avx512) -> K::Output {
+    kernel.run(simd)
+}
+
+type Int = __m512i;
+type Float = __m512;
+
+impl Simd for Avx512 {
+    type Int = Int;
+    type Float = Float;
+    const NARROW: bool = false;
+    const OFFSET: i32 = 128;
+    const TOKENS: usize = 8;
+
+    #[inline(always)]
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves that the CPU has the features.
+        unsafe { with_avx512(kernel, self) }
+    }
+
+    #[inline(always)]
+    fn load(self, line: &Line) -> Int {
+        // SAFETY: a line has 64 bytes; `self` proves the instruction.
+        unsafe { _mm512_loadu_si512(line.0.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, values: &[i8; LANES]) -> Int {
+        // SAFETY: 16 bytes are there; `self` proves the instructions.
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(values.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn store_i8(self, a: Int, values: &mut [i8; LANES]) {
+        // SAFETY: 16 bytes are there; `self` proves the instructions.
+        unsafe { _mm_storeu_si128(values.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(a)) }
+    }
+
+    #[inline(always)]
+    fn splat(self, value: i32) -> Int {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    fn and(self, a: Int, b: Int) -> Int {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_and_si512(a, b) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Int, b: Int) -> Int {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Int, b: Int) -> Int {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_sub_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Int, b: Int) -> Int {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_mullo_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn shl<const N: i32>(self, a: Int) -> Int {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(N)) }
+    }
+
+    #[inline(always)]
+    fn shr<const N: i32>(self, a: Int) -> Int {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(N)) }
+    }
+
+    #[inline(always)]
+    fn sra<const N: i32>(self, a: Int) -> Int {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_sra_epi32(a, _mm_cvtsi32_si128(N)) }
+    }
+
+    #[inline(always)]
+    fn dot(self, sum: Int, w: Int, x: Int) -> Int {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_dpbusd_epi32(sum, w, x) }
+    }
+
+    #[inline(always)]
+    fn widen(self, sum: Int) -> Int {
+        sum
+    }
+
+    #[inline(always)]
+    fn dot_signed(self, sum: Int, w: Int, x: Int) -> Int {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_dpbusd_epi32(sum, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x) }
+    }
+
+    #[inline(always)]
+    fn load_f32(self, values: &[f32; LANES]) -> Float {
+        // SAFETY: 16 floats are there; `self` proves the instruction.
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store_f32(self, a: Float, values: &mut [f32; LANES]) {
+        // SAFETY: 16 floats are there; `self` proves the instruction.
+        unsafe { _mm512_storeu_ps(values.as_mut_ptr(), a) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, values: &[f16; LANES]) -> Float {
+        // SAFETY: 32 bytes are there; `self` proves the instructions.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(values.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn store_f16(self, a: Float, values: &mut [f16; LANES]) {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
+        // SAFETY: 32 bytes are there; `self` proves the instructions.
+        unsafe { _mm256_storeu_si256(values.as_mut_ptr().cast(), _mm512_cvtps_ph::<NEAREST>(a)) }
+    }
+
+    #[inline(always)]
+    fn splat_f32(self, value: f32) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn add_f32(self, a: Float, b: Float) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub_f32(self, a: Float, b: Float) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_f32(self, a: Float, b: Float) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div_f32(self, a: Float, b: Float) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max_f32(self, a: Float, b: Float) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Float, b: Float, c: Float) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn to_int(self, a: Float) -> Int {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_cvtps_epi32(a) }
+    }
+
+    #[inline(always)]
+    fn to_float(self, a: Int) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+
+    #[inline(always)]
+    fn bits(self, a: Float) -> Int {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_castps_si512(a) }
+    }
+
+    #[inline(always)]
+    fn from_bits(self, a: Int) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_castsi512_ps(a) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, line: &Line, ahead: usize) {
+        let at = std::ptr::from_ref(line).wrapping_add(ahead);
+        // SAFETY: a prefetch of any address does nothing but fetch.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
