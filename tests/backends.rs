@@ -8,7 +8,7 @@ use burn_ternary::data::LmBatch;
 use burn_ternary::device;
 use burn_ternary::nn::{DuckQuantized, Family};
 use burn_ternary::ops::{
-    StraightThrough, absmax_quantize, mean_abs, round_scale, ternary_codes, ternary_quantize,
+    RowScale, StraightThrough, absmax_quantize, mean_abs, round_scale, ternary_codes, ternary_quantize,
 };
 use burn_ternary::quant::{Estimator, Granularity, QuantConfig, ScaleRule, compute_optimal_scale};
 use burn_ternary::train::QuantizationTrainer;
@@ -150,11 +150,14 @@ fn scales_agree() {
     }
 }
 
+const SCALES: [RowScale; 2] = [RowScale::F32, RowScale::F16];
+
 #[test]
 fn absmax_quantization_agrees() {
     let rng = &mut ChaCha8Rng::seed_from_u64(3);
     for (name, device) in others() {
-        for levels in [127.0, 7.0] {
+        for (levels, scale) in [127.0, 7.0].into_iter().flat_map(|levels| SCALES.map(|scale| (levels, scale)))
+        {
             // Between two ties, so that the last place of a quotient decides nothing; the first is the maximum.
             let mut values: Vec<f32> = (0..5 * 33)
                 .map(|_| {
@@ -166,9 +169,9 @@ fn absmax_quantization_agrees() {
                 row.iter_mut().for_each(|value| *value *= [0.01, 1.0, 37.0, 1e-3, 0.0][index]);
             }
             let quantized =
-                |device: &Device| floats(absmax_quantize(tensor(&values, [5, 33], device), levels));
+                |device: &Device| floats(absmax_quantize(tensor(&values, [5, 33], device), levels, scale));
             for (got, expected) in quantized(&device).chunks(33).zip(quantized(&cpu()).chunks(33)) {
-                assert_close(&format!("{name} {levels}"), got, expected, 1e-5);
+                assert_close(&format!("{name} {levels} {scale:?}"), got, expected, 1e-5);
             }
         }
     }
@@ -351,10 +354,10 @@ fn fused_ops_give_what_the_default_bodies_give() {
                 |weight: Tensor<3>| floats(round_scale(weight.slice([0..groups, 0..1, 0..channels])));
             assert_eq!(rounded(fused.clone()), rounded(default.clone()), "{shape:?}");
 
-            for levels in [127.0, 7.0] {
+            for (levels, scale) in [127.0, 7.0].into_iter().flat_map(|levels| SCALES.map(|s| (levels, s))) {
                 let [fused, default] =
-                    [&fused, &default].map(|tensor| floats(absmax_quantize(tensor.clone(), levels)));
-                assert_eq!(fused, default, "{shape:?}");
+                    [&fused, &default].map(|tensor| floats(absmax_quantize(tensor.clone(), levels, scale)));
+                assert_eq!(fused, default, "{shape:?} {levels} {scale:?}");
             }
         }
         // ndarray adds up one after the other, so both sums are held against float64.
@@ -388,7 +391,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
             results.push(floats(mean_abs(granularity.view(weight()))));
             results.push(floats(quantizer(&config, &weight()).fake_quantize(weight())));
         }
-        results.push(floats(absmax_quantize(weight(), 127.0)));
+        results.push(floats(absmax_quantize(weight(), 127.0, RowScale::F32)));
         let model = ModelRun::new(Family::Llama, &device);
         results.extend([model.logits, vec![model.loss]]);
         results.extend(model.grads);

@@ -5,7 +5,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_ternary::nn::{Activation, Compute, DuckConfig, DuckQuantized, Family};
-use burn_ternary::ops::{StraightThrough, absmax_quantize, round_scale, ternary_quantize};
+use burn_ternary::ops::{RowScale, StraightThrough, absmax_quantize, round_scale, ternary_quantize};
 use burn_ternary::quant::{Dial, Estimator, Granularity, QuantConfig, ScaleRule, TernaryQuantizerConfig};
 use burn_ternary::train::loss::language_model_loss;
 use rand::{Rng, SeedableRng};
@@ -286,9 +286,9 @@ fn rounding_lets_the_gradient_straight_through() {
     let scale = tensor(&values, [4, 1, 6], &device).require_grad();
     let grads = (round_scale(scale.clone()) * tensor(&upstream, [4, 1, 6], &device)).sum().backward();
     assert_eq!(floats(scale.grad(&grads).unwrap()), upstream);
-    for levels in [127.0, 7.0] {
+    for (levels, scale) in [(127.0, RowScale::F32), (127.0, RowScale::F16), (7.0, RowScale::F16)] {
         let input = tensor(&values, [4, 6], &device).require_grad();
-        let output = absmax_quantize(input.clone(), levels);
+        let output = absmax_quantize(input.clone(), levels, scale);
         let grads = (output * tensor(&upstream, [4, 6], &device)).sum().backward();
         assert_eq!(floats(input.grad(&grads).unwrap()), upstream);
     }

@@ -11,8 +11,8 @@ use burn::tensor::{
 };
 use burn_ternary::device;
 use burn_ternary::ops::{
-    SCALE_MAX, SCALE_MIN, StraightThrough, absmax_quantize, mean_abs, round_scale, ternary_codes,
-    ternary_quantize,
+    RowScale, SCALE_MAX, SCALE_MIN, StraightThrough, absmax_quantize, absmax_scales, mean_abs, round_scale,
+    ternary_codes, ternary_quantize,
 };
 use burn_ternary::quant::{
     Dial, Granularity, QuantConfig, ScaleRule, TablePrecision, TernaryQuantizer, TernaryQuantizerConfig,
@@ -479,7 +479,8 @@ fn absmax_rounds_as_float64_does() {
         for (rows, d) in [(1, 1), (3, 5), (17, 33), (64, 257)] {
             for (kind, mut values) in kinds(rng, rows * d) {
                 values[..d].fill(0.0);
-                let got = floats(absmax_quantize(tensor(&values, [1, rows, d], &device), levels));
+                let got =
+                    floats(absmax_quantize(tensor(&values, [1, rows, d], &device), levels, RowScale::F32));
                 for (row, got) in values.chunks(d).zip(got.chunks(d)) {
                     let max = row.iter().fold(1e-5, |max, x| f64::max(max, f64::from(x.abs())));
                     let scale = max / f64::from(levels);
@@ -497,9 +498,36 @@ fn absmax_rounds_as_float64_does() {
     }
     // Scale 1: every tie is exact.
     let ties = tensor(&[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -3.5], [1, 8], &device);
-    assert_eq!(floats(absmax_quantize(ties, 127.0)), [127.0, 0.0, 2.0, 2.0, 0.0, -2.0, 126.0, -4.0]);
+    assert_eq!(
+        floats(absmax_quantize(ties, 127.0, RowScale::F32)),
+        [127.0, 0.0, 2.0, 2.0, 0.0, -2.0, 126.0, -4.0]
+    );
     let ties = tensor(&[0.5, 1.5, 2.5, 3.5, -2.5, 6.5, -7.0, 5.5], [2, 4], &device);
-    assert_eq!(floats(absmax_quantize(ties.narrow(0, 1, 1), 7.0)), [-2.0, 6.0, -7.0, 6.0]);
+    assert_eq!(floats(absmax_quantize(ties.narrow(0, 1, 1), 7.0, RowScale::F32)), [-2.0, 6.0, -7.0, 6.0]);
+}
+
+#[test]
+fn rows_with_f16_scales_are_codes_times_scales_that_a_file_can_hold() {
+    let device = cpu();
+    let rng = &mut ChaCha8Rng::seed_from_u64(9);
+    for levels in [127.0f32, 7.0] {
+        for (rows, d) in [(1, 1), (3, 5), (17, 33)] {
+            for (kind, values) in kinds(rng, rows * d) {
+                let table = tensor(&values, [rows, d], &device);
+                let scales = floats(absmax_scales(table.clone(), levels));
+                let got = floats(absmax_quantize(table, levels, RowScale::F16));
+                for ((row, got), scale) in values.chunks(d).zip(got.chunks(d)).zip(scales) {
+                    let max = row.iter().fold(1e-5, |max, x| f32::max(max, x.abs()));
+                    let expected = half::f16::from_f32((max / levels).clamp(SCALE_MIN, SCALE_MAX));
+                    assert_eq!(scale, expected.to_f32(), "{kind} {levels}");
+                    for (x, got) in row.iter().zip(got) {
+                        let code = (x / scale).clamp(-levels, levels).round_ties_even();
+                        assert_eq!(*got, code * scale, "{kind} {levels}: {x} at {scale}");
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[test]
@@ -512,8 +540,9 @@ fn tables_have_one_scale_a_row() {
     for (precision, levels) in [(TablePrecision::Int8, 127.0), (TablePrecision::Int4, 7.0)] {
         for (row, got) in values.chunks(dims[1]).zip(table(precision).chunks(dims[1])) {
             let scale = row.iter().fold(0f32, |max, w| max.max(w.abs())) / levels;
+            let scale = nearest_f16(scale.into()) as f32;
             for (w, got) in row.iter().zip(got) {
-                assert!((got / scale).abs() <= levels * 1.000_001 && (w - got).abs() <= 0.500_01 * scale);
+                assert!((got / scale).abs() <= levels && (w - got).abs() <= 0.57 * scale);
                 assert!((got / scale - (got / scale).round()).abs() < 1e-4);
             }
         }

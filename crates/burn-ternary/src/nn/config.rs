@@ -1,30 +1,8 @@
 //! The shape of a model: the `[model]` section of an experiment, and the named presets.
 
 use serde::{Deserialize, Serialize};
-
-/// The architecture family; decides norms, positions, biases and sub-norms.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Family {
-    /// LayerNorm, learned positions, biases.
-    Gpt2,
-    /// RMSNorm, rotary positions, no biases, grouped-query attention.
-    Llama,
-    /// llama with a norm before the attention output and the down projection.
-    Bitnet,
-}
-
-/// The non-linearity of the feed-forward block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Activation {
-    /// GELU in its tanh form, as GPT-2 has it (`gelu_new`).
-    Gelu,
-    /// Gated: `silu(gate(x)) * up(x)`.
-    Swiglu,
-    /// Gated: `relu(gate(x))^2 * up(x)` in the llama and bitnet families, `relu(up(x))^2` in gpt2.
-    SquaredRelu,
-}
+use ternary_format::ModelSpec;
+pub use ternary_format::{Activation, Family};
 
 /// Type in which everything but norms, loss and latent weights is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,6 +177,44 @@ impl DuckConfig {
             "llama-2-7b" => Self::llama_2_7b(),
             _ => return None,
         })
+    }
+
+    /// The shape as model files describe it.
+    pub fn spec(&self) -> ModelSpec {
+        ModelSpec {
+            family: self.family,
+            vocab_size: self.vocab_size,
+            context: self.context,
+            d_model: self.d_model,
+            n_layers: self.n_layers,
+            n_heads: self.n_heads,
+            n_kv_heads: self.n_kv_heads,
+            d_ff: self.d_ff,
+            activation: self.activation,
+            tied: self.tied,
+            norm_eps: self.norm_eps as f32,
+            rope_theta: self.rope_theta as f32,
+        }
+    }
+
+    /// The shape that a model file describes, without dropout and computed in f32.
+    pub fn from_spec(spec: &ModelSpec) -> Self {
+        Self {
+            family: spec.family,
+            vocab_size: spec.vocab_size,
+            context: spec.context,
+            d_model: spec.d_model,
+            n_layers: spec.n_layers,
+            n_heads: spec.n_heads,
+            n_kv_heads: spec.n_kv_heads,
+            d_ff: spec.d_ff,
+            activation: spec.activation,
+            dropout: 0.0,
+            tied: spec.tied,
+            norm_eps: spec.norm_eps.into(),
+            rope_theta: spec.rope_theta.into(),
+            compute: Compute::F32,
+        }
     }
 
     /// Whether the feed-forward block has a gate: in all families but gpt2.

@@ -1,7 +1,7 @@
 //! [`QuantizedLinear`]: a linear layer whose latent weight is multiplied as ternary.
 
 use super::{Compute, norm::rms_normalize};
-use crate::ops::absmax_quantize;
+use crate::ops::{RowScale, absmax_quantize};
 use crate::quant::{ActivationPrecision, Dial, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig};
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Tensor, module::linear};
@@ -76,7 +76,9 @@ impl QuantizedLinear {
         let input = if quant.input_norm { rms_normalize(input, INPUT_NORM_EPS) } else { input };
         let input = match (self.is_ternary(), quant.activations) {
             // In f32: a scale in half precision would not be the one that an engine computes.
-            (true, ActivationPrecision::Int8) => absmax_quantize(input.cast(FloatDType::F32), 127.0),
+            (true, ActivationPrecision::Int8) => {
+                absmax_quantize(input.cast(FloatDType::F32), 127.0, RowScale::F32)
+            }
             _ => input,
         };
         let input = self.config.compute.cast(input);

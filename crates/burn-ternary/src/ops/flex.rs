@@ -3,7 +3,7 @@
 //! The default bodies are the oracle: the tests below demand the same bits. Sums run over fixed blocks of rows and
 //! are added in order, so that a result does not depend on the number of threads.
 
-use super::{StraightThrough, TernaryBackend, absmax, absmax::ABSMAX_MIN, scale, ternary};
+use super::{RowScale, StraightThrough, TernaryBackend, absmax, absmax::ABSMAX_MIN, scale, ternary};
 use burn::backend::{Flex, ops::FloatTensorOps, tensor::FloatTensor};
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
@@ -96,16 +96,13 @@ impl TernaryBackend for Flex {
         }
         let shape = input.layout().shape().clone();
         let input = dense(input);
-        let rounded = values(&input)
-            .iter()
-            .map(|&value| f16::from_f32(value.clamp(scale::SCALE_MIN, scale::SCALE_MAX)).to_f32())
-            .collect();
+        let rounded = values(&input).iter().map(|&value| to_f16(value)).collect();
         tensor(rounded, shape)
     }
 
-    fn absmax_quantize(input: FloatTensor<Self>, levels: f32) -> FloatTensor<Self> {
+    fn absmax_quantize(input: FloatTensor<Self>, levels: f32, scale: RowScale) -> FloatTensor<Self> {
         if input.dtype() != DType::F32 {
-            return absmax::quantize::<Self>(input, levels);
+            return absmax::quantize::<Self>(input, levels, scale);
         }
         let shape = input.layout().shape().clone();
         let d = shape[shape.num_dims() - 1];
@@ -115,14 +112,22 @@ impl TernaryBackend for Flex {
         output.par_chunks_mut(d).with_min_len((BLOCK / d).max(1)).zip(input.par_chunks(d)).for_each(
             |(output, input)| {
                 let max = input.iter().fold(0f32, |max, value| max.max(value.abs())).max(ABSMAX_MIN);
-                let scale = max / levels;
+                let scale = match scale {
+                    RowScale::F32 => max / levels,
+                    RowScale::F16 => to_f16(max / levels),
+                };
                 for (output, value) in output.iter_mut().zip(input) {
-                    *output = (value / scale).round_ties_even() * scale;
+                    *output = (value / scale).clamp(-levels, levels).round_ties_even() * scale;
                 }
             },
         );
         tensor(output, shape)
     }
+}
+
+/// The nearest normal f16.
+fn to_f16(scale: f32) -> f32 {
+    f16::from_f32(scale.clamp(scale::SCALE_MIN, scale::SCALE_MAX)).to_f32()
 }
 
 /// `scale` with the sign of `weight` where `|weight| > threshold`, else 0.

@@ -15,7 +15,7 @@ mod identity;
 mod scale;
 mod ternary;
 
-pub use absmax::absmax_quantize;
+pub use absmax::{RowScale, absmax_quantize, absmax_scales};
 pub use scale::{SCALE_MAX, SCALE_MIN, mean_abs, round_scale};
 pub use ternary::{StraightThrough, ternary_codes, ternary_quantize};
 
@@ -67,8 +67,8 @@ pub trait TernaryBackend: Backend {
 
     /// See [`absmax_quantize`].
     #[fusion(default)]
-    fn absmax_quantize(input: FloatTensor<Self>, levels: f32) -> FloatTensor<Self> {
-        absmax::quantize::<Self>(input, levels)
+    fn absmax_quantize(input: FloatTensor<Self>, levels: f32, scale: RowScale) -> FloatTensor<Self> {
+        absmax::quantize::<Self>(input, levels, scale)
     }
 }
 
@@ -94,8 +94,8 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         identity::straight_through::<B, C>(scale, B::round_scale)
     }
 
-    fn absmax_quantize(input: FloatTensor<Self>, levels: f32) -> FloatTensor<Self> {
-        identity::straight_through::<B, C>(input, |input| B::absmax_quantize(input, levels))
+    fn absmax_quantize(input: FloatTensor<Self>, levels: f32, scale: RowScale) -> FloatTensor<Self> {
+        identity::straight_through::<B, C>(input, |input| B::absmax_quantize(input, levels, scale))
     }
 }
 

@@ -1,26 +1,43 @@
-use super::{Dial, Granularity, QuantConfig, TablePrecision, TernaryQuantizerConfig};
-use crate::ops::absmax_quantize;
+use super::{Dial, Granularity, QuantConfig, TablePrecision, TernaryQuantizer, TernaryQuantizerConfig};
+use crate::ops::{RowScale, absmax_quantize, absmax_scales};
 use burn::tensor::Tensor;
 
+const INT8_LEVELS: f32 = 127.0;
+const INT4_LEVELS: f32 = 7.0;
+
 impl TablePrecision {
-    /// The table as the forward pass sees it: fake quantized with one scale a row, straight-through gradient.
+    /// The table as the forward pass sees it: fake quantized with one f16 scale a row, straight-through gradient.
     ///
     /// # Shapes
     /// `[rows, d]` to the same
     pub fn fake_quantize(self, table: Tensor<2>) -> Tensor<2> {
         match self {
             Self::Float => table,
-            Self::Int8 => absmax_quantize(table, 127.0),
-            Self::Int4 => absmax_quantize(table, 7.0),
+            Self::Int8 => absmax_quantize(table, INT8_LEVELS, RowScale::F16),
+            Self::Int4 => absmax_quantize(table, INT4_LEVELS, RowScale::F16),
             Self::Ternary => {
-                let [rows, d] = table.dims();
-                // A row is a group of the table's flat view.
-                let config = QuantConfig { granularity: Granularity::PerGroup(d), ..QuantConfig::default() };
-                let flat = table.reshape([rows * d, 1]);
-                let quantizer = TernaryQuantizerConfig::new(&config, &Dial::default()).init(&flat);
-                quantizer.fake_quantize(flat).reshape([rows, d])
+                let dims = table.dims();
+                let (quantizer, flat) = row_quantizer(table);
+                quantizer.fake_quantize(flat).reshape(dims)
             }
         }
+    }
+
+    /// The scales of the rows, values that f16 holds exactly; none for a float table.
+    ///
+    /// # Shapes
+    /// `[rows, d]` to `[rows]`
+    pub fn scales(self, table: Tensor<2>) -> Option<Tensor<1>> {
+        Some(match self {
+            Self::Float => return None,
+            Self::Int8 => absmax_scales(table, INT8_LEVELS),
+            Self::Int4 => absmax_scales(table, INT4_LEVELS),
+            Self::Ternary => {
+                let [rows, _] = table.dims();
+                let (quantizer, flat) = row_quantizer(table);
+                quantizer.scales(flat).reshape([rows])
+            }
+        })
     }
 
     /// Bytes of `[rows, d]` when packed: codes at 1.6, 4, 8 or 32 bits, and an f16 scale a row.
@@ -32,4 +49,12 @@ impl TablePrecision {
             Self::Ternary => rows * (d.div_ceil(5) + 2),
         }
     }
+}
+
+/// The quantizer of a ternary table, with the flat view of the table in which each row is a group.
+fn row_quantizer(table: Tensor<2>) -> (TernaryQuantizer, Tensor<2>) {
+    let [rows, d] = table.dims();
+    let config = QuantConfig { granularity: Granularity::PerGroup(d), ..QuantConfig::default() };
+    let flat = table.reshape([rows * d, 1]);
+    (TernaryQuantizerConfig::new(&config, &Dial::default()).init(&flat), flat)
 }
