@@ -136,7 +136,7 @@ impl FormatError {
     }
 
     /// Adds the tensor.
-    pub(crate) fn in_tensor(self, tensor: &str) -> Self {
+    pub fn in_tensor(self, tensor: &str) -> Self {
         match self {
             Self::Io { .. } | Self::InTensor { .. } => self,
             _ => Self::InTensor { tensor: tensor.into(), source: self.into() },
