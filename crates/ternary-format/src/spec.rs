@@ -139,7 +139,12 @@ impl ModelSpec {
             return require(n_kv_heads == n_heads, "n_kv_heads", n_kv_heads.to_string(), expected);
         }
         let even = self.head_dim().is_multiple_of(2);
-        require(even, "n_heads", n_heads.to_string(), "an even d_model / n_heads for rotary positions".into())?;
+        require(
+            even,
+            "n_heads",
+            n_heads.to_string(),
+            "an even d_model / n_heads for rotary positions".into(),
+        )?;
         let expected = "a finite number, at least 1".into();
         require(theta >= 1.0 && theta.is_finite(), "rope_theta", theta.to_string(), expected)
     }

@@ -1,0 +1,118 @@
+//! A model file of any kind, told by its path.
+
+use crate::{
+    Encoding, FormatError, PackedModel, Tensor,
+    gguf::{self, GgufOptions},
+    huggingface,
+};
+use std::{fmt, path::Path, str::FromStr};
+
+/// How the matrices of the blocks are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightType {
+    /// F32 and F16 in every kind of file; in GGUF also Q8_0, Q4_0, TQ1_0, TQ2_0 and Q2_0.
+    Encoded(Encoding),
+    /// `BITNET`: packed codes in a Hugging Face folder; one scale a matrix.
+    Bitnet,
+    /// `INT2`: ONNX's own two-bit integers; a scale a row or group.
+    Int2,
+    /// `MATMULNBITS2` and `MATMULNBITS4`: onnxruntime's operator `MatMulNBits`.
+    MatMulNBits(u8),
+}
+
+impl fmt::Display for WeightType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Encoded(encoding) => encoding.fmt(f),
+            Self::Bitnet => f.write_str("BITNET"),
+            Self::Int2 => f.write_str("INT2"),
+            Self::MatMulNBits(bits) => write!(f, "MATMULNBITS{bits}"),
+        }
+    }
+}
+
+impl FromStr for WeightType {
+    type Err = String;
+
+    /// Any of the names above, in any case.
+    fn from_str(name: &str) -> Result<Self, String> {
+        let others = [Self::Bitnet, Self::Int2, Self::MatMulNBits(2), Self::MatMulNBits(4)];
+        let known = others.into_iter().find(|known| known.to_string().eq_ignore_ascii_case(name));
+        known.map_or_else(
+            || {
+                let encoding = name.parse().map(Self::Encoded);
+                encoding.map_err(|error: String| format!("{error}, BITNET, INT2, MATMULNBITS2, MATMULNBITS4"))
+            },
+            Ok,
+        )
+    }
+}
+
+/// How a model is written; `None` takes the smallest form that the kind of file has and that changes no value.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteOptions {
+    /// GGUF: TQ2_0. Folder: BITNET. ONNX: INT2.
+    pub weights: Option<WeightType>,
+    /// Token embedding and untied head: as the model has them where the kind of file can, else F32.
+    pub embedding: Option<Encoding>,
+}
+
+impl WriteOptions {
+    /// How a table is written in a kind of file that has the encodings `known`.
+    pub(crate) fn table(&self, table: &Tensor, known: &[Encoding]) -> Encoding {
+        let own = Some(table.encoding()).filter(|own| known.contains(own));
+        self.embedding.or(own).unwrap_or(Encoding::F32)
+    }
+}
+
+/// Reads a model: a folder of Hugging Face's, otherwise a GGUF file.
+///
+/// # Errors
+/// Those of [`huggingface::read`] and [`gguf::read`].
+pub fn read_model(path: &Path) -> Result<PackedModel, FormatError> {
+    if path.is_dir() { huggingface::read(path) } else { gguf::read(path) }
+}
+
+/// Writes a model: GGUF to `*.gguf`, ONNX to `*.onnx`, otherwise a folder of Hugging Face's.
+///
+/// # Errors
+/// Those of [`huggingface::write`] and [`gguf::write`]. `WeightType`: a type of another kind of file.
+pub fn write_model(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
+    match path.extension().and_then(|extension| extension.to_str()) {
+        Some("gguf") => write_gguf(model, path, options),
+        _ => huggingface::write(model, path, options),
+    }
+}
+
+fn write_gguf(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
+    model.validate()?;
+    let blocks = match options.weights.unwrap_or(WeightType::Encoded(Encoding::Tq2_0)) {
+        WeightType::Encoded(encoding) => encoding,
+        found => return Err(FormatError::WeightType { found, expected: "a type of GGUF" }),
+    };
+    let table = |name| {
+        let table: &Tensor = &model.tensors[name];
+        let ternary = (table.encoding().is_ternary() && blocks.is_ternary()).then_some(blocks);
+        let known =
+            [Encoding::F16, Encoding::Q8_0, Encoding::Q4_0, Encoding::Tq2_0, Encoding::Tq1_0, Encoding::Q2_0];
+        options.embedding.or(ternary).unwrap_or_else(|| options.table(table, &known))
+    };
+    let embedding = table("token_embd.weight");
+    let head = if model.spec.tied { embedding } else { table("output.weight") };
+    gguf::write(model, path, &GgufOptions { blocks, embedding, head })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weight_types_are_told_by_their_names() {
+        let types =
+            [WeightType::Bitnet, WeightType::Int2, WeightType::MatMulNBits(2), WeightType::MatMulNBits(4)];
+        for known in types.into_iter().chain([WeightType::Encoded(Encoding::Tq2_0)]) {
+            assert_eq!(known.to_string().to_lowercase().parse(), Ok(known));
+        }
+        assert!("INT3".parse::<WeightType>().unwrap_err().contains("INT2"));
+    }
+}

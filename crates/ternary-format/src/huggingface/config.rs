@@ -1,0 +1,246 @@
+//! `config.json`: what it says to a [`ModelSpec`] and back.
+
+use crate::{Activation, Family, FormatError, ModelSpec};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// Whose settings are in the way of a spec, and what they would have to be.
+fn refuse(key: &'static str, found: impl ToString, expected: &str) -> FormatError {
+    FormatError::Spec { key, found: found.to_string(), expected: expected.into() }
+}
+
+#[derive(Deserialize)]
+struct Gpt2 {
+    vocab_size: usize,
+    n_positions: usize,
+    n_embd: usize,
+    n_layer: usize,
+    n_head: usize,
+    n_inner: Option<usize>,
+    #[serde(default = "gelu_new")]
+    activation_function: String,
+    #[serde(default = "layer_norm_epsilon")]
+    layer_norm_epsilon: f32,
+    #[serde(default)]
+    scale_attn_by_inverse_layer_idx: bool,
+}
+
+fn gelu_new() -> String {
+    "gelu_new".into()
+}
+
+fn layer_norm_epsilon() -> f32 {
+    1e-5
+}
+
+#[derive(Deserialize)]
+struct Llama {
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    hidden_act: String,
+    rms_norm_eps: f32,
+    rope_theta: Option<f32>,
+    /// Since transformers 5 in place of `rope_theta` and `rope_scaling`.
+    rope_parameters: Option<Rope>,
+    rope_scaling: Option<Value>,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+}
+
+#[derive(Deserialize)]
+struct Rope {
+    rope_theta: Option<f32>,
+    rope_type: Option<String>,
+}
+
+/// How the matrices of a BitNet file are packed.
+#[derive(Deserialize)]
+pub(super) struct Quantization {
+    quant_method: String,
+    #[serde(default = "bitlinear")]
+    linear_class: String,
+    #[serde(default = "offline")]
+    quantization_mode: String,
+    #[serde(default)]
+    use_rms_norm: bool,
+}
+
+fn bitlinear() -> String {
+    "bitlinear".into()
+}
+
+fn offline() -> String {
+    "offline".into()
+}
+
+/// What `config.json` says.
+pub(super) struct Config {
+    pub spec: ModelSpec,
+    /// `tie_word_embeddings`, where it is said.
+    pub tied: Option<bool>,
+    pub quantization: Option<Quantization>,
+}
+
+impl Quantization {
+    /// Whether `weight_scale` is 1 / scale.
+    pub fn is_inverse(&self) -> bool {
+        self.linear_class == "bitlinear"
+    }
+
+    fn check(&self) -> Result<(), FormatError> {
+        if self.quant_method != "bitnet" {
+            return Err(refuse("quantization_config.quant_method", &self.quant_method, "bitnet"));
+        }
+        if self.quantization_mode != "offline" {
+            let expected = "offline: latent weights are for a trainer";
+            return Err(refuse("quantization_config.quantization_mode", &self.quantization_mode, expected));
+        }
+        if self.use_rms_norm {
+            return Err(refuse("quantization_config.use_rms_norm", true, "false"));
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// # Errors
+    /// `Json`: not JSON, or a setting that is missing or of another type. `Spec`: a setting that no model of ours has.
+    pub fn parse(json: &[u8]) -> Result<Self, FormatError> {
+        let value: Value = serde_json::from_slice(json)?;
+        let (family, mut spec) = match value["model_type"].as_str().unwrap_or_default() {
+            "gpt2" => (Family::Gpt2, gpt2(Gpt2::deserialize(&value)?)?),
+            "llama" => (Family::Llama, llama(Llama::deserialize(&value)?)?),
+            "bitnet" => (Family::Bitnet, llama(Llama::deserialize(&value)?)?),
+            other => return Err(refuse("model_type", other, "gpt2, llama or bitnet")),
+        };
+        spec.family = family;
+        let quantization = Option::<Quantization>::deserialize(&value["quantization_config"])?;
+        quantization.as_ref().map_or(Ok(()), Quantization::check)?;
+        spec.validate()?;
+        Ok(Self { spec, tied: value["tie_word_embeddings"].as_bool(), quantization })
+    }
+}
+
+fn gpt2(config: Gpt2) -> Result<ModelSpec, FormatError> {
+    if config.scale_attn_by_inverse_layer_idx {
+        return Err(refuse("scale_attn_by_inverse_layer_idx", true, "false"));
+    }
+    Ok(ModelSpec {
+        family: Family::Gpt2,
+        vocab_size: config.vocab_size,
+        context: config.n_positions,
+        d_model: config.n_embd,
+        n_layers: config.n_layer,
+        n_heads: config.n_head,
+        n_kv_heads: config.n_head,
+        d_ff: config.n_inner.unwrap_or(config.n_embd.saturating_mul(4)),
+        activation: match config.activation_function.as_str() {
+            "gelu_new" | "gelu_pytorch_tanh" => Activation::Gelu,
+            "relu2" => Activation::SquaredRelu,
+            other => return Err(refuse("activation_function", other, "gelu_new or relu2")),
+        },
+        tied: true,
+        norm_eps: config.layer_norm_epsilon,
+        rope_theta: 10_000.0,
+    })
+}
+
+fn llama(config: Llama) -> Result<ModelSpec, FormatError> {
+    for (key, bias) in [("attention_bias", config.attention_bias), ("mlp_bias", config.mlp_bias)] {
+        if bias {
+            return Err(refuse(key, true, "false"));
+        }
+    }
+    if let Some(scaling) = config.rope_scaling.filter(|scaling| !scaling.is_null()) {
+        return Err(refuse("rope_scaling", scaling, "null"));
+    }
+    let rope = config.rope_parameters;
+    if let Some(kind) =
+        rope.as_ref().and_then(|rope| rope.rope_type.as_ref()).filter(|kind| *kind != "default")
+    {
+        return Err(refuse("rope_parameters.rope_type", kind, "default"));
+    }
+    let (d_model, n_heads) = (config.hidden_size, config.num_attention_heads);
+    if let Some(head_dim) = config.head_dim.filter(|dim| dim.checked_mul(n_heads) != Some(d_model)) {
+        return Err(refuse("head_dim", head_dim, "hidden_size / num_attention_heads"));
+    }
+    Ok(ModelSpec {
+        family: Family::Llama,
+        vocab_size: config.vocab_size,
+        context: config.max_position_embeddings,
+        d_model,
+        n_layers: config.num_hidden_layers,
+        n_heads,
+        n_kv_heads: config.num_key_value_heads.unwrap_or(n_heads),
+        d_ff: config.intermediate_size,
+        activation: match config.hidden_act.as_str() {
+            "silu" => Activation::Swiglu,
+            "relu2" => Activation::SquaredRelu,
+            other => return Err(refuse("hidden_act", other, "silu or relu2")),
+        },
+        tied: false,
+        norm_eps: config.rms_norm_eps,
+        rope_theta: rope.and_then(|rope| rope.rope_theta).or(config.rope_theta).unwrap_or(10_000.0),
+    })
+}
+
+/// The `config.json` of a spec, without token ids.
+pub(super) fn to_json(spec: &ModelSpec, dtype: &str, packed: bool) -> Value {
+    // As the shortest decimal that is the same f32.
+    let float = |value: f32| value.to_string().parse::<f64>().expect("a number");
+    let mut config = match spec.family {
+        Family::Gpt2 => json!({
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "n_positions": spec.context,
+            "n_embd": spec.d_model,
+            "n_layer": spec.n_layers,
+            "n_head": spec.n_heads,
+            "n_inner": spec.d_ff,
+            "activation_function": if spec.activation == Activation::Gelu { "gelu_new" } else { "relu2" },
+            "layer_norm_epsilon": float(spec.norm_eps),
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        }),
+        Family::Llama | Family::Bitnet => {
+            let bitnet = spec.family == Family::Bitnet;
+            json!({
+                "architectures": [if bitnet { "BitNetForCausalLM" } else { "LlamaForCausalLM" }],
+                "model_type": if bitnet { "bitnet" } else { "llama" },
+                "max_position_embeddings": spec.context,
+                "hidden_size": spec.d_model,
+                "intermediate_size": spec.d_ff,
+                "num_hidden_layers": spec.n_layers,
+                "num_attention_heads": spec.n_heads,
+                "num_key_value_heads": spec.n_kv_heads,
+                "head_dim": spec.head_dim(),
+                "hidden_act": if spec.activation == Activation::Swiglu { "silu" } else { "relu2" },
+                "rms_norm_eps": float(spec.norm_eps),
+                "rope_theta": float(spec.rope_theta),
+                "attention_bias": false,
+                "mlp_bias": false,
+            })
+        }
+    };
+    config["vocab_size"] = spec.vocab_size.into();
+    config["tie_word_embeddings"] = spec.tied.into();
+    config["torch_dtype"] = dtype.into();
+    if packed {
+        // The class whose `weight_scale` is the scale itself, so that f16 scales stay exact.
+        config["quantization_config"] = json!({
+            "quant_method": "bitnet",
+            "linear_class": "autobitlinear",
+            "quantization_mode": "offline",
+        });
+    }
+    config
+}

@@ -1,0 +1,367 @@
+//! Folders as Hugging Face transformers reads and writes them: `config.json`, `tokenizer.json`, safetensors.
+//!
+//! Read are `GPT2LMHeadModel`, `LlamaForCausalLM` and `BitNetForCausalLM`, in one file or in shards, floats or BitNet's
+//! packed codes. Written are floats, exact for ternary weights even in f16, and packed codes where a matrix has one
+//! scale.
+//!
+//! # Source
+//! transformers: `models/{gpt2,llama,bitnet}`, `integrations/bitnet.py`.
+
+mod config;
+mod read;
+mod write;
+
+pub use read::read;
+pub use write::write;
+
+use crate::Family;
+
+/// Our part of a tensor name and theirs, outside of blocks.
+const GPT2: [(&str, &str); 4] = [
+    ("token_embd", "transformer.wte"),
+    ("position_embd", "transformer.wpe"),
+    ("output_norm", "transformer.ln_f"),
+    ("output", "lm_head"),
+];
+const GPT2_BLOCK: [(&str, &str); 8] = [
+    ("attn_norm", "ln_1"),
+    ("attn_q", "attn.c_attn"),
+    ("attn_k", "attn.c_attn"),
+    ("attn_v", "attn.c_attn"),
+    ("attn_output", "attn.c_proj"),
+    ("ffn_norm", "ln_2"),
+    ("ffn_up", "mlp.c_fc"),
+    ("ffn_down", "mlp.c_proj"),
+];
+const LLAMA: [(&str, &str); 3] =
+    [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
+const LLAMA_BLOCK: [(&str, &str); 11] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_sub_norm", "self_attn.attn_sub_norm"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_sub_norm", "mlp.ffn_sub_norm"),
+    ("ffn_down", "mlp.down_proj"),
+];
+
+/// Their name of one of our tensors, such as `model.layers.0.mlp.up_proj.weight` for `blk.0.ffn_up.weight`.
+///
+/// In the gpt2 family the names of queries, keys and values are the same: their tensor is fused.
+fn their_name(family: Family, ours: &str) -> String {
+    let (outside, blocks, prefix): (&[_], &[_], _) = match family {
+        Family::Gpt2 => (&GPT2, &GPT2_BLOCK, "transformer.h"),
+        Family::Llama | Family::Bitnet => (&LLAMA, &LLAMA_BLOCK, "model.layers"),
+    };
+    let theirs = |table: &[(&str, &'static str)], part: &str| {
+        let known = table.iter().find(|(ours, _)| *ours == part);
+        known.map(|(_, theirs)| *theirs).expect("a name of `ModelSpec::tensors`")
+    };
+    let (ours, kind) = ours.rsplit_once('.').expect("`.weight` or `.bias`");
+    match ours.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+        Some((index, part)) => format!("{prefix}.{index}.{}.{kind}", theirs(blocks, part)),
+        None => format!("{}.{kind}", theirs(outside, ours)),
+    }
+}
+
+/// Which third of a fused `c_attn` a tensor of a gpt2 model is; `None` for the others.
+fn fused_part(family: Family, ours: &str) -> Option<usize> {
+    let part = ours.strip_prefix("blk.")?.split('.').nth(1)?;
+    let place = ["attn_q", "attn_k", "attn_v"].iter().position(|name| *name == part)?;
+    (family == Family::Gpt2).then_some(place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Encoding, FormatError, ModelSpec, PackedModel, Tensor, WeightType, WriteOptions};
+    use half::f16;
+    use std::{
+        fs,
+        path::{Path, PathBuf},
+    };
+
+    /// A model of random ternary matrices with one scale each, or one a row.
+    fn random_model(family: Family, per_row: bool) -> PackedModel {
+        use crate::Activation;
+        use rand::{Rng, SeedableRng};
+        let mut rng = rand::rngs::StdRng::seed_from_u64(7);
+        let gpt2 = family == Family::Gpt2;
+        let spec = ModelSpec {
+            family,
+            vocab_size: 37,
+            context: 24,
+            d_model: 24,
+            n_layers: 2,
+            n_heads: 4,
+            n_kv_heads: if gpt2 { 4 } else { 2 },
+            d_ff: 20,
+            activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
+            tied: family != Family::Bitnet,
+            norm_eps: 1e-6,
+            rope_theta: if gpt2 { 1e4 } else { 5e5 },
+        };
+        let tensors = spec.tensors().map(|(name, shape)| {
+            let tensor = if name.starts_with("blk.") && shape.len() == 2 {
+                let shared = f16::from_f32(rng.random_range(0.01..1.0));
+                Tensor::ternary(shape[0], shape[1], shape[1], |_, codes, scales| {
+                    codes.iter_mut().for_each(|code| *code = rng.random_range(-1..=1));
+                    let own = f16::from_f32(rng.random_range(0.01..1.0));
+                    scales[0] = if per_row { own } else { shared };
+                })
+            } else {
+                let values: Vec<f32> =
+                    (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
+                Tensor::f32(&shape, &values)
+            };
+            (name, tensor.unwrap())
+        });
+        PackedModel { name: "random".into(), tensors: tensors.collect(), chat_template: None, spec }
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        let mut values = vec![0.0; tensor.rows() * tensor.cols()];
+        let rows = values.chunks_mut(tensor.cols()).enumerate();
+        rows.for_each(|(row, values)| tensor.read_row(row, values));
+        values
+    }
+
+    fn assert_same(expected: &PackedModel, found: &PackedModel) {
+        assert_eq!(expected.spec, found.spec);
+        assert!(expected.tensors.keys().eq(found.tensors.keys()));
+        for (name, tensor) in &expected.tensors {
+            let found = &found.tensors[name];
+            assert_eq!(tensor.shape(), found.shape(), "{name}");
+            assert!(values(tensor) == values(found), "{name}");
+        }
+    }
+
+    fn options(weights: &str) -> WriteOptions {
+        WriteOptions { weights: Some(weights.parse().unwrap()), embedding: None }
+    }
+
+    fn shared(path: &str) -> Option<PathBuf> {
+        let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data/models")).join(path);
+        if !path.exists() {
+            println!("skipped: {}: not there", path.display());
+            return None;
+        }
+        Some(path)
+    }
+
+    #[test]
+    fn floats_come_back_exactly_even_from_f16() {
+        let folder = tempfile::tempdir().unwrap();
+        for family in [Family::Gpt2, Family::Llama, Family::Bitnet] {
+            for weights in ["F32", "F16"] {
+                let model = random_model(family, true);
+                let path = folder.path().join(format!("{family:?} {weights}"));
+                write(&model, &path, &options(weights)).unwrap();
+                assert_same(&model, &read(&path).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn packed_codes_come_back_as_ternary() {
+        let folder = tempfile::tempdir().unwrap();
+        for family in [Family::Llama, Family::Bitnet] {
+            let model = random_model(family, false);
+            let path = folder.path().join(format!("{family:?}"));
+            write(&model, &path, &WriteOptions::default()).unwrap();
+            let found = read(&path).unwrap();
+            assert_same(&model, &found);
+            assert!(found.tensors["blk.1.ffn_down.weight"].encoding().is_ternary());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_packed_says_what_to_train_with() {
+        let folder = tempfile::tempdir().unwrap();
+        let refused = |model: &PackedModel, weights| {
+            let error = write(model, &folder.path().join("model"), &options(weights)).unwrap_err();
+            assert!(fs::read_dir(folder.path()).unwrap().next().is_none(), "something was left behind");
+            error.to_string()
+        };
+        let per_row = refused(&random_model(Family::Llama, true), "BITNET");
+        assert!(per_row.contains("[quant] granularity = \"per_tensor\""), "{per_row}");
+        assert!(refused(&random_model(Family::Gpt2, false), "BITNET").contains("llama and bitnet families"));
+        assert!(
+            refused(&random_model(Family::Llama, false), "TQ2_0").contains("expected F32, F16 or BITNET")
+        );
+        let mut float = random_model(Family::Llama, false);
+        let matrix = float.tensors.get_mut("blk.0.attn_q.weight").unwrap();
+        *matrix = matrix.encode(Encoding::F32).unwrap();
+        assert!(refused(&float, "BITNET").contains("blk.0.attn_q.weight"));
+    }
+
+    #[test]
+    fn a_folder_that_is_there_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = write(&random_model(Family::Llama, false), folder.path(), &options("F32")).unwrap_err();
+        assert!(matches!(error, FormatError::Io { .. }), "{error}");
+    }
+
+    #[test]
+    fn published_checkpoints_are_read() {
+        if let Some(path) = shared("stories260k") {
+            let model = read(&path).unwrap();
+            model.validate().unwrap();
+            assert_eq!((model.spec.family, model.spec.tied), (Family::Llama, true));
+            assert_eq!(model.tensors["blk.4.attn_k.weight"].shape(), [32, 64]);
+        }
+        if let Some(path) = shared("gpt_nano_sort") {
+            let model = read(&path).unwrap();
+            model.validate().unwrap();
+            assert!(!model.spec.tied);
+            assert!(values(&model.tensors["blk.2.attn_k.bias"]).iter().all(|&bias| bias == 0.0));
+        }
+    }
+
+    /// Each change to a good folder, and what the error must say.
+    #[test]
+    fn hostile_folders_are_errors() {
+        let folder = tempfile::tempdir().unwrap();
+        let good = folder.path().join("good");
+        write(&random_model(Family::Bitnet, false), &good, &WriteOptions::default()).unwrap();
+        let weights = fs::read(good.join("model.safetensors")).unwrap();
+        let config = fs::read_to_string(good.join("config.json")).unwrap();
+        let header = String::from_utf8_lossy(&weights[8..]).into_owned();
+        let header_length = u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+        let with_header = |from: &str, to: &str| {
+            let header = header[..header_length].replacen(from, to, 1);
+            assert!(!header.contains(from), "{from}");
+            let mut file = (header.len() as u64).to_le_bytes().to_vec();
+            file.extend_from_slice(header.as_bytes());
+            file.extend_from_slice(&weights[8 + header_length..]);
+            file
+        };
+        let with_config = |from: &str, to: &str| {
+            assert!(config.contains(from), "{from}");
+            config.replace(from, to).into_bytes()
+        };
+        let codes = {
+            let mut file = weights.clone();
+            *file.last_mut().unwrap() = 0xff; // bytes of codes come last
+            file
+        };
+        let index =
+            |shard: &str| format!(r#"{{"weight_map": {{"lm_head.weight": "{shard}"}}}}"#).into_bytes();
+        let q = "model.layers.0.self_attn.q_proj.weight";
+        let cases: Vec<(&str, Vec<u8>, &str)> = vec![
+            ("config.json", b"{".to_vec(), "JSON"),
+            ("config.json", b"[1]".to_vec(), "model_type"),
+            ("config.json", with_config("\"bitnet\",\n  \"", "\"mamba\",\n  \""), "model_type"),
+            ("config.json", with_config("\"hidden_size\": 24", "\"hidden_size\": 0"), "head_dim"),
+            ("config.json", with_config("\"hidden_size\": 24", "\"hidden_size\": -24"), "JSON"),
+            ("config.json", with_config("\"hidden_size\": 24", "\"hidden_size\": 99999999999"), "head_dim"),
+            ("config.json", with_config("\"hidden_size\": 24", "\"hidden_size\": \"24\""), "JSON"),
+            ("config.json", with_config("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3"), "layers.2"),
+            ("config.json", with_config("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1"), "layers.1"),
+            ("config.json", with_config("\"vocab_size\": 37", "\"vocab_size\": 38"), "shape [38, 24]"),
+            (
+                "config.json",
+                with_config("\"attention_bias\": false", "\"attention_bias\": true"),
+                "attention_bias",
+            ),
+            ("config.json", with_config("\"offline\"", "\"online\""), "quantization_mode"),
+            (
+                "config.json",
+                with_config("\"hidden_act\": \"silu\"", "\"hidden_act\": \"gelu\""),
+                "hidden_act",
+            ),
+            ("model.safetensors", vec![], "safetensors"),
+            ("model.safetensors", weights[..7].to_vec(), "safetensors"),
+            ("model.safetensors", weights[..100].to_vec(), "safetensors"),
+            ("model.safetensors", weights[..weights.len() - 1].to_vec(), "safetensors"),
+            ("model.safetensors", u64::MAX.to_le_bytes().to_vec(), "safetensors"),
+            ("model.safetensors", with_header(&format!("\"{q}\""), "\"other\""), "q_proj.weight` is missing"),
+            (
+                "model.safetensors",
+                with_header(&format!("{q}_scale"), "other"),
+                "q_proj.weight_scale` is missing",
+            ),
+            ("model.safetensors", codes, "none of -1, 0, +1"),
+            ("model.safetensors.index.json", index("../good/model.safetensors"), "shard"),
+            ("model.safetensors.index.json", index("/etc/passwd"), "shard"),
+            ("model.safetensors.index.json", index(".."), "shard"),
+            ("model.safetensors.index.json", index(""), "shard"),
+            ("model.safetensors.index.json", index("none.safetensors"), "none.safetensors"),
+            ("model.safetensors.index.json", b"{}".to_vec(), "weight_map"),
+            ("chat_template.jinja", vec![0xff], "UTF-8"),
+            ("tokenizer_config.json", b"nonsense".to_vec(), "JSON"),
+        ];
+        for (number, (name, bytes, expected)) in cases.into_iter().enumerate() {
+            let bad = folder.path().join(format!("bad {number}"));
+            fs::create_dir(&bad).unwrap();
+            for file in ["config.json", "model.safetensors"] {
+                fs::copy(good.join(file), bad.join(file)).unwrap();
+            }
+            fs::write(bad.join(name), bytes).unwrap();
+            let error = read(&bad).expect_err(name).to_string();
+            assert!(error.contains(expected), "{name} {number}: {error}");
+            assert!(error.contains("bad "), "{error}: no path");
+        }
+        // Every single byte of the header and of the configuration, damaged: an error or a model, no panic.
+        for (name, length) in [("config.json", config.len()), ("model.safetensors", header_length.min(700))]
+        {
+            let file = fs::read(good.join(name)).unwrap();
+            for place in 0..length {
+                let mut damaged = file.clone();
+                damaged[place] ^= 1 << (place % 8);
+                fs::write(good.join(name), &damaged).unwrap();
+                let _ = read(&good);
+            }
+            fs::write(good.join(name), &file).unwrap();
+        }
+        read(&good).unwrap();
+    }
+
+    #[test]
+    fn shards_are_read_as_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = random_model(Family::Llama, false);
+        let path = folder.path().join("model");
+        write(&model, &path, &options("F32")).unwrap();
+        let whole = crate::safetensors::read(&path.join("model.safetensors")).unwrap();
+        let mut map = serde_json::Map::new();
+        for shard in 0..2 {
+            let name = format!("model-{shard}.safetensors");
+            let part = whole.iter().enumerate().filter(|(i, _)| i % 2 == shard).map(|(_, tensor)| tensor);
+            let entries = part.map(|(tensor, stored)| {
+                map.insert(tensor.clone(), name.clone().into());
+                crate::safetensors::Entry {
+                    name: tensor.clone(),
+                    dtype: stored.dtype,
+                    shape: stored.shape.clone(),
+                    produce: Box::new(|file| std::io::Write::write_all(file, &stored.bytes)),
+                }
+            });
+            crate::safetensors::write(&path.join(&name), entries.collect()).unwrap();
+        }
+        let index = serde_json::json!({ "weight_map": map });
+        fs::write(path.join("model.safetensors.index.json"), index.to_string()).unwrap();
+        drop(whole);
+        fs::remove_file(path.join("model.safetensors")).unwrap();
+        assert_same(&model, &read(&path).unwrap());
+    }
+
+    #[test]
+    fn weight_scales_of_both_linear_classes_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = random_model(Family::Bitnet, false);
+        let path = folder.path().join("model");
+        write(&model, &path, &WriteOptions { weights: Some(WeightType::Bitnet), embedding: None }).unwrap();
+        let config = fs::read_to_string(path.join("config.json")).unwrap();
+        fs::write(path.join("config.json"), config.replace("autobitlinear", "bitlinear")).unwrap();
+        let inverse = read(&path).unwrap();
+        let name = "blk.0.attn_q.weight";
+        let largest = |model: &PackedModel| values(&model.tensors[name]).into_iter().fold(0.0, f32::max);
+        let product = largest(&model) * largest(&inverse);
+        assert!((product - 1.0).abs() < 1e-3, "{product}");
+    }
+}

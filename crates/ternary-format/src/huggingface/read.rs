@@ -1,0 +1,238 @@
+//! A folder to a [`PackedModel`].
+
+use super::{config::Config, fused_part, their_name};
+use crate::{
+    Bytes, Encoding, Family, FormatError, PackedModel, Tensor,
+    safetensors::{self, Stored},
+};
+use ::safetensors::tensor::Dtype;
+use half::f16;
+use serde::Deserialize;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Component, Path},
+};
+
+/// Text files of a folder that are longer than this are no such files.
+const LONGEST_TEXT: u64 = 1 << 28;
+
+/// Endings of tensors that older checkpoints hold and no model needs: buffers.
+const BUFFERS: [&str; 3] = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
+
+/// Reads a folder; tensors stay in the mapped files, except those that are stored transposed or packed.
+///
+/// # Errors
+/// `Io`, `Json`, `Safetensors`: files that are missing or damaged. `Spec`: a model of another kind.
+/// `MissingTensor`, `UnknownTensor`, `WrongShape`, `StoredType`, `NotACode`: tensors that are not the model's.
+/// `Shard`: an index that points out of the folder.
+pub fn read(folder: &Path) -> Result<PackedModel, FormatError> {
+    let path = folder.join("config.json");
+    let config = Config::parse(&read_text(&path)?).map_err(|error| error.in_file(&path))?;
+    let mut checkpoint = Checkpoint::open(folder)?;
+    let mut spec = config.spec.clone();
+    spec.tied = config.tied.unwrap_or(!checkpoint.tensors.contains_key("lm_head.weight"));
+    if spec.tied {
+        checkpoint.used.insert("lm_head.weight".into()); // at most a copy of the embedding
+    }
+    let tensors = spec
+        .tensors()
+        .map(|(name, shape)| {
+            let tensor = checkpoint.tensor(&config, &name, &shape);
+            Ok((name.clone(), tensor.map_err(|error| error.in_file(folder))?))
+        })
+        .collect::<Result<_, FormatError>>()?;
+    checkpoint.check_all_used().map_err(|error| error.in_file(folder))?;
+    let name = fs::canonicalize(folder).map_err(FormatError::io(folder))?;
+    let name = name.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+    Ok(PackedModel { name, spec, tensors, chat_template: chat_template(folder)? })
+}
+
+/// A file of a sane length.
+fn read_text(path: &Path) -> Result<Vec<u8>, FormatError> {
+    let length = fs::metadata(path).map_err(FormatError::io(path))?.len();
+    if length > LONGEST_TEXT {
+        return Err(FormatError::TooLong { expected: LONGEST_TEXT, found: length }.in_file(path));
+    }
+    fs::read(path).map_err(FormatError::io(path))
+}
+
+/// A JSON file of the folder.
+fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, FormatError> {
+    serde_json::from_slice(&read_text(path)?).map_err(|error| FormatError::from(error).in_file(path))
+}
+
+/// From its own file, as transformers writes it since 4.52, or from `tokenizer_config.json`.
+fn chat_template(folder: &Path) -> Result<Option<String>, FormatError> {
+    let path = folder.join("chat_template.jinja");
+    if path.exists() {
+        return fs::read_to_string(&path).map(Some).map_err(FormatError::io(&path));
+    }
+    #[derive(Deserialize)]
+    struct TokenizerConfig {
+        /// A list of named templates in a few old folders, which have none that is ours.
+        chat_template: Option<serde_json::Value>,
+    }
+    let path = folder.join("tokenizer_config.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let template = read_json::<TokenizerConfig>(&path)?.chat_template;
+    Ok(template.and_then(|template| template.as_str().map(String::from)))
+}
+
+/// The tensors of all files of a folder.
+struct Checkpoint {
+    tensors: BTreeMap<String, Stored>,
+    used: BTreeSet<String>,
+    /// Whether a gpt2 model has `nn.Linear` (minGPT, nanoGPT) where the original has `Conv1D`.
+    linear: bool,
+}
+
+impl Checkpoint {
+    fn open(folder: &Path) -> Result<Self, FormatError> {
+        let index = folder.join("model.safetensors.index.json");
+        let tensors = match index.exists() {
+            true => read_shards(folder, &index)?,
+            false => safetensors::read(&folder.join("model.safetensors"))?,
+        };
+        // The one weight of a gpt2 model that shows by its shape in which order it is stored.
+        let linear = tensors
+            .get("transformer.h.0.attn.c_attn.weight")
+            .is_some_and(|fused| fused.shape.len() == 2 && fused.shape[0] > fused.shape[1]);
+        Ok(Self { tensors, used: BTreeSet::new(), linear })
+    }
+
+    /// The tensor that is called `ours` in a [`PackedModel`].
+    fn tensor(&mut self, config: &Config, ours: &str, shape: &[usize]) -> Result<Tensor, FormatError> {
+        let family = config.spec.family;
+        let name = their_name(family, ours);
+        let Some(stored) = self.tensors.get(&name).cloned() else {
+            // Biases that a checkpoint of the gpt2 family leaves out are zero.
+            if family == Family::Gpt2 && name.ends_with(".bias") {
+                return Tensor::f32(shape, &vec![0.0; shape.iter().product()]);
+            }
+            return Err(FormatError::MissingTensor { tensor: name });
+        };
+        let matrix = ours.starts_with("blk.") && shape.len() == 2;
+        let tensor = if family == Family::Gpt2 {
+            part_of(stored, shape, fused_part(family, ours), matrix && !self.linear).and_then(Stored::float)
+        } else if let (true, Some(quantization)) = (matrix, &config.quantization) {
+            self.scale(&name).and_then(|scale| {
+                let scale = if quantization.is_inverse() { 1.0 / scale } else { scale };
+                unpack(&stored, shape, f16::from_f32(scale))
+            })
+        } else {
+            expect_shape(shape, &stored.shape).and_then(|()| stored.float())
+        };
+        self.used.insert(name.clone());
+        tensor.map_err(|error| error.in_tensor(&name))
+    }
+
+    /// The `weight_scale` of a packed matrix.
+    fn scale(&mut self, weight: &str) -> Result<f32, FormatError> {
+        let name = format!("{weight}_scale");
+        let Some(stored) = self.tensors.get(&name).cloned() else {
+            return Err(FormatError::MissingTensor { tensor: name });
+        };
+        self.used.insert(name);
+        if stored.shape.iter().product::<usize>() != 1 {
+            return Err(FormatError::WrongShape { expected: vec![1], found: stored.shape });
+        }
+        let mut scale = [0.0];
+        Stored { shape: vec![1], ..stored }.float()?.read_row(0, &mut scale);
+        Ok(scale[0])
+    }
+
+    /// A tensor that nobody asked for belongs to a model that we would get wrong.
+    fn check_all_used(&self) -> Result<(), FormatError> {
+        let unused = self
+            .tensors
+            .keys()
+            .find(|name| !self.used.contains(*name) && !BUFFERS.iter().any(|buffer| name.ends_with(buffer)));
+        unused.map_or(Ok(()), |name| Err(FormatError::UnknownTensor { tensor: name.clone() }))
+    }
+}
+
+/// The tensors of all shards that an index names.
+fn read_shards(folder: &Path, index: &Path) -> Result<BTreeMap<String, Stored>, FormatError> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let places = read_json::<Index>(index)?.weight_map;
+    let mut tensors = BTreeMap::new();
+    for shard in places.values().collect::<BTreeSet<_>>() {
+        let mut parts = Path::new(shard).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+            return Err(FormatError::Shard { shard: shard.clone() }.in_file(index));
+        }
+        tensors.extend(safetensors::read(&folder.join(shard))?);
+    }
+    match places.keys().find(|name| !tensors.contains_key(*name)) {
+        Some(name) => Err(FormatError::MissingTensor { tensor: name.clone() }.in_file(index)),
+        None => Ok(tensors),
+    }
+}
+
+fn expect_shape(expected: &[usize], found: &[usize]) -> Result<(), FormatError> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(FormatError::WrongShape { expected: expected.into(), found: found.into() })
+}
+
+/// A tensor of a gpt2 model as `[out, in]`: cut from a fused one, transposed from `Conv1D`'s `[in, out]`.
+fn part_of(
+    stored: Stored,
+    shape: &[usize],
+    third: Option<usize>,
+    transposed: bool,
+) -> Result<Stored, FormatError> {
+    let out = shape[0];
+    let mut expected = shape.to_vec();
+    expected[0] *= third.map_or(1, |_| 3);
+    let columns = expected[0];
+    if transposed {
+        expected.reverse();
+    }
+    expect_shape(&expected, &stored.shape)?;
+    let first = third.unwrap_or(0) * out;
+    let size = stored.encoding()?.bytes(&[1])?;
+    let bytes: Bytes = if transposed {
+        let at = |row: usize, column: usize| {
+            let start = (row * columns + first + column) * size;
+            &stored.bytes[start..start + size]
+        };
+        let inputs = shape[1];
+        let values = (0..out).flat_map(|column| (0..inputs).map(move |row| (row, column)));
+        let mut bytes = Vec::with_capacity(out * inputs * size);
+        values.for_each(|(row, column)| bytes.extend_from_slice(at(row, column)));
+        bytes.into()
+    } else {
+        let row = size * shape[1..].iter().product::<usize>();
+        stored.bytes.slice(first * row..(first + out) * row)
+    };
+    Ok(Stored { shape: shape.into(), bytes, ..stored })
+}
+
+/// BitNet's packed codes: row `r` of `[out, in]` is at bits `2 (r / R)` of row `r % R` of `[R, in]`, `R = out / 4`.
+fn unpack(stored: &Stored, shape: &[usize], scale: f16) -> Result<Tensor, FormatError> {
+    let [rows, cols] = [shape[0], shape[1]];
+    expect_shape(&[rows / 4, cols], &stored.shape)?;
+    if stored.dtype != Dtype::U8 {
+        return Err(FormatError::StoredType { expected: "U8", found: stored.dtype });
+    }
+    if rows % 4 != 0 {
+        return Err(FormatError::RowCount { rows });
+    }
+    if !(scale.is_finite() && scale.is_sign_positive()) {
+        return Err(FormatError::Scale { scale: scale.to_f32() });
+    }
+    Tensor::from_codes(Encoding::Ternary { group: cols }, rows, cols, |row, codes, scales| {
+        let (plane, packed) = (row / (rows / 4), row % (rows / 4));
+        let bytes = &stored.bytes[packed * cols..(packed + 1) * cols];
+        codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code = (byte >> (2 * plane) & 3) as i8 - 1);
+        scales.fill(scale);
+    })
+}

@@ -1,0 +1,215 @@
+//! A [`PackedModel`] to a folder.
+
+use super::{config, fused_part, their_name};
+use crate::{
+    Encoding, Family, FormatError, PackedModel, Tensor, WeightType, WriteOptions,
+    safetensors::{self, Entry, Produce},
+};
+use ::safetensors::tensor::Dtype;
+use half::f16;
+use serde_json::Value;
+use std::{fs, io::Write, path::Path};
+
+/// Writes a new folder: packed codes unless `options` say F32 or F16.
+///
+/// # Errors
+/// `Io`; an `Io` of kind `AlreadyExists` where the folder is not new. `WeightType`: not F32, F16 or BITNET.
+/// `NotPerTensor`, `NotTernary`, `RowCount`, `Unpackable`: weights or models that cannot be packed.
+pub fn write(model: &PackedModel, folder: &Path, options: &WriteOptions) -> Result<(), FormatError> {
+    model.validate()?;
+    let weights = options.weights.unwrap_or(WeightType::Bitnet);
+    let tables = options.table(&model.tensors["token_embd.weight"], &[Encoding::F16]);
+    float_type(tables, "F32 or F16")?;
+    let entries = match weights {
+        WeightType::Encoded(encoding) => {
+            float_type(encoding, "F32, F16 or BITNET")?;
+            float_entries(model, encoding, tables)
+        }
+        WeightType::Bitnet => packed_entries(model, tables)?,
+        _ => return Err(FormatError::WeightType { found: weights, expected: "F32, F16 or BITNET" }),
+    };
+    let dtype = if weights == WeightType::Encoded(Encoding::F16) { "float16" } else { "float32" };
+    let io = FormatError::io(folder);
+    let exists = folder.exists().then(|| std::io::ErrorKind::AlreadyExists.into());
+    exists.map_or(Ok(()), Err).map_err(io)?;
+
+    let scratch = folder.with_added_extension("partial");
+    let io = || FormatError::io(&scratch);
+    if scratch.exists() {
+        fs::remove_dir_all(&scratch).map_err(io())?; // of a run that was killed
+    }
+    fs::create_dir_all(&scratch).map_err(io())?;
+    let text = |name: &str, text: String| {
+        let path = scratch.join(name);
+        fs::write(&path, text).map_err(FormatError::io(&path))
+    };
+    let json = |name: &str, value: &Value| text(name, format!("{value:#}\n"));
+    json("config.json", &config::to_json(&model.spec, dtype, weights == WeightType::Bitnet))?;
+    text("README.md", card(model, weights))?;
+    safetensors::write(&scratch.join("model.safetensors"), entries)?;
+    fs::rename(&scratch, folder).map_err(FormatError::io(folder))
+}
+
+fn float_type(encoding: Encoding, expected: &'static str) -> Result<(), FormatError> {
+    match encoding {
+        Encoding::F32 | Encoding::F16 => Ok(()),
+        _ => Err(FormatError::WeightType { found: WeightType::Encoded(encoding), expected }),
+    }
+}
+
+/// Tensors in floats: matrices of blocks and tables as asked, the rest in f32.
+fn float_entries(model: &PackedModel, matrices: Encoding, tables: Encoding) -> Vec<Entry<'_>> {
+    let family = model.spec.family;
+    let names =
+        model.tensors.iter().filter(|(name, _)| fused_part(family, name).is_none_or(|part| part == 0));
+    names
+        .map(|(name, tensor)| {
+            let matrix = name.starts_with("blk.") && tensor.shape().len() == 2;
+            let encoding = match tensor.shape().len() {
+                1 => Encoding::F32,
+                _ if matrix => matrices,
+                _ => tables,
+            };
+            let parts = match fused_part(family, name) {
+                Some(_) => ["attn_q", "attn_k", "attn_v"]
+                    .map(|part| &model.tensors[&name.replace("attn_q", part)])
+                    .to_vec(),
+                None => vec![tensor],
+            };
+            let transposed = matrix && family == Family::Gpt2;
+            let mut shape = tensor.shape().to_vec();
+            shape[0] *= parts.len();
+            if transposed {
+                shape.reverse();
+            }
+            Entry {
+                name: their_name(family, name),
+                dtype: if encoding == Encoding::F16 { Dtype::F16 } else { Dtype::F32 },
+                shape,
+                produce: floats(parts, transposed, encoding),
+            }
+        })
+        .collect()
+}
+
+/// The values of `parts`, one after the other, each `[out, in]`; transposed as a whole where asked.
+fn floats(parts: Vec<&Tensor>, transposed: bool, encoding: Encoding) -> Produce<'_> {
+    Box::new(move |file| {
+        let put = |file: &mut dyn Write, values: &[f32]| {
+            let bytes: Vec<u8> = match encoding {
+                Encoding::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+                _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            };
+            file.write_all(&bytes)
+        };
+        let cols = parts[0].cols();
+        let rows = parts.iter().flat_map(|part| (0..part.rows()).map(move |row| (part, row)));
+        let mut values = vec![0.0; cols];
+        if !transposed {
+            return rows.into_iter().try_for_each(|(part, row)| {
+                part.read_row(row, &mut values);
+                put(file, &values)
+            });
+        }
+        let out: usize = parts.iter().map(|part| part.rows()).sum();
+        let mut whole = vec![0.0; out * cols];
+        for (place, (part, row)) in rows.enumerate() {
+            part.read_row(row, &mut values);
+            values.iter().enumerate().for_each(|(col, &value)| whole[col * out + place] = value);
+        }
+        whole.chunks(out).try_for_each(|row| put(file, row))
+    })
+}
+
+/// Tensors with the matrices of blocks as BitNet packs them.
+fn packed_entries(model: &PackedModel, tables: Encoding) -> Result<Vec<Entry<'_>>, FormatError> {
+    if model.spec.family == Family::Gpt2 {
+        return Err(FormatError::Unpackable);
+    }
+    let mut entries = float_entries(model, Encoding::F32, tables);
+    for (name, tensor) in &model.tensors {
+        if !name.starts_with("blk.") || tensor.shape().len() != 2 {
+            continue;
+        }
+        let theirs = their_name(model.spec.family, name);
+        let scale = tensor_scale(tensor).map_err(|error| error.in_tensor(name))?;
+        let entry = entries.iter_mut().find(|entry| entry.name == theirs).expect("every tensor has an entry");
+        entry.dtype = Dtype::U8;
+        entry.shape = vec![tensor.rows() / 4, tensor.cols()];
+        entry.produce = packed(tensor);
+        entries.push(Entry {
+            name: format!("{theirs}_scale"),
+            dtype: Dtype::F32,
+            shape: vec![1],
+            produce: Box::new(move |file| file.write_all(&scale.to_le_bytes())),
+        });
+    }
+    Ok(entries)
+}
+
+/// The one scale of a matrix that can be packed.
+fn tensor_scale(tensor: &Tensor) -> Result<f32, FormatError> {
+    let (rows, cols) = (tensor.rows(), tensor.cols());
+    let Some(group) = tensor.ternary_group() else {
+        let expected = Encoding::Ternary { group: cols };
+        return Err(FormatError::NotTernary { found: tensor.encoding(), expected });
+    };
+    if rows % 4 != 0 {
+        return Err(FormatError::RowCount { rows });
+    }
+    let mut codes = vec![0; cols];
+    let mut scales = vec![f16::ZERO; cols / group];
+    let mut one = None;
+    for row in 0..rows {
+        tensor.read_ternary_row(row, &mut codes, &mut scales);
+        for (codes, &scale) in codes.chunks(group).zip(&scales) {
+            // Where all codes are zero, any scale says the same.
+            if codes.iter().any(|&code| code != 0) && *one.get_or_insert(scale) != scale {
+                return Err(FormatError::NotPerTensor { row });
+            }
+        }
+    }
+    Ok(one.unwrap_or(f16::ONE).to_f32())
+}
+
+/// Codes + 1 in 2 bits: rows `r`, `r + R`, `r + 2R`, `r + 3R` share the bytes of row `r`, low bits first.
+fn packed(tensor: &Tensor) -> Produce<'_> {
+    Box::new(move |file| {
+        let (rows, cols) = (tensor.rows() / 4, tensor.cols());
+        let mut scales = vec![f16::ZERO; cols / tensor.ternary_group().expect("checked before")];
+        let mut codes = vec![0; cols];
+        (0..rows).try_for_each(|row| {
+            let mut bytes = vec![0; cols];
+            for plane in 0..4 {
+                tensor.read_ternary_row(plane * rows + row, &mut codes, &mut scales);
+                let places = bytes.iter_mut().zip(&codes);
+                places.for_each(|(byte, code)| *byte |= ((code + 1) as u8) << (2 * plane));
+            }
+            file.write_all(&bytes)
+        })
+    })
+}
+
+/// The model card.
+fn card(model: &PackedModel, weights: WeightType) -> String {
+    let PackedModel { name, spec, .. } = model;
+    let stored = match weights {
+        WeightType::Encoded(encoding) => format!("weights as {encoding}"),
+        _ => "ternary weights in 2 bits, one scale a matrix".into(),
+    };
+    format!(
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- ternary\n---\n\n# {name}\n\n\
+         A language model of the {family:?} family, trained with ternary weights (-1, 0, +1): {layers} layers of \
+         width {width}, vocabulary {vocab}, context {context}. This folder holds {stored}.\n\n\
+         ```python\n\
+         from transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
+         tokenizer = AutoTokenizer.from_pretrained(\"{name}\")\n\
+         model = AutoModelForCausalLM.from_pretrained(\"{name}\")\n\
+         ```\n",
+        family = spec.family,
+        layers = spec.n_layers,
+        width = spec.d_model,
+        vocab = spec.vocab_size,
+        context = spec.context,
+    )
+}

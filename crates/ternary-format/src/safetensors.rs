@@ -1,0 +1,111 @@
+//! Safetensors files: mapped on reading, streamed on writing.
+//!
+//! # Source
+//! README of github.com/huggingface/safetensors, "Format".
+
+use crate::{Bytes, Encoding, FormatError, Tensor};
+use safetensors::{
+    SafeTensorError, SafeTensors,
+    tensor::{Dtype, Metadata, TensorInfo},
+};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    io::{self, BufWriter, Write},
+    path::Path,
+};
+
+/// A tensor as a file holds it, of any type.
+#[derive(Clone, Debug)]
+pub(crate) struct Stored {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: Bytes,
+}
+
+impl Stored {
+    /// The encoding of floats.
+    ///
+    /// # Errors
+    /// `StoredType`: not F32, F16 or BF16.
+    pub fn encoding(&self) -> Result<Encoding, FormatError> {
+        match self.dtype {
+            Dtype::F32 => Ok(Encoding::F32),
+            Dtype::F16 => Ok(Encoding::F16),
+            Dtype::BF16 => Ok(Encoding::Bf16),
+            found => Err(FormatError::StoredType { expected: "F32, F16 or BF16", found }),
+        }
+    }
+
+    /// As a float tensor, not copied.
+    ///
+    /// # Errors
+    /// `StoredType`: not F32, F16 or BF16.
+    pub fn float(self) -> Result<Tensor, FormatError> {
+        let encoding = self.encoding()?;
+        Tensor::new(self.shape, encoding, self.bytes)
+    }
+}
+
+/// All tensors of a file; lengths and offsets are checked, nothing is read.
+///
+/// # Errors
+/// `Io`, `Safetensors`
+pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Stored>, FormatError> {
+    let file = Bytes::map(path)?;
+    let (header, metadata) =
+        SafeTensors::read_metadata(&file).map_err(|source| FormatError::from(source).in_file(path))?;
+    let start = 8 + header;
+    let stored = |info: &TensorInfo| {
+        let (from, to) = info.data_offsets;
+        Stored { dtype: info.dtype, shape: info.shape.clone(), bytes: file.slice(start + from..start + to) }
+    };
+    Ok(metadata.tensors().into_iter().map(|(name, info)| (name, stored(info))).collect())
+}
+
+/// Writes the bytes of a tensor.
+pub(crate) type Produce<'a> = Box<dyn Fn(&mut dyn Write) -> io::Result<()> + 'a>;
+
+/// A tensor whose bytes are made when they are written.
+pub(crate) struct Entry<'a> {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub produce: Produce<'a>,
+}
+
+/// Writes `entries` to a new file, widest types first, so that all are aligned.
+///
+/// # Errors
+/// `Io`, `Safetensors`
+pub(crate) fn write(path: &Path, mut entries: Vec<Entry>) -> Result<(), FormatError> {
+    entries.sort_by(|a, b| b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(&b.name)));
+    let mut end = 0;
+    let infos = entries.iter().map(|entry| {
+        let start = end;
+        end += entry.shape.iter().product::<usize>() * entry.dtype.bitsize() / 8;
+        let info = TensorInfo { dtype: entry.dtype, shape: entry.shape.clone(), data_offsets: (start, end) };
+        (entry.name.clone(), info)
+    });
+    // Readers in Python refuse a file that does not say which framework's conventions it has.
+    let about = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let metadata = Metadata::new(Some(about), infos.collect()).map_err(FormatError::from)?;
+    let mut header = serde_json::to_vec(&metadata).expect("names and numbers are JSON");
+    header.resize(header.len().next_multiple_of(8), b' ');
+
+    let io = FormatError::io(path);
+    let write = || {
+        let mut file = BufWriter::with_capacity(1 << 20, File::create_new(path)?);
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        entries.iter().try_for_each(|entry| (entry.produce)(&mut file))?;
+        file.into_inner()?.sync_all()
+    };
+    write().map_err(io)
+}
+
+impl From<SafeTensorError> for FormatError {
+    fn from(source: SafeTensorError) -> Self {
+        Self::Safetensors { source }
+    }
+}
