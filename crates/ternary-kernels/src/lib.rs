@@ -24,6 +24,7 @@ mod float;
 mod input;
 mod isa;
 mod matrix;
+pub mod peak;
 mod pool;
 mod product;
 mod scalar;

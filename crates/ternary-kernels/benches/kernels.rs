@@ -1,0 +1,96 @@
+//! Products in operations a second, each checked first, beside what the machine could do at best.
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use half::f16;
+use std::time::Duration;
+use ternary_kernels::*;
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |threads| threads.get())
+}
+
+/// Codes in the pattern of a small generator.
+fn code(row: usize, col: usize) -> i32 {
+    ((row * 7919 + col * 104_729) >> 3) as i32 % 3 - 1
+}
+
+fn ternary(rows: usize, cols: usize, group: usize) -> Matrix {
+    let arena = &mut Arena::new(TernaryMatrix::bytes(rows, cols, group));
+    TernaryMatrix::pack(arena, rows, cols, group, |row, codes, scales| {
+        codes.iter_mut().enumerate().for_each(|(col, c)| *c = code(row, col) as i8);
+        scales.fill(f16::from_f32(0.5));
+    })
+    .into()
+}
+
+fn byte(rows: usize, cols: usize, group: usize) -> Matrix {
+    let arena = &mut Arena::new(ByteMatrix::bytes(rows, cols, group));
+    ByteMatrix::pack(arena, rows, cols, group, |row, codes, scales| {
+        codes.iter_mut().enumerate().for_each(|(col, c)| *c = code(row, col) as i8);
+        scales.fill(0.5);
+    })
+    .into()
+}
+
+fn six_bit(rows: usize, cols: usize) -> Matrix {
+    let arena = &mut Arena::new(SixBitMatrix::bytes(rows, cols));
+    SixBitMatrix::pack(arena, rows, cols, |row, codes, factors, scales| {
+        codes.iter_mut().enumerate().for_each(|(col, c)| *c = code(row, col) as i8);
+        factors.fill(1);
+        scales.fill(f16::from_f32(0.5));
+    })
+    .into()
+}
+
+/// Activations whose quantized codes are `(col mod 255) - 127`.
+fn activations(tokens: usize, cols: usize) -> Vec<f32> {
+    (0..tokens * cols).map(|i| (i % cols % 255) as f32 - 127.0).collect()
+}
+
+fn check(matrix: &Matrix, x: &[f32], out: &[f32]) {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    for (token, row) in [(0, 0), (x.len() / cols - 1, rows - 1), (x.len() / cols / 2, rows / 3)] {
+        let x = &x[token * cols..][..cols];
+        let sum: i32 = (0..cols).map(|col| code(row, col) * x[col] as i32).sum();
+        assert_eq!(out[token * rows + row], sum as f32 * 0.5);
+    }
+}
+
+fn products(c: &mut Criterion) {
+    let mut shapes = vec![];
+    for (rows, cols) in [(768, 3072), (8192, 2048), (32768, 8192)] {
+        shapes.push((format!("ternary {rows}x{cols}"), ternary(rows, cols, cols)));
+    }
+    shapes.push(("ternary by 256 768x3072".into(), ternary(768, 3072, 256)));
+    shapes.push(("six-bit 32000x768".into(), six_bit(32000, 768)));
+    shapes.push(("byte 32000x768".into(), byte(32000, 768, 768)));
+    for threads in [1, threads()] {
+        let pool = Pool::new(threads);
+        let bandwidth = peak::read_bandwidth(&pool) / 1e9;
+        let operations = threads as f64 * peak::integer_operations(pool.isa()) / 1e9;
+        println!("{}, {threads} threads: {operations:.0} GOP/s, {bandwidth:.1} GB/s", pool.isa().name());
+        for (name, matrix) in &shapes {
+            let (rows, cols) = (matrix.rows(), matrix.cols());
+            let mut group = c.benchmark_group(format!("{name}, {threads} threads"));
+            group.sample_size(10).warm_up_time(Duration::from_millis(100));
+            group.measurement_time(Duration::from_millis(500));
+            for tokens in [1, 2, 4, 8, 16, 512] {
+                if tokens > 16 && rows * cols > 1 << 24 {
+                    continue;
+                }
+                let x = activations(tokens, cols);
+                let (mut buffer, mut out) = (Quantized::default(), vec![0.0; tokens * rows]);
+                let x8 = Input::int8(&pool, &x, cols, &mut buffer);
+                multiply(&pool, &x8, &mut [Product::new(matrix, &mut out)]);
+                check(matrix, &x, &out);
+                group.throughput(Throughput::Elements((2 * tokens * rows * cols) as u64));
+                group.bench_function(BenchmarkId::from_parameter(tokens), |b| {
+                    b.iter(|| multiply(&pool, &x8, &mut [Product::new(matrix, &mut out)]));
+                });
+            }
+        }
+    }
+}
+
+criterion_group!(benches, products);
+criterion_main!(benches);

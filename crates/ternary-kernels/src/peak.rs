@@ -1,0 +1,103 @@
+//! What this machine could do at best: the measure of every other number.
+
+use crate::{
+    Arena, Isa, Pool,
+    simd::{Kernel, Line, Simd},
+};
+use std::{hint::black_box, time::Instant};
+
+/// Bytes that no cache holds.
+const BYTES: usize = 256 << 20;
+
+/// Int8 operations a second of one thread (a product and a sum are two), everything in registers and first-level cache.
+pub fn integer_operations(isa: Isa) -> f64 {
+    const ROUNDS: usize = 20_000;
+    let lines = [Line([1; 64]); 16];
+    let best = (0..10).map(|_| {
+        let start = Instant::now();
+        black_box(isa.run(Dots { lines: black_box(&lines), rounds: ROUNDS }));
+        start.elapsed().as_secs_f64()
+    });
+    (ROUNDS * lines.len() * TOKENS * 64 * 2) as f64 / best.fold(f64::INFINITY, f64::min)
+}
+
+/// Tokens of the measuring loop.
+const TOKENS: usize = 4;
+
+struct Dots<'a> {
+    lines: &'a [Line; 16],
+    rounds: usize,
+}
+
+impl Kernel for Dots<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let x: [_; TOKENS] = std::array::from_fn(|t| s.splat(black_box(t as i32)));
+        let mut total = [s.splat(0); TOKENS];
+        for _ in 0..self.rounds {
+            let mut acc = [s.splat(0); TOKENS];
+            for line in black_box(self.lines) {
+                let w = s.load(line);
+                for t in 0..TOKENS {
+                    acc[t] = s.dot(acc[t], w, x[t]);
+                }
+            }
+            for t in 0..TOKENS {
+                total[t] = s.add(total[t], s.widen(acc[t]));
+            }
+        }
+        let sum = total.into_iter().fold(s.splat(0), |a, b| s.add(a, b));
+        s.sum_lanes(s.to_float(sum))
+    }
+}
+
+/// Bytes a second that the threads of a pool read together, in huge pages.
+pub fn read_bandwidth(pool: &Pool) -> f64 {
+    let mut block = Arena::new(BYTES).take::<Line>(BYTES / size_of::<Line>());
+    block.fill(Line([1; 64]));
+    let parts = pool.threads() * 16;
+    let best = (0..5).map(|_| {
+        let start = Instant::now();
+        pool.run(parts, |part, _| {
+            let lines = &block[part * block.len() / parts..(part + 1) * block.len() / parts];
+            black_box(pool.isa().run(Read { lines }));
+        });
+        start.elapsed().as_secs_f64()
+    });
+    BYTES as f64 / best.fold(f64::INFINITY, f64::min)
+}
+
+struct Read<'a> {
+    lines: &'a [Line],
+}
+
+impl Kernel for Read<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let mut sums = [s.splat(0); 4];
+        for lines in self.lines.as_chunks::<4>().0 {
+            for (sum, line) in sums.iter_mut().zip(lines) {
+                s.prefetch(line, 64);
+                *sum = s.add(*sum, s.load(line));
+            }
+        }
+        let sum = sums.into_iter().fold(s.splat(0), |a, b| s.add(a, b));
+        s.sum_lanes(s.to_float(sum))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peaks_are_positive() {
+        for isa in Isa::available() {
+            assert!(integer_operations(isa) > 0.0);
+        }
+    }
+}
