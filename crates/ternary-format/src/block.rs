@@ -13,16 +13,6 @@ use half::f16;
 pub(crate) fn decode_block(encoding: Encoding, block: &[u8], values: &mut [f32]) {
     let f16_at = |i: usize| f16::from_le_bytes([block[i], block[i + 1]]).to_f32();
     match encoding {
-        Encoding::Q8_0 => {
-            let scale = f16_at(0);
-            for (value, &code) in values.iter_mut().zip(&block[2..]) {
-                *value = f32::from(code as i8) * scale;
-            }
-        }
-        Encoding::Q4_0 => {
-            let scale = f16_at(0);
-            nibbles(&block[2..], values, |code| (f32::from(code) - 8.0) * scale);
-        }
         Encoding::Q4_1 => {
             let (scale, least) = (f16_at(0), f16_at(2));
             nibbles(&block[4..], values, |code| f32::from(code) * scale + least);
@@ -43,22 +33,50 @@ pub(crate) fn decode_block(encoding: Encoding, block: &[u8], values: &mut [f32])
                 }
             }
         }
+        _ => {
+            let (mut codes, mut factors) = ([0; 256], [0; 16]);
+            let codes = &mut codes[..values.len()];
+            let scale = decode_codes(encoding, block, codes, &mut factors[..values.len() / 16]).to_f32();
+            let groups = values.chunks_exact_mut(16).zip(codes.chunks_exact(16));
+            for ((values, codes), &factor) in groups.zip(&factors) {
+                let scale = scale * f32::from(factor);
+                values.iter_mut().zip(codes).for_each(|(value, &code)| *value = scale * f32::from(code));
+            }
+        }
+    }
+}
+
+/// The integers of a block of Q8_0, Q4_0 or Q6_K, and its scale: a value is `scale * factor * code`.
+///
+/// # Shapes
+/// codes `[block_weights]`, factors `[block_weights / 16]`, all 1 but in Q6_K
+pub(crate) fn decode_codes(encoding: Encoding, block: &[u8], codes: &mut [i8], factors: &mut [i8]) -> f16 {
+    let f16_at = |i: usize| f16::from_le_bytes([block[i], block[i + 1]]);
+    factors.fill(1);
+    match encoding {
+        Encoding::Q8_0 => codes.iter_mut().zip(&block[2..]).for_each(|(code, &byte)| *code = byte as i8),
+        Encoding::Q4_0 => {
+            let (low, high) = codes.split_at_mut(16);
+            for ((low, high), &byte) in low.iter_mut().zip(high).zip(&block[2..]) {
+                (*low, *high) = ((byte & 15) as i8 - 8, (byte >> 4) as i8 - 8);
+            }
+        }
         Encoding::Q6K => {
-            let scale = f16_at(208);
-            for (h, values) in values.chunks_exact_mut(128).enumerate() {
+            for (h, codes) in codes.chunks_exact_mut(128).enumerate() {
                 let (low, high) = (&block[64 * h..64 * h + 64], &block[128 + 32 * h..160 + 32 * h]);
-                let scales = &block[192 + 8 * h..200 + 8 * h];
-                for (i, value) in values.iter_mut().enumerate() {
+                for (i, code) in codes.iter_mut().enumerate() {
                     let (quarter, l) = (i / 32, i % 32);
                     let four = (low[i % 64] >> (4 * (quarter / 2))) & 15;
                     let two = (high[l] >> (2 * quarter)) & 3;
-                    let code = (four | (two << 4)) as i8 - 32;
-                    *value = scale * f32::from(scales[i / 16] as i8) * f32::from(code);
+                    *code = (four | (two << 4)) as i8 - 32;
                 }
             }
+            factors.iter_mut().zip(&block[192..208]).for_each(|(factor, &byte)| *factor = byte as i8);
+            return f16_at(208);
         }
-        _ => panic!("{encoding} has no blocks of floats"),
+        _ => panic!("{encoding} has no blocks of integers"),
     }
+    f16_at(0)
 }
 
 /// Values of 4-bit codes: all low halves, then all high halves.

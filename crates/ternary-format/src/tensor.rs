@@ -253,6 +253,25 @@ impl Tensor {
         }
     }
 
+    /// The integers of a row of `Q8_0`, `Q4_0` or `Q6_K`: a weight is `scale * factor * code`.
+    ///
+    /// # Shapes
+    /// codes `[cols]`, factors `[cols / 16]` (all 1 but in `Q6_K`), scales `[cols / block_weights]`
+    ///
+    /// # Panics
+    /// When the encoding is another one.
+    pub fn read_integer_row(&self, row: usize, codes: &mut [i8], factors: &mut [i8], scales: &mut [f16]) {
+        let weights = self.encoding.block_weights();
+        assert_eq!((codes.len(), factors.len()), (self.cols(), self.cols() / 16));
+        assert_eq!(scales.len(), self.cols() / weights);
+        let bytes = &self.data[self.row_bytes(row)];
+        let blocks = bytes.chunks_exact((bytes.len() / scales.len().max(1)).max(1));
+        let parts = codes.chunks_exact_mut(weights).zip(factors.chunks_exact_mut(weights / 16));
+        for (((codes, factors), scale), block) in parts.zip(scales).zip(blocks) {
+            *scale = block::decode_codes(self.encoding, block, codes, factors);
+        }
+    }
+
     /// The same weights in another encoding.
     ///
     /// Ternary weights keep codes and scales exactly in every ternary encoding and in `Q8_0` and `Q4_0`. Others are
