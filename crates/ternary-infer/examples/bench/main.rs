@@ -13,8 +13,16 @@ mod shape;
 use clap::Parser;
 use serde::Serialize;
 use shape::Shape;
-use std::{error::Error, path::PathBuf, time::Instant};
-use ternary_format::{Encoding, PackedModel, gguf};
+use std::{
+    collections::HashMap,
+    error::Error,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+use ternary_format::{
+    Encoding, FormatError, PackedModel,
+    gguf::{self, GgufOptions},
+};
 use ternary_infer::{Engine, EngineOptions, Sequence};
 
 /// Measures generation from a model file, or from random weights.
@@ -29,8 +37,8 @@ struct Options {
     /// Writes the random weights to this GGUF file and measures nothing.
     #[arg(long, requires = "shape")]
     write: Option<PathBuf>,
-    /// How random weights are stored.
-    #[arg(long = "type", default_value = "tq2_0", requires = "shape")]
+    /// How that file stores the blocks.
+    #[arg(long = "type", default_value = "tq2_0", requires = "write")]
     encoding: Type,
     #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
     threads: usize,
@@ -98,15 +106,12 @@ struct Report {
 fn main() -> Result<(), Box<dyn Error>> {
     let options = Options::parse();
     let start = Instant::now();
-    let model = match (&options.model, options.shape) {
-        (Some(path), _) => gguf::read(path)?,
-        (None, Some(shape)) => shape.random(options.encoding.into())?,
-        (None, None) => unreachable!("clap requires one of the two"),
+    let model = match (&options.model, options.shape, &options.write) {
+        (_, Some(shape), Some(path)) => return Ok(write(shape, path, options.encoding.into())?),
+        (_, Some(shape), None) => random(shape)?,
+        (Some(path), ..) => gguf::read(path)?,
+        _ => unreachable!("clap requires one of the two"),
     };
-    if let Some(path) = &options.write {
-        gguf::write(&model, path)?;
-        return Ok(());
-    }
     let report = measure(model, &options, start)?;
     if options.json {
         println!("{}", serde_json::to_string(&report)?);
@@ -114,6 +119,24 @@ fn main() -> Result<(), Box<dyn Error>> {
         print(&report);
     }
     Ok(())
+}
+
+fn random(shape: Shape) -> Result<PackedModel, FormatError> {
+    let mut model = shape.model();
+    for (name, shape) in model.spec.tensors() {
+        let tensor = shape::tensor(&name, &shape)?;
+        model.tensors.insert(name, tensor);
+    }
+    Ok(model)
+}
+
+/// Holds one tensor at a time.
+fn write(shape: Shape, path: &Path, blocks: Encoding) -> Result<(), FormatError> {
+    let model = shape.model();
+    let shapes: HashMap<_, _> = model.spec.tensors().collect();
+    let embedding = if blocks.is_ternary() { Encoding::Q8_0 } else { blocks };
+    let options = GgufOptions { blocks, embedding, head: embedding };
+    gguf::write_with(&model, path, &options, |name| shape::tensor(name, &shapes[name]))
 }
 
 fn measure(model: PackedModel, options: &Options, start: Instant) -> Result<Report, Box<dyn Error>> {

@@ -42,32 +42,35 @@ impl Shape {
         }
     }
 
-    /// Blocks in `encoding`, of codes that are -1, 0 and +1 equally often; the embedding in 8 bits.
-    pub fn random(self, encoding: Encoding) -> Result<PackedModel, FormatError> {
-        let spec = self.spec();
-        let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let tensors = spec.tensors().map(|(name, shape)| {
-            let tensor = match shape[..] {
-                [width] => Tensor::f32(&[width], &vec![1.0; width])?,
-                [rows, cols] if name == "token_embd.weight" => {
-                    // A standard deviation of 74 codes, about 0.02.
-                    let scale = f16::from_f32(0.02 / 74.0);
-                    matrix(Encoding::Q8_0, [rows, cols], scale, || (rng.next_u32() >> 24) as i8)?
-                }
-                [rows, cols] => {
-                    let scale = f16::from_f32((1.5 / cols as f32).sqrt());
-                    matrix(encoding, [rows, cols], scale, || (rng.next_u32() % 3) as i8 - 1)?
-                }
-                _ => unreachable!("models have vectors and matrices"),
-            };
-            Ok((name, tensor))
-        });
-        Ok(PackedModel {
+    /// A model without its tensors.
+    pub fn model(self) -> PackedModel {
+        PackedModel {
             name: format!("random {self:?}").to_lowercase(),
-            tensors: tensors.collect::<Result<_, FormatError>>()?,
-            spec,
+            spec: self.spec(),
+            tensors: Default::default(),
+            tokenizer: None,
             chat_template: None,
-        })
+        }
+    }
+}
+
+/// A tensor of a random model, always the same: ternary codes that are -1, 0 and +1 equally often, embeddings in 8
+/// bits, norms of ones.
+pub fn tensor(name: &str, shape: &[usize]) -> Result<Tensor, FormatError> {
+    let seed = name.bytes().fold(0u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    match *shape {
+        [width] => Tensor::f32(&[width], &vec![1.0; width]),
+        [rows, cols] if name == "token_embd.weight" => {
+            // A standard deviation of 74 codes, about 0.02.
+            let scale = f16::from_f32(0.02 / 74.0);
+            matrix(Encoding::Q8_0, [rows, cols], scale, || (rng.next_u32() >> 24) as i8)
+        }
+        [rows, cols] => {
+            let scale = f16::from_f32((1.5 / cols as f32).sqrt());
+            matrix(Encoding::Ternary { group: cols }, [rows, cols], scale, || (rng.next_u32() % 3) as i8 - 1)
+        }
+        _ => unreachable!("models have vectors and matrices"),
     }
 }
 
