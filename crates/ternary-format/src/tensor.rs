@@ -13,6 +13,9 @@ pub struct Bytes {
 
 trait AsBytes: std::fmt::Debug + Send + Sync {
     fn as_bytes(&self) -> &[u8];
+
+    /// See [`Tensor::release`].
+    fn release(&self, _range: Range<usize>) {}
 }
 
 impl AsBytes for Vec<u8> {
@@ -24,6 +27,15 @@ impl AsBytes for Vec<u8> {
 impl AsBytes for memmap2::Mmap {
     fn as_bytes(&self) -> &[u8] {
         self
+    }
+
+    #[cfg(unix)]
+    fn release(&self, range: Range<usize>) {
+        let advice = memmap2::UncheckedAdvice::DontNeed;
+        // SAFETY: the map is read only and of a file, which its pages are read from again when they are needed.
+        // Only advice: where it is refused, the pages stay.
+        #[allow(unsafe_code)]
+        let _ = unsafe { self.unchecked_advise_range(advice, range.start, range.len()) };
     }
 }
 
@@ -172,6 +184,12 @@ impl Tensor {
     /// The stored bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.data
+    }
+
+    /// Gives the memory of a mapped file's pages back to the system, for who has made a copy of the weights; they are
+    /// read from the file again when they are needed.
+    pub fn release(&self) {
+        self.data.owner.release(self.data.range.clone());
     }
 
     /// All dimensions but the last, multiplied.
@@ -576,5 +594,20 @@ mod tests {
         }
         // Every byte of TQ1_0 is five codes.
         assert!(values(&new(&[256], Encoding::Tq1_0, 54).unwrap())[..5].iter().all(|v| v.is_nan()));
+    }
+
+    #[test]
+    fn released_tensors_are_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("values");
+        let stored: Vec<u8> = (0..40_000u32).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        std::fs::write(&path, &stored).unwrap();
+        let file = Bytes::map(&path).unwrap().slice(4..stored.len());
+        let tensor = Tensor::new(vec![39_999], Encoding::F32, file).unwrap();
+        tensor.release();
+        assert_eq!(tensor.bytes(), &stored[4..]);
+        let owned = Tensor::f32(&[2], &[1.0, 2.0]).unwrap();
+        owned.release();
+        assert_eq!(values(&owned), [1.0, 2.0]);
     }
 }
