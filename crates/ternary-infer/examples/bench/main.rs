@@ -96,6 +96,7 @@ struct Report {
     generate_tokens_per_s: f64,
     /// Of all sequences together.
     batch_tokens_per_s: f64,
+    /// Of loading, the prompt and generation.
     peak_resident_bytes: Option<u64>,
     /// What the machine can read in the same time.
     bandwidth_bytes_per_s: f64,
@@ -153,11 +154,11 @@ fn measure(model: PackedModel, options: &Options, start: Instant) -> Result<Repo
     })?;
     let generate =
         tokens_per_s(options, &engine, 1, 0, |sequences| decode(&engine, sequences, options.generate))?;
+    // Before the sequences of the batch, and the block for the bandwidth.
+    let peak_resident_bytes = machine::peak_resident_bytes();
     let batch = tokens_per_s(options, &engine, options.batch, BATCH_PROMPT, |sequences| {
         decode(&engine, sequences, options.generate)
     })?;
-    // Before the block for the bandwidth is taken.
-    let peak_resident_bytes = machine::peak_resident_bytes();
     let bandwidth = machine::read_bandwidth(options.threads)?;
     Ok(Report {
         model: name,
