@@ -3,7 +3,7 @@
 use crate::{
     Arena, Input, Quantized,
     arena::Block,
-    matrix::{Form, group_blocks, tiles, token_codes, token_floats, token_sums},
+    matrix::{Form, four, group_blocks, tiles, token_codes, token_floats, token_sums},
     simd::{LANES, Line, Simd},
 };
 
@@ -115,8 +115,7 @@ impl Form for ByteMatrix {
                     }
                     let w = s.load(&blocks[i][p]);
                     for t in 0..T {
-                        let x = &codes[t][i];
-                        let x = s.splat4([x[4 * p], x[4 * p + 1], x[4 * p + 2], x[4 * p + 3]]);
+                        let x = four(s, &codes[t][i], p);
                         totals[t] = s.dot_signed(totals[t], w, x);
                     }
                 }

@@ -12,6 +12,7 @@ use crate::{
     six_bit::SixBitMatrix,
     ternary::TernaryMatrix,
 };
+use std::ops::Range;
 
 /// A matrix `[rows, cols]` in any of the packed forms.
 #[derive(Debug)]
@@ -107,7 +108,60 @@ pub(crate) trait Form: Sync {
 
     /// The same with the float activations.
     fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T];
+
+    /// `integer` for at most [`TOKENS`] tokens.
+    #[inline(always)]
+    fn integer_tokens<S: Simd>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Quantized,
+        tokens: Range<usize>,
+        finish: &impl Finish,
+    ) {
+        by_tokens!(S, tokens, |token, T| {
+            let sums = self.integer::<S, T>(s, tile, x, token);
+            for t in 0..T {
+                finish.finish(s, tile, token + t, sums[t]);
+            }
+        });
+    }
 }
+
+/// Where products go. (Not a closure: those cannot be made to be inlined, and would lose the instructions.)
+pub(crate) trait Finish {
+    fn finish<S: Simd>(&self, s: S, tile: usize, token: usize, sums: S::Float);
+}
+
+/// Tokens that pass a task's weights together: their codes stay in the second-level cache.
+pub(crate) const TOKENS: usize = 64;
+
+/// `body` for the tokens of a range, as many at a time as the registers hold: `T` from `token` on.
+macro_rules! by_tokens {
+    ($S:ident, $tokens:expr, |$token:ident, $T:ident| $body:expr) => {{
+        let std::ops::Range { start: mut $token, end } = $tokens;
+        while $S::TOKENS >= 8 && end - $token >= 8 {
+            const $T: usize = 8;
+            $body;
+            $token += $T;
+        }
+        while end - $token >= 4 {
+            const $T: usize = 4;
+            $body;
+            $token += $T;
+        }
+        if end - $token >= 2 {
+            const $T: usize = 2;
+            $body;
+            $token += $T;
+        }
+        if $token < end {
+            const $T: usize = 1;
+            $body;
+        }
+    }};
+}
+pub(crate) use by_tokens;
 
 pub(crate) fn tiles(rows: usize) -> usize {
     rows.div_ceil(LANES)
@@ -141,4 +195,10 @@ pub(crate) fn token_sums<const T: usize>(x: &Quantized, token: usize) -> [&[i32]
 #[inline(always)]
 pub(crate) fn token_floats<'a, const T: usize>(x: &Input<'a>, token: usize) -> [&'a [f32]; T] {
     std::array::from_fn(|t| &x.floats[(token + t) * x.cols..][..x.cols])
+}
+
+/// Activations of columns `4p..4p + 4` of a block.
+#[inline(always)]
+pub(crate) fn four<S: Simd>(s: S, block: &[i8; LANES], p: usize) -> S::Int {
+    s.splat4(block.as_chunks::<4>().0[p])
 }

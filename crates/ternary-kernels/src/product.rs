@@ -2,7 +2,8 @@
 
 use crate::{
     Input, Matrix, Pool,
-    matrix::{Form, each_form, tiles},
+    elementwise::{load, store},
+    matrix::{Finish, Form, TOKENS, by_tokens, each_form, tiles},
     pool::Disjoint,
     simd::{Kernel, LANES, Simd},
 };
@@ -103,49 +104,34 @@ impl<F: Form> Kernel for Task<'_, F> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let tokens = self.x.tokens();
-        let mut token = 0;
-        while S::TOKENS >= 8 && tokens - token >= 8 {
-            self.tokens::<S, 8>(s, token);
-            token += 8;
+        for start in (0..tokens).step_by(TOKENS) {
+            let tokens = start..tokens.min(start + TOKENS);
+            for tile in self.tiles.clone() {
+                match self.x.int8 {
+                    Some(x) if F::INTEGER => self.form.integer_tokens(s, tile, x, tokens.clone(), &self),
+                    _ => by_tokens!(S, tokens.clone(), |token, T| {
+                        let sums = self.form.exact::<S, T>(s, tile, self.x, token);
+                        for t in 0..T {
+                            self.write(s, tile, token + t, sums[t]);
+                        }
+                    }),
+                }
+            }
         }
-        while tokens - token >= 4 {
-            self.tokens::<S, 4>(s, token);
-            token += 4;
-        }
-        if tokens - token >= 2 {
-            self.tokens::<S, 2>(s, token);
-            token += 2;
-        }
-        if token < tokens {
-            self.tokens::<S, 1>(s, token);
-        }
+    }
+}
+
+impl<F: Form> Finish for Task<'_, F> {
+    #[inline(always)]
+    fn finish<S: Simd>(&self, s: S, tile: usize, token: usize, sums: S::Float) {
+        let scale = self.x.int8.expect("an integer product").scales[token];
+        self.write(s, tile, token, s.mul_f32(sums, s.splat_f32(scale)));
     }
 }
 
 impl<F: Form> Task<'_, F> {
     #[inline(always)]
-    fn tokens<S: Simd, const T: usize>(&self, s: S, token: usize) {
-        for tile in self.tiles.clone() {
-            match self.x.int8 {
-                Some(x) if F::INTEGER => {
-                    let sums = self.form.integer::<S, T>(s, tile, x, token);
-                    for t in 0..T {
-                        let sum = s.mul_f32(sums[t], s.splat_f32(x.scales[token + t]));
-                        self.finish(s, tile, token + t, sum);
-                    }
-                }
-                _ => {
-                    let sums = self.form.exact::<S, T>(s, tile, self.x, token);
-                    for t in 0..T {
-                        self.finish(s, tile, token + t, sums[t]);
-                    }
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn finish<S: Simd>(&self, s: S, tile: usize, token: usize, mut sum: S::Float) {
+    fn write<S: Simd>(&self, s: S, tile: usize, token: usize, mut sum: S::Float) {
         let (rows, start) = (self.form.shape().0, tile * LANES);
         let len = LANES.min(rows - start);
         // SAFETY: rows of a tile belong to one task, and a task writes a token at a time.
@@ -156,22 +142,6 @@ impl<F: Form> Task<'_, F> {
         if self.part.add {
             sum = s.add_f32(load(s, out), sum);
         }
-        match out.as_mut_array::<LANES>() {
-            Some(out) => s.store_f32(sum, out),
-            None => out.copy_from_slice(&s.array(sum)[..len]),
-        }
-    }
-}
-
-/// Up to 16 values, zeros after them.
-#[inline(always)]
-fn load<S: Simd>(s: S, values: &[f32]) -> S::Float {
-    match values.as_array::<LANES>() {
-        Some(values) => s.load_f32(values),
-        None => {
-            let mut padded = [0.0; LANES];
-            padded[..values.len()].copy_from_slice(values);
-            s.load_f32(&padded)
-        }
+        store(s, sum, out);
     }
 }

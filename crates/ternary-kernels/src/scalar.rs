@@ -31,6 +31,10 @@ impl Simd for Scalar {
         from_fn(|i| i32::from_le_bytes(words[i]))
     }
 
+    fn store(self, a: Int, line: &mut Line) {
+        line.0.as_chunks_mut::<4>().0.iter_mut().zip(a).for_each(|(word, a)| *word = a.to_le_bytes());
+    }
+
     fn load_i8(self, values: &[i8; LANES]) -> Int {
         values.map(i32::from)
     }
@@ -133,10 +137,6 @@ impl Simd for Scalar {
 
     fn to_float(self, a: Int) -> Float {
         a.map(|a| a as f32)
-    }
-
-    fn bits(self, a: Float) -> Int {
-        a.map(|a| a.to_bits() as i32)
     }
 
     fn from_bits(self, a: Int) -> Float {

@@ -29,6 +29,7 @@ pub(crate) trait Simd: Copy {
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
 
     fn load(self, line: &Line) -> Self::Int;
+    fn store(self, a: Self::Int, line: &mut Line);
     fn load_i8(self, values: &[i8; LANES]) -> Self::Int;
     /// The low bytes.
     fn store_i8(self, a: Self::Int, values: &mut [i8; LANES]);
@@ -69,7 +70,6 @@ pub(crate) trait Simd: Copy {
     /// Rounds ties to even.
     fn to_int(self, a: Self::Float) -> Self::Int;
     fn to_float(self, a: Self::Int) -> Self::Float;
-    fn bits(self, a: Self::Float) -> Self::Int;
     fn from_bits(self, a: Self::Int) -> Self::Float;
 
     /// Asks for the line that is this many lines further on.

@@ -3,7 +3,7 @@
 use crate::{
     Arena, Input, Quantized,
     arena::Block,
-    matrix::{Form, tiles, token_codes, token_floats, token_sums},
+    matrix::{Form, four, tiles, token_codes, token_floats, token_sums},
     simd::{LANES, Line, Simd},
 };
 use half::f16;
@@ -159,8 +159,7 @@ impl Form for SixBitMatrix {
                 for p in 0..4 {
                     let w = [low(s, &blocks[i], p), high(s, line, p)];
                     for t in 0..T {
-                        let x = &codes[t][i];
-                        let x = s.splat4([x[4 * p], x[4 * p + 1], x[4 * p + 2], x[4 * p + 3]]);
+                        let x = four(s, &codes[t][i], p);
                         acc[t] = [s.dot(acc[t][0], w[0], x), s.dot(acc[t][1], w[1], x)];
                     }
                 }

@@ -3,10 +3,13 @@
 use crate::{
     Arena, Input, Quantized,
     arena::Block,
-    matrix::{Form, group_blocks, tiles, token_codes, token_floats, token_sums},
+    matrix::{
+        Finish, Form, TOKENS, by_tokens, four, group_blocks, tiles, token_codes, token_floats, token_sums,
+    },
     simd::{LANES, Line, Simd},
 };
 use half::f16;
+use std::ops::Range;
 
 /// Codes -1, 0, +1 at two bits, with an f16 scale for each `group` consecutive columns of a row.
 ///
@@ -86,8 +89,7 @@ impl TernaryMatrix {
     ) -> [S::Float; T] {
         let (lines, scales) = self.tile(tile);
         let (codes, sums) = (token_codes::<T>(x, token), token_sums::<T>(x, token));
-        // Two products of at most 2 * 4^(P - 1) * 127 for each of the 4 / P planes of a sum, within 2^15.
-        let limit = if S::NARROW { 32_767 / (508 * (1 << (2 * (P - 1))) * (4 / P)) } else { usize::MAX };
+        let limit = limit::<S>(P);
         let mut result = [s.splat_f32(0.0); T];
         let mut start = 0;
         for scale in scales {
@@ -106,9 +108,7 @@ impl TernaryMatrix {
                     for p in 0..4 {
                         let w = plane::<S, P>(s, line, p);
                         for t in 0..T {
-                            let x = &codes[t][i];
-                            let x = s.splat4([x[4 * p], x[4 * p + 1], x[4 * p + 2], x[4 * p + 3]]);
-                            acc[t][p % P] = s.dot(acc[t][p % P], w, x);
+                            acc[t][p % P] = s.dot(acc[t][p % P], w, four(s, &codes[t][i], p));
                         }
                     }
                 }
@@ -133,6 +133,88 @@ impl TernaryMatrix {
         }
         result
     }
+
+    /// `integer_tokens`, a panel of unpacked weights at a time.
+    #[inline(always)]
+    fn panels<S: Simd>(&self, s: S, tile: usize, x: &Quantized, tokens: Range<usize>, finish: &impl Finish) {
+        let (lines, scales) = self.tile(tile);
+        let mut panel = [[Line([0; 64]); 4]; PANEL];
+        let mut totals = [s.splat(0); TOKENS];
+        let mut results = [s.splat_f32(0.0); TOKENS];
+        let (totals, results) = (&mut totals[..tokens.len()], &mut results[..tokens.len()]);
+        let mut start = 0;
+        for scale in scales {
+            let end = self.blocks.min(start + self.group);
+            for (t, total) in totals.iter_mut().enumerate() {
+                let [sums] = token_sums(x, tokens.start + t);
+                *total = s.splat(sums[start] - sums[end]);
+            }
+            while start < end {
+                let stop = end.min(start + PANEL);
+                let panel = &mut panel[..stop - start];
+                for (planes, line) in panel.iter_mut().zip(&lines[start..stop]) {
+                    let line = s.load(line);
+                    planes.iter_mut().enumerate().for_each(|(p, to)| s.store(plane::<S, 1>(s, line, p), to));
+                }
+                by_tokens!(S, 0..tokens.len(), |token, T| {
+                    let codes = token_codes::<T>(x, tokens.start + token).map(|codes| &codes[start..stop]);
+                    let sums = panel_sums::<S, T>(s, panel, codes);
+                    for t in 0..T {
+                        totals[token + t] = s.add(totals[token + t], sums[t]);
+                    }
+                });
+                start = stop;
+            }
+            let scale = s.load_f16(scale);
+            for (result, total) in results.iter_mut().zip(&*totals) {
+                *result = s.fma(s.to_float(*total), scale, *result);
+            }
+        }
+        for (token, result) in tokens.zip(&*results) {
+            finish.finish(s, tile, token, *result);
+        }
+    }
+}
+
+/// Blocks that a sum of `planes` holds: pairs of products of at most `2 * 4^(planes - 1) * 127`, for each of the
+/// `4 / planes` planes that share it, within 2^15.
+const fn limit<S: Simd>(planes: usize) -> usize {
+    if S::NARROW { 32_767 / (508 * (1 << (2 * (planes - 1))) * (4 / planes)) } else { usize::MAX }
+}
+
+/// Tokens for which a panel is not worth its making.
+const FEW: usize = 16;
+
+/// Blocks of a panel: 1,024 columns, 16 KiB, half of the first-level cache.
+const PANEL: usize = 64;
+
+/// A block with a byte for each code + 1: a line for each plane.
+type Planes = [Line; 4];
+
+/// Sums of the products of a panel with the codes of `T` tokens.
+#[inline(always)]
+fn panel_sums<S: Simd, const T: usize>(s: S, panel: &[Planes], codes: [&[[i8; LANES]]; T]) -> [S::Int; T] {
+    let mut totals = [s.splat(0); T];
+    let mut start = 0;
+    while start < panel.len() {
+        let stop = panel.len().min(start.saturating_add(limit::<S>(1)));
+        let panel = &panel[start..stop];
+        let codes = codes.map(|codes| &codes[start..stop]);
+        let mut acc = [s.splat(0); T];
+        for i in 0..panel.len() {
+            for p in 0..4 {
+                let w = s.load(&panel[i][p]);
+                for t in 0..T {
+                    acc[t] = s.dot(acc[t], w, four(s, &codes[t][i], p));
+                }
+            }
+        }
+        for t in 0..T {
+            totals[t] = s.add(totals[t], s.widen(acc[t]));
+        }
+        start = stop;
+    }
+    totals
 }
 
 /// Lines between what is asked of memory and what is in use: 4 KiB.
@@ -185,6 +267,27 @@ impl Form for TernaryMatrix {
             1 | 2 => self.planes::<S, T, 2>(s, tile, x, token),
             _ => self.planes::<S, T, 1>(s, tile, x, token),
         }
+    }
+
+    /// For many tokens it pays to take the planes apart once.
+    #[inline(always)]
+    fn integer_tokens<S: Simd>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Quantized,
+        tokens: Range<usize>,
+        finish: &impl Finish,
+    ) {
+        if tokens.len() > FEW {
+            return self.panels(s, tile, x, tokens, finish);
+        }
+        by_tokens!(S, tokens, |token, T| {
+            let sums = self.integer::<S, T>(s, tile, x, token);
+            for t in 0..T {
+                finish.finish(s, tile, token + t, sums[t]);
+            }
+        });
     }
 
     #[inline(always)]

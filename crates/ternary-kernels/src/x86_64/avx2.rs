@@ -60,6 +60,16 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn store(self, a: Int, line: &mut Line) {
+        let to: *mut __m256i = line.0.as_mut_ptr().cast();
+        // SAFETY: a line has 64 bytes; `self` proves the instruction.
+        unsafe {
+            _mm256_storeu_si256(to, a[0]);
+            _mm256_storeu_si256(to.add(1), a[1]);
+        }
+    }
+
+    #[inline(always)]
     fn load_i8(self, values: &[i8; LANES]) -> Int {
         // SAFETY: 16 bytes are there; `self` proves the instructions.
         unsafe {
@@ -236,11 +246,6 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     #[inline(always)]
     fn to_float(self, a: Int) -> Float {
         each!(_mm256_cvtepi32_ps(a))
-    }
-
-    #[inline(always)]
-    fn bits(self, a: Float) -> Int {
-        each!(_mm256_castps_si256(a))
     }
 
     #[inline(always)]

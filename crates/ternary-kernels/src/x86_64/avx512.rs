@@ -45,6 +45,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn store(self, a: Int, line: &mut Line) {
+        // SAFETY: a line has 64 bytes; `self` proves the instruction.
+        unsafe { _mm512_storeu_si512(line.0.as_mut_ptr().cast(), a) }
+    }
+
+    #[inline(always)]
     fn load_i8(self, values: &[i8; LANES]) -> Int {
         // SAFETY: 16 bytes are there; `self` proves the instructions.
         unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(values.as_ptr().cast())) }
@@ -198,12 +204,6 @@ impl Simd for Avx512 {
     fn to_float(self, a: Int) -> Float {
         // SAFETY: `self` proves the instruction.
         unsafe { _mm512_cvtepi32_ps(a) }
-    }
-
-    #[inline(always)]
-    fn bits(self, a: Float) -> Int {
-        // SAFETY: `self` proves the instruction.
-        unsafe { _mm512_castps_si512(a) }
     }
 
     #[inline(always)]
