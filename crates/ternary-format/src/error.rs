@@ -50,6 +50,18 @@ pub enum FormatError {
     Offset { expected: u64, found: u64 },
     #[error("architecture `{found}`, expected gpt2, llama or bitnet")]
     Architecture { found: String },
+    #[error("{tokens} tokens for an embedding of {rows} rows")]
+    Vocabulary { tokens: usize, rows: usize },
+    #[error("token `{token}` is there twice")]
+    DuplicateToken { token: String },
+    #[error("no tokenizer that can be used: {why}")]
+    Tokenizer { why: String },
+    #[error("no id for {character:?} (U+{:04X}) among {known} characters", *character as u32)]
+    UnknownCharacter { character: char, known: usize },
+    #[error("cannot encode {text:?}: {why}")]
+    Encode { text: String, why: String },
+    #[error("chat template: {why}")]
+    ChatTemplate { why: String },
     #[error("{what}: {why}")]
     NotInGguf { what: String, why: String },
     #[error(
@@ -109,6 +121,13 @@ pub enum FormatError {
     NotPerTensor { row: usize },
     #[error("BitNet's packed weights are read in the llama and bitnet families only: write F32 or F16")]
     Unpackable,
+    #[error(
+        "{group} weights share a scale, onnxruntime's blocks need a multiple of 16: train with granularity \
+         \"per_channel\" or groups of a multiple of 16, or write INT2"
+    )]
+    Group { group: usize },
+    #[error("more than the {limit} bytes that an ONNX file can hold: write a GGUF file or smaller weights")]
+    OnnxSize { limit: usize },
     #[error("weight type {found}, expected {expected}")]
     WeightType { found: crate::WeightType, expected: &'static str },
 }

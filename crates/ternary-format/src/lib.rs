@@ -4,21 +4,27 @@
 //! No deep-learning framework and no arithmetic beyond decoding: training and inference meet here only.
 
 mod block;
+pub mod chat;
 mod encoding;
 mod error;
 mod file;
 pub mod gguf;
 pub mod huggingface;
 mod model;
+pub mod onnx;
 mod safetensors;
 mod scratch;
+mod size;
 mod spec;
 mod tensor;
 mod ternary;
+mod tokenizer;
 
 pub use encoding::Encoding;
 pub use error::FormatError;
 pub use file::{WeightType, WriteOptions, read_model, write_model};
 pub use model::PackedModel;
+pub use size::{PartSize, SizeReport};
 pub use spec::{Activation, Family, ModelSpec};
 pub use tensor::{Bytes, Tensor};
+pub use tokenizer::{Decoder, Ends, Special, Tokenizer};

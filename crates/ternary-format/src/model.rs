@@ -1,6 +1,6 @@
 //! [`PackedModel`]: what a model file holds.
 
-use crate::{FormatError, ModelSpec, Tensor};
+use crate::{FormatError, ModelSpec, Tensor, Tokenizer};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A model in memory, or mapped from a file.
@@ -16,6 +16,8 @@ pub struct PackedModel {
     pub name: String,
     pub spec: ModelSpec,
     pub tensors: BTreeMap<String, Tensor>,
+    /// `None`: the model knows ids only.
+    pub tokenizer: Option<Tokenizer>,
     /// Jinja; see the `chat` module.
     pub chat_template: Option<String>,
 }
@@ -24,9 +26,15 @@ impl PackedModel {
     /// Checks that the tensors are those of the spec: no fewer, no others, of their shapes.
     ///
     /// # Errors
-    /// `Spec`: no model has such a shape. `MissingTensor`, `UnknownTensor`, `WrongShape`.
+    /// `Spec`: no model has such a shape. `Vocabulary`: ids without a row of the embedding.
+    /// `MissingTensor`, `UnknownTensor`, `WrongShape`.
     pub fn validate(&self) -> Result<(), FormatError> {
         self.spec.validate()?;
+        if let Some(tokens) = self.tokenizer.as_ref().map(Tokenizer::vocab_size)
+            && tokens > self.spec.vocab_size
+        {
+            return Err(FormatError::Vocabulary { tokens, rows: self.spec.vocab_size });
+        }
         let mut expected = 0;
         for (name, shape) in self.spec.tensors() {
             let tensor = self.tensors.get(&name);
@@ -43,5 +51,53 @@ impl PackedModel {
             return Err(FormatError::UnknownTensor { tensor });
         }
         Ok(())
+    }
+}
+
+/// A small model of random ternary matrices, with a scale a matrix, or so many a row.
+#[cfg(test)]
+pub(crate) fn random(family: crate::Family, scales_a_row: Option<usize>) -> PackedModel {
+    use crate::{Activation, Family};
+    use half::f16;
+    use rand::{Rng, SeedableRng};
+    let mut rng = rand::rngs::StdRng::seed_from_u64(7);
+    let gpt2 = family == Family::Gpt2;
+    let spec = ModelSpec {
+        family,
+        vocab_size: 37,
+        context: 24,
+        d_model: 24,
+        n_layers: 2,
+        n_heads: 4,
+        n_kv_heads: if gpt2 { 4 } else { 2 },
+        d_ff: 20,
+        activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
+        tied: family != Family::Bitnet,
+        norm_eps: 1e-6,
+        rope_theta: if gpt2 { 1e4 } else { 5e5 },
+    };
+    let tensors = spec.tensors().map(|(name, shape)| {
+        let tensor = if name.starts_with("blk.") && shape.len() == 2 {
+            let shared = f16::from_f32(rng.random_range(0.01..1.0));
+            let group = shape[1] / scales_a_row.unwrap_or(1);
+            Tensor::ternary(shape[0], shape[1], group, |_, codes, scales| {
+                codes.iter_mut().for_each(|code| *code = rng.random_range(-1..=1));
+                for scale in scales {
+                    let own = f16::from_f32(rng.random_range(0.01..1.0));
+                    *scale = if scales_a_row.is_some() { own } else { shared };
+                }
+            })
+        } else {
+            let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
+            Tensor::f32(&shape, &values)
+        };
+        (name, tensor.unwrap())
+    });
+    PackedModel {
+        name: "random".into(),
+        tensors: tensors.collect(),
+        tokenizer: None,
+        chat_template: None,
+        spec,
     }
 }

@@ -41,7 +41,13 @@ fn random(spec: ModelSpec, seed: u64) -> PackedModel {
         };
         tensors.insert(name, tensor.unwrap());
     }
-    PackedModel { name: "random".into(), spec, tensors, chat_template: Some("{{ messages }}".into()) }
+    PackedModel {
+        name: "random".into(),
+        spec,
+        tensors,
+        tokenizer: None,
+        chat_template: Some("{{ messages }}".into()),
+    }
 }
 
 fn options(blocks: Encoding) -> GgufOptions {

@@ -2,7 +2,8 @@
 
 use super::{
     GgufOptions,
-    container::{Container, TensorInfo, Value},
+    container::{Container, TensorInfo, Value, unexpected},
+    vocabulary,
 };
 use crate::{Activation, Encoding, Family, FormatError, ModelSpec, PackedModel};
 
@@ -147,6 +148,10 @@ pub(super) fn metadata(
         key("rope.dimension_count", Value::U32(spec.head_dim() as u32));
         key("rope.freq_base", Value::F32(spec.rope_theta));
     }
+    match &model.tokenizer {
+        Some(tokenizer) => keys.extend(vocabulary::metadata(tokenizer, spec.vocab_size)?),
+        None => keys.push(("tokenizer.ggml.model".into(), Value::Text("no_vocab".into()))),
+    }
     if let Some(template) = &model.chat_template {
         keys.push(("tokenizer.chat_template".into(), Value::Text(template.clone())));
     }
@@ -194,10 +199,6 @@ fn text<'a>(container: &'a Container, key: &str) -> Result<&'a str, FormatError>
     value.as_text().ok_or_else(|| unexpected(key, "a text", value))
 }
 
-fn unexpected(key: &str, expected: &str, found: &Value) -> FormatError {
-    FormatError::Value { key: key.into(), expected: expected.into(), found: found.describe() }
-}
-
 /// The keys that begin with the name of the architecture.
 struct Keys<'a> {
     container: &'a Container,
@@ -228,7 +229,7 @@ impl Keys<'_> {
     fn float(&self, key: &str, default: Option<f32>) -> Result<f32, FormatError> {
         let (key, value) = self.get(key);
         let Some(value) = value else { return default.ok_or(FormatError::MissingKey { key }) };
-        value.as_f32().ok_or_else(|| unexpected(&key, "a float", value))
+        value.as_f64().map(|x| x as f32).ok_or_else(|| unexpected(&key, "a float", value))
     }
 
     /// Keys that make another model of the same tensors.

@@ -114,6 +114,12 @@ impl Value {
         Self::Numbers { kind: Number::I32, bytes: bytes.into() }
     }
 
+    /// An array of numbers.
+    pub(crate) fn f32s(numbers: impl IntoIterator<Item = f32>) -> Self {
+        let bytes: Vec<u8> = numbers.into_iter().flat_map(f32::to_le_bytes).collect();
+        Self::Numbers { kind: Number::F32, bytes: bytes.into() }
+    }
+
     /// A whole number that is not negative, of any type.
     pub(crate) fn as_size(&self) -> Option<usize> {
         match *self {
@@ -129,11 +135,16 @@ impl Value {
         }
     }
 
-    pub(crate) fn as_f32(&self) -> Option<f32> {
+    /// A number of any type.
+    pub(crate) fn as_f64(&self) -> Option<f64> {
         match *self {
-            Self::F32(x) => Some(x),
-            Self::F64(x) => Some(x as f32),
-            _ => None,
+            Self::F32(x) => Some(x.into()),
+            Self::F64(x) => Some(x),
+            Self::I8(n) => Some(n.into()),
+            Self::I16(n) => Some(n.into()),
+            Self::I32(n) => Some(n.into()),
+            Self::I64(n) => Some(n as f64),
+            _ => self.as_size().map(|n| n as f64),
         }
     }
 
@@ -207,6 +218,11 @@ fn write_text(text: &str, to: &mut Vec<u8>) {
     to.extend(text.as_bytes());
 }
 
+/// The error of a key whose value cannot be used.
+pub(crate) fn unexpected(key: &str, expected: &str, found: &Value) -> FormatError {
+    FormatError::Value { key: key.into(), expected: expected.into(), found: found.describe() }
+}
+
 /// Name, shape (rows first, as everywhere but in the file) and encoding of a tensor.
 #[derive(Clone, Debug)]
 pub(crate) struct TensorInfo {
@@ -261,11 +277,7 @@ impl Container {
                 *found as usize
             }
             Some(other) => {
-                return Err(FormatError::Value {
-                    key: ALIGNMENT_KEY.into(),
-                    expected: "an unsigned 32-bit number".into(),
-                    found: other.describe(),
-                });
+                return Err(unexpected(ALIGNMENT_KEY, "an unsigned 32-bit number", other));
             }
         };
         let infos = reader.tensor_infos(tensors)?;

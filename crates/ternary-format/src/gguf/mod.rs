@@ -5,6 +5,7 @@
 
 mod architecture;
 mod container;
+mod vocabulary;
 
 use crate::{Bytes, Encoding, FormatError, ModelSpec, PackedModel, Tensor, scratch};
 use architecture::FileTensor;
@@ -40,6 +41,7 @@ pub fn parse(file: Bytes) -> Result<PackedModel, FormatError> {
     let mut used = BTreeSet::new();
     let mut model = PackedModel {
         name: container.metadata.get("general.name").and_then(Value::as_text).unwrap_or("model").into(),
+        tokenizer: vocabulary::read(&container, spec.vocab_size)?,
         tensors: Default::default(),
         chat_template: container
             .metadata
