@@ -5,7 +5,7 @@ use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
 };
-use ternary_format::{Activation, Encoding, Family, FormatError, ModelSpec, PackedModel, Tensor};
+use ternary_format::{Activation, Encoding, Family, FormatError, ModelSpec, PackedModel, Tensor, Tokenizer};
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub enum Shape {
@@ -48,7 +48,8 @@ impl Shape {
             name: format!("random {self:?}").to_lowercase(),
             spec: self.spec(),
             tensors: Default::default(),
-            tokenizer: None,
+            // Stock programs load no model without one.
+            tokenizer: Some(Tokenizer::byte()),
             chat_template: None,
         }
     }
