@@ -3,7 +3,7 @@
 use crate::{
     Encoding, FormatError, PackedModel, Tensor,
     gguf::{self, GgufOptions},
-    huggingface,
+    huggingface, onnx,
 };
 use std::{fmt, path::Path, str::FromStr};
 
@@ -51,7 +51,7 @@ impl FromStr for WeightType {
 /// How a model is written; `None` takes the smallest form that the kind of file has and that changes no value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WriteOptions {
-    /// GGUF: TQ2_0. Folder: BITNET. ONNX: INT2.
+    /// GGUF: TQ2_0, or Q2_0 where rows do not fit. Folder: BITNET. ONNX: INT2.
     pub weights: Option<WeightType>,
     /// Token embedding and untied head: as the model has them where the kind of file can, else F32.
     pub embedding: Option<Encoding>,
@@ -76,19 +76,21 @@ pub fn read_model(path: &Path) -> Result<PackedModel, FormatError> {
 /// Writes a model: GGUF to `*.gguf`, ONNX to `*.onnx`, otherwise a folder of Hugging Face's.
 ///
 /// # Errors
-/// Those of [`huggingface::write`] and [`gguf::write`]. `WeightType`: a type of another kind of file.
+/// Those of [`huggingface::write`], [`onnx::write`] and [`gguf::write`]. `WeightType`: a type of another kind of file.
 pub fn write_model(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
     match path.extension().and_then(|extension| extension.to_str()) {
         Some("gguf") => write_gguf(model, path, options),
+        Some("onnx") => onnx::write(model, path, options),
         _ => huggingface::write(model, path, options),
     }
 }
 
 fn write_gguf(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
     model.validate()?;
-    let blocks = match options.weights.unwrap_or(WeightType::Encoded(Encoding::Tq2_0)) {
-        WeightType::Encoded(encoding) => encoding,
-        found => return Err(FormatError::WeightType { found, expected: "a type of GGUF" }),
+    let blocks = match options.weights {
+        None => gguf_blocks(model),
+        Some(WeightType::Encoded(encoding)) => encoding,
+        Some(found) => return Err(FormatError::WeightType { found, expected: "a type of GGUF" }),
     };
     let table = |name| {
         let table: &Tensor = &model.tensors[name];
@@ -100,6 +102,21 @@ fn write_gguf(model: &PackedModel, path: &Path, options: &WriteOptions) -> Resul
     let embedding = table("token_embd.weight");
     let head = if model.spec.tied { embedding } else { table("output.weight") };
     gguf::write(model, path, &GgufOptions { blocks, embedding, head })
+}
+
+/// TQ2_0 where rows and scales fit its blocks of 256 weights, else Q2_0; of a model that is not ternary, the encoding
+/// of its first matrix.
+fn gguf_blocks(model: &PackedModel) -> Encoding {
+    let matrices = || {
+        let blocks = model.tensors.iter().filter(|(name, _)| name.starts_with("blk."));
+        blocks.map(|(_, tensor)| tensor).filter(|tensor| tensor.shape().len() == 2)
+    };
+    let Some(float) = matrices().find(|matrix| !matrix.encoding().is_ternary()) else {
+        let fits = matrices().all(|matrix| matrix.encode(Encoding::Tq2_0).is_ok());
+        return if fits { Encoding::Tq2_0 } else { Encoding::Q2_0 };
+    };
+    let known = [Encoding::F16, Encoding::Q8_0, Encoding::Q4_0];
+    Some(float.encoding()).filter(|own| known.contains(own)).unwrap_or(Encoding::F32)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 
 mod config;
 mod read;
+mod tokenizer;
 mod write;
 
 pub use read::read;
@@ -78,49 +79,14 @@ fn fused_part(family: Family, ours: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Encoding, FormatError, ModelSpec, PackedModel, Tensor, WeightType, WriteOptions};
-    use half::f16;
+    use crate::{Encoding, FormatError, PackedModel, Tensor, Tokenizer, WeightType, WriteOptions};
     use std::{
         fs,
         path::{Path, PathBuf},
     };
 
-    /// A model of random ternary matrices with one scale each, or one a row.
     fn random_model(family: Family, per_row: bool) -> PackedModel {
-        use crate::Activation;
-        use rand::{Rng, SeedableRng};
-        let mut rng = rand::rngs::StdRng::seed_from_u64(7);
-        let gpt2 = family == Family::Gpt2;
-        let spec = ModelSpec {
-            family,
-            vocab_size: 37,
-            context: 24,
-            d_model: 24,
-            n_layers: 2,
-            n_heads: 4,
-            n_kv_heads: if gpt2 { 4 } else { 2 },
-            d_ff: 20,
-            activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
-            tied: family != Family::Bitnet,
-            norm_eps: 1e-6,
-            rope_theta: if gpt2 { 1e4 } else { 5e5 },
-        };
-        let tensors = spec.tensors().map(|(name, shape)| {
-            let tensor = if name.starts_with("blk.") && shape.len() == 2 {
-                let shared = f16::from_f32(rng.random_range(0.01..1.0));
-                Tensor::ternary(shape[0], shape[1], shape[1], |_, codes, scales| {
-                    codes.iter_mut().for_each(|code| *code = rng.random_range(-1..=1));
-                    let own = f16::from_f32(rng.random_range(0.01..1.0));
-                    scales[0] = if per_row { own } else { shared };
-                })
-            } else {
-                let values: Vec<f32> =
-                    (0..shape.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
-                Tensor::f32(&shape, &values)
-            };
-            (name, tensor.unwrap())
-        });
-        PackedModel { name: "random".into(), tensors: tensors.collect(), chat_template: None, spec }
+        crate::model::random(family, if per_row { Some(1) } else { None })
     }
 
     fn values(tensor: &Tensor) -> Vec<f32> {
@@ -307,8 +273,7 @@ mod tests {
             assert!(error.contains("bad "), "{error}: no path");
         }
         // Every single byte of the header and of the configuration, damaged: an error or a model, no panic.
-        for (name, length) in [("config.json", config.len()), ("model.safetensors", header_length.min(700))]
-        {
+        for (name, length) in [("config.json", config.len()), ("model.safetensors", header_length.min(700))] {
             let file = fs::read(good.join(name)).unwrap();
             for place in 0..length {
                 let mut damaged = file.clone();
@@ -363,5 +328,30 @@ mod tests {
         let largest = |model: &PackedModel| values(&model.tensors[name]).into_iter().fold(0.0, f32::max);
         let product = largest(&model) * largest(&inverse);
         assert!((product - 1.0).abs() < 1e-3, "{product}");
+    }
+
+    #[test]
+    fn tokenizers_and_templates_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let characters = || Tokenizer::from_characters(" abcdefé".chars().collect()).unwrap();
+        for (number, tokenizer) in [Tokenizer::byte(), characters()].into_iter().enumerate() {
+            let mut model = random_model(Family::Llama, false);
+            model.spec.vocab_size = tokenizer.vocab_size();
+            let table: Vec<f32> = (0..24 * model.spec.vocab_size).map(|i| i as f32).collect();
+            let shape = [model.spec.vocab_size, 24];
+            model.tensors.insert("token_embd.weight".into(), Tensor::f32(&shape, &table).unwrap());
+            model.chat_template = Some(crate::chat::TEMPLATE.into());
+            model.tokenizer = Some(tokenizer);
+            let path = folder.path().join(number.to_string());
+            write(&model, &path, &options("F32")).unwrap();
+            let found = read(&path).unwrap();
+            assert_eq!(model.chat_template, found.chat_template);
+            let (expected, found) = (model.tokenizer.unwrap(), found.tokenizer.unwrap());
+            assert_eq!(expected.ends(), found.ends());
+            assert!(expected.specials().eq(found.specials()));
+            let ids = expected.encode("a bé cafe").unwrap();
+            assert_eq!(ids, found.encode("a bé cafe").unwrap());
+            assert_eq!(expected.decode(&ids), found.decode(&ids));
+        }
     }
 }

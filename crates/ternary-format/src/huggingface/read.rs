@@ -2,7 +2,7 @@
 
 use super::{config::Config, fused_part, their_name};
 use crate::{
-    Bytes, Encoding, Family, FormatError, PackedModel, Tensor,
+    Bytes, Encoding, Family, FormatError, PackedModel, Tensor, Tokenizer,
     safetensors::{self, Stored},
 };
 use ::safetensors::tensor::Dtype;
@@ -45,7 +45,10 @@ pub fn read(folder: &Path) -> Result<PackedModel, FormatError> {
     checkpoint.check_all_used().map_err(|error| error.in_file(folder))?;
     let name = fs::canonicalize(folder).map_err(FormatError::io(folder))?;
     let name = name.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
-    Ok(PackedModel { name, spec, tensors, chat_template: chat_template(folder)? })
+    let tokenizer = tokenizer(folder)?;
+    let model = PackedModel { name, spec, tensors, tokenizer, chat_template: chat_template(folder)? };
+    model.validate().map_err(|error| error.in_file(folder))?;
+    Ok(model)
 }
 
 /// A file of a sane length.
@@ -60,6 +63,19 @@ fn read_text(path: &Path) -> Result<Vec<u8>, FormatError> {
 /// A JSON file of the folder.
 fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, FormatError> {
     serde_json::from_slice(&read_text(path)?).map_err(|error| FormatError::from(error).in_file(path))
+}
+
+/// The tokenizer, if there is one, with the ends that `generation_config.json` and `config.json` name.
+fn tokenizer(folder: &Path) -> Result<Option<Tokenizer>, FormatError> {
+    let path = folder.join("tokenizer.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let configs = ["generation_config.json", "config.json"].map(|name| folder.join(name));
+    let configs = configs.iter().filter(|path| path.exists()).map(|path| read_json(path));
+    let configs = configs.collect::<Result<Vec<_>, _>>()?;
+    let tokenizer = super::tokenizer::from_json(&read_text(&path)?, &configs);
+    tokenizer.map(Some).map_err(|error| error.in_file(&path))
 }
 
 /// From its own file, as transformers writes it since 4.52, or from `tokenizer_config.json`.

@@ -1,6 +1,6 @@
 //! A [`PackedModel`] to a folder.
 
-use super::{config, fused_part, their_name};
+use super::{config, fused_part, their_name, tokenizer};
 use crate::{
     Encoding, Family, FormatError, PackedModel, Tensor, WeightType, WriteOptions,
     safetensors::{self, Entry, Produce},
@@ -44,7 +44,21 @@ pub fn write(model: &PackedModel, folder: &Path, options: &WriteOptions) -> Resu
         fs::write(&path, text).map_err(FormatError::io(&path))
     };
     let json = |name: &str, value: &Value| text(name, format!("{value:#}\n"));
-    json("config.json", &config::to_json(&model.spec, dtype, weights == WeightType::Bitnet))?;
+    let mut config = config::to_json(&model.spec, dtype, weights == WeightType::Bitnet);
+    if let Some(tokens) = &model.tokenizer {
+        tokenizer::set_ends(tokens, &mut config);
+        let mut generation = Value::Object(Default::default());
+        tokenizer::set_ends(tokens, &mut generation);
+        json("generation_config.json", &generation)?;
+        json("tokenizer.json", &tokenizer::to_json(tokens))?;
+        let template = model.chat_template.as_deref();
+        json("tokenizer_config.json", &tokenizer::config(tokens, model.spec.context, template))?;
+    } else {
+        // Their defaults are ids of a vocabulary that is not the model's.
+        config["bos_token_id"] = Value::Null;
+        config["eos_token_id"] = Value::Null;
+    }
+    json("config.json", &config)?;
     text("README.md", card(model, weights))?;
     safetensors::write(&scratch.join("model.safetensors"), entries)?;
     fs::rename(&scratch, folder).map_err(FormatError::io(folder))

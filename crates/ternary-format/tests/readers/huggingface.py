@@ -1,0 +1,109 @@
+"""Reads folders with transformers and compares them with the first, which holds floats.
+
+    python huggingface.py FLOAT_FOLDER FOLDER...
+
+Needs the PyPI packages transformers, accelerate and torch (a CPU build is enough). transformers multiplies BitNet's
+packed weights with activations that are rounded to int8, one scale a token; a folder of floats must give the same
+answers when its activations are rounded alike, and that is what a packed folder is compared with.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling needs a C++ compiler, and takes longer than the test
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import compare
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def round_activations(model):
+    """Rounds the inputs of the linear layers of the blocks to int8, one scale a token."""
+
+    def hook(module, inputs):
+        scale = 127 / inputs[0].abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        return ((inputs[0] * scale).round().clamp(-128, 127) / scale,)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers." in name:
+            module.register_forward_pre_hook(hook)
+    return model
+
+
+def answers(model, prompts):
+    """Logits of every prompt and its greedy continuation."""
+    context = model.config.max_position_embeddings
+    found = []
+    with torch.no_grad():
+        for ids in prompts:
+            ids = torch.tensor([ids])
+            logits = model(ids).logits[0].float().numpy()
+            most = min(compare.GREEDY_TOKENS, context - ids.shape[1])
+            full = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=most, eos_token_id=-1,
+                pad_token_id=0,
+            )
+            found.append((logits, full[0].tolist()))
+    return found
+
+
+def prompts(folder, model, count):
+    """Ids of texts, or of no text where the folder has no tokenizer."""
+    context = model.config.max_position_embeddings
+    longest = min(48, max(1, context - compare.GREEDY_TOKENS))
+    if not os.path.exists(os.path.join(folder, "tokenizer.json")):
+        generator = np.random.default_rng(0)
+        return [generator.integers(0, model.config.vocab_size, longest).tolist() for _ in range(count)]
+    tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    ids = [tokenizer.encode(text).ids[:longest] for text in compare.texts()]
+    return [found for found in ids if len(found) > 4][:count]
+
+
+def check_tokenizer(folder):
+    """transformers' own tokenizer of the folder must give the ids of tokenizer.json itself."""
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.exists(path):
+        return True
+    raw, loaded = Tokenizer.from_file(path), AutoTokenizer.from_pretrained(folder)
+    texts = compare.texts()
+    equal = sum(raw.encode(text).ids == loaded(text)["input_ids"] for text in texts)
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    ends = (loaded.bos_token_id, loaded.eos_token_id) == (config["bos_token_id"], config["eos_token_id"])
+    good = equal == len(texts) and ends
+    print(f"{'ok' if good else 'FAILED'}: {folder}: tokens equal on {equal} of {len(texts)} texts, ends equal: {ends}")
+    if loaded.chat_template:
+        message = [{"role": "user", "content": "Hello"}]
+        print("    chat:", repr(loaded.apply_chat_template(message, tokenize=False, add_generation_prompt=True)))
+    return good
+
+
+def main():
+    reference, *folders = sys.argv[1:]
+    model = load(reference)
+    ids = prompts(reference, model, 20)
+    expected = answers(model, ids)
+    rounded = None
+    good = check_tokenizer(reference)
+    for folder in folders:
+        found = load(folder)
+        if getattr(found.config, "quantization_config", None) is None:
+            good &= compare.report(folder, expected, answers(found, ids))
+            continue
+        rounded = rounded or answers(round_activations(model), ids)
+        found = answers(found, ids)
+        good &= compare.report(f"{folder} (float weights, int8 activations)", rounded, found)
+        compare.report(f"{folder} (float weights and activations; for information)", expected, found)
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()
