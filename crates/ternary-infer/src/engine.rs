@@ -1,8 +1,11 @@
 //! [`Engine`]: a model that is ready to generate, and the [`Sequence`]s that it continues.
 
-use crate::{EngineError, Sampler, Sampling, cache::Cache, forward::Work, model::Model, spec};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use ternary_format::{ModelSpec, PackedModel};
+use crate::{EngineError, Sampler, Sampling, cache::Cache, forward::Work, model::Model};
+use std::{
+    path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+use ternary_format::{ModelSpec, PackedModel, Tokenizer, read_model};
 use ternary_kernels::Pool;
 
 /// Rows of a prompt that go through the layers together.
@@ -39,7 +42,10 @@ impl Default for EngineOptions {
 /// It may be shared between threads; forward passes wait for each other.
 #[derive(Debug)]
 pub struct Engine {
+    name: String,
     model: Model,
+    tokenizer: Option<Tokenizer>,
+    chat_template: Option<String>,
     work: Mutex<Work>,
     activations: ActivationMode,
     context: usize,
@@ -75,8 +81,18 @@ impl Sequence {
 }
 
 impl Engine {
+    /// Reads a GGUF file or a Hugging Face folder.
+    ///
     /// # Errors
-    /// `Spec`, `MissingTensor`, `Shape`: the model does not fit together. `Option`: no context.
+    /// `Format`: it cannot be read. Those of [`from_model`](Self::from_model).
+    pub fn load(path: impl AsRef<Path>, options: EngineOptions) -> Result<Self, EngineError> {
+        Self::from_model(read_model(path.as_ref())?, options)
+    }
+
+    /// Packs the weights for this CPU; the model, and the file that it is mapped from, are then let go.
+    ///
+    /// # Errors
+    /// `Format`: the tensors are not those of the spec. `Option`: no context.
     pub fn from_model(model: PackedModel, options: EngineOptions) -> Result<Self, EngineError> {
         if options.context == 0 {
             let found = options.context.to_string();
@@ -86,14 +102,31 @@ impl Engine {
             0 => std::thread::available_parallelism().map_or(1, |threads| threads.get()),
             threads => threads,
         };
-        let context = options.context.min(model.spec.context);
-        let model = Model::pack(&model, options.activations)?;
-        let work = Work::new(&model, Pool::new(threads), options.activations, context);
-        Ok(Self { model, work: Mutex::new(work), activations: options.activations, context })
+        let activations = options.activations;
+        let packed = Model::pack(&model, activations)?;
+        let context = options.context.min(packed.spec.context);
+        let work = Mutex::new(Work::new(&packed, Pool::new(threads), activations, context));
+        let PackedModel { name, tokenizer, chat_template, .. } = model;
+        Ok(Self { name, model: packed, tokenizer, chat_template, work, activations, context })
+    }
+
+    /// The name of the model.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     pub fn spec(&self) -> &ModelSpec {
         &self.model.spec
+    }
+
+    /// `None`: the model knows ids only.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// How dialogues are written, in Jinja.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
     }
 
     /// Longest sequence, in tokens.
@@ -194,8 +227,9 @@ impl Engine {
         })
     }
 
+    /// An error unless `ids` can follow `seen` tokens.
     fn check(&self, ids: &[u32], seen: usize) -> Result<(), EngineError> {
-        spec::check_ids(&self.model.spec, ids, seen)?;
+        check_ids(ids, self.model.spec.vocab_size)?;
         let found = seen + ids.len();
         if found > self.context {
             return Err(EngineError::ContextFull { found, context: self.context });
@@ -206,6 +240,16 @@ impl Engine {
     fn work(&self) -> MutexGuard<'_, Work> {
         // A panic leaves nothing behind that the next pass would read before writing.
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub(crate) fn check_ids(ids: &[u32], vocab_size: usize) -> Result<(), EngineError> {
+    if ids.is_empty() {
+        return Err(EngineError::EmptyPrompt);
+    }
+    match ids.iter().find(|id| **id as usize >= vocab_size) {
+        Some(&id) => Err(EngineError::UnknownToken { id, vocab_size }),
+        None => Ok(()),
     }
 }
 

@@ -6,19 +6,15 @@ use ternary_format::FormatError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EngineError {
-    /// The file cannot be read.
+    /// The file cannot be read, or its tensors are not those of its spec.
     #[error(transparent)]
     Format(#[from] FormatError),
-    /// The description of the model contradicts itself.
-    #[error("`{key}` of the model is {found}, expected {expected}")]
-    Spec { key: &'static str, found: String, expected: String },
-    #[error("tensor {name} is missing")]
-    MissingTensor { name: String },
-    #[error("tensor {name} has shape {found:?}, expected {expected:?}")]
-    Shape { name: String, found: Vec<usize>, expected: Vec<usize> },
-    /// The model has no tokenizer, so it speaks ids only.
+    /// The model knows ids only.
     #[error("the model has no tokenizer")]
     NoTokenizer,
+    /// The model continues text, but nobody says how dialogues are written.
+    #[error("the model has no chat template and no token `<|user|>`")]
+    NoChatTemplate,
     #[error("token id {id} is outside of the vocabulary of {vocab_size}")]
     UnknownToken { id: u32, vocab_size: usize },
     #[error("the prompt is empty, expected at least one token")]

@@ -161,7 +161,7 @@ impl Work {
         self.hidden.resize(self.rows.len() * d, 0.0);
         let ids = segments.iter().flat_map(|segment| segment.ids());
         for (id, hidden) in ids.zip(self.hidden.chunks_exact_mut(d)) {
-            model.embedding.read_row(*id as usize, hidden);
+            model.embedding().read_row(*id as usize, hidden);
         }
         if let Some(positions) = &model.positions {
             self.input.resize(d, 0.0);

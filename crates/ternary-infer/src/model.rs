@@ -1,21 +1,18 @@
 //! [`Model`]: the weights of a file, packed for the kernels.
 
-use crate::{ActivationMode, EngineError, spec};
+use crate::{ActivationMode, EngineError};
 use half::f16;
 use ternary_format::{Encoding, Family, ModelSpec, PackedModel, Tensor};
-use ternary_kernels::{Arena, ByteMatrix, FloatMatrix, Isa, Matrix, TernaryMatrix};
-
-/// Integer weights share a scale within so many columns of a table that is neither ternary nor stored as int8.
-const TABLE_GROUP: usize = 64;
+use ternary_kernels::{Arena, ByteMatrix, FloatMatrix, Isa, Matrix, SixBitMatrix, TernaryMatrix};
 
 /// All weights of a model.
 #[derive(Debug)]
 pub(crate) struct Model {
     pub spec: ModelSpec,
-    /// `[vocab, d_model]`, as the file has it.
-    pub embedding: Tensor,
+    /// `[vocab, d_model]`; `None` where it is the head.
+    embedding: Option<Matrix>,
     /// `[context, d_model]`, in gpt2.
-    pub positions: Option<Tensor>,
+    pub positions: Option<Matrix>,
     pub blocks: Vec<Block>,
     pub norm: Norm,
     pub head: Matrix,
@@ -61,146 +58,124 @@ impl Norm {
 
 impl Model {
     /// # Errors
-    /// `Spec`, `MissingTensor`, `Shape`: the model does not fit together.
+    /// `Format`: the model does not fit together.
     pub fn pack(model: &PackedModel, activations: ActivationMode) -> Result<Self, EngineError> {
-        spec::check(&model.spec)?;
-        let spec = model.spec.clone();
-        let table = [spec.vocab_size, spec.d_model];
-        let embedding = spec::tensor(model, "token_embd.weight", &table)?.clone();
-        let positions = match spec.family {
-            Family::Gpt2 => {
-                Some(spec::tensor(model, "position_embd.weight", &[spec.context, spec.d_model])?.clone())
-            }
-            _ => None,
+        // From here on every tensor is there, of the shape that the spec gives it.
+        model.validate()?;
+        let spec = &model.spec;
+        let matrices = model.tensors.values().filter(|tensor| tensor.shape().len() == 2);
+        let measure = |tensor: &Tensor| {
+            let bytes = Form::of(tensor, activations).bytes(tensor);
+            tensor.release();
+            bytes
         };
-        // All shapes are checked before anything is allocated by them.
-        let mut arena = Arena::new(Packer::measure(model, activations)?);
-        let mut packer = Packer { model, activations, arena: &mut arena };
-        let blocks = (0..spec.n_layers).map(|layer| packer.block(layer)).collect::<Result<_, _>>()?;
-        let norm = packer.norm("output_norm", spec.d_model)?;
-        let head = packer.matrix(head_name(&spec), table)?;
-        Ok(Self { spec, embedding, positions, blocks, norm, head })
+        let bytes = matrices.map(measure).sum();
+        let mut packer = Packer { model, activations, arena: Arena::new(bytes) };
+        let (embedding, head) = if spec.tied {
+            (None, "token_embd.weight")
+        } else {
+            (Some(packer.matrix("token_embd.weight")), "output.weight")
+        };
+        let positions = (spec.family == Family::Gpt2).then(|| packer.matrix("position_embd.weight"));
+        // In the order of use, so that a token reads one stream.
+        let blocks = (0..spec.n_layers).map(|layer| packer.block(layer)).collect();
+        let head = packer.matrix(head);
+        Ok(Self { embedding, positions, blocks, norm: packer.norm("output_norm"), head, spec: spec.clone() })
     }
-}
 
-fn head_name(spec: &ModelSpec) -> &'static str {
-    if spec.tied { "token_embd.weight" } else { "output.weight" }
-}
-
-/// Names of a block's matrices with their shapes `[out, in]`, in the order of use.
-fn matrices(spec: &ModelSpec) -> Vec<(&'static str, [usize; 2])> {
-    let (d, d_ff) = (spec.d_model, spec.d_ff);
-    let kv = spec.n_kv_heads * spec.head_dim();
-    let mut matrices =
-        vec![("attn_q", [d, d]), ("attn_k", [kv, d]), ("attn_v", [kv, d]), ("attn_output", [d, d])];
-    if spec.is_gated() {
-        matrices.push(("ffn_gate", [d_ff, d]));
+    /// `[vocab, d_model]`
+    pub fn embedding(&self) -> &Matrix {
+        self.embedding.as_ref().unwrap_or(&self.head)
     }
-    matrices.extend([("ffn_up", [d_ff, d]), ("ffn_down", [d, d_ff])]);
-    matrices
 }
 
 struct Packer<'a> {
     model: &'a PackedModel,
     activations: ActivationMode,
-    arena: &'a mut Arena,
+    arena: Arena,
 }
 
 impl Packer<'_> {
-    /// Bytes that the matrices take.
-    fn measure(model: &PackedModel, activations: ActivationMode) -> Result<usize, EngineError> {
-        let spec = &model.spec;
-        let mut bytes = 0;
-        for layer in 0..spec.n_layers {
-            for (part, shape) in matrices(spec) {
-                let tensor = spec::tensor(model, &format!("blk.{layer}.{part}.weight"), &shape)?;
-                bytes += Form::of(tensor, activations).bytes(tensor);
-            }
-        }
-        let head = spec::tensor(model, head_name(spec), &[spec.vocab_size, spec.d_model])?;
-        Ok(bytes + Form::of(head, activations).bytes(head))
-    }
-
-    fn block(&mut self, layer: usize) -> Result<Block, EngineError> {
-        let spec = &self.model.spec;
-        let (d, d_ff, eps_norm) = (spec.d_model, spec.d_ff, spec.family == Family::Bitnet);
+    fn block(&mut self, layer: usize) -> Block {
+        let bitnet = self.model.spec.family == Family::Bitnet;
         let name = |part: &str| format!("blk.{layer}.{part}");
-        let attention_norm = self.norm(&name("attn_norm"), d)?;
-        let attention_sub_norm = eps_norm.then(|| self.norm(&name("attn_sub_norm"), d)).transpose()?;
-        let feed_forward_norm = self.norm(&name("ffn_norm"), d)?;
-        let feed_forward_sub_norm = eps_norm.then(|| self.norm(&name("ffn_sub_norm"), d_ff)).transpose()?;
-        let mut linears = matrices(spec).into_iter().map(|(part, shape)| self.linear(&name(part), shape));
-        let mut next = || linears.next().expect("as many as there are matrices");
-        Ok(Block {
-            attention_norm,
-            query: next()?,
-            key: next()?,
-            value: next()?,
-            attention_sub_norm,
-            output: next()?,
-            feed_forward_norm,
-            gate: spec.is_gated().then(&mut next).transpose()?,
-            up: next()?,
-            feed_forward_sub_norm,
-            down: next()?,
-        })
+        Block {
+            attention_norm: self.norm(&name("attn_norm")),
+            query: self.linear(&name("attn_q")),
+            key: self.linear(&name("attn_k")),
+            value: self.linear(&name("attn_v")),
+            attention_sub_norm: bitnet.then(|| self.norm(&name("attn_sub_norm"))),
+            output: self.linear(&name("attn_output")),
+            feed_forward_norm: self.norm(&name("ffn_norm")),
+            gate: self.model.spec.is_gated().then(|| self.linear(&name("ffn_gate"))),
+            up: self.linear(&name("ffn_up")),
+            feed_forward_sub_norm: bitnet.then(|| self.norm(&name("ffn_sub_norm"))),
+            down: self.linear(&name("ffn_down")),
+        }
     }
 
-    fn linear(&mut self, name: &str, shape: [usize; 2]) -> Result<Linear, EngineError> {
-        let bias = format!("{name}.bias");
-        // Trained biases of other families (a Tequila quantizer leaves some) are applied where they are.
-        let has_bias = self.model.spec.family == Family::Gpt2 || self.model.tensors.contains_key(&bias);
-        Ok(Linear {
-            matrix: self.matrix(&format!("{name}.weight"), shape)?,
-            bias: has_bias.then(|| self.vector(&bias, shape[0])).transpose()?,
-        })
+    fn linear(&mut self, name: &str) -> Linear {
+        Linear { matrix: self.matrix(&format!("{name}.weight")), bias: self.vector(&format!("{name}.bias")) }
     }
 
-    fn norm(&self, name: &str, width: usize) -> Result<Norm, EngineError> {
-        let layer_norm = self.model.spec.family == Family::Gpt2;
-        Ok(Norm {
-            weight: self.vector(&format!("{name}.weight"), width)?,
-            bias: layer_norm.then(|| self.vector(&format!("{name}.bias"), width)).transpose()?,
+    fn norm(&self, name: &str) -> Norm {
+        Norm {
+            weight: self.vector(&format!("{name}.weight")).expect("a norm has a weight"),
+            bias: self.vector(&format!("{name}.bias")),
             eps: self.model.spec.norm_eps,
-        })
+        }
     }
 
-    fn vector(&self, name: &str, width: usize) -> Result<Vec<f32>, EngineError> {
-        let mut values = vec![0.0; width];
-        spec::tensor(self.model, name, &[width])?.read_row(0, &mut values);
-        Ok(values)
+    fn vector(&self, name: &str) -> Option<Vec<f32>> {
+        let tensor = self.model.tensors.get(name)?;
+        let mut values = vec![0.0; tensor.cols()];
+        tensor.read_row(0, &mut values);
+        Some(values)
     }
 
-    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Matrix, EngineError> {
-        let tensor = spec::tensor(self.model, name, &shape)?;
-        let [rows, cols] = shape;
-        Ok(match Form::of(tensor, self.activations) {
+    fn matrix(&mut self, name: &str) -> Matrix {
+        let tensor = &self.model.tensors[name];
+        let (rows, cols) = (tensor.rows(), tensor.cols());
+        let matrix = match Form::of(tensor, self.activations) {
             Form::Ternary { group } => {
                 let stored = tensor.ternary_group().expect("a ternary tensor");
                 let mut stored_scales = vec![f16::ZERO; cols / stored];
-                TernaryMatrix::pack(self.arena, rows, cols, group, |row, codes, scales| {
+                TernaryMatrix::pack(&mut self.arena, rows, cols, group, |row, codes, scales| {
                     tensor.read_ternary_row(row, codes, &mut stored_scales);
-                    let step = group / stored;
-                    scales
-                        .iter_mut()
-                        .zip(stored_scales.iter().step_by(step))
-                        .for_each(|(to, from)| *to = *from);
+                    let firsts = stored_scales.iter().step_by(group / stored);
+                    scales.iter_mut().zip(firsts).for_each(|(to, from)| *to = *from);
                 })
                 .into()
             }
+            Form::SixBit => SixBitMatrix::pack(&mut self.arena, rows, cols, |row, codes, factors, scales| {
+                tensor.read_integer_row(row, codes, factors, scales)
+            })
+            .into(),
             Form::Byte { group } => {
+                let (mut factors, mut stored) = (vec![0; cols / 16], vec![f16::ZERO; cols / BLOCK]);
+                ByteMatrix::pack(&mut self.arena, rows, cols, group, |row, codes, scales| {
+                    tensor.read_integer_row(row, codes, &mut factors, &mut stored);
+                    let firsts = stored.iter().step_by(group / BLOCK);
+                    scales.iter_mut().zip(firsts).for_each(|(to, from)| *to = from.to_f32());
+                })
+                .into()
+            }
+            Form::Rounded => {
                 let mut values = vec![0.0; cols];
-                ByteMatrix::pack(self.arena, rows, cols, group, |row, codes, scales| {
+                ByteMatrix::pack(&mut self.arena, rows, cols, BLOCK, |row, codes, scales| {
                     tensor.read_row(row, &mut values);
-                    let groups = values.chunks(group).zip(codes.chunks_mut(group));
+                    let groups = values.chunks(BLOCK).zip(codes.chunks_mut(BLOCK));
                     groups.zip(scales).for_each(|((values, codes), scale)| *scale = quantize(values, codes));
                 })
                 .into()
             }
             Form::Float => {
-                FloatMatrix::pack(self.arena, rows, cols, |row, values| tensor.read_row(row, values)).into()
+                FloatMatrix::pack(&mut self.arena, rows, cols, |row, values| tensor.read_row(row, values))
+                    .into()
             }
-        })
+        };
+        tensor.release();
+        matrix
     }
 }
 
@@ -212,25 +187,42 @@ fn quantize(values: &[f32], codes: &mut [i8]) -> f32 {
     scale
 }
 
-/// What a tensor becomes.
+/// Weights that share a scale in GGUF's 8- and 4-bit types.
+const BLOCK: usize = 32;
+
+/// What a tensor becomes. All keep its values but `Rounded`, for integers that have a minimum too.
 enum Form {
     Ternary { group: usize },
+    SixBit,
     Byte { group: usize },
+    Rounded,
     Float,
 }
 
 impl Form {
     fn of(tensor: &Tensor, activations: ActivationMode) -> Self {
         let cols = tensor.cols();
-        let fits = |group: usize| group == cols || group.is_multiple_of(16);
-        if let Some(group) = tensor.ternary_group() {
-            let group = if scales_are_by_row(tensor, group) { cols } else { group };
-            return if fits(group) { Self::Ternary { group } } else { Self::Float };
-        }
-        match (tensor.encoding(), activations) {
-            (Encoding::F32 | Encoding::F16 | Encoding::Bf16, _) | (_, ActivationMode::F32) => Self::Float,
-            (Encoding::Q8_0 | Encoding::Q4_0 | Encoding::Q4_1, _) => Self::Byte { group: 32 },
-            _ => Self::Byte { group: TABLE_GROUP },
+        match tensor.encoding() {
+            Encoding::F32 | Encoding::F16 | Encoding::Bf16 => Self::Float,
+            Encoding::Q6K => Self::SixBit,
+            Encoding::Q8_0 | Encoding::Q4_0 => {
+                let mut codes = (vec![0; cols], vec![0; cols / 16]);
+                let read = |row, scales: &mut [f16]| {
+                    tensor.read_integer_row(row, &mut codes.0, &mut codes.1, scales);
+                };
+                Self::Byte { group: shared(tensor, BLOCK, read) }
+            }
+            Encoding::Q4_1 | Encoding::Q4K if activations == ActivationMode::Int8 => Self::Rounded,
+            Encoding::Q4_1 | Encoding::Q4K => Self::Float,
+            Encoding::Tq1_0 | Encoding::Tq2_0 | Encoding::Q2_0 | Encoding::Ternary { .. } => {
+                let stored = tensor.ternary_group().expect("a ternary tensor");
+                let mut codes = vec![0; cols];
+                let read = |row, scales: &mut [f16]| tensor.read_ternary_row(row, &mut codes, scales);
+                let group = shared(tensor, stored, read);
+                // The kernels have no other groups.
+                let fits = group == cols || group.is_multiple_of(16);
+                if fits { Self::Ternary { group } } else { Self::Float }
+            }
         }
     }
 
@@ -238,18 +230,20 @@ impl Form {
         let (rows, cols) = (tensor.rows(), tensor.cols());
         match self {
             Self::Ternary { group } => TernaryMatrix::bytes(rows, cols, *group),
+            Self::SixBit => SixBitMatrix::bytes(rows, cols),
             Self::Byte { group } => ByteMatrix::bytes(rows, cols, *group),
+            Self::Rounded => ByteMatrix::bytes(rows, cols, BLOCK),
             Self::Float => FloatMatrix::bytes(rows, cols),
         }
     }
 }
 
-/// Whether the blocks of each row have one scale, which then need be applied but once a row.
-fn scales_are_by_row(tensor: &Tensor, group: usize) -> bool {
-    let mut codes = vec![0; tensor.cols()];
-    let mut scales = vec![f16::ZERO; tensor.cols() / group];
-    (0..tensor.rows()).all(|row| {
-        tensor.read_ternary_row(row, &mut codes, &mut scales);
+/// The whole row where the blocks of each row have one scale, which then need be applied but once; else the block.
+fn shared(tensor: &Tensor, block: usize, mut read: impl FnMut(usize, &mut [f16])) -> usize {
+    let mut scales = vec![f16::ZERO; tensor.cols() / block];
+    let by_row = (0..tensor.rows()).all(|row| {
+        read(row, &mut scales);
         scales.iter().all(|scale| scale.to_bits() == scales[0].to_bits())
-    })
+    });
+    if by_row { tensor.cols() } else { block }
 }

@@ -56,6 +56,7 @@ pub fn model(
         name: "random".into(),
         spec: spec.clone(),
         tensors: random.tensors,
+        tokenizer: None,
         chat_template: None,
     })
 }

@@ -1,6 +1,6 @@
 //! The forward pass in float64, as slow and plain as it can be written: the oracle of the engine.
 
-use crate::{EngineError, spec};
+use crate::{EngineError, engine::check_ids};
 use ternary_format::{Activation, Family, PackedModel, Tensor};
 
 /// `[positions][width]`
@@ -9,30 +9,31 @@ type Rows = Vec<Vec<f64>>;
 /// Logits of the next token at every position, `[ids][vocab]`, with float activations.
 ///
 /// # Errors
-/// - `Spec`, `MissingTensor`, `Shape`: the model does not fit together.
-/// - `EmptyPrompt`, `UnknownToken`, `ContextFull`: the ids do not fit the model.
+/// `Format`: the tensors are not those of the spec. `EmptyPrompt`, `UnknownToken`, `ContextFull`: the ids do not fit.
 pub fn logits(model: &PackedModel, ids: &[u32]) -> Result<Rows, EngineError> {
-    spec::check(&model.spec)?;
-    spec::check_ids(&model.spec, ids, 0)?;
+    model.validate()?;
+    check_ids(ids, model.spec.vocab_size)?;
+    if ids.len() > model.spec.context {
+        return Err(EngineError::ContextFull { found: ids.len(), context: model.spec.context });
+    }
     let slow = Slow { model };
     let spec = &model.spec;
-    let (d, vocab) = (spec.d_model, spec.vocab_size);
-    let table = slow.tensor("token_embd.weight", &[vocab, d])?;
+    let table = &model.tensors["token_embd.weight"];
     let mut hidden: Rows = ids.iter().map(|id| row(table, *id as usize)).collect();
     if spec.family == Family::Gpt2 {
-        let positions = slow.tensor("position_embd.weight", &[spec.context, d])?;
+        let positions = &model.tensors["position_embd.weight"];
         let positions: Rows = (0..ids.len()).map(|position| row(positions, position)).collect();
         hidden = add(&hidden, &positions);
     }
     for layer in 0..spec.n_layers {
         let name = |part: &str| format!("blk.{layer}.{part}");
-        let input = slow.norm(&hidden, &name("attn_norm"))?;
-        hidden = add(&hidden, &slow.attention(&input, layer)?);
-        let input = slow.norm(&hidden, &name("ffn_norm"))?;
-        hidden = add(&hidden, &slow.feed_forward(&input, layer)?);
+        let input = slow.norm(&hidden, &name("attn_norm"));
+        hidden = add(&hidden, &slow.attention(&input, layer));
+        let input = slow.norm(&hidden, &name("ffn_norm"));
+        hidden = add(&hidden, &slow.feed_forward(&input, layer));
     }
-    let hidden = slow.norm(&hidden, "output_norm")?;
-    let head = if spec.tied { table } else { slow.tensor("output.weight", &[vocab, d])? };
+    let hidden = slow.norm(&hidden, "output_norm");
+    let head = if spec.tied { table } else { &model.tensors["output.weight"] };
     Ok(multiply(head, &hidden))
 }
 
@@ -40,51 +41,43 @@ struct Slow<'a> {
     model: &'a PackedModel,
 }
 
-impl<'a> Slow<'a> {
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<&'a Tensor, EngineError> {
-        spec::tensor(self.model, name, shape)
+impl Slow<'_> {
+    fn vector(&self, name: &str) -> Option<Vec<f64>> {
+        self.model.tensors.get(name).map(|tensor| row(tensor, 0))
     }
 
-    fn vector(&self, name: &str, width: usize) -> Result<Vec<f64>, EngineError> {
-        Ok(row(self.tensor(name, &[width])?, 0))
-    }
-
-    fn norm(&self, input: &Rows, name: &str) -> Result<Rows, EngineError> {
+    fn norm(&self, input: &Rows, name: &str) -> Rows {
         let eps = self.model.spec.norm_eps as f64;
-        let width = input[0].len();
-        let weight = self.vector(&format!("{name}.weight"), width)?;
-        if self.model.spec.family != Family::Gpt2 {
-            return Ok(scaled(&rms(input, eps), &weight));
-        }
-        let bias = self.vector(&format!("{name}.bias"), width)?;
+        let weight = self.vector(&format!("{name}.weight")).expect("a norm has a weight");
+        let Some(bias) = self.vector(&format!("{name}.bias")) else {
+            return scaled(&rms(input, eps), &weight);
+        };
         let centered: Rows = input
             .iter()
             .map(|row| {
-                let mean = row.iter().sum::<f64>() / width as f64;
+                let mean = row.iter().sum::<f64>() / row.len() as f64;
                 row.iter().map(|x| x - mean).collect()
             })
             .collect();
-        Ok(add(&scaled(&rms(&centered, eps), &weight), &vec![bias; input.len()]))
+        add(&scaled(&rms(&centered, eps), &weight), &vec![bias; input.len()])
     }
 
-    /// `x W^T + b`; the bias is optional but in gpt2.
-    fn linear(&self, input: &Rows, name: &str, width: usize) -> Result<Rows, EngineError> {
-        let weight = self.tensor(&format!("{name}.weight"), &[width, input[0].len()])?;
-        let output = multiply(weight, input);
-        let bias = format!("{name}.bias");
-        if self.model.spec.family != Family::Gpt2 && !self.model.tensors.contains_key(&bias) {
-            return Ok(output);
+    /// `x W^T + b`
+    fn linear(&self, input: &Rows, name: &str) -> Rows {
+        let output = multiply(&self.model.tensors[&format!("{name}.weight")], input);
+        match self.vector(&format!("{name}.bias")) {
+            Some(bias) => add(&output, &vec![bias; input.len()]),
+            None => output,
         }
-        Ok(add(&output, &vec![self.vector(&bias, width)?; input.len()]))
     }
 
-    fn attention(&self, input: &Rows, layer: usize) -> Result<Rows, EngineError> {
+    fn attention(&self, input: &Rows, layer: usize) -> Rows {
         let spec = &self.model.spec;
         let name = |part: &str| format!("blk.{layer}.{part}");
         let (width, share) = (spec.head_dim(), spec.n_heads / spec.n_kv_heads);
-        let query = self.turn(self.linear(input, &name("attn_q"), spec.n_heads * width)?);
-        let key = self.turn(self.linear(input, &name("attn_k"), spec.n_kv_heads * width)?);
-        let value = self.linear(input, &name("attn_v"), spec.n_kv_heads * width)?;
+        let query = self.turn(self.linear(input, &name("attn_q")));
+        let key = self.turn(self.linear(input, &name("attn_k")));
+        let value = self.linear(input, &name("attn_v"));
         let mut mixed = vec![vec![0.0; spec.n_heads * width]; input.len()];
         for (position, mixed) in mixed.iter_mut().enumerate() {
             for (head, mixed) in mixed.chunks_mut(width).enumerate() {
@@ -106,8 +99,8 @@ impl<'a> Slow<'a> {
                 }
             }
         }
-        let mixed = self.sub_norm(mixed, &name("attn_sub_norm"))?;
-        self.linear(&mixed, &name("attn_output"), spec.d_model)
+        let mixed = self.sub_norm(mixed, &name("attn_sub_norm"));
+        self.linear(&mixed, &name("attn_output"))
     }
 
     /// The pair `(i, i + half)` of a head is a complex number, multiplied by `exp(i * angle)`.
@@ -130,27 +123,27 @@ impl<'a> Slow<'a> {
         projected
     }
 
-    fn feed_forward(&self, input: &Rows, layer: usize) -> Result<Rows, EngineError> {
+    fn feed_forward(&self, input: &Rows, layer: usize) -> Rows {
         let spec = &self.model.spec;
         let name = |part: &str| format!("blk.{layer}.{part}");
-        let up = self.linear(input, &name("ffn_up"), spec.d_ff)?;
+        let up = self.linear(input, &name("ffn_up"));
         let activated = |rows: Rows| -> Rows {
             rows.into_iter()
                 .map(|row| row.into_iter().map(|x| activate(spec.activation, x)).collect())
                 .collect()
         };
         let inner = if spec.is_gated() {
-            let gate = activated(self.linear(input, &name("ffn_gate"), spec.d_ff)?);
+            let gate = activated(self.linear(input, &name("ffn_gate")));
             gate.iter().zip(&up).map(|(gate, up)| gate.iter().zip(up).map(|(g, u)| g * u).collect()).collect()
         } else {
             activated(up)
         };
-        let inner = self.sub_norm(inner, &name("ffn_sub_norm"))?;
-        self.linear(&inner, &name("ffn_down"), spec.d_model)
+        let inner = self.sub_norm(inner, &name("ffn_sub_norm"));
+        self.linear(&inner, &name("ffn_down"))
     }
 
-    fn sub_norm(&self, input: Rows, name: &str) -> Result<Rows, EngineError> {
-        if self.model.spec.family == Family::Bitnet { self.norm(&input, name) } else { Ok(input) }
+    fn sub_norm(&self, input: Rows, name: &str) -> Rows {
+        if self.model.spec.family == Family::Bitnet { self.norm(&input, name) } else { input }
     }
 }
 
