@@ -278,8 +278,8 @@ impl Tokenizer {
     }
 }
 
-/// Text of ids that come one by one: what it gives out, put together, is what [`Tokenizer::decode`] says, and never
-/// breaks a character.
+/// Text of ids that come one by one: never a part of a character, and put together what [`Tokenizer::decode`] says of
+/// ids that are text.
 #[derive(Clone, Debug)]
 pub struct Decoder<'a> {
     tokenizer: &'a Tokenizer,

@@ -1,0 +1,232 @@
+//! Tokenizers: ids of references, and the way through GGUF files.
+
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use std::{collections::BTreeMap, path::PathBuf};
+use ternary_format::{
+    Activation, Encoding, Ends, Family, FormatError, ModelSpec, PackedModel, Special, Tensor, Tokenizer,
+    gguf::{self, GgufOptions},
+};
+
+const HOSTILE: &str = "a <|user|>b<|endoftext|> duck 🦆 é\r\n\t  duck\u{0} <|assistant|><|user|";
+
+fn shared(path: &str) -> Option<PathBuf> {
+    let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data")).join(path);
+    if !path.exists() {
+        println!("skipped: {}: no reference data", path.display());
+    }
+    path.exists().then_some(path)
+}
+
+fn characters(text: &str) -> Tokenizer {
+    let mut characters: Vec<char> = text.chars().collect();
+    characters.sort_unstable();
+    characters.dedup();
+    Tokenizer::from_characters(characters).unwrap()
+}
+
+/// A model that is only a place for a tokenizer.
+fn model(tokenizer: Option<Tokenizer>, vocab_size: usize) -> PackedModel {
+    let spec = ModelSpec {
+        family: Family::Llama,
+        vocab_size,
+        context: 8,
+        d_model: 4,
+        n_layers: 1,
+        n_heads: 2,
+        n_kv_heads: 1,
+        d_ff: 4,
+        activation: Activation::Swiglu,
+        tied: true,
+        norm_eps: 1e-5,
+        rope_theta: 1e4,
+    };
+    let zero = |shape: Vec<usize>| Tensor::f32(&shape, &vec![0.0; shape.iter().product()]).unwrap();
+    let tensors: BTreeMap<_, _> = spec.tensors().map(|(name, shape)| (name, zero(shape))).collect();
+    PackedModel { name: "tokens".into(), spec, tensors, tokenizer, chat_template: None }
+}
+
+/// What a GGUF file makes of a tokenizer. Without `ours`, as if a stock program had written it: our copy of the
+/// tokenizer's JSON is made unreadable to us by another key of the same length.
+fn through_gguf(tokenizer: &Tokenizer, rows: usize, ours: bool) -> Result<Tokenizer, FormatError> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let f32 = Encoding::F32;
+    let options = GgufOptions { blocks: f32, embedding: f32, head: f32 };
+    gguf::write(&model(Some(tokenizer.clone()), rows), &path, &options)?;
+    let mut bytes = std::fs::read(&path).unwrap();
+    if !ours {
+        for key in ["tokenizer.huggingface.json", "burn_ternary.tokenizer.json"] {
+            if let Some(at) = bytes.windows(key.len()).position(|window| window == key.as_bytes()) {
+                bytes[at] = b'X';
+            }
+        }
+    }
+    Ok(gguf::parse(bytes.into())?.tokenizer.unwrap())
+}
+
+fn same(a: &Tokenizer, b: &Tokenizer, texts: &[&str]) {
+    for text in texts {
+        let ids = a.encode(text).unwrap();
+        assert_eq!(b.encode(text).unwrap(), ids, "{text:?}");
+        assert_eq!(b.decode(&ids), a.decode(&ids), "{text:?}");
+    }
+    for special in Special::ALL {
+        assert_eq!(a.special(special.text()), b.special(special.text()));
+    }
+    assert_eq!(a.ends(), b.ends());
+}
+
+#[test]
+fn every_kind_survives_gguf() {
+    for tokenizer in [Tokenizer::byte(), characters(HOSTILE)] {
+        for padding in [0, 5] {
+            let read = through_gguf(&tokenizer, tokenizer.vocab_size() + padding, true).unwrap();
+            assert_eq!(read.to_json(), tokenizer.to_json());
+            assert_eq!(read.vocab_size(), tokenizer.vocab_size());
+            same(&tokenizer, &read, &[HOSTILE, ""]);
+        }
+    }
+    let error = through_gguf(&Tokenizer::byte(), 258, true).unwrap_err();
+    assert!(matches!(error, FormatError::Vocabulary { tokens: 259, rows: 258 }), "{error}");
+}
+
+#[test]
+fn stock_programs_cut_text_as_we_do() {
+    // Bytes are tokens of their own without merges.
+    let bytes = through_gguf(&Tokenizer::byte(), 259, false).unwrap();
+    same(&Tokenizer::byte(), &bytes, &[HOSTILE, "", "\u{fffd}🦆"]);
+    for name in ["gpt2", "smollm2"] {
+        let Some(path) = shared(&format!("tokenizers/{name}/tokenizer.json")) else { continue };
+        let tokenizer = Tokenizer::load(&path).unwrap();
+        let read = through_gguf(&tokenizer, tokenizer.vocab_size() + 3, false).unwrap();
+        let texts = [HOSTILE, "It's 2026: 1234 ducks, naïve\n\n  and   more...", "日本語 ａｂｃ ½²"];
+        same(&tokenizer, &read, &texts);
+    }
+}
+
+#[test]
+fn sentence_piece_has_the_ids_of_the_reference() {
+    let Some(path) = shared("models/stories260k/tokenizer.json") else { return };
+    let tokenizer = Tokenizer::load(&path).unwrap();
+    assert_eq!(tokenizer.ends(), Ends { bos: Some(1), eos: Some(2), add_bos: true });
+    let read = through_gguf(&tokenizer, 512, false).unwrap();
+    assert_eq!(read.ends(), tokenizer.ends());
+    let text = std::fs::read_to_string(shared("text/tinystories/valid.txt").unwrap()).unwrap();
+    let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).take(300).collect();
+    assert!(lines.len() > 100);
+    for text in lines.iter().chain(&["Once upon a time", " two  spaces", "ünïcödé 🦆", "<s>"]) {
+        let ids = tokenizer.encode(text).unwrap();
+        assert_eq!(read.encode(text).unwrap(), ids, "{text}");
+        assert_eq!(read.decode(&ids), *text);
+    }
+    assert_eq!(read.encode("Once upon a time").unwrap(), [403, 407, 261, 378]);
+}
+
+#[test]
+fn streamed_text_is_the_text() {
+    let mut tokenizers = vec![Tokenizer::byte(), characters(HOSTILE)];
+    let path = shared("tokenizers/gpt2/tokenizer.json");
+    tokenizers.extend(path.map(|path| Tokenizer::load(&path).unwrap()));
+    let mut rng = StdRng::seed_from_u64(1);
+    for tokenizer in &tokenizers {
+        let mut cases = vec![tokenizer.encode(HOSTILE).unwrap_or_default()];
+        // Ids that a model may generate as well: broken characters, specials, ids of no token.
+        cases.extend((0..200).map(|n| {
+            (0..n % 40).map(|_| rng.random_range(0..tokenizer.vocab_size() as u32 + 9)).collect::<Vec<_>>()
+        }));
+        for (i, ids) in cases.iter().enumerate() {
+            let mut decoder = tokenizer.decoder();
+            let mut text: String = ids.iter().map(|&id| decoder.push(id)).collect();
+            text += &decoder.finish();
+            let expected = tokenizer.decode(ids);
+            if i == 0 {
+                assert_eq!(text, expected);
+            }
+            // Of broken characters, both say that they are broken; how often is a matter of taste.
+            let whole = |text: &str| text.replace(char::REPLACEMENT_CHARACTER, "");
+            assert_eq!(whole(&text), whole(&expected), "{ids:?}");
+        }
+    }
+    // With byte fallback, one broken byte makes its neighbours broken too, and they may have been given out before.
+    let Some(path) = shared("models/stories260k/tokenizer.json") else { return };
+    let tokenizer = Tokenizer::load(&path).unwrap();
+    for text in [HOSTILE, " Once upon a time 🦆, there was", "\n\n"] {
+        let ids = tokenizer.encode(text).unwrap();
+        let mut decoder = tokenizer.decoder();
+        let streamed: String = ids.iter().map(|&id| decoder.push(id)).collect();
+        assert_eq!(streamed + &decoder.finish(), text);
+    }
+}
+
+#[test]
+fn a_character_comes_whole() {
+    let tokenizer = Tokenizer::byte();
+    let mut decoder = tokenizer.decoder();
+    let texts: Vec<String> = "é🦆".bytes().map(|byte| decoder.push(byte.into())).collect();
+    assert_eq!(texts, ["", "é", "", "", "", "🦆"]);
+}
+
+#[test]
+fn plain_text_never_becomes_a_special_token() {
+    let mut tokenizers = vec![Tokenizer::byte(), characters(HOSTILE)];
+    for name in ["gpt2", "smollm2"] {
+        let path = shared(&format!("tokenizers/{name}/tokenizer.json"));
+        tokenizers.extend(path.map(|path| Tokenizer::load(&path).unwrap().with_specials().unwrap()));
+    }
+    for tokenizer in tokenizers {
+        let specials = Special::ALL.map(|s| tokenizer.special(s.text()).unwrap());
+        let ids = tokenizer.encode(HOSTILE).unwrap();
+        assert!(specials.iter().all(|id| !ids.contains(id)), "{specials:?} in {ids:?}");
+        assert_eq!(tokenizer.decode(&ids), HOSTILE);
+        // Special tokens and ids beyond the vocabulary leave no trace in the text.
+        let unknown = tokenizer.vocab_size() as u32 + 5;
+        assert_eq!(tokenizer.decode(&[&specials[..], &ids, &[unknown]].concat()), HOSTILE);
+        assert_eq!(tokenizer.ends().eos, Some(specials[0]));
+    }
+}
+
+#[test]
+fn files_are_loaded_as_they_were_and_bad_ones_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.json");
+    assert!(matches!(Tokenizer::load(&path), Err(FormatError::Io { .. })));
+    for tokenizer in [Tokenizer::byte(), characters(HOSTILE)] {
+        tokenizer.save(&path).unwrap();
+        assert_eq!(Tokenizer::load(&path).unwrap().to_json(), tokenizer.to_json());
+    }
+    for (json, found) in [
+        ("quack", "no JSON"),
+        ("", "no JSON"),
+        ("{}", "other JSON"),
+        (r#"{"type": "word"}"#, "other JSON"),
+        (r#"{"type": "char", "characters": "ba"}"#, "not in order"),
+    ] {
+        std::fs::write(&path, json).unwrap();
+        let message = Tokenizer::load(&path).unwrap_err().to_string();
+        assert!(message.contains(found) && message.contains("tokenizer.json"), "{json}: {message}");
+    }
+    let hole = r#"{"model": {"type": "BPE", "vocab": {"a": 0, "b": 9}, "merges": []}}"#;
+    let error = Tokenizer::from_json(hole.as_bytes()).unwrap().with_specials().unwrap_err();
+    assert!(error.to_string().contains("tokens with ids up to"), "{error}");
+    let message = characters("duck").encode("dück").unwrap_err().to_string();
+    assert!(
+        message.contains("'ü'") && message.contains("U+00FC") && message.contains("4 characters"),
+        "{message}"
+    );
+}
+
+#[test]
+fn gpt2_ids_are_those_of_the_reference() {
+    let Some(path) = shared("tokenizers/gpt2/tokenizer.json") else { return };
+    let tokenizer = Tokenizer::load(&path).unwrap();
+    assert_eq!((tokenizer.special("<|endoftext|>"), tokenizer.vocab_size()), (Some(50256), 50257));
+    let vectors = std::fs::read_to_string(path.with_file_name("vectors.jsonl")).unwrap();
+    let mut cases = 0;
+    for line in vectors.lines() {
+        let case: serde_json::Value = serde_json::from_str(line).unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        assert_eq!(tokenizer.encode(case["text"].as_str().unwrap()).unwrap(), ids, "{line}");
+        cases += 1;
+    }
+    assert!(cases > 10);
+}
