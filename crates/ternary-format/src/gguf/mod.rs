@@ -126,27 +126,6 @@ pub fn write_with(
     })
 }
 
-/// A tensor of a file: its name, shape and encoding, and the bytes it takes.
-#[derive(Clone, Debug)]
-pub struct TensorSize {
-    pub name: String,
-    pub shape: Vec<usize>,
-    pub encoding: Encoding,
-    pub bytes: usize,
-}
-
-/// The tensors that [`write`] would write, in the order of the file; needs no weights.
-///
-/// # Errors
-/// `Spec`, `Width`, `ReadOnly`, `NotInGguf`: such a file cannot be.
-pub fn sizes(spec: &ModelSpec, options: &GgufOptions) -> Result<Vec<TensorSize>, FormatError> {
-    let size = |(tensor, encoding): (FileTensor, Encoding)| {
-        let bytes = encoding.bytes(&tensor.shape)?;
-        Ok(TensorSize { name: tensor.name, shape: tensor.shape, encoding, bytes })
-    };
-    encoded_layout(spec, options)?.into_iter().map(size).collect()
-}
-
 /// The tensors of a file with their encodings.
 fn encoded_layout(
     spec: &ModelSpec,
