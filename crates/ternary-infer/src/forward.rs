@@ -2,11 +2,12 @@
 
 use crate::{
     ActivationMode, Sequence,
+    cache::Scores,
     model::{Block, Linear, Model, Norm},
 };
 use std::sync::Mutex;
 use ternary_format::Activation;
-use ternary_kernels::{Input, Isa, Pool, Product, Quantized, multiply};
+use ternary_kernels::{Input, Isa, Pool, Product, Quantized, attention::QUERIES, multiply};
 
 /// The next tokens of one sequence.
 pub(crate) trait Segment: Send + Sync {
@@ -79,15 +80,17 @@ pub(crate) struct Work {
 /// What a thread needs for attention.
 #[derive(Debug)]
 struct Scratch {
-    query: Vec<f32>,
-    scores: Vec<f32>,
+    /// One head of several rows, `[QUERIES, head_dim]`.
+    queries: Vec<f32>,
+    mixed: Vec<f32>,
+    scores: Scores,
 }
 
 impl Work {
     pub fn new(model: &Model, pool: Pool, activations: ActivationMode, context: usize) -> Self {
-        let scratch =
-            || Mutex::new(Scratch { query: vec![0.0; model.spec.head_dim()], scores: vec![0.0; context] });
-        let scratch = (0..pool.threads()).map(|_| scratch()).collect();
+        let head = vec![0.0; QUERIES * model.spec.head_dim()];
+        let scratch = || Scratch { queries: head.clone(), mixed: head.clone(), scores: Scores::new(context) };
+        let scratch = (0..pool.threads()).map(|_| Mutex::new(scratch())).collect();
         Self {
             pool,
             activations,
@@ -214,21 +217,38 @@ impl Work {
         let share = spec.n_heads / spec.n_kv_heads;
         let segments = &*segments;
         mixed.resize(rows.len() * d, 0.0);
-        // Many rows make tasks enough; one alone is cut into its heads.
-        let unit = if rows.len() >= 4 * pool.threads() { d } else { head_dim };
+        // Many rows share passes over keys and values; few are cut into their heads, so that no thread is idle.
+        let many = rows.len() >= 4 * QUERIES * pool.threads();
+        let unit = if many { QUERIES * d } else { head_dim };
         pool.chunks(mixed, unit, |task, thread, out| {
-            let scratch = &mut *scratch[thread].lock().expect("no thread has panicked");
-            for (index, out) in out.chunks_exact_mut(head_dim).enumerate() {
-                let place = task * unit / head_dim + index;
-                let (row, head) = (place / spec.n_heads, place % spec.n_heads);
-                let Row { segment, position } = rows[row];
-                scratch.query.copy_from_slice(&query[place * head_dim..(place + 1) * head_dim]);
-                if rotary {
-                    let (cos, sin) = angles(row);
-                    isa.rope(&mut scratch.query, cos, sin);
+            let Scratch { queries, mixed, scores } =
+                &mut *scratch[thread].lock().expect("no thread has panicked");
+            let width = out.len().min(d);
+            let first = task * unit / d;
+            let heads = (task * unit % d / head_dim..).take(width / head_dim);
+            for (place, head) in heads.enumerate() {
+                let mut done = 0;
+                for run in rows[first..first + out.len() / width].chunk_by(|a, b| a.segment == b.segment) {
+                    let mut seen = [0; QUERIES];
+                    for (t, row) in run.iter().enumerate() {
+                        let index = first + done + t;
+                        let query_head = &query[index * d + head * head_dim..][..head_dim];
+                        let query = &mut queries[t * head_dim..(t + 1) * head_dim];
+                        query.copy_from_slice(query_head);
+                        if rotary {
+                            let (cos, sin) = angles(index);
+                            isa.rope(query, cos, sin);
+                        }
+                        seen[t] = row.position + 1;
+                    }
+                    let cache = &segments[run[0].segment].sequence().cache;
+                    let (seen, len) = (&seen[..run.len()], run.len() * head_dim);
+                    cache.attend(isa, layer, head / share, &queries[..len], seen, scores, &mut mixed[..len]);
+                    for (t, mixed) in mixed[..len].chunks_exact(head_dim).enumerate() {
+                        out[(done + t) * width + place * head_dim..][..head_dim].copy_from_slice(mixed);
+                    }
+                    done += run.len();
                 }
-                let cached = segments[segment].sequence().cache.head(layer, head / share);
-                cached.attend(isa, &scratch.query, &mut scratch.scores[..=position], out);
             }
         });
 

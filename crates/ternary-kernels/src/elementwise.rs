@@ -54,16 +54,6 @@ impl Isa {
     pub fn to_f16(self, x: &[f32], out: &mut [f16]) {
         self.run(ToF16 { x, out });
     }
-
-    /// `scores[j] = scale * dot(query, keys[j])`, where `keys[j]` starts at `j * stride`.
-    pub fn scores(self, query: &[f32], keys: &[f16], stride: usize, scale: f32, scores: &mut [f32]) {
-        self.run(Scores { query, keys, stride, scale, scores });
-    }
-
-    /// `out = sum_j weights[j] * values[j]`, where `values[j]` starts at `j * stride`.
-    pub fn weighted_sum(self, weights: &[f32], values: &[f16], stride: usize, out: &mut [f32]) {
-        self.run(WeightedSum { weights, values, stride, out });
-    }
 }
 
 /// Up to 16 values, zeros after them.
@@ -80,18 +70,6 @@ fn load_padded<S: Simd>(s: S, values: &[f32], padding: f32) -> S::Float {
             let mut padded = [padding; LANES];
             padded[..values.len()].copy_from_slice(values);
             s.load_f32(&padded)
-        }
-    }
-}
-
-#[inline(always)]
-fn load_f16<S: Simd>(s: S, values: &[f16]) -> S::Float {
-    match values.as_array::<LANES>() {
-        Some(values) => s.load_f16(values),
-        None => {
-            let mut padded = [f16::ZERO; LANES];
-            padded[..values.len()].copy_from_slice(values);
-            s.load_f16(&padded)
         }
     }
 }
@@ -237,8 +215,8 @@ impl Kernel for Norm<'_> {
     }
 }
 
-struct Softmax<'a> {
-    x: &'a mut [f32],
+pub(crate) struct Softmax<'a> {
+    pub x: &'a mut [f32],
 }
 
 impl Kernel for Softmax<'_> {
@@ -306,76 +284,6 @@ impl Kernel for ToF16<'_> {
             let mut halves = [f16::ZERO; LANES];
             s.store_f16(load(s, x), &mut halves);
             out.copy_from_slice(&halves[..out.len()]);
-        }
-    }
-}
-
-struct Scores<'a> {
-    query: &'a [f32],
-    keys: &'a [f16],
-    stride: usize,
-    scale: f32,
-    scores: &'a mut [f32],
-}
-
-impl Kernel for Scores<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let dim = self.query.len();
-        for (j, score) in self.scores.iter_mut().enumerate() {
-            let key = &self.keys[j * self.stride..][..dim];
-            let mut sum = s.splat_f32(0.0);
-            for (q, k) in self.query.chunks(LANES).zip(key.chunks(LANES)) {
-                sum = s.fma(load(s, q), load_f16(s, k), sum);
-            }
-            *score = self.scale * s.sum_lanes(sum);
-        }
-    }
-}
-
-struct WeightedSum<'a> {
-    weights: &'a [f32],
-    values: &'a [f16],
-    stride: usize,
-    out: &'a mut [f32],
-}
-
-impl Kernel for WeightedSum<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        // A few vectors at a time stay in registers while all positions pass.
-        const VECTORS: usize = 4;
-        let dim = self.out.len();
-        for (i, out) in self.out.chunks_mut(VECTORS * LANES).enumerate() {
-            let start = i * VECTORS * LANES;
-            let len = out.len();
-            if len == VECTORS * LANES {
-                let mut sums = [s.splat_f32(0.0); VECTORS];
-                for (j, weight) in self.weights.iter().enumerate() {
-                    let weight = s.splat_f32(*weight);
-                    let value = &self.values[j * self.stride..][start..start + len];
-                    for (sum, value) in sums.iter_mut().zip(value.as_chunks::<LANES>().0) {
-                        *sum = s.fma(weight, s.load_f16(value), *sum);
-                    }
-                }
-                for (out, sum) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(sums) {
-                    s.store_f32(sum, out);
-                }
-            } else {
-                for (k, out) in out.chunks_mut(LANES).enumerate() {
-                    let part = start + k * LANES..start + k * LANES + out.len();
-                    let mut sum = s.splat_f32(0.0);
-                    for (j, weight) in self.weights.iter().enumerate() {
-                        let value = &self.values[j * self.stride..][..dim];
-                        sum = s.fma(s.splat_f32(*weight), load_f16(s, &value[part.clone()]), sum);
-                    }
-                    store(s, sum, out);
-                }
-            }
         }
     }
 }
@@ -482,27 +390,12 @@ mod tests {
                 isa.rope(&mut x, &cos, &sin);
                 x
             });
-            let (positions, stride) = (9, n + 7);
-            let mut cache = vec![f16::ZERO; positions * stride];
+            let mut halves = vec![f16::ZERO; n];
             for isa in Isa::available() {
-                let x = values(positions * stride, 3.0);
-                isa.to_f16(&x, &mut cache);
-                assert!(cache.iter().zip(&x).all(|(half, x)| *half == f16::from_f32(*x)), "{isa:?}");
+                let x = values(n, 3.0);
+                isa.to_f16(&x, &mut halves);
+                assert!(halves.iter().zip(&x).all(|(half, x)| *half == f16::from_f32(*x)), "{isa:?}");
             }
-            let at = |j: usize, i: usize| cache[j * stride + i].to_f64();
-            let (query, weights) = (values(n, 1.0), values(positions, 1.0));
-            let dot = |j| 0.5 * (0..n).map(|i| f64::from(query[i]) * at(j, i)).sum::<f64>();
-            check("scores", 1e-5, &(0..positions).map(dot).collect::<Vec<_>>(), |isa| {
-                let mut out = vec![0.0; positions];
-                isa.scores(&query, &cache, stride, 0.5, &mut out);
-                out
-            });
-            let mix = |i| (0..positions).map(|j| f64::from(weights[j]) * at(j, i)).sum::<f64>();
-            check("weighted sum", 1e-5, &(0..n).map(mix).collect::<Vec<_>>(), |isa| {
-                let mut out = vec![0.0; n];
-                isa.weighted_sum(&weights, &cache, stride, &mut out);
-                out
-            });
         }
     }
 }

@@ -18,6 +18,7 @@
 //! ```
 
 mod arena;
+pub mod attention;
 mod byte;
 mod elementwise;
 mod float;
@@ -34,6 +35,8 @@ mod ternary;
 #[cfg(test)]
 mod tests;
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 

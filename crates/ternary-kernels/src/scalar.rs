@@ -20,6 +20,7 @@ impl Simd for Scalar {
     type Float = Float;
     const NARROW: bool = false;
     const OFFSET: i32 = 0;
+    const PLANES: usize = 4;
     const TOKENS: usize = 4;
 
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {

@@ -22,6 +22,8 @@ pub(crate) trait Simd: Copy {
     const NARROW: bool;
     /// What [`dot_signed`](Self::dot_signed) adds to each weight.
     const OFFSET: i32;
+    /// Planes of two bits that are used without shifting them down, 1, 2 or 4; for 4, `dot` takes weights of 128.
+    const PLANES: usize;
     /// Tokens that share a pass over the weights: as many as the registers hold.
     const TOKENS: usize;
 

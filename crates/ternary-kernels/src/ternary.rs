@@ -263,7 +263,7 @@ impl Form for TernaryMatrix {
         token: usize,
     ) -> [S::Float; T] {
         match T {
-            1 if !S::NARROW => self.planes::<S, T, 4>(s, tile, x, token),
+            1 if S::PLANES == 4 => self.planes::<S, T, 4>(s, tile, x, token),
             1 | 2 => self.planes::<S, T, 2>(s, tile, x, token),
             _ => self.planes::<S, T, 1>(s, tile, x, token),
         }

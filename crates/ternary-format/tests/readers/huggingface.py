@@ -40,18 +40,15 @@ def round_activations(model):
 
 def answers(model, prompts):
     """Logits of every prompt and its greedy continuation."""
-    context = model.config.max_position_embeddings
     found = []
     with torch.no_grad():
         for ids in prompts:
-            ids = torch.tensor([ids])
-            logits = model(ids).logits[0].float().numpy()
-            most = min(compare.GREEDY_TOKENS, context - ids.shape[1])
-            full = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=most, eos_token_id=-1,
-                pad_token_id=0,
-            )
-            found.append((logits, full[0].tolist()))
+            step = model(torch.tensor([ids]))
+            logits, full = step.logits[0].float().numpy(), list(ids)
+            for _ in range(min(compare.GREEDY_TOKENS, model.config.max_position_embeddings - len(ids))):
+                full.append(int(step.logits[0, -1].argmax()))
+                step = model(torch.tensor([full[-1:]]), past_key_values=step.past_key_values)
+            found.append((logits, full))
     return found
 
 

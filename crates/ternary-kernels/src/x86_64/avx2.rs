@@ -44,6 +44,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type Float = Float;
     const NARROW: bool = !VNNI;
     const OFFSET: i32 = if VNNI { 128 } else { 0 };
+    const PLANES: usize = if VNNI { 4 } else { 2 };
     const TOKENS: usize = 4;
 
     #[inline(always)]

@@ -30,6 +30,7 @@ impl Simd for Avx512 {
     type Float = Float;
     const NARROW: bool = false;
     const OFFSET: i32 = 128;
+    const PLANES: usize = 4;
     const TOKENS: usize = 8;
 
     #[inline(always)]

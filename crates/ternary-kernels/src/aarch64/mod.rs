@@ -1,0 +1,5 @@
+//! Instruction sets of 64-bit ARM.
+
+mod neon;
+
+pub use neon::Neon;
