@@ -1,8 +1,8 @@
 //! [`SizeReport`]: what the parts of a model take, next to what they take as f32.
 
-use crate::{Encoding, FormatError, ModelSpec, PackedModel};
+use crate::{Encoding, FormatError, ModelSpec, PackedModel, onnx, read_model};
 use serde::Serialize;
-use std::fmt;
+use std::{fmt, fs, io, path::Path};
 
 /// A part of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -79,6 +79,28 @@ impl SizeReport {
         Ok(Self::sum(sizes.iter().map(|(name, shape, bytes)| (name.as_str(), shape.as_slice(), *bytes))))
     }
 
+    /// The sizes of a model as it lies in a file or folder that [`write_model`](crate::write_model) wrote.
+    ///
+    /// # Errors
+    /// Those of [`read_model`]; `Io`.
+    pub fn of_file(path: &Path, spec: &ModelSpec) -> Result<Self, FormatError> {
+        let file_bytes = length(path).map_err(FormatError::io(path))?;
+        if path.extension().is_none_or(|extension| extension != "onnx") {
+            return Ok(Self::of_model(&read_model(path)?).in_file(file_bytes));
+        }
+        let initializers = onnx::initializers(path)?;
+        let sizes = spec.tensors().map(|(name, shape)| {
+            // A weight may have scales beside it.
+            let scale = name.replace(".weight", ".scale");
+            let own = initializers.iter().filter(|(own, _)| *own == name || *own == scale);
+            let bytes = own.map(|(_, bytes)| bytes).sum();
+            (name, shape, bytes)
+        });
+        let sizes: Vec<_> = sizes.collect();
+        let sizes = sizes.iter().map(|(name, shape, bytes)| (name.as_str(), shape.as_slice(), *bytes));
+        Ok(Self::sum(sizes).in_file(file_bytes))
+    }
+
     fn sum<'a>(sizes: impl Iterator<Item = (&'a str, &'a [usize], usize)>) -> Self {
         let mut parts = [(0, 0); 4];
         for (name, shape, bytes) in sizes {
@@ -108,6 +130,14 @@ impl SizeReport {
     pub fn fp32_bytes(&self) -> u64 {
         4 * self.total.weights
     }
+}
+
+/// Bytes of a file, or of the files in a folder.
+fn length(path: &Path) -> io::Result<u64> {
+    if path.is_file() {
+        return Ok(fs::metadata(path)?.len());
+    }
+    fs::read_dir(path)?.map(|entry| Ok(entry?.metadata()?.len())).sum()
 }
 
 enum Part {
@@ -183,6 +213,57 @@ mod tests {
             activation: Activation::Swiglu,
             tied: false,
             ..gpt2_small()
+        }
+    }
+
+    #[test]
+    fn the_parts_of_every_kind_of_file_are_the_whole_file() {
+        let spec = ModelSpec {
+            vocab_size: 300,
+            d_model: 128,
+            n_layers: 2,
+            n_heads: 4,
+            n_kv_heads: 4,
+            d_ff: 256,
+            context: 32,
+            ..llama_2_7b()
+        };
+        let tensors = spec.tensors().map(|(name, shape)| {
+            let tensor = match name.starts_with("blk.") && shape.len() == 2 {
+                true => Tensor::ternary(shape[0], shape[1], shape[1], |row, codes, scales| {
+                    codes.iter_mut().enumerate().for_each(|(i, code)| *code = ((i + row) % 3) as i8 - 1);
+                    scales.fill(half::f16::ONE);
+                }),
+                false => Tensor::f32(&shape, &vec![0.5; shape.iter().product()]),
+            };
+            (name, tensor.unwrap())
+        });
+        let model = PackedModel {
+            name: "parts".into(),
+            tensors: tensors.collect(),
+            spec: spec.clone(),
+            tokenizer: None,
+            chat_template: None,
+        };
+        let folder = tempfile::tempdir().unwrap();
+        // Codes at two bits; scales a row of 128 or 256 weights; the embedding is f32.
+        for (file, blocks) in
+            [("m.gguf", 2.0 + 16.0 / 64.0), ("m.onnx", 2.0 + 32.0 / 150.0), ("bitnet", 2.0 + 16.0 / 150.0)]
+        {
+            let path = folder.path().join(file);
+            crate::write_model(&model, &path, &crate::WriteOptions::default()).unwrap();
+            let report = SizeReport::of_file(&path, &spec).unwrap();
+            assert_eq!(report.total.bytes, length(&path).unwrap(), "{file}");
+            assert_eq!(
+                report.total.weights,
+                spec.tensors().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum::<u64>()
+            );
+            assert_eq!(report.embedding.bytes, 300 * 128 * 4, "{file}");
+            assert!(
+                (report.blocks.bits_per_weight - blocks).abs() < 0.05,
+                "{file}: {}",
+                report.blocks.bits_per_weight
+            );
         }
     }
 

@@ -101,7 +101,7 @@ fn exp<S: Simd>(s: S, x: S::Float) -> S::Float {
         poly = s.fma(poly, r, c(coefficient));
     }
     let mantissa = s.add_f32(s.fma(s.mul_f32(r, r), poly, r), c(1.0));
-    s.mul_f32(mantissa, s.from_bits(s.shl::<23>(s.add(n, s.splat(127)))))
+    s.mul_f32(mantissa, s.bits_to_float(s.shl::<23>(s.add(n, s.splat(127)))))
 }
 
 /// `x / (1 + exp(-y))`

@@ -140,7 +140,7 @@ impl Simd for Scalar {
         a.map(|a| a as f32)
     }
 
-    fn from_bits(self, a: Int) -> Float {
+    fn bits_to_float(self, a: Int) -> Float {
         a.map(|a| f32::from_bits(a as u32))
     }
 }

@@ -72,7 +72,7 @@ pub(crate) trait Simd: Copy {
     /// Rounds ties to even.
     fn to_int(self, a: Self::Float) -> Self::Int;
     fn to_float(self, a: Self::Int) -> Self::Float;
-    fn from_bits(self, a: Self::Int) -> Self::Float;
+    fn bits_to_float(self, a: Self::Int) -> Self::Float;
 
     /// Asks for the line that is this many lines further on.
     #[inline(always)]

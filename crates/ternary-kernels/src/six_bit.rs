@@ -95,7 +95,7 @@ impl SixBitMatrix {
 #[inline(always)]
 fn low<S: Simd>(s: S, lines: &[Line; LINES], p: usize) -> S::Int {
     let line = s.load(&lines[p / 2]);
-    s.and(if p % 2 == 0 { line } else { s.shr::<4>(line) }, s.splat(0x0f0f_0f0f))
+    s.and(if p.is_multiple_of(2) { line } else { s.shr::<4>(line) }, s.splat(0x0f0f_0f0f))
 }
 
 /// Two bits of four columns: plane `p` of the high line.

@@ -74,6 +74,16 @@ pub fn encode(model: &PackedModel, options: &WriteOptions) -> Result<Vec<u8>, Fo
     Ok(message.encode_to_vec())
 }
 
+/// Names and bytes of the constants of a file.
+///
+/// # Errors
+/// `Io`.
+pub(crate) fn initializers(path: &Path) -> Result<Vec<(String, usize)>, FormatError> {
+    let read = || Ok(Model::decode(&std::fs::read(path)?[..])?);
+    let graph = read().map_err(FormatError::io(path))?.graph.unwrap_or_default();
+    Ok(graph.initializer.into_iter().map(|constant| (constant.name, constant.raw_data.len())).collect())
+}
+
 /// The graph of a whole model.
 fn build(model: &PackedModel, form: WeightType, options: &WriteOptions) -> Result<Builder, FormatError> {
     let spec = &model.spec;

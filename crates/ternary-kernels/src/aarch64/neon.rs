@@ -271,7 +271,7 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn from_bits(self, a: Int) -> Float {
+    fn bits_to_float(self, a: Int) -> Float {
         each!(vreinterpretq_f32_s32(a))
     }
 }

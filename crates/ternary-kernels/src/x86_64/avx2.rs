@@ -250,7 +250,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn from_bits(self, a: Int) -> Float {
+    fn bits_to_float(self, a: Int) -> Float {
         each!(_mm256_castsi256_ps(a))
     }
 

@@ -208,7 +208,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn from_bits(self, a: Int) -> Float {
+    fn bits_to_float(self, a: Int) -> Float {
         // SAFETY: `self` proves the instruction.
         unsafe { _mm512_castsi512_ps(a) }
     }
