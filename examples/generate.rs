@@ -1,7 +1,8 @@
 //! Lets the model of a run folder speak: `cargo run --release --example generate -- runs/00-default-1 "One day"`.
 //! A prompt that starts with `<|user|>` is a question.
 
-use burn_ternary::data::chat::{Special, encode_prompt};
+use burn_ternary::data::DataError;
+use burn_ternary::data::chat::{Special, special};
 use burn_ternary::device::device;
 use burn_ternary::train::{SavedRun, TrainError};
 use clap::Parser;
@@ -9,6 +10,7 @@ use rand::SeedableRng;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use ternary_format::chat::encode_prompt;
 
 #[derive(Parser)]
 struct Command {
@@ -32,8 +34,8 @@ struct Command {
 impl Command {
     fn run(&self) -> Result<String, TrainError> {
         let run = SavedRun::open(&self.run, &device(&self.device)?)?;
-        let prompt = encode_prompt(&run.tokenizer, &self.prompt)?;
-        let stop = run.tokenizer.special(Special::EndOfText);
+        let prompt = encode_prompt(&run.tokenizer, &self.prompt).map_err(DataError::from)?;
+        let stop = special(&run.tokenizer, Special::EndOfText);
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(self.seed);
         let ids = run.model.sample(&prompt, self.tokens, self.temperature, stop, &mut rng);
         Ok(run.tokenizer.decode(&ids))

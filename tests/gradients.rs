@@ -3,7 +3,7 @@
 use crate::oracle::{cpu, floats, granularities, normal, owners, quantizer, tensor};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use burn_ternary::nn::{Activation, Compute, DuckConfig, DuckQuantized, Family};
 use burn_ternary::ops::{RowScale, StraightThrough, absmax_quantize, round_scale, ternary_quantize};
 use burn_ternary::quant::{Dial, Estimator, Granularity, QuantConfig, ScaleRule, TernaryQuantizerConfig};
@@ -142,17 +142,22 @@ fn the_edge_of_the_clipping_range_is_inside() {
 fn a_pruned_weight_gives_its_scale_nothing_and_keeps_its_gradient() {
     let device = cpu().autodiff();
     let shape = [1, 8, 1];
-    let weight = tensor(&[0.9, -0.4, 5.0, -7.0, 0.3, 0.1, -1.7, 0.6], shape, &device).require_grad();
-    let scale = tensor(&[1.0], [1, 1, 1], &device).require_grad();
-    let upstream = tensor(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], shape, &device);
-    let threshold = scale.clone().detach() * 0.5;
-    let none = Tensor::zeros(shape, &device);
-    let estimator = StraightThrough::IDENTITY;
-    let output = ternary_quantize(weight.clone(), scale.clone(), threshold, Some(none), estimator);
-    assert_eq!(floats(output.clone()), [0.0; 8]);
-    let grads = (output * upstream.clone()).sum().backward();
-    assert_eq!(floats(weight.grad(&grads).unwrap()), floats(upstream));
-    assert_eq!(floats(scale.grad(&grads).unwrap()), [0.0]);
+    // Beyond the types' largest numbers a mask would become infinite, and its gradient no number.
+    for dtype in [FloatDType::F32, FloatDType::F16, FloatDType::BF16] {
+        let leaf = |values: &[f32], shape| tensor(values, shape, &device).cast(dtype).require_grad();
+        let weight = leaf(&[0.9, -0.4, 5.0, -7.0, 0.3, 0.1, -1.7, 0.6], shape);
+        let scale = leaf(&[1.0], [1, 1, 1]);
+        let upstream = tensor(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], shape, &device).cast(dtype);
+        let threshold = scale.clone().detach() * 0.5;
+        let none = Tensor::<3>::zeros(shape, &device).cast(dtype);
+        let estimator = StraightThrough::IDENTITY;
+        let output = ternary_quantize(weight.clone(), scale.clone(), threshold, Some(none), estimator);
+        let floats = |tensor: Tensor<3>| floats(tensor.cast(FloatDType::F32));
+        assert_eq!(floats(output.clone()), [0.0; 8], "{dtype:?}");
+        let grads = (output * upstream.clone()).sum().backward();
+        assert_eq!(floats(weight.grad(&grads).unwrap()), floats(upstream), "{dtype:?}");
+        assert_eq!(floats(scale.grad(&grads).unwrap()), [0.0], "{dtype:?}");
+    }
 }
 
 /// The gradients of a quantizer's weight and of its learned scale.

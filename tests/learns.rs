@@ -93,5 +93,6 @@ fn a_float_first_schedule_switches_to_ternary_and_the_float_twin_never_does() {
     }
     let result = train_duck_quantized(&twin).unwrap();
     assert_eq!(result.zero_fraction, None);
-    assert_eq!(result.compression, Some(1.0));
+    // Its file has a header, with the tokenizer.
+    assert!(result.compression.is_some_and(|ratio| ratio > 0.9 && ratio < 1.0), "{:?}", result.compression);
 }

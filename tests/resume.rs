@@ -25,7 +25,7 @@ fn experiment(out: &Path) -> Experiment {
         "run.eval_every=12".into(),
         "run.eval_windows=4".into(),
         "run.checkpoint_every=4".into(),
-        "run.sample_tokens=0".into(),
+        "run.sample_tokens=2".into(),
         "data.tokenizer=byte".into(),
         "model.context=32".into(),
         "model.d_model=64".into(),
@@ -125,6 +125,8 @@ fn a_run_killed_twenty_times_ends_bit_for_bit_like_one_that_was_not() {
 
 fn compare(whole: &Path, killed: &Path) {
     assert_eq!(losses(whole), losses(killed));
+    let samples = |run_dir: &Path| fs::read_to_string(run_dir.join("samples.txt")).unwrap();
+    assert_eq!(samples(whole), samples(killed));
     let (whole, killed) = (tensors(&last_checkpoint(whole)), tensors(&last_checkpoint(killed)));
     let names =
         |tensors: &[(String, Vec<u8>)]| tensors.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();

@@ -7,3 +7,4 @@ mod learns;
 mod oracle;
 mod parity;
 mod resume;
+mod roundtrip;

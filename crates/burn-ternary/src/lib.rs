@@ -6,11 +6,16 @@
 
 pub mod data;
 pub mod device;
+mod export;
+mod import;
 pub mod nn;
 pub mod ops;
 pub mod quant;
 mod seed;
 pub mod train;
+
+pub use export::{ExportError, export_for_inference};
+pub use import::ImportError;
 
 /// The README's program compiles.
 #[cfg(doctest)]

@@ -1,30 +1,18 @@
-//! The special tokens and the one chat template.
+//! The one chat template, as training texts have it; model files have it as [`ternary_format::chat::TEMPLATE`].
 //!
 //! A dialogue is `<|user|>{question}<|assistant|>{answer}<|endoftext|>`, learned from the answer on; a text is
 //! `{text}<|endoftext|>`, all of it learned.
 
-use super::{DataError, corpus::Document, tokenizer::Tokenizer};
+use super::corpus::Document;
+pub use ternary_format::Special;
+use ternary_format::Tokenizer;
 
-/// A token that stands for structure and never comes out of plain text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Special {
-    EndOfText,
-    User,
-    Assistant,
-}
-
-impl Special {
-    /// Every special token; `ALL[s as usize] == s`.
-    pub const ALL: [Self; 3] = [Self::EndOfText, Self::User, Self::Assistant];
-
-    /// How the token is written in a `tokenizer.json` and in `.txt` files.
-    pub const fn text(self) -> &'static str {
-        match self {
-            Self::EndOfText => "<|endoftext|>",
-            Self::User => "<|user|>",
-            Self::Assistant => "<|assistant|>",
-        }
-    }
+/// The id of a special token.
+///
+/// # Panics
+/// When the tokenizer was made without them.
+pub fn special(tokenizer: &Tokenizer, special: Special) -> u32 {
+    tokenizer.special(special.text()).expect("tokenizers of models have the special tokens")
 }
 
 /// A part of a templated document.
@@ -40,54 +28,18 @@ pub fn parts(document: &Document) -> Vec<(Part<'_>, bool)> {
     match document {
         Document::Text(text) => vec![(Part::Text(text), true), end],
         Document::Dialogue { question, answer } => {
-            let prompt = question_parts(question).map(|part| (part, false));
+            let prompt =
+                [Part::Special(Special::User), Part::Text(question), Part::Special(Special::Assistant)];
+            let prompt = prompt.map(|part| (part, false));
             prompt.into_iter().chain([(Part::Text(answer), true), end]).collect()
         }
     }
 }
 
-/// The ids after which a model writes its answer to `question`: `<|user|>{question}<|assistant|>`.
-///
-/// # Errors
-/// `UnknownCharacter`, `Encode`: the tokenizer cannot encode the question.
-pub fn prompt(tokenizer: &Tokenizer, question: &str) -> Result<Vec<u32>, DataError> {
-    let mut ids = Vec::new();
-    for part in question_parts(question) {
-        match part {
-            Part::Special(special) => ids.push(tokenizer.special(special)),
-            Part::Text(text) => ids.extend(tokenizer.encode(text)?),
-        }
-    }
-    Ok(ids)
-}
-
-/// The ids of a prompt as an experimenter writes it: plain text to go on with (empty: the start of a text), or
-/// `<|user|>question` to be answered.
-///
-/// # Errors
-/// `UnknownCharacter`, `Encode`: the tokenizer cannot encode the text.
-pub fn encode_prompt(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, DataError> {
-    if let Some(question) = text.strip_prefix(Special::User.text()) {
-        return prompt(tokenizer, question);
-    }
-    let ids = tokenizer.encode(text)?;
-    Ok(if ids.is_empty() { vec![tokenizer.special(Special::EndOfText)] } else { ids })
-}
-
-fn question_parts(question: &str) -> [Part<'_>; 3] {
-    [Part::Special(Special::User), Part::Text(question), Part::Special(Special::Assistant)]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn specials_are_numbered_in_the_order_of_all() {
-        for (i, special) in Special::ALL.into_iter().enumerate() {
-            assert_eq!(special as usize, i);
-        }
-    }
+    use ternary_format::chat::{ChatTemplate, Message, Role, TEMPLATE, encode_prompt};
 
     #[test]
     fn a_dialogue_is_learned_from_the_answer_on() {
@@ -107,10 +59,24 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_is_the_part_of_a_dialogue_that_is_not_learned() {
+    fn the_template_of_model_files_writes_what_is_trained_on() {
         let tokenizer = Tokenizer::byte();
-        let ids = prompt(&tokenizer, "hi").unwrap();
-        let [user, assistant] = [Special::User, Special::Assistant].map(|s| tokenizer.special(s));
-        assert_eq!(ids, [user, u32::from(b'h'), u32::from(b'i'), assistant]);
+        let document = Document::Dialogue { question: "hi <|user|>".into(), answer: "quack".into() };
+        let ids = |(part, _): &(Part<'_>, bool)| match part {
+            Part::Special(special) => vec![super::special(&tokenizer, *special)],
+            Part::Text(text) => tokenizer.encode(text).unwrap(),
+        };
+        let parts = parts(&document);
+        let ids_of = |parts: &[(Part<'_>, bool)]| parts.iter().flat_map(ids).collect::<Vec<_>>();
+        let message = |role, content: &str| Message { role, content: content.into() };
+        let question = message(Role::User, "hi <|user|>");
+        let answer = message(Role::Assistant, "quack");
+        let template = ChatTemplate::new(TEMPLATE).unwrap();
+        let rendered = |messages: &[Message], generate| template.ids(&tokenizer, messages, generate).unwrap();
+        assert_eq!(rendered(&[question.clone(), answer], false), ids_of(&parts));
+        let unlearned = parts.iter().position(|(_, learned)| *learned).unwrap();
+        assert_eq!(rendered(&[question], true), ids_of(&parts[..unlearned]));
+        let prompt = encode_prompt(&tokenizer, "<|user|>hi <|user|>").unwrap();
+        assert_eq!(prompt, ids_of(&parts[..unlearned]));
     }
 }

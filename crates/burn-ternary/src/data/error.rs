@@ -1,4 +1,5 @@
 use std::{io, path::PathBuf};
+use ternary_format::FormatError;
 
 /// Why text could not become tokens.
 #[derive(Debug, thiserror::Error)]
@@ -57,8 +58,8 @@ pub enum DataError {
     UnknownCharacter { character: char, known: usize },
 
     /// A `tokenizer.json` refused a text.
-    #[error("the tokenizer cannot encode {text:?}…: {reason}")]
-    Encode { text: String, reason: String },
+    #[error(transparent)]
+    Encode(FormatError),
 
     /// A corpus that is shorter than one window.
     #[error(
@@ -66,4 +67,14 @@ pub enum DataError {
          add text or choose a smaller context"
     )]
     TooShort { split: String, tokens: usize, needed: usize },
+}
+
+/// What a tokenizer says of a text.
+impl From<FormatError> for DataError {
+    fn from(error: FormatError) -> Self {
+        match error {
+            FormatError::UnknownCharacter { character, known } => Self::UnknownCharacter { character, known },
+            other => Self::Encode(other),
+        }
+    }
 }

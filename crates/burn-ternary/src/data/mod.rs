@@ -14,7 +14,7 @@ pub use error::DataError;
 use corpus::Document;
 use serde::{Deserialize, Serialize};
 use std::{path::Path, sync::Arc};
-use tokenizer::Tokenizer;
+use ternary_format::{FormatError, Tokenizer};
 use tokens::{TokenFile, source_digest};
 use window::TokenWindows;
 
@@ -77,19 +77,22 @@ impl Dataset {
             "char" => {
                 // A character that only the held-out share has is no surprise: both come from the same text.
                 let held_out: &[Document] = if config.valid.is_empty() { &valid } else { &[] };
-                Tokenizer::char(train.iter().chain(held_out))
+                tokenizer::char(train.iter().chain(held_out))
             }
-            "bpe" => match Tokenizer::load(&tokenizer_path) {
+            "bpe" => match tokenizer::load(&tokenizer_path) {
                 Ok(trained) if is_made_from(&train_path, &trained, &recipe, &train) => trained,
-                _ => Tokenizer::train_bpe(&train, config.bpe_vocab_size)?,
+                _ => tokenizer::train_bpe(&train, config.bpe_vocab_size)?,
             },
-            path => Tokenizer::load(Path::new(path))?,
+            path => tokenizer::load(Path::new(path))?,
         };
         let train = tokens::prepare(&train_path, &train, &tokenizer, &recipe)?;
         let train = TokenWindows::new(Arc::new(train), seq_len, seed)?;
         let valid = tokens::prepare(&valid_path, &valid, &tokenizer, &recipe)?;
         let valid = TokenWindows::sequential(Arc::new(valid), seq_len)?;
-        tokenizer.save(&tokenizer_path)?;
+        tokenizer.save(&tokenizer_path).map_err(|error| match error {
+            FormatError::Io { path, source } => DataError::Write { path, source },
+            other => DataError::Encode(other),
+        })?;
         Ok(Self { tokenizer, train, valid })
     }
 }
@@ -155,7 +158,7 @@ mod tests {
             let share = valid.text_bytes() as f64 / (train.text_bytes() + valid.text_bytes()) as f64;
             assert!((0.05..0.15).contains(&share), "{share}");
             assert!((0..train.len()).all(|i| (train.id(i) as usize) < data.tokenizer.vocab_size()));
-            let reopened = Tokenizer::load(&folder.path().join("tokenizer.json")).unwrap();
+            let reopened = tokenizer::load(&folder.path().join("tokenizer.json")).unwrap();
             assert_eq!(reopened.to_json(), data.tokenizer.to_json());
         }
     }
@@ -179,7 +182,7 @@ mod tests {
         let path = folder.path().join("tokenizer.json");
         let documents = corpus::read("train", &config.train).unwrap();
         let (train, _) = corpus::split(documents, 0.1, SPLIT_SEED);
-        let other = Tokenizer::train_bpe(&train, 400).unwrap();
+        let other = tokenizer::train_bpe(&train, 400).unwrap();
         other.save(&path).unwrap();
         tokens::prepare(&folder.path().join("train.tokens"), &train, &other, "bpe 512").unwrap();
         let again = Dataset::prepare(&config, 32, 0, folder.path()).unwrap();
@@ -227,7 +230,7 @@ mod tests {
         let first_learned = (0..tokens.len()).rev().find(|&i| !tokens.target(i)).unwrap() + 1;
         let ids: Vec<u32> = (first_learned..tokens.len()).map(|i| tokens.id(i)).collect();
         assert_eq!(data.tokenizer.decode(&ids), last["answer"].as_str().unwrap());
-        assert_eq!(ids.last(), Some(&data.tokenizer.special(chat::Special::EndOfText)));
+        assert_eq!(ids.last(), Some(&chat::special(&data.tokenizer, chat::Special::EndOfText)));
         let answers: usize = text
             .lines()
             .map(|line| {

@@ -16,7 +16,6 @@ use super::{
     DataError,
     chat::{self, Part},
     corpus::Document,
-    tokenizer::Tokenizer,
 };
 use memmap2::Mmap;
 use rayon::prelude::*;
@@ -27,6 +26,7 @@ use std::{
     ops::Range,
     path::Path,
 };
+use ternary_format::Tokenizer;
 
 const MAGIC: [u8; 8] = *b"BTTOKEN1";
 const SEAL: Range<usize> = 40..72;
@@ -207,7 +207,7 @@ fn encode(document: &Document, tokenizer: &Tokenizer) -> Result<Encoded, DataErr
     for (part, learned) in chat::parts(document) {
         let start = words.len();
         match part {
-            Part::Special(special) => words.push(tokenizer.special(special)),
+            Part::Special(special) => words.push(chat::special(tokenizer, special)),
             Part::Text(text) => {
                 words.extend(tokenizer.encode(text)?);
                 counts.text_bytes += text.len();
@@ -252,7 +252,7 @@ pub(super) fn replace(
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::data::chat::Special;
+    use crate::data::{chat::Special, tokenizer};
     use std::sync::Arc;
 
     /// `documents` as bytes, in a token file whose folder is gone when this returns (the map stays).
@@ -273,7 +273,7 @@ pub(super) mod tests {
     fn tokens_and_their_loss_are_those_of_the_template() {
         let tokenizer = Tokenizer::byte();
         let file = byte_tokens(&documents());
-        let [end, user, assistant] = Special::ALL.map(|s| tokenizer.special(s));
+        let [end, user, assistant] = Special::ALL.map(|s| chat::special(&tokenizer, s));
         let mut expected: Vec<(u32, bool)> = "pond é".bytes().map(|b| (b.into(), true)).collect();
         expected.extend([(end, true), (user, false)]);
         expected.extend("who?".bytes().map(|b| (u32::from(b), false)));
@@ -334,7 +334,7 @@ pub(super) mod tests {
             [vec![text("a"), text("b")], vec![text("ab")], vec![text("b"), text("a")], vec![dialogue]];
         let mut digests: Vec<_> =
             corpora.iter().map(|corpus| source_digest(&tokenizer, "byte", corpus)).collect();
-        digests.push(source_digest(&Tokenizer::char(&corpora[0]), "byte", &corpora[0]));
+        digests.push(source_digest(&tokenizer::char(&corpora[0]), "byte", &corpora[0]));
         digests.push(source_digest(&tokenizer, "bpe", &corpora[0]));
         let distinct: std::collections::HashSet<_> = digests.iter().collect();
         assert_eq!(distinct.len(), digests.len());

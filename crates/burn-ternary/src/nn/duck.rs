@@ -132,10 +132,10 @@ impl DuckQuantized {
         let linears = self.linears();
         let matrices: usize = linears.iter().map(|(_, linear)| linear.weight.shape().num_elements()).sum();
         let [vocab, d] = self.embedding.dims();
-        let mut tables = self.quantized(self.quant.embedding).bytes(vocab, d);
+        let mut tables = self.precision(self.quant.embedding).bytes(vocab, d);
         let mut table_weights = vocab * d;
         if self.head.is_some() {
-            tables += self.quantized(self.quant.head).bytes(vocab, d);
+            tables += self.precision(self.quant.head).bytes(vocab, d);
             table_weights += vocab * d;
         }
         let scales: usize = linears
@@ -154,11 +154,11 @@ impl DuckQuantized {
     }
 
     fn table(&self, table: &Param<Tensor<2>>, precision: TablePrecision) -> Tensor<2> {
-        self.quantized(precision).fake_quantize(table.val())
+        self.precision(precision).fake_quantize(table.val())
     }
 
     /// The precision of a table, which is float in a float twin.
-    fn quantized(&self, precision: TablePrecision) -> TablePrecision {
+    pub(crate) fn precision(&self, precision: TablePrecision) -> TablePrecision {
         if self.quant.enabled { precision } else { TablePrecision::Float }
     }
 }
@@ -333,10 +333,11 @@ mod tests {
         let mean = row.iter().map(|x| x.abs() as f64).sum::<f64>() / row.len() as f64;
         let (scale, levels) = match precision {
             TablePrecision::Float => return row.to_vec(),
-            TablePrecision::Int8 => (largest / 127.0, 127.0),
-            TablePrecision::Int4 => (largest / 7.0, 7.0),
-            TablePrecision::Ternary => (half::f16::from_f64(mean).to_f32(), 1.0),
+            TablePrecision::Int8 => (f64::from(largest / 127.0), 127.0),
+            TablePrecision::Int4 => (f64::from(largest / 7.0), 7.0),
+            TablePrecision::Ternary => (mean, 1.0),
         };
+        let scale = half::f16::from_f64(scale).to_f32();
         row.iter().map(|x| (x / scale).clamp(-levels, levels).round_ties_even() * scale).collect()
     }
 

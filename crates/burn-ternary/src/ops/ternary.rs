@@ -7,7 +7,8 @@ use burn::backend::autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
+use half::{bf16, f16};
 
 /// What the backward pass takes `d ternary_quantize / d weight` to be.
 ///
@@ -70,13 +71,23 @@ pub fn ternary_quantize(
     ))
 }
 
-/// The threshold of a pruned weight: no finite weight exceeds it.
-const PRUNED: f32 = f32::MAX;
+/// The threshold of a pruned weight: no finite weight of its type exceeds it. Not infinity, of which shader compilers
+/// assume that it does not occur.
+fn pruned(dtype: DType) -> f32 {
+    match dtype {
+        DType::F16 => f16::MAX.to_f32(),
+        DType::BF16 => bf16::MAX.to_f32(),
+        _ => f32::MAX,
+    }
+}
 
 /// Folds the mask into the threshold, which then is `[groups, n, channels]`.
 fn prune(weight: &Tensor<3>, threshold: Tensor<3>, mask: Option<Tensor<3>>) -> Tensor<3> {
     match mask {
-        Some(mask) => threshold.expand(weight.dims()).mask_fill(mask.equal_scalar(0.0), PRUNED),
+        Some(mask) => {
+            let pruned = pruned(threshold.dtype());
+            threshold.expand(weight.dims()).mask_fill(mask.equal_scalar(0.0), pruned)
+        }
         None => threshold,
     }
 }
@@ -119,8 +130,9 @@ impl<B: TernaryBackend> Backward<B, 2> for TernaryQuantize {
             let saturated = B::float_mul(B::float_sign(weight.clone()), outside);
             let codes = B::ternary_codes(weight, threshold.clone());
             let slope = B::float_add(B::float_mul(B::float_sub(codes, ratio), inside.clone()), saturated);
+            let pruned = pruned(threshold.dtype());
             let kept = B::float_clamp_min(
-                B::float_sign(B::float_add_scalar(B::float_neg(threshold), PRUNED.into())),
+                B::float_sign(B::float_add_scalar(B::float_neg(threshold), pruned.into())),
                 0f32.into(),
             );
             let slope = B::float_mul(slope, kept);

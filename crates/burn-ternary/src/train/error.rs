@@ -13,6 +13,9 @@ pub enum TrainError {
         path.display()
     )]
     NotEmpty { path: PathBuf },
+    /// What an export would replace.
+    #[error("{}: expected nothing, found a file or folder; --overwrite replaces it", path.display())]
+    Exists { path: PathBuf },
     #[error(transparent)]
     Data(#[from] crate::data::DataError),
     #[error(transparent)]
@@ -30,6 +33,9 @@ pub enum TrainError {
     Write { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Checkpoint(#[from] super::checkpoint::CheckpointError),
+    /// No model file of this model, or a model file that cannot be read or written.
+    #[error(transparent)]
+    Model(#[from] crate::ExportError),
     /// The loss left the finite numbers, or its usual range, once too often.
     #[error(
         "diverged at step {step} after {rollbacks} rollbacks; {}",
@@ -46,11 +52,13 @@ pub enum TrainError {
 
 impl TrainError {
     /// Exit code of a program that stops with this error: 2 usage or experiment, 3 data, 4 device or memory, 5 disk,
-    /// 6 diverged, 1 anything else.
+    /// 6 diverged, 1 anything else. A model that does not fit a file, or a file that holds no model, is data.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Experiment { .. } | Self::NotEmpty { .. } => 2,
+            Self::Experiment { .. } | Self::NotEmpty { .. } | Self::Exists { .. } => 2,
             Self::Data(_) => 3,
+            Self::Model(error) if error.is_io() => 5,
+            Self::Model(_) => 3,
             Self::Device(_) | Self::MemoryTooSmall { .. } => 4,
             Self::Read { .. } | Self::Write { .. } | Self::Checkpoint(_) => 5,
             Self::Diverged { .. } => 6,
@@ -73,6 +81,8 @@ mod tests {
         for (error, code, fragment) in [
             (TrainError::Experiment { origin, message: message.clone() }, 2, "x.toml:3: bad"),
             (TrainError::NotEmpty { path: path.clone() }, 2, "runs/x-1: expected an empty run folder"),
+            (TrainError::Exists { path: path.clone() }, 2, "runs/x-1: expected nothing"),
+            (crate::ExportError::InputNorm.into(), 3, "input_norm = false"),
             (crate::device::device("abacus").unwrap_err().into(), 4, "flex"),
             (TrainError::MemoryTooSmall { needed: 3 << 30, available: 1 << 30 }, 4, "3072 MiB"),
             (TrainError::Read { path: path.clone(), source: denied() }, 5, "runs/x-1: cannot read"),

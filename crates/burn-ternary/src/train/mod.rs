@@ -14,6 +14,7 @@ pub mod report;
 mod run;
 mod saved;
 pub mod schedule;
+mod state;
 mod step;
 mod strategy;
 
@@ -21,5 +22,6 @@ pub use command::TrainCommand;
 pub use error::TrainError;
 pub use experiment::Experiment;
 pub use run::{RunOptions, run, train_duck_quantized};
-pub use saved::SavedRun;
+pub use saved::{SavedRun, packed_model};
+pub use state::TrainState;
 pub use step::{LanguageModel, QuantizationTrainer, SpikeGuard};

@@ -164,6 +164,21 @@ impl MetricsFile {
     }
 }
 
+/// Keeps the lines `step N ...` of `samples.txt` up to and including `last`: a resumed run writes the others again.
+///
+/// # Errors
+/// What the file system says.
+pub(super) fn keep_samples(path: &Path, last: usize) -> io::Result<()> {
+    let text = match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(at(path))?,
+    };
+    let step = |line: &str| line.strip_prefix("step ")?.split(' ').next()?.parse::<usize>().ok();
+    let kept: String =
+        text.split_inclusive('\n').filter(|line| step(line).is_some_and(|step| step <= last)).collect();
+    write_atomic(path, kept.as_bytes())
+}
+
 /// The reports of a run, in the order in which they were written.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
@@ -224,13 +239,15 @@ pub struct RunResult {
     pub zero_fraction: Option<f64>,
     #[serde(with = "real::option")]
     pub bits_per_weight: Option<f64>,
-    /// Size of the exported model.
+    /// Size of `model.gguf`, the exported model.
     pub file_bytes: Option<u64>,
+    /// Why there is no such file, otherwise.
+    pub no_file: Option<String>,
     /// Size of the same model in f32.
     pub fp32_bytes: u64,
     /// Size of the packed tensors, computed from their shapes; a model file adds its header.
     pub packed_bytes: u64,
-    /// `fp32_bytes / packed_bytes`.
+    /// `fp32_bytes / file_bytes`, or `/ packed_bytes` where there is no file.
     #[serde(with = "real::option")]
     pub compression: Option<f64>,
     /// Steps that the spike guard skipped.
@@ -332,6 +349,7 @@ impl RunResult {
             None => format!("{} in f32", mib(self.fp32_bytes)),
         };
         rows.push(("size", size));
+        rows.extend(self.no_file.as_ref().map(|why| ("no model file", why.clone())));
         rows.extend(self.peak_rss_bytes.map(|bytes| ("peak memory", mib(bytes))));
         let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
         rows.iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()
@@ -524,6 +542,8 @@ mod tests {
             assert!(summary.contains(part), "{part} is not in\n{summary}");
         }
         assert!(!summary.contains("compression"), "{summary}");
+        let unfit = RunResult { no_file: Some("d_model is 24".into()), ..result() };
+        assert!(unfit.summary().contains("no model file    d_model is 24"), "{}", unfit.summary());
         let failed = RunResult { error: Some("loss is NaN".into()), ..RunResult::default() };
         assert!(failed.summary().contains("stopped: loss is NaN"));
     }

@@ -1,6 +1,6 @@
 //! A whole run: data, model, Burn's `SupervisedTraining`, and the files that stay.
 
-use super::checkpoint::{Checkpoints, Loaded, TrainState, sha256};
+use super::checkpoint::{Checkpoints, Loaded, sha256};
 use super::codes::CodeTracker;
 use super::metrics;
 use super::plot;
@@ -9,10 +9,11 @@ use super::report::{self, History, MetricsFile, RunResult, write_atomic};
 use super::schedule::Schedule;
 use super::step::TrainPlan;
 use super::strategy::{Outcome, Session, StepStrategy};
-use super::{Experiment, TrainError};
+use super::{Experiment, TrainError, TrainState};
 use crate::data::{Dataset, LmLoader};
 use crate::device;
-use crate::nn::DuckConfig;
+use crate::export_for_inference;
+use crate::nn::{DuckConfig, DuckQuantized};
 use crate::quant::Dial;
 use burn::module::Module;
 use burn::tensor::Device;
@@ -23,6 +24,7 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
+use ternary_format::{Tokenizer, WriteOptions, write_model};
 
 /// How a run is run; what it computes is the experiment's alone.
 #[derive(Clone, Copy, Debug, Default)]
@@ -46,8 +48,8 @@ pub fn train_duck_quantized(experiment: &Experiment) -> Result<RunResult, TrainE
 /// Runs an experiment, or goes on with it.
 ///
 /// Leaves in the run folder: `experiment.toml` (resolved), `tokenizer.json`, token files, `metrics.jsonl`,
-/// `samples.txt`, `checkpoints/`, `loss.svg`, `codes.svg` (not for a float twin) and `result.json`; the last three also
-/// when the run stops with an error after its first step.
+/// `samples.txt`, `checkpoints/`, `model.gguf` (where a model file can hold the model), `loss.svg`, `codes.svg` (not for
+/// a float twin) and `result.json`; the last three also when the run stops with an error after its first step.
 ///
 /// # Errors
 /// Every [`TrainError`].
@@ -83,6 +85,10 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     let metrics =
         MetricsFile::open(&metrics_path, (state.step > 0).then_some(state.step)).map_err(at_metrics)?;
     let history = report::read(&metrics_path).map_err(at_metrics)?;
+    if options.resume {
+        let path = run_dir.join("samples.txt");
+        report::keep_samples(&path, state.step).map_err(|source| TrainError::Write { path, source })?;
+    }
     let size = learner.model().model.size();
     let tui = std::io::stdout().is_terminal() && !options.quiet;
     let run = &experiment.run;
@@ -94,6 +100,7 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
         &autodiff,
     );
     let valid = LmLoader::evaluation(data.valid.clone(), run.batch_size, run.eval_windows, &device);
+    let tokenizer = data.tokenizer.clone();
     let session = Session {
         experiment: experiment.clone(),
         experiment_sha256,
@@ -137,7 +144,11 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     result.parameters = size.parameters as u64;
     result.fp32_bytes = size.fp32_bytes() as u64;
     result.packed_bytes = size.packed_bytes() as u64;
-    result.compression = Some(size.compression());
+    if outcome.error.is_none() && learned.error.is_none() {
+        export(&learned.model.model.valid(), &tokenizer, &run_dir, &mut result);
+    }
+    let bytes = result.file_bytes.unwrap_or(result.packed_bytes);
+    result.compression = Some(result.fp32_bytes as f64 / bytes as f64);
     illustrate(&run_dir, &result, &outcome)?;
     let path = run_dir.join("result.json");
     result.write(&path).map_err(|source| TrainError::Write { path, source })?;
@@ -258,6 +269,19 @@ fn summarize(experiment: &Experiment, device: &Device, outcome: &Outcome) -> Run
         rollbacks: outcome.state.rollbacks,
         finished: step == run.steps,
         ..RunResult::new(&run.name, run.seed)
+    }
+}
+
+/// Leaves the model in the run folder as other programs load it; that no file can hold it is no error of the run.
+fn export(model: &DuckQuantized, tokenizer: &Tokenizer, run_dir: &Path, result: &mut RunResult) {
+    let path = run_dir.join("model.gguf");
+    let written = export_for_inference(model, Some(tokenizer), &result.name).and_then(|packed| {
+        write_model(&packed, &path, &WriteOptions::default())?;
+        Ok(())
+    });
+    match written {
+        Ok(()) => result.file_bytes = fs::metadata(&path).ok().map(|file| file.len()),
+        Err(error) => result.no_file = Some(error.to_string()),
     }
 }
 

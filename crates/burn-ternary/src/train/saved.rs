@@ -2,12 +2,14 @@ use super::checkpoint::Checkpoints;
 use super::schedule::Schedule;
 use super::step::TrainPlan;
 use super::{Experiment, TrainError};
-use crate::data::tokenizer::Tokenizer;
+use crate::data::tokenizer;
+use crate::export::{ExportError, export_for_inference};
 use crate::nn::DuckQuantized;
 use crate::quant::Dial;
 use burn::module::Module;
 use burn::tensor::Device;
 use std::path::Path;
+use ternary_format::{PackedModel, Tokenizer, read_model};
 
 /// What a run folder holds, for use after the run.
 pub struct SavedRun {
@@ -24,7 +26,7 @@ impl SavedRun {
     /// `Experiment`, `Data`, `Checkpoint`: the folder's files are missing or not as the run left them.
     pub fn open(run_dir: &Path, device: &Device) -> Result<Self, TrainError> {
         let experiment = Experiment::load(run_dir.join("experiment.toml"))?;
-        let tokenizer = Tokenizer::load(&run_dir.join("tokenizer.json"))?;
+        let tokenizer = tokenizer::load(&run_dir.join("tokenizer.json"))?;
         let checkpoints = run_dir.join("checkpoints");
         let loaded = Checkpoints::open(&checkpoints, experiment.run.keep_checkpoints)?.latest_good()?;
         let loaded = loaded.ok_or_else(|| TrainError::Experiment {
@@ -40,4 +42,23 @@ impl SavedRun {
         model.lambda().set(lambda as f32);
         Ok(Self { experiment, tokenizer, model })
     }
+
+    /// The model as model files have it, under the name of the run.
+    ///
+    /// # Errors
+    /// As [`export_for_inference`].
+    pub fn export(&self) -> Result<PackedModel, ExportError> {
+        export_for_inference(&self.model, Some(&self.tokenizer), &self.experiment.run.name)
+    }
+}
+
+/// The model of a run folder, or of a model file of any kind.
+///
+/// # Errors
+/// As [`SavedRun::open`]. `Model`: a run whose model no file can express, or a file that cannot be read.
+pub fn packed_model(path: &Path) -> Result<PackedModel, TrainError> {
+    if path.join("experiment.toml").exists() {
+        return Ok(SavedRun::open(path, &crate::device::device("auto")?)?.export()?);
+    }
+    Ok(read_model(path).map_err(ExportError::from)?)
 }

@@ -1,11 +1,11 @@
 //! One optimizer step: forward, backward, guard, clip, update.
 
-use super::TrainError;
-use super::checkpoint::{Loaded, TrainState};
+use super::checkpoint::Loaded;
 use super::loss::language_model_loss;
 use super::metrics::{LmItem, StepReport};
 use super::optim::{OptimConfig, accumulate, clip_global_norm};
 use super::schedule::{Schedule, ScheduleConfig};
+use super::{TrainError, TrainState};
 use crate::data::LmBatch;
 use crate::nn::DuckQuantized;
 use crate::quant::{Dial, compute_optimal_scale};

@@ -9,10 +9,9 @@ use super::metrics::{LmItem, Split, StepReport};
 use super::progress::ProgressLine;
 use super::report::{History, MetricsFile};
 use super::step::{LanguageModel, QuantizationTrainer, SpikeGuard, TrainPlan};
-use super::{Experiment, TrainError};
-use crate::data::tokenizer::Tokenizer;
+use super::{Experiment, TrainError, TrainState};
 use crate::data::window::TokenWindows;
-use crate::data::{LmBatch, chat};
+use crate::data::{DataError, LmBatch, chat};
 use crate::nn::{DuckQuantized, ModelSize};
 use burn::data::dataloader::Progress;
 use burn::module::Module;
@@ -28,6 +27,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use ternary_format::{Tokenizer, chat::encode_prompt};
 
 /// Temperature of the text samples.
 const SAMPLE_TEMPERATURE: f64 = 0.7;
@@ -53,7 +53,7 @@ pub(super) struct Session {
 /// What a session leaves besides files.
 pub(super) struct Outcome {
     pub history: History,
-    pub state: super::checkpoint::TrainState,
+    pub state: TrainState,
     pub counts: Vec<(String, [u64; 3])>,
     pub best_valid_step: Option<usize>,
     pub error: Option<TrainError>,
@@ -61,7 +61,7 @@ pub(super) struct Outcome {
 
 /// Hands a [`Session`] to Burn, and its [`Outcome`] back.
 pub(super) struct StepStrategy {
-    pub session: Mutex<Option<(Session, super::checkpoint::TrainState)>>,
+    pub session: Mutex<Option<(Session, TrainState)>>,
     pub plan: TrainPlan,
     pub outcome: Arc<Mutex<Option<Outcome>>>,
 }
@@ -237,8 +237,8 @@ impl Loop {
         }
         for prompt in &run.sample_prompts {
             let tokenizer = &self.session.tokenizer;
-            let ids = chat::encode_prompt(tokenizer, prompt)?;
-            let stop = tokenizer.special(chat::Special::EndOfText);
+            let ids = encode_prompt(tokenizer, prompt).map_err(DataError::from)?;
+            let stop = chat::special(tokenizer, chat::Special::EndOfText);
             let mut rng = ChaCha8Rng::seed_from_u64(crate::seed::mix(run.seed, step as u64));
             let text =
                 tokenizer.decode(&model.sample(&ids, run.sample_tokens, SAMPLE_TEMPERATURE, stop, &mut rng));

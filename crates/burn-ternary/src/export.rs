@@ -1,0 +1,187 @@
+//! A trained model as the container of model files: codes and scales exactly as the training forward has them.
+
+use crate::nn::{DuckQuantized, QuantizedLinear};
+use crate::quant::{TablePrecision, TernaryQuantizer};
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::Tensor;
+use half::f16;
+use std::collections::BTreeMap;
+use ternary_format::{Encoding, FormatError, PackedModel, Tokenizer, chat};
+
+/// Why a model cannot become a model file.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExportError {
+    #[error(
+        "the model has a norm without parameters before each linear layer, which no file type can express: \
+         train with `input_norm = false` in [quant]"
+    )]
+    InputNorm,
+    #[error(
+        "the weights are still a blend of float and ternary (lambda = {lambda}): train on, until `ramp_until` of \
+         [schedule] has passed"
+    )]
+    Blend { lambda: f32 },
+    #[error(transparent)]
+    Format(#[from] FormatError),
+}
+
+impl ExportError {
+    /// Whether the disk is at fault, not the model.
+    pub fn is_io(&self) -> bool {
+        matches!(self, Self::Format(error) if matches!(error.kind(), FormatError::Io { .. }))
+    }
+}
+
+/// The model as a [`PackedModel`]: ternary matrices and tables with the codes and scales of the forward pass,
+/// everything else in f32. A float twin is f32 throughout. With a tokenizer comes the chat template of the training
+/// texts.
+///
+/// # Errors
+/// `InputNorm`, `Blend`: the model is not one that a file can hold. `Format`: rows of a table that do not fit the
+/// blocks of its precision.
+pub fn export_for_inference(
+    model: &DuckQuantized,
+    tokenizer: Option<&Tokenizer>,
+    name: &str,
+) -> Result<PackedModel, ExportError> {
+    let quant = model.quant();
+    if quant.input_norm {
+        return Err(ExportError::InputNorm);
+    }
+    let lambda = model.lambda().get();
+    if quant.enabled && lambda < 1.0 {
+        return Err(ExportError::Blend { lambda });
+    }
+    let mut tensors = BTreeMap::new();
+    let mut add = |path: &str, tensor: Result<ternary_format::Tensor, FormatError>| {
+        let name = tensor_name(path);
+        let tensor = tensor.map_err(|error| error.in_tensor(&name))?;
+        tensors.insert(name, tensor);
+        Ok::<_, FormatError>(())
+    };
+    for (path, linear) in model.linears() {
+        add(&format!("{path}.weight"), matrix(linear))?;
+    }
+    add("embedding", table(&model.embedding, model.precision(quant.embedding)))?;
+    if let Some(head) = &model.head {
+        add("head", table(head, model.precision(quant.head)))?;
+    }
+    let mut rest = Floats { path: Vec::new(), tensors, error: None };
+    model.visit(&mut rest);
+    rest.error.map_or(Ok(()), Err)?;
+    Ok(PackedModel {
+        name: name.into(),
+        spec: model.config().spec(),
+        tensors: rest.tensors,
+        tokenizer: tokenizer.cloned(),
+        chat_template: tokenizer.map(|_| chat::TEMPLATE.into()),
+    })
+}
+
+/// Parts of the paths of parameters, and what they are in model files.
+const NAMES: [(&str, &str); 18] = [
+    ("embedding", "token_embd.weight"),
+    ("positions", "position_embd.weight"),
+    ("head", "output.weight"),
+    ("transformer.blocks.", "blk."),
+    ("transformer.norm.", "output_norm."),
+    ("attention_norm.", "attn_norm."),
+    ("attention.query.", "attn_q."),
+    ("attention.key.", "attn_k."),
+    ("attention.value.", "attn_v."),
+    ("attention.sub_norm.", "attn_sub_norm."),
+    ("attention.output.", "attn_output."),
+    ("feed_forward_norm.", "ffn_norm."),
+    ("feed_forward.gate.", "ffn_gate."),
+    ("feed_forward.up.", "ffn_up."),
+    ("feed_forward.sub_norm.", "ffn_sub_norm."),
+    ("feed_forward.down.", "ffn_down."),
+    // The variants of a norm.
+    ("Layer.", ""),
+    ("Rms.", ""),
+];
+
+/// The name in model files of the parameter at `path`.
+pub(crate) fn tensor_name(path: &str) -> String {
+    NAMES.iter().fold(path.into(), |name: String, (ours, theirs)| name.replace(ours, theirs))
+}
+
+/// Writes down the parameters that no quantizer has: biases, norms and positions.
+struct Floats {
+    path: Vec<String>,
+    tensors: BTreeMap<String, ternary_format::Tensor>,
+    error: Option<FormatError>,
+}
+
+impl ModuleVisitor for Floats {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let name = tensor_name(&self.path.join("."));
+        // Scales are part of their matrix.
+        if self.tensors.contains_key(&name) || name.ends_with(".quantizer.scale") {
+            return;
+        }
+        let value = param.val();
+        match ternary_format::Tensor::f32(&value.dims(), &host(value)) {
+            Ok(tensor) => drop(self.tensors.insert(name, tensor)),
+            Err(error) => self.error = Some(error),
+        }
+    }
+}
+
+/// Burn's `[d_input, d_output]` as the `[out, in]` of model files.
+fn matrix(linear: &QuantizedLinear) -> Result<ternary_format::Tensor, FormatError> {
+    let weight = linear.weight.val();
+    let [cols, rows] = weight.dims();
+    match &linear.quantizer {
+        Some(quantizer) => ternary(quantizer, weight),
+        None => ternary_format::Tensor::f32(&[rows, cols], &host(weight.transpose())),
+    }
+}
+
+fn ternary(quantizer: &TernaryQuantizer, weight: Tensor<2>) -> Result<ternary_format::Tensor, FormatError> {
+    let [cols, rows] = weight.dims();
+    let codes = host(quantizer.codes(weight.clone()).transpose());
+    let scales = quantizer.scales(weight);
+    let groups = scales.dims()[0];
+    // One scale a tensor is repeated for every row.
+    let scales = host(scales.swap_dims(0, 2).expand([rows, 1, groups]));
+    ternary_format::Tensor::ternary(rows, cols, cols / groups, |row, row_codes, row_scales| {
+        row_codes.iter_mut().zip(&codes[row * cols..]).for_each(|(to, code)| *to = *code as i8);
+        row_scales
+            .iter_mut()
+            .zip(&scales[row * groups..])
+            .for_each(|(to, scale)| *to = f16::from_f32(*scale));
+    })
+}
+
+fn table(table: &Param<Tensor<2>>, precision: TablePrecision) -> Result<ternary_format::Tensor, FormatError> {
+    let table = table.val();
+    let [rows, cols] = table.dims();
+    let values = host(precision.fake_quantize(table.clone()));
+    let encoding = match precision {
+        TablePrecision::Float => return ternary_format::Tensor::f32(&[rows, cols], &values),
+        TablePrecision::Int8 => Encoding::Q8_0,
+        TablePrecision::Int4 => Encoding::Q4_0,
+        TablePrecision::Ternary => Encoding::Ternary { group: cols },
+    };
+    let scales = host(precision.scales(table).expect("a table that is not float has scales"));
+    ternary_format::Tensor::from_codes(encoding, rows, cols, |row, row_codes, row_scales| {
+        let values = &values[row * cols..(row + 1) * cols];
+        // A value is scale times code, both of few bits: the quotient is exact.
+        row_codes.iter_mut().zip(values).for_each(|(to, value)| *to = (value / scales[row]).round() as i8);
+        row_scales.fill(f16::from_f32(scales[row]));
+    })
+}
+
+fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}

@@ -1,0 +1,104 @@
+//! [`TrainState`]: where a run stands.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a run stands, apart from its tensors; floats come back bit for bit.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainState {
+    /// Optimizer steps done, skipped ones included; names the checkpoint.
+    pub step: usize,
+    pub seed: u64,
+    /// Training windows consumed: the position in the data order, which is a pure function of (seed, index).
+    pub windows_seen: u64,
+    /// Target tokens trained on.
+    pub tokens: u64,
+    /// Running mean of the loss that the spike guard compares with, nats per token.
+    #[serde(with = "exact_option")]
+    pub loss_average: Option<f64>,
+    /// Skipped steps in a row.
+    pub bad_steps: usize,
+    /// Skipped steps of the whole run.
+    pub skipped_steps: usize,
+    /// Returns to an earlier checkpoint.
+    pub rollbacks: usize,
+    /// Nats per token.
+    #[serde(with = "exact_option")]
+    pub best_valid_loss: Option<f64>,
+    /// Wall time over all sessions of the run, seconds.
+    #[serde(with = "exact")]
+    pub elapsed_s: f64,
+}
+
+/// `f64` as the shortest decimal that the standard library parses back to the same bits (NaN stays NaN);
+/// serde_json's own float parser may be one unit in the last place off, and JSON has no infinities.
+mod exact {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{value:?}"))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(|_| D::Error::custom(format!("expected a number in quotes, found {text:?}")))
+    }
+}
+
+mod exact_option {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Exact(#[serde(with = "super::exact")] f64);
+
+    pub fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+        value.map(Exact).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+        Ok(Option::deserialize(deserializer)?.map(|Exact(value)| value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    #[test]
+    fn state_comes_back_bit_for_bit() {
+        let mut random = ChaCha8Rng::from_os_rng();
+        let mut values = vec![0.0, -0.0, 5e-324, -2.2e-308, f64::MIN_POSITIVE, f64::MAX];
+        values.extend([f64::INFINITY, f64::NEG_INFINITY, 0.1 + 0.2, 1.0 / 3.0]);
+        // Half of them subnormal: exponent bits zero.
+        let subnormal = (1u64 << 63) | ((1 << 52) - 1);
+        for _ in 0..2000 {
+            let bits: u64 = random.random();
+            values.extend([f64::from_bits(bits), f64::from_bits(bits & subnormal)]);
+        }
+        values.retain(|value| !value.is_nan());
+        for value in values {
+            let state = TrainState {
+                step: random.random::<u64>() as usize,
+                seed: random.random(),
+                windows_seen: u64::MAX,
+                loss_average: Some(value),
+                bad_steps: 1,
+                skipped_steps: 2,
+                rollbacks: 3,
+                best_valid_loss: random.random::<bool>().then_some(value),
+                elapsed_s: value,
+                tokens: u64::MAX - 1,
+            };
+            let text = serde_json::to_vec(&state).unwrap();
+            let back: TrainState = serde_json::from_slice(&text).unwrap();
+            assert_eq!(back, state);
+            assert_eq!(back.elapsed_s.to_bits(), value.to_bits());
+            assert_eq!(back.loss_average.map(f64::to_bits), Some(value.to_bits()));
+        }
+        let nan = TrainState { elapsed_s: f64::NAN, ..TrainState::default() };
+        let text = serde_json::to_vec(&nan).unwrap();
+        assert!(serde_json::from_slice::<TrainState>(&text).unwrap().elapsed_s.is_nan());
+    }
+}
