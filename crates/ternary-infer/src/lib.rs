@@ -13,7 +13,7 @@
 //! | talk | [`DuckChatQuantized`] |
 //!
 //! Matrices multiply int8 activations with one scale a token ([`ActivationMode::Int8`]); [`ActivationMode::F32`] is
-//! exact, and agrees with the float64 [`reference`]. What a sequence gets does not depend, to the bit, on how its prompt
+//! exact, and agrees with the float64 [`mod@reference`]. What a sequence gets does not depend, to the bit, on how its prompt
 //! was cut, on what else is in the batch, on the threads or on the instruction set. After the first tokens, none takes
 //! memory from the system.
 //!

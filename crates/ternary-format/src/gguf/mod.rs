@@ -87,7 +87,7 @@ pub fn write(model: &PackedModel, path: &Path, options: &GgufOptions) -> Result<
 /// in `model` are not looked at.
 ///
 /// # Errors
-/// As [`write`], and what `tensor` fails with.
+/// As [`write()`], and what `tensor` fails with.
 pub fn write_with(
     model: &PackedModel,
     path: &Path,

@@ -39,7 +39,7 @@ pub fn write(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result
 /// The bytes of a file.
 ///
 /// # Errors
-/// As [`write`], but for `Io`.
+/// As [`write()`], but for `Io`.
 pub fn encode(model: &PackedModel, options: &WriteOptions) -> Result<Vec<u8>, FormatError> {
     model.validate()?;
     let form = options.weights.unwrap_or(WeightType::Int2);
