@@ -1,8 +1,10 @@
 //! The numbers of the README are those of the committed results.
 
+use burn_ternary::nn::DuckConfig;
 use burn_ternary::train::report::RunResult;
 use std::fs;
 use std::path::Path;
+use ternary_format::{Encoding, SizeReport};
 
 /// Results of all seeds of a run, in the order of the seeds.
 fn results(name: &str) -> Vec<RunResult> {
@@ -74,4 +76,25 @@ fn the_arithmetic_of_the_readme_is_right() {
     assert_eq!(format!("{:.3}", 3f64.log2()), "1.585");
     assert_eq!(format!("{:.3}", 32.0 / 63.0), "0.508");
     assert!(entropy(0.9137) > 32.0 / 63.0 && entropy(0.9143) < 32.0 / 63.0);
+}
+
+#[test]
+fn the_sizes_of_the_readme_are_those_of_the_shapes() {
+    let readme = fs::read_to_string("README.md").unwrap();
+    for (preset, embedding) in [
+        ("gpt2-small", Encoding::Q8_0),
+        ("gpt2-small", Encoding::Q4_0),
+        ("gpt2-small", Encoding::Tq2_0),
+        ("gpt2-medium", Encoding::Q4_0),
+        ("llama-2-7b", Encoding::Q4_0),
+    ] {
+        let spec = DuckConfig::preset(preset).unwrap().spec();
+        let size = SizeReport::of_spec(&spec, Encoding::Tq2_0, embedding, embedding).unwrap();
+        let tables = size.embedding.bytes + size.head.bytes;
+        let row = format!(
+            "| {preset}, {embedding} | {} | {tables} | {} | {} | {:.2}x |",
+            size.blocks.bytes, size.other.bytes, size.total.bytes, size.total.compression
+        );
+        assert!(readme.contains(&row), "not in the README: {row}");
+    }
 }
