@@ -1,18 +1,20 @@
-//! Attention of one head over keys and values in f16.
+//! Attention of one head over keys and values in f16 or int8.
 //!
-//! Lines hold 16 halves. Keys lie in tiles of 16 positions: line `d` of a tile is component `d` of each, so that scores
-//! need no sum across lanes. Values lie position by position, padded to whole lines. Sums run over components and
-//! positions in order, whatever else is computed beside them: a query gets the same bits alone and among others.
+//! Lines hold 16 numbers. Keys lie in tiles of 16 positions: line `d` of a tile is component `d` of each, so that scores
+//! need no sum across lanes. Values lie position by position, padded to whole lines. Int8 has one scale for the key of a
+//! position and one for its value; they meet the scores and the weights, never the components. Sums run over components
+//! and positions in order, whatever else is computed beside them: a query gets the same bits alone and among others.
 
 use crate::{
     Isa,
-    elementwise::Softmax,
+    elementwise::{Softmax, load, store as store_floats},
+    input::quantize,
     simd::{Kernel, LANES, Simd},
 };
 use half::f16;
 
 /// 16 components or positions.
-pub type Line = [f16; LANES];
+pub type Line<T> = [T; LANES];
 
 /// Queries that share a pass over keys and values, and rows of scores that [`attend`] needs.
 pub const QUERIES: usize = 4;
@@ -32,18 +34,66 @@ pub fn score_row(positions: usize) -> usize {
     positions.next_multiple_of(LANES)
 }
 
-/// Rounds key and value of a position to f16, ties to even, and writes them.
+/// Keys and values of one head.
+#[derive(Clone, Copy, Debug)]
+pub enum Head<'a> {
+    F16 { keys: &'a [Line<f16>], values: &'a [Line<f16>] },
+    Int8 { keys: &'a [Line<i8>], values: &'a [Line<i8>], scales: &'a [Scales] },
+}
+
+/// The same, to be written.
+#[derive(Debug)]
+pub enum HeadMut<'a> {
+    F16 { keys: &'a mut [Line<f16>], values: &'a mut [Line<f16>] },
+    Int8 { keys: &'a mut [Line<i8>], values: &'a mut [Line<i8>], scales: &'a mut [Scales] },
+}
+
+/// Of the keys and of the values of 16 positions.
+pub type Scales = [Line<f32>; 2];
+
+/// Rounds key and value of a position, ties to even, and writes them: to f16, or to int8 as activations are, with
+/// `scale = max(absmax, 1e-5) / 127`.
 ///
 /// # Panics
 /// When there is no room for the position.
-pub fn store(isa: Isa, position: usize, key: &[f32], value: &[f32], keys: &mut [Line], values: &mut [Line]) {
-    let lines = &mut keys[key_lines(position / LANES * LANES, key.len())..][..key.len()];
-    for (line, component) in lines.iter_mut().zip(key) {
-        line[position % LANES] = f16::from_f32(*component);
+pub fn store(isa: Isa, position: usize, key: &[f32], value: &[f32], head: HeadMut) {
+    let (tile, lane) = (position / LANES, position % LANES);
+    let key_lines = tile * key.len()..(tile + 1) * key.len();
+    let value_lines = value_lines(position, value.len())..value_lines(position + 1, value.len());
+    match head {
+        HeadMut::F16 { keys, values } => {
+            for (line, component) in keys[key_lines].iter_mut().zip(key) {
+                line[lane] = f16::from_f32(*component);
+            }
+            for (line, components) in values[value_lines].iter_mut().zip(value.chunks(LANES)) {
+                isa.to_f16(components, &mut line[..components.len()]);
+            }
+        }
+        HeadMut::Int8 { keys, values, scales } => {
+            let (keys, values) = (&mut keys[key_lines], &mut values[value_lines]);
+            let [key_scales, value_scales] = &mut scales[tile];
+            key_scales[lane] = isa.run(Quantize {
+                x: key,
+                put: |block, codes: Line<i8>| {
+                    keys[block * LANES..].iter_mut().zip(codes).for_each(|(line, code)| line[lane] = code);
+                },
+            });
+            value_scales[lane] = isa.run(Quantize { x: value, put: |block, codes| values[block] = codes });
+        }
     }
-    let lines = &mut values[value_lines(position, value.len())..][..value.len().div_ceil(LANES)];
-    for (line, components) in lines.iter_mut().zip(value.chunks(LANES)) {
-        isa.to_f16(components, &mut line[..components.len()]);
+}
+
+struct Quantize<'a, F> {
+    x: &'a [f32],
+    put: F,
+}
+
+impl<F: FnMut(usize, Line<i8>)> Kernel for Quantize<'_, F> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        quantize(s, self.x, self.put)
     }
 }
 
@@ -54,32 +104,52 @@ pub fn store(isa: Isa, position: usize, key: &[f32], value: &[f32], keys: &mut [
 ///
 /// # Panics
 /// When shapes do not fit, or a query sees nothing.
-pub fn attend(
-    isa: Isa,
-    queries: &[f32],
-    seen: &[usize],
-    keys: &[Line],
-    values: &[Line],
-    scores: &mut [f32],
-    out: &mut [f32],
-) {
+pub fn attend(isa: Isa, queries: &[f32], seen: &[usize], head: Head, scores: &mut [f32], out: &mut [f32]) {
     let width = queries.len() / seen.len().max(1);
     assert!(queries.len() == width * seen.len() && out.len() == queries.len(), "queries and results");
     assert!(seen.iter().all(|seen| *seen > 0), "a query sees a position");
-    isa.run(Attend { width, queries, seen, keys, values, scores, out });
+    match head {
+        Head::F16 { keys, values } => {
+            isa.run(Attend { width, queries, seen, keys, values, scales: None, scores, out });
+        }
+        Head::Int8 { keys, values, scales } => {
+            isa.run(Attend { width, queries, seen, keys, values, scales: Some(scales), scores, out });
+        }
+    }
 }
 
-struct Attend<'a> {
+/// What a line is made of.
+trait Number: Copy {
+    fn load<S: Simd>(s: S, line: &Line<Self>) -> S::Float;
+}
+
+impl Number for f16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, line: &Line<Self>) -> S::Float {
+        s.load_f16(line)
+    }
+}
+
+impl Number for i8 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, line: &Line<Self>) -> S::Float {
+        s.to_float(s.load_i8(line))
+    }
+}
+
+struct Attend<'a, C> {
     width: usize,
     queries: &'a [f32],
     seen: &'a [usize],
-    keys: &'a [Line],
-    values: &'a [Line],
+    keys: &'a [Line<C>],
+    values: &'a [Line<C>],
+    /// `None`: ones.
+    scales: Option<&'a [Scales]>,
     scores: &'a mut [f32],
     out: &'a mut [f32],
 }
 
-impl Kernel for Attend<'_> {
+impl<C: Number> Kernel for Attend<'_, C> {
     type Output = ();
 
     #[inline(always)]
@@ -96,7 +166,7 @@ impl Kernel for Attend<'_> {
     }
 }
 
-impl Attend<'_> {
+impl<C: Number> Attend<'_, C> {
     /// `T` queries together, `N` lines at a time, as far as there are so many.
     #[inline(always)]
     fn queries<S: Simd, const T: usize, const N: usize>(&mut self, s: S, first: usize) {
@@ -114,7 +184,12 @@ impl Attend<'_> {
             tile += 1;
         }
         for (t, seen) in seen.iter().enumerate() {
-            Softmax { x: &mut self.scores[t * row..][..*seen] }.run(s);
+            let weights = &mut self.scores[t * row..][..*seen];
+            Softmax { x: &mut *weights }.run(s);
+            let scales = self.scales.unwrap_or_default();
+            for (weights, [_, scales]) in weights.chunks_mut(LANES).zip(scales) {
+                store_floats(s, s.mul_f32(load(s, weights), s.load_f32(scales)), weights);
+            }
         }
         let lines = width.div_ceil(LANES);
         let mut line = 0;
@@ -133,10 +208,10 @@ impl Attend<'_> {
     fn scores<S: Simd, const T: usize, const N: usize>(&mut self, s: S, first: usize, tile: usize) {
         let width = self.width;
         let queries: [&[f32]; T] = std::array::from_fn(|t| &self.queries[(first + t) * width..][..width]);
-        let tiles: [&[Line]; N] = std::array::from_fn(|n| &self.keys[(tile + n) * width..][..width]);
+        let tiles: [&[Line<C>]; N] = std::array::from_fn(|n| &self.keys[(tile + n) * width..][..width]);
         let mut sums = [[s.splat_f32(0.0); N]; T];
         for d in 0..width {
-            let keys: [S::Float; N] = std::array::from_fn(|n| s.load_f16(&tiles[n][d]));
+            let keys: [S::Float; N] = std::array::from_fn(|n| C::load(s, &tiles[n][d]));
             for t in 0..T {
                 let query = s.splat_f32(queries[t][d]);
                 for n in 0..N {
@@ -145,11 +220,15 @@ impl Attend<'_> {
             }
         }
         let scale = s.splat_f32(1.0 / (width as f32).sqrt());
+        let scales: [S::Float; N] = std::array::from_fn(|n| match self.scales {
+            Some(scales) => s.mul_f32(scale, s.load_f32(&scales[tile + n][0])),
+            None => scale,
+        });
         let row = self.scores.len() / QUERIES;
         for (t, sums) in sums.into_iter().enumerate() {
             let scores = &mut self.scores[t * row + tile * LANES..][..N * LANES];
-            for (scores, sum) in scores.as_chunks_mut::<LANES>().0.iter_mut().zip(sums) {
-                s.store_f32(s.mul_f32(sum, scale), scores);
+            for (n, scores) in scores.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                s.store_f32(s.mul_f32(sums[n], scales[n]), scores);
             }
         }
     }
@@ -163,27 +242,29 @@ impl Attend<'_> {
         let common = seen.into_iter().fold(usize::MAX, usize::min);
         let weights: [&[f32]; T] = std::array::from_fn(|t| &self.scores[t * row..][..seen[t]]);
         let mut sums = [[s.splat_f32(0.0); N]; T];
-        let mut values = self.values.chunks_exact(lines).map(|value| &value[line..line + N]);
-        for j in 0..common {
-            let Some(value) = values.next() else { break };
-            let value: [S::Float; N] = std::array::from_fn(|n| s.load_f16(&value[n]));
+        let firsts = weights.map(|weights| &weights[..common]);
+        for (j, value) in self.values[..common * lines].chunks_exact(lines).enumerate() {
+            let value: [S::Float; N] = std::array::from_fn(|n| C::load(s, &value[line + n]));
             for t in 0..T {
-                let weight = s.splat_f32(weights[t][j]);
+                let weight = s.splat_f32(firsts[t][j]);
                 for n in 0..N {
                     sums[t][n] = s.fma(weight, value[n], sums[t][n]);
                 }
             }
         }
+        // In memory from here on: an index that is not known to the compiler would keep them there in the loop above.
+        let sums = sums.map(|sums| sums.map(|sum| s.array(sum)));
         for t in 0..T {
+            let mut sums: [S::Float; N] = std::array::from_fn(|n| s.load_f32(&sums[t][n]));
             for (j, weight) in weights[t].iter().enumerate().skip(common) {
                 let value = &self.values[j * lines + line..][..N];
                 for n in 0..N {
-                    sums[t][n] = s.fma(s.splat_f32(*weight), s.load_f16(&value[n]), sums[t][n]);
+                    sums[n] = s.fma(s.splat_f32(*weight), C::load(s, &value[n]), sums[n]);
                 }
             }
             let start = line * LANES;
             let out = &mut self.out[(first + t) * self.width..][..self.width][start..];
-            for (out, sum) in out.chunks_mut(LANES).zip(sums[t]) {
+            for (out, sum) in out.chunks_mut(LANES).zip(sums) {
                 let len = out.len();
                 out.copy_from_slice(&s.array(sum)[..len]);
             }
@@ -199,44 +280,98 @@ mod tests {
         (0..n).map(|i| (((i + 31 * seed) * 2_654_435_761 >> 7) % 2001) as f32 / 500.0 - 2.0).collect()
     }
 
+    /// Lines of one head of either kind, and what its rows of `width` are rounded to.
+    enum Lines {
+        F16(Vec<Line<f16>>, Vec<Line<f16>>),
+        Int8(Vec<Line<i8>>, Vec<Line<i8>>, Vec<Scales>),
+    }
+
+    impl Lines {
+        fn both(positions: usize, width: usize) -> [Self; 2] {
+            let (keys, values) = (key_lines(positions, width), value_lines(positions, width));
+            // What a sequence has left behind is of no account, but for the padding.
+            let half = |lines| vec![[f16::ZERO; LANES]; lines];
+            let byte = |lines| vec![[0; LANES]; lines];
+            let scales = vec![[[f32::NAN; LANES]; 2]; positions.div_ceil(LANES)];
+            [Self::F16(half(keys), half(values)), Self::Int8(byte(keys), byte(values), scales)]
+        }
+
+        fn head_mut(&mut self) -> HeadMut<'_> {
+            match self {
+                Self::F16(keys, values) => HeadMut::F16 { keys, values },
+                Self::Int8(keys, values, scales) => HeadMut::Int8 { keys, values, scales },
+            }
+        }
+
+        fn head(&self) -> Head<'_> {
+            match self {
+                Self::F16(keys, values) => Head::F16 { keys, values },
+                Self::Int8(keys, values, scales) => Head::Int8 { keys, values, scales },
+            }
+        }
+
+        fn rounded(&self, row: &[f32]) -> Vec<f64> {
+            if let Self::F16(..) = self {
+                return row.iter().map(|x| f16::from_f32(*x).to_f64()).collect();
+            }
+            let scale = row.iter().fold(1e-5f32, |max, x| max.max(x.abs())) / 127.0;
+            row.iter().map(|x| f64::from((x / scale).round_ties_even()) * f64::from(scale)).collect()
+        }
+    }
+
     #[test]
     fn attention_is_that_of_float64_and_the_same_bits_alone_or_among_others() {
         for width in [2, 14, 16, 64, 72, 100] {
             let positions = 83;
-            let (key, value) = (numbers(positions * width, 1), numbers(positions * width, 2));
-            let mut keys = vec![[f16::ZERO; LANES]; key_lines(positions, width)];
-            let mut values = vec![[f16::ZERO; LANES]; value_lines(positions, width)];
+            // Positions of very different size, one of zeros.
+            let mut key = numbers(positions * width, 1);
+            let mut value = numbers(positions * width, 2);
+            key[5 * width..6 * width].fill(0.0);
+            value[7 * width..8 * width].fill(0.0);
+            value[9 * width..10 * width].iter_mut().for_each(|x| *x *= 100.0);
+            value[11 * width..12 * width].iter_mut().for_each(|x| *x *= 1e-3);
             let seen: Vec<usize> = [83, 1, 2, 16, 17, 64, 65, 82, 83, 81, 80].into();
             let queries = numbers(seen.len() * width, 3);
-            let mut first: Option<Vec<f32>> = None;
-            for isa in Isa::available() {
-                for j in 0..positions {
-                    let part = j * width..(j + 1) * width;
-                    store(isa, j, &key[part.clone()], &value[part], &mut keys, &mut values);
-                }
-                let mut scores = vec![f32::NAN; QUERIES * score_row(positions)];
-                let mut out = vec![f32::NAN; queries.len()];
-                attend(isa, &queries, &seen, &keys, &values, &mut scores, &mut out);
-                for (t, seen) in seen.iter().enumerate() {
-                    let query = &queries[t * width..(t + 1) * width];
-                    let mut alone = vec![f32::NAN; width];
-                    attend(isa, query, &[*seen], &keys, &values, &mut scores, &mut alone);
-                    assert_eq!(alone, out[t * width..(t + 1) * width], "{isa:?}, width {width}, query {t}");
-                    let half = |x: &f32| f16::from_f32(*x).to_f64();
-                    let dot = |key: &[f32]| {
-                        let products = query.iter().zip(key).map(|(q, k)| f64::from(*q) * half(k));
-                        products.sum::<f64>() / (width as f64).sqrt()
-                    };
-                    let powers: Vec<f64> = key.chunks(width).take(*seen).map(|key| dot(key).exp()).collect();
-                    let total: f64 = powers.iter().sum();
-                    for (i, found) in alone.iter().enumerate() {
-                        let terms =
-                            powers.iter().zip(value.chunks(width)).map(|(p, value)| p * half(&value[i]));
-                        let expected = terms.sum::<f64>() / total;
-                        assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} for {expected}");
+            for mut lines in Lines::both(positions, width) {
+                let rounded = |rows: &[f32]| -> Vec<Vec<f64>> {
+                    rows.chunks(width).map(|row| lines.rounded(row)).collect()
+                };
+                let (exact_keys, exact_values) = (rounded(&key), rounded(&value));
+                let mut first: Option<Vec<f32>> = None;
+                for isa in Isa::available() {
+                    for j in 0..positions {
+                        let part = j * width..(j + 1) * width;
+                        store(isa, j, &key[part.clone()], &value[part], lines.head_mut());
                     }
+                    let mut scores = vec![f32::NAN; QUERIES * score_row(positions)];
+                    let mut out = vec![f32::NAN; queries.len()];
+                    attend(isa, &queries, &seen, lines.head(), &mut scores, &mut out);
+                    for (t, seen) in seen.iter().enumerate() {
+                        let query = &queries[t * width..(t + 1) * width];
+                        let mut alone = vec![f32::NAN; width];
+                        attend(isa, query, &[*seen], lines.head(), &mut scores, &mut alone);
+                        assert_eq!(
+                            alone,
+                            out[t * width..(t + 1) * width],
+                            "{isa:?}, width {width}, query {t}"
+                        );
+                        let power = |key: &Vec<f64>| {
+                            let products = query.iter().zip(key).map(|(q, k)| f64::from(*q) * k);
+                            (products.sum::<f64>() / (width as f64).sqrt()).exp()
+                        };
+                        let powers: Vec<f64> = exact_keys[..*seen].iter().map(power).collect();
+                        let total: f64 = powers.iter().sum();
+                        for (i, found) in alone.iter().enumerate() {
+                            let terms = powers.iter().zip(&exact_values).map(|(p, value)| p * value[i]);
+                            let (sum, size) =
+                                terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                            let (expected, size) = (sum / total, size / total);
+                            let error = (f64::from(*found) - expected).abs();
+                            assert!(error < 1e-5 * size.max(1.0), "{found} for {expected}");
+                        }
+                    }
+                    assert_eq!(first.get_or_insert(out.clone()), &out, "{isa:?}");
                 }
-                assert_eq!(first.get_or_insert(out.clone()), &out, "{isa:?}");
             }
         }
     }
