@@ -91,23 +91,17 @@ impl SixBitMatrix {
     }
 }
 
-/// Four bits of four columns: plane `p` of the two low lines.
+/// Codes + 32 of four columns: four bits of plane `p` of the two low lines, two bits of plane `p` of the high line.
 #[inline(always)]
-fn low<S: Simd>(s: S, lines: &[Line; LINES], p: usize) -> S::Int {
-    let line = s.load(&lines[p / 2]);
-    s.and(if p.is_multiple_of(2) { line } else { s.shr::<4>(line) }, s.splat(0x0f0f_0f0f))
-}
-
-/// Two bits of four columns: plane `p` of the high line.
-#[inline(always)]
-fn high<S: Simd>(s: S, line: S::Int, p: usize) -> S::Int {
-    let shifted = match p {
-        0 => line,
-        1 => s.shr::<2>(line),
-        2 => s.shr::<4>(line),
-        _ => s.shr::<6>(line),
+fn plane<S: Simd>(s: S, lines: [S::Int; LINES], p: usize) -> S::Int {
+    let low = if p.is_multiple_of(2) { lines[p / 2] } else { s.shr::<4>(lines[p / 2]) };
+    let high = match p {
+        0 => s.shl::<4>(lines[2]),
+        1 => s.shl::<2>(lines[2]),
+        2 => lines[2],
+        _ => s.shr::<2>(lines[2]),
     };
-    s.and(shifted, s.splat(0x0303_0303))
+    s.add(s.and(low, s.splat(0x0f0f_0f0f)), s.and(high, s.splat(0x3030_3030)))
 }
 
 impl Form for SixBitMatrix {
@@ -153,19 +147,18 @@ impl Form for SixBitMatrix {
                     }
                 }
                 let factor = s.load_i8(&factors[i]);
-                let line = s.load(&blocks[i][2]);
-                // Four pairs of at most 15 * 127 fit 16 bits, beside four of 3 * 127.
+                let lines = std::array::from_fn(|line| s.load(&blocks[i][line]));
+                // Two pairs of at most 63 * 127 fit 16 bits.
                 let mut acc = [[s.splat(0); 2]; T];
                 for p in 0..4 {
-                    let w = [low(s, &blocks[i], p), high(s, line, p)];
+                    let w = plane(s, lines, p);
                     for t in 0..T {
-                        let x = four(s, &codes[t][i], p);
-                        acc[t] = [s.dot(acc[t][0], w[0], x), s.dot(acc[t][1], w[1], x)];
+                        acc[t][p / 2] = s.dot(acc[t][p / 2], w, four(s, &codes[t][i], p));
                     }
                 }
                 for t in 0..T {
                     let offset = s.splat(32 * (sums[t][i] - sums[t][i + 1]));
-                    let sum = s.add(s.widen(acc[t][0]), s.shl::<4>(s.widen(acc[t][1])));
+                    let sum = s.add(s.widen(acc[t][0]), s.widen(acc[t][1]));
                     totals[t] = s.add(totals[t], s.mul(s.add(sum, offset), factor));
                 }
             }
@@ -184,10 +177,10 @@ impl Form for SixBitMatrix {
         let mut result = [s.splat_f32(0.0); T];
         for (i, (lines, factors)) in blocks.iter().zip(factors).enumerate() {
             let scale = s.mul_f32(s.load_f16(&scales[i / GROUP]), s.to_float(s.load_i8(factors)));
-            let line = s.load(&lines[2]);
+            let lines = std::array::from_fn(|line| s.load(&lines[line]));
             let mut sums = [s.splat_f32(0.0); T];
             for p in 0..4 {
-                let mut bytes = s.add(low(s, lines, p), s.shl::<4>(high(s, line, p)));
+                let mut bytes = plane(s, lines, p);
                 for b in 0..4 {
                     let w = s.to_float(s.sub(s.and(bytes, s.splat(63)), s.splat(32)));
                     bytes = s.shr::<8>(bytes);
