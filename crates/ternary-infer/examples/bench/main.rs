@@ -181,7 +181,8 @@ fn measure(model: PackedModel, options: &Options, start: Instant) -> Result<Repo
 /// Tokens that each sequence of the batch holds before it is generated; llama.cpp's bench of batches wants some.
 const BATCH_PROMPT: usize = 16;
 
-/// Median speed of `work`, which returns its number of tokens, on new sequences that hold `held` tokens.
+/// Median speed of `work`, which returns its number of tokens, on sequences that hold `held` tokens; their memory is
+/// used again, as in other benches.
 fn tokens_per_s(
     options: &Options,
     engine: &Engine,
@@ -190,10 +191,11 @@ fn tokens_per_s(
     mut work: impl FnMut(&mut [Sequence]) -> Result<usize, Box<dyn Error>>,
 ) -> Result<f64, Box<dyn Error>> {
     let mut speeds = Vec::new();
+    let mut sequences: Vec<Sequence> = (0..sequences).map(|_| engine.sequence()).collect();
     for _ in 0..=options.repetitions {
-        let mut sequences: Vec<Sequence> = (0..sequences).map(|_| engine.sequence()).collect();
-        if held > 0 {
-            for sequence in &mut sequences {
+        for sequence in &mut sequences {
+            sequence.truncate(0);
+            if held > 0 {
                 engine.prefill(sequence, &ids(engine, held))?;
             }
         }
