@@ -9,6 +9,7 @@ mod encoding;
 mod error;
 mod file;
 pub mod gguf;
+mod guard;
 pub mod huggingface;
 mod model;
 pub mod onnx;

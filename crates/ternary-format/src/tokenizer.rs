@@ -1,6 +1,6 @@
 //! [`Tokenizer`]: text to ids and back: bytes, characters, or what a Hugging Face `tokenizer.json` says.
 
-use crate::{FormatError, scratch};
+use crate::{FormatError, guard, scratch};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fs, io::Write, path::Path};
@@ -103,9 +103,12 @@ impl Tokenizer {
     ///
     /// # Errors
     /// `Tokenizer`: it cannot be used.
-    pub fn from_hf(mut tokenizer: tokenizers::Tokenizer) -> Result<Self, FormatError> {
-        let failed = |error: tokenizers::Error| FormatError::Tokenizer { why: error.to_string() };
-        tokenizer.with_truncation(None).map_err(failed)?;
+    pub fn from_hf(tokenizer: tokenizers::Tokenizer) -> Result<Self, FormatError> {
+        guard::run(|| Self::without_limits(tokenizer)).map_err(|why| FormatError::Tokenizer { why })
+    }
+
+    fn without_limits(mut tokenizer: tokenizers::Tokenizer) -> tokenizers::Result<Self> {
+        tokenizer.with_truncation(None)?;
         tokenizer.with_padding(None);
         tokenizer.set_encode_special_tokens(true);
         let vocab = tokenizer.get_vocab(true);
@@ -117,7 +120,7 @@ impl Tokenizer {
             .map(|(id, token)| (token.content, id))
             .collect();
         // What its post-processor writes before an empty text; most files say nothing of an end.
-        let before = tokenizer.encode_fast("", true).map_err(failed)?.get_ids().first().copied();
+        let before = tokenizer.encode_fast("", true)?.get_ids().first().copied();
         let find = |names: &[&str]| names.iter().find_map(|&name| specials.get(name).copied());
         let eos = find(&[Special::EndOfText.text(), "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>"]);
         let bos = before.or_else(|| find(&["<s>", "<|begin_of_text|>", Special::EndOfText.text()]));
@@ -131,8 +134,11 @@ impl Tokenizer {
     /// `Tokenizer`: ids with holes, which would cost rows of an embedding, or two tokens for an id.
     pub fn with_specials(self) -> Result<Self, FormatError> {
         let Kind::Hf(mut tokenizer) = self.kind else { return Ok(self) };
-        tokenizer.add_special_tokens(&Special::ALL.map(|s| AddedToken::from(s.text(), true)));
-        let mut new = Self::from_hf(*tokenizer)?;
+        let new = guard::run(|| {
+            tokenizer.add_special_tokens(&Special::ALL.map(|s| AddedToken::from(s.text(), true)));
+            Self::without_limits(*tokenizer)
+        });
+        let mut new = new.map_err(|why| FormatError::Tokenizer { why })?;
         let Kind::Hf(tokenizer) = &new.kind else { unreachable!("from_hf makes no other") };
         let known = tokenizer.get_vocab_size(true);
         if known != new.vocab_size {
@@ -166,9 +172,8 @@ impl Tokenizer {
                 .collect(),
             Kind::Hf(tokenizer) => {
                 let encode = |piece: &str| {
-                    let encoding = tokenizer.encode_fast(piece, false).map_err(|error| {
-                        FormatError::Encode { text: piece.chars().take(20).collect(), why: error.to_string() }
-                    })?;
+                    let failed = |why| FormatError::Encode { text: piece.chars().take(20).collect(), why };
+                    let encoding = guard::run(|| tokenizer.encode_fast(piece, false)).map_err(failed)?;
                     Ok(encoding.get_ids().to_vec())
                 };
                 let pieces: Vec<&str> = pieces(text).collect();
@@ -189,7 +194,7 @@ impl Tokenizer {
             }
             Kind::Char(characters) => ids.iter().filter_map(|&id| characters.get(id as usize)).collect(),
             // Only a decoder that is broken for every text fails here; a sample is no reason to stop.
-            Kind::Hf(tokenizer) => tokenizer.decode(ids, true).unwrap_or_default(),
+            Kind::Hf(tokenizer) => guard::run(|| tokenizer.decode(ids, true)).unwrap_or_default(),
         }
     }
 
@@ -267,9 +272,9 @@ impl Tokenizer {
         let value: serde_json::Value =
             serde_json::from_slice(json).map_err(|error| failed("no JSON", &error))?;
         if value.get("type").is_none() {
-            let tokenizer =
-                tokenizers::Tokenizer::from_bytes(json).map_err(|error| failed("other JSON", &error))?;
-            return Self::from_hf(tokenizer);
+            guard::check(&value)?;
+            let tokenizer = guard::run(|| tokenizers::Tokenizer::from_bytes(json));
+            return Self::from_hf(tokenizer.map_err(|error| failed("other JSON", &error))?);
         }
         match serde_json::from_value(value).map_err(|error| failed("other JSON", &error))? {
             Saved::Byte => Ok(Self::byte()),

@@ -8,7 +8,7 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     sync::atomic::{AtomicUsize, Ordering},
 };
-use ternary_format::{FormatError, PackedModel, chat, gguf};
+use ternary_format::{FormatError, PackedModel, Tokenizer, chat, gguf};
 
 /// The system's allocator, which remembers the largest request.
 struct Watched;
@@ -387,4 +387,64 @@ fn no_byte_that_is_changed_brings_a_panic() {
     assert!(parsed > 100, "{parsed}: most changes must leave something to parse");
     let largest = LARGEST.load(Ordering::Relaxed);
     assert!(largest < 1 << 26, "{largest} bytes allocated at once");
+}
+
+/// A `tokenizer.json` of two tokens with `part` beside the model.
+fn tokenizer(part: &str, model: &str) -> Result<Tokenizer, FormatError> {
+    let comma = if part.is_empty() { "" } else { "," };
+    let vocab = r#""type": "BPE", "vocab": {"a": 0, "ab": 1}"#;
+    Tokenizer::from_json(format!(r#"{{{part}{comma} "model": {{{vocab}, {model}}}}}"#).as_bytes())
+}
+
+#[test]
+fn tokenizers_that_would_panic_or_never_end_are_errors() {
+    let no_merges = r#""merges": []"#;
+    tokenizer("", no_merges).unwrap();
+    let replace = |pattern: &str, content: &str| {
+        format!(r#"{{"type": "Replace", "pattern": {pattern}, "content": "{content}"}}"#)
+    };
+    let twice = vec![replace(r#"{"String": "a"}"#, "aa"); 30].join(",");
+    let empty = vec![replace(r#"{"Regex": ""}"#, "aaaaaaaa"); 2].join(",");
+    let split = |regex: &str| {
+        let pattern = format!(r#""pattern": {{"Regex": "{regex}"}}"#);
+        format!(r#""pre_tokenizer": {{"type": "Split", {pattern}, "behavior": "Isolated", "invert": false}}"#)
+    };
+    let strip = r#""decoder": {"type": "Sequence", "decoders": [{"type": "Strip", "content": "a", "start": 0, "stop": 2}]}"#;
+    let template = r#"{"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": {}}"#;
+    let templates = vec![template; 30].join(",");
+    for (name, part, model, expected) in [
+        (
+            "texts of a gigabyte",
+            format!(r#""normalizer": {{"type": "Sequence", "normalizers": [{twice}]}}"#),
+            no_merges,
+            "times as long",
+        ),
+        (
+            "between all characters",
+            format!(r#""decoder": {{"type": "Sequence", "decoders": [{empty}]}}"#),
+            no_merges,
+            "times as long",
+        ),
+        (
+            "copies",
+            format!(r#""post_processor": {{"type": "Sequence", "processors": [{templates}]}}"#),
+            no_merges,
+            "times as long",
+        ),
+        ("repeats of nothing", split("(?:(?=a)){1000000000000}"), no_merges, "repeats"),
+        ("repeats of repeats", split("(?:(?:(?=a)){100,}){1,100}"), no_merges, "repeats"),
+        ("the ends of empty tokens", strip.into(), no_merges, "Strip"),
+        (
+            "a prefix longer than a token",
+            String::new(),
+            r#""continuing_subword_prefix": "abc", "merges": ["a a"]"#,
+            "panicked",
+        ),
+    ] {
+        let error = tokenizer(&part, model).expect_err(name);
+        assert!(
+            matches!(error, FormatError::Tokenizer { .. }) && error.to_string().contains(expected),
+            "{name}: {error}"
+        );
+    }
 }

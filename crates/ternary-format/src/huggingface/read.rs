@@ -82,7 +82,9 @@ fn tokenizer(folder: &Path) -> Result<Option<Tokenizer>, FormatError> {
 fn chat_template(folder: &Path) -> Result<Option<String>, FormatError> {
     let path = folder.join("chat_template.jinja");
     if path.exists() {
-        return fs::read_to_string(&path).map(Some).map_err(FormatError::io(&path));
+        let text = String::from_utf8(read_text(&path)?);
+        let error = |_| FormatError::NotUtf8 { what: "a chat template", offset: 0 }.in_file(&path);
+        return text.map(Some).map_err(error);
     }
     #[derive(Deserialize)]
     struct TokenizerConfig {
