@@ -1,11 +1,12 @@
 //! [`Cache`]: keys and values of one sequence, and attention over them.
 
-use crate::ActivationMode;
+use crate::{ActivationMode, CacheType, EngineOptions};
 use half::slice::HalfBitsSliceExt;
+use std::ops::Range;
 use ternary_format::ModelSpec;
 use ternary_kernels::{
     Isa,
-    attention::{self, Line, QUERIES},
+    attention::{self, Head, HeadMut, Line, QUERIES},
 };
 
 /// Keys and values of all layers, for each layer those of one key-value head after the other.
@@ -14,17 +15,21 @@ use ternary_kernels::{
 #[derive(Clone, Debug)]
 pub(crate) struct Cache {
     numbers: Numbers,
-    /// Numbers of the keys, and of keys and values, of one head in one layer.
-    keys: usize,
-    head: usize,
     n_kv_heads: usize,
     head_dim: usize,
+    /// Numbers of the keys of one head in one layer, and of its values.
+    keys: usize,
+    values: usize,
+    /// Scales of both.
+    scales: usize,
 }
 
 #[derive(Clone, Debug)]
 enum Numbers {
     /// Bits of f16, for a vector of zero bits costs nothing; in the lines of [`attention`].
-    Half(Vec<u16>),
+    F16(Vec<u16>),
+    /// Codes and scales, likewise.
+    Int8(Vec<i8>, Vec<f32>),
     /// Position by position.
     Float(Vec<f32>),
 }
@@ -40,21 +45,44 @@ impl Scores {
 }
 
 impl Cache {
-    pub fn new(spec: &ModelSpec, context: usize, activations: ActivationMode) -> Self {
+    pub fn new(spec: &ModelSpec, options: &EngineOptions) -> Self {
+        let context = options.context;
         let (n_kv_heads, head_dim) = (spec.n_kv_heads, spec.head_dim());
         let heads = n_kv_heads * spec.n_layers;
-        let line = size_of::<Line>() / 2;
-        match activations {
-            ActivationMode::Int8 => {
-                let keys = attention::key_lines(context, head_dim) * line;
-                let head = keys + attention::value_lines(context, head_dim) * line;
-                Self { numbers: Numbers::Half(vec![0; head * heads]), keys, head, n_kv_heads, head_dim }
+        let line = size_of::<Line<i8>>();
+        let keys = attention::key_lines(context, head_dim) * line;
+        let values = attention::value_lines(context, head_dim) * line;
+        let scales = 2 * attention::score_row(context);
+        let cache = |numbers, keys, values| Self { numbers, n_kv_heads, head_dim, keys, values, scales };
+        match (options.activations, options.cache) {
+            (ActivationMode::F32, _) => {
+                let rows = context * head_dim;
+                cache(Numbers::Float(vec![0.0; 2 * rows * heads]), rows, rows)
             }
-            ActivationMode::F32 => {
-                let (keys, head) = (context * head_dim, 2 * context * head_dim);
-                Self { numbers: Numbers::Float(vec![0.0; head * heads]), keys, head, n_kv_heads, head_dim }
+            (ActivationMode::Int8, CacheType::F16) => {
+                cache(Numbers::F16(vec![0; (keys + values) * heads]), keys, values)
+            }
+            (ActivationMode::Int8, CacheType::Int8) => {
+                let codes = vec![0; (keys + values) * heads];
+                cache(Numbers::Int8(codes, vec![0.0; scales * heads]), keys, values)
             }
         }
+    }
+
+    /// When the context is full.
+    pub fn bytes(&self) -> usize {
+        match &self.numbers {
+            Numbers::F16(bits) => size_of_val(&bits[..]),
+            Numbers::Int8(codes, scales) => size_of_val(&codes[..]) + size_of_val(&scales[..]),
+            Numbers::Float(floats) => size_of_val(&floats[..]),
+        }
+    }
+
+    /// The parts of a head: of its numbers, and of its scales.
+    fn place(&self, layer: usize, head: usize) -> (Range<usize>, Range<usize>) {
+        let index = layer * self.n_kv_heads + head;
+        let part = |len: usize| index * len..(index + 1) * len;
+        (part(self.keys + self.values), part(self.scales))
     }
 
     /// Writes the keys and values of a layer at a position: rows `[n_kv_heads * head_dim]`.
@@ -62,21 +90,27 @@ impl Cache {
         let head_dim = self.head_dim;
         let rows = key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim));
         for (head, (key, value)) in rows.enumerate() {
-            let start = (layer * self.n_kv_heads + head) * self.head;
-            match &mut self.numbers {
-                Numbers::Half(bits) => {
-                    let (keys, values) = bits[start..start + self.head].split_at_mut(self.keys);
+            let (numbers, scales) = self.place(layer, head);
+            let head = match &mut self.numbers {
+                Numbers::F16(bits) => {
+                    let (keys, values) = bits[numbers].split_at_mut(self.keys);
                     let (keys, values) = (keys.reinterpret_cast_mut(), values.reinterpret_cast_mut());
-                    let (keys, values) = (keys.as_chunks_mut().0, values.as_chunks_mut().0);
-                    attention::store(isa, position, key, value, keys, values);
+                    HeadMut::F16 { keys: keys.as_chunks_mut().0, values: values.as_chunks_mut().0 }
+                }
+                Numbers::Int8(codes, floats) => {
+                    let (keys, values) = codes[numbers].split_at_mut(self.keys);
+                    let scales = floats[scales].as_chunks_mut().0.as_chunks_mut().0;
+                    HeadMut::Int8 { keys: keys.as_chunks_mut().0, values: values.as_chunks_mut().0, scales }
                 }
                 Numbers::Float(floats) => {
-                    let (keys, values) = floats[start..start + self.head].split_at_mut(self.keys);
+                    let (keys, values) = floats[numbers].split_at_mut(self.keys);
                     let place = position * head_dim..(position + 1) * head_dim;
                     keys[place.clone()].copy_from_slice(key);
                     values[place].copy_from_slice(value);
+                    continue;
                 }
-            }
+            };
+            attention::store(isa, position, key, value, head);
         }
     }
 
@@ -95,16 +129,23 @@ impl Cache {
         Scores(scores): &mut Scores,
         out: &mut [f32],
     ) {
-        let start = (layer * self.n_kv_heads + head) * self.head;
+        let (numbers, scales) = self.place(layer, head);
         match &self.numbers {
-            Numbers::Half(bits) => {
-                let (keys, values) = bits[start..start + self.head].split_at(self.keys);
+            Numbers::F16(bits) => {
+                let (keys, values) = bits[numbers].split_at(self.keys);
                 let (keys, values) = (keys.reinterpret_cast(), values.reinterpret_cast());
-                attention::attend(isa, queries, seen, keys.as_chunks().0, values.as_chunks().0, scores, out);
+                let head = Head::F16 { keys: keys.as_chunks().0, values: values.as_chunks().0 };
+                attention::attend(isa, queries, seen, head, scores, out);
+            }
+            Numbers::Int8(codes, floats) => {
+                let (keys, values) = codes[numbers].split_at(self.keys);
+                let scales = floats[scales].as_chunks().0.as_chunks().0;
+                let head = Head::Int8 { keys: keys.as_chunks().0, values: values.as_chunks().0, scales };
+                attention::attend(isa, queries, seen, head, scores, out);
             }
             Numbers::Float(floats) => {
                 let width = self.head_dim;
-                let (keys, values) = floats[start..start + self.head].split_at(self.keys);
+                let (keys, values) = floats[numbers].split_at(self.keys);
                 let rows = queries.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(seen);
                 for ((query, out), seen) in rows {
                     let scores = &mut scores[..*seen];

@@ -14,11 +14,20 @@ const CHUNK: usize = 128;
 /// What matrices multiply.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ActivationMode {
-    /// Int8 with one scale a token, keys and values in f16: fast.
+    /// Int8 with one scale a token, keys and values as [`CacheType`] says: fast.
     #[default]
     Int8,
     /// Floats, keys and values too: exact, slow; for comparison.
     F32,
+}
+
+/// How keys and values are kept, but for [`ActivationMode::F32`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheType {
+    #[default]
+    F16,
+    /// With one f32 scale for the key of a head at a position and one for its value: about half of the memory.
+    Int8,
 }
 
 /// How a model is run.
@@ -27,13 +36,19 @@ pub struct EngineOptions {
     /// 0: one a core.
     pub threads: usize,
     pub activations: ActivationMode,
+    pub cache: CacheType,
     /// Longest sequence, in tokens, at most the model's; keys and values of a sequence take memory by it.
     pub context: usize,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { threads: 0, activations: ActivationMode::default(), context: 4096 }
+        Self {
+            threads: 0,
+            activations: ActivationMode::default(),
+            cache: CacheType::default(),
+            context: 4096,
+        }
     }
 }
 
@@ -47,8 +62,8 @@ pub struct Engine {
     tokenizer: Option<Tokenizer>,
     chat_template: Option<String>,
     work: Mutex<Work>,
-    activations: ActivationMode,
-    context: usize,
+    /// With the context that the model allows.
+    options: EngineOptions,
 }
 
 /// A text in the making: its keys and values, and the logits of the token that comes next.
@@ -72,6 +87,11 @@ impl Sequence {
     /// Forgets all tokens from the `length`th on. The logits stay those of the last token seen.
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);
+    }
+
+    /// Memory of keys and values when the context is full, in bytes.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.bytes()
     }
 
     /// Logits of the next token, `[vocab]`; zeros before the first.
@@ -107,7 +127,8 @@ impl Engine {
         let context = options.context.min(packed.spec.context);
         let work = Mutex::new(Work::new(&packed, Pool::new(threads), activations, context));
         let PackedModel { name, tokenizer, chat_template, .. } = model;
-        Ok(Self { name, model: packed, tokenizer, chat_template, work, activations, context })
+        let options = EngineOptions { context, ..options };
+        Ok(Self { name, model: packed, tokenizer, chat_template, work, options })
     }
 
     /// The name of the model.
@@ -131,13 +152,13 @@ impl Engine {
 
     /// Longest sequence, in tokens.
     pub fn context(&self) -> usize {
-        self.context
+        self.options.context
     }
 
     /// An empty sequence.
     pub fn sequence(&self) -> Sequence {
         Sequence {
-            cache: Cache::new(&self.model.spec, self.context, self.activations),
+            cache: Cache::new(&self.model.spec, &self.options),
             length: 0,
             logits: vec![0.0; self.model.spec.vocab_size],
         }
@@ -231,8 +252,9 @@ impl Engine {
     fn check(&self, ids: &[u32], seen: usize) -> Result<(), EngineError> {
         check_ids(ids, self.model.spec.vocab_size)?;
         let found = seen + ids.len();
-        if found > self.context {
-            return Err(EngineError::ContextFull { found, context: self.context });
+        let context = self.options.context;
+        if found > context {
+            return Err(EngineError::ContextFull { found, context });
         }
         Ok(())
     }

@@ -42,6 +42,8 @@ pub mod reference;
 mod sampler;
 
 pub use chat::{Answer, DuckChatQuantized};
-pub use engine::{ActivationMode, Engine, EngineOptions, Finish, GenerateOptions, Generation, Sequence};
+pub use engine::{
+    ActivationMode, CacheType, Engine, EngineOptions, Finish, GenerateOptions, Generation, Sequence,
+};
 pub use error::EngineError;
 pub use sampler::{Sampler, Sampling};

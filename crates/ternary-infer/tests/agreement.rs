@@ -2,7 +2,9 @@
 
 use crate::{divergence, error};
 use ternary_format::{Activation, Encoding, Family, ModelSpec, PackedModel};
-use ternary_infer::{ActivationMode, Engine, EngineOptions, GenerateOptions, Sampling, random, reference};
+use ternary_infer::{
+    ActivationMode, CacheType, Engine, EngineOptions, GenerateOptions, Sampling, random, reference,
+};
 
 const FAMILIES: [(Family, Activation); 6] = [
     (Family::Gpt2, Activation::Gelu),
@@ -57,8 +59,12 @@ fn models() -> Vec<(String, PackedModel)> {
     models
 }
 
-fn engine(model: &PackedModel, threads: usize, activations: ActivationMode) -> Engine {
-    let options = EngineOptions { threads, activations, ..EngineOptions::default() };
+const EXACT: EngineOptions =
+    EngineOptions { threads: 2, activations: ActivationMode::F32, cache: CacheType::F16, context: 4096 };
+const INT8: EngineOptions = EngineOptions { activations: ActivationMode::Int8, ..EXACT };
+const INT8_CACHE: EngineOptions = EngineOptions { cache: CacheType::Int8, ..INT8 };
+
+fn engine(model: &PackedModel, options: EngineOptions) -> Engine {
     Engine::from_model(model.clone(), options).unwrap()
 }
 
@@ -71,31 +77,45 @@ fn with_float_activations_every_family_agrees_with_the_reference() {
     for (what, model) in models() {
         let ids = ids(41, 1);
         let expected = reference::logits(&model, &ids).unwrap().concat();
-        let error = error(&engine(&model, 2, ActivationMode::F32).logits(&ids).unwrap(), &expected);
+        let error = error(&engine(&model, EXACT).logits(&ids).unwrap(), &expected);
         println!("{what}: error {error:.1e} of the spread");
         assert!(error < 1e-5, "{what}: {error:e}");
     }
 }
 
 #[test]
-fn int8_activations_stay_near_the_reference() {
+fn int8_activations_and_caches_stay_near_the_reference() {
     for (what, model) in models() {
         let ids = ids(41, 2);
         let expected = reference::logits(&model, &ids).unwrap().concat();
-        let logits = engine(&model, 2, ActivationMode::Int8).logits(&ids).unwrap();
-        let (kl, equal) = divergence(&logits, &expected, model.spec.vocab_size);
-        println!("{what}: {kl:.1e} nats, likeliest equal {equal:.3}");
-        // Random weights amplify what a trained model damps: a sanity bound, not the promise for trained models.
-        assert!(kl < 2e-2, "{what}: {kl:e}");
+        for options in [INT8, INT8_CACHE] {
+            let logits = engine(&model, options).logits(&ids).unwrap();
+            let (kl, equal) = divergence(&logits, &expected, model.spec.vocab_size);
+            println!("{what}, cache {:?}: {kl:.1e} nats, likeliest equal {equal:.3}", options.cache);
+            // Random weights amplify what a trained model damps: a sanity bound, not the promise for trained models.
+            assert!(kl < 2e-2, "{what}, cache {:?}: {kl:e}", options.cache);
+        }
     }
 }
 
 #[test]
+fn an_int8_cache_takes_about_half_the_memory() {
+    let spec = ModelSpec { d_model: 384, ..spec(Family::Llama, Activation::Swiglu) };
+    let model = random::model(&spec, |cols| Encoding::Ternary { group: cols }, Encoding::F16, 1).unwrap();
+    let bytes = |options| engine(&model, options).sequence().cache_bytes();
+    // 300 positions in tiles of 16, 2 heads of 64 in 3 layers.
+    assert_eq!(bytes(INT8), 3 * 2 * (304 + 300) * 64 * 2);
+    assert_eq!(bytes(INT8_CACHE), 3 * 2 * ((304 + 300) * 64 + 2 * 304 * 4));
+    assert_eq!(bytes(EXACT), 3 * 2 * (300 + 300) * 64 * 4);
+}
+
+#[test]
 fn chunks_tokens_batches_and_threads_give_the_same_bits() {
-    for activations in [ActivationMode::Int8, ActivationMode::F32] {
+    for options in [INT8, INT8_CACHE, EXACT] {
         for (what, model) in models() {
-            let what = format!("{what} {activations:?}");
-            let (engine, single) = (engine(&model, 2, activations), engine(&model, 1, activations));
+            let what = format!("{what} {:?}, cache {:?}", options.activations, options.cache);
+            let single = engine(&model, EngineOptions { threads: 1, ..options });
+            let engine = engine(&model, options);
             let prompts: Vec<Vec<u32>> = (0..8).map(|seed| ids(150 + 17 * seed as usize, seed)).collect();
             let alone: Vec<Vec<f32>> = prompts
                 .iter()
@@ -133,7 +153,7 @@ fn chunks_tokens_batches_and_threads_give_the_same_bits() {
 fn generation_ends_for_a_reason() {
     use ternary_infer::{EngineError, Finish};
     let (_, model) = models().swap_remove(8);
-    let engine = engine(&model, 1, ActivationMode::Int8);
+    let engine = engine(&model, EngineOptions { threads: 1, ..INT8 });
     let prompt = ids(5, 3);
     let sampling = Sampling { seed: 4, ..Sampling::default() };
     let options = |max_tokens, stop: &[u32]| GenerateOptions {
@@ -167,7 +187,7 @@ fn generation_ends_for_a_reason() {
 #[test]
 fn a_resumed_sequence_goes_on_where_it_was() {
     let (_, model) = models().swap_remove(8);
-    let engine = engine(&model, 2, ActivationMode::Int8);
+    let engine = engine(&model, INT8);
     let prompt = ids(9, 5);
     let options =
         |max_tokens| GenerateOptions { sampling: Sampling::greedy(), max_tokens, ..Default::default() };

@@ -5,7 +5,7 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 use ternary_format::{Activation, Encoding, Family, ModelSpec};
-use ternary_infer::{Engine, EngineOptions, GenerateOptions, Sampling, random};
+use ternary_infer::{CacheType, Engine, EngineOptions, GenerateOptions, Sampling, random};
 
 struct Counting;
 
@@ -41,10 +41,10 @@ fn allocations(mut work: impl FnMut()) -> usize {
 
 #[test]
 fn a_token_allocates_nothing() {
-    for (family, activation, table) in [
-        (Family::Llama, Activation::Swiglu, Encoding::F16),
-        (Family::Bitnet, Activation::SquaredRelu, Encoding::Q8_0),
-        (Family::Gpt2, Activation::Gelu, Encoding::Tq2_0),
+    for (family, activation, table, cache) in [
+        (Family::Llama, Activation::Swiglu, Encoding::F16, CacheType::F16),
+        (Family::Bitnet, Activation::SquaredRelu, Encoding::Q8_0, CacheType::Int8),
+        (Family::Gpt2, Activation::Gelu, Encoding::Tq2_0, CacheType::F16),
     ] {
         let spec = ModelSpec {
             family,
@@ -61,7 +61,7 @@ fn a_token_allocates_nothing() {
             rope_theta: 10_000.0,
         };
         let model = random::model(&spec, |_| Encoding::Tq2_0, table, 1).unwrap();
-        let options = EngineOptions { threads: 2, ..EngineOptions::default() };
+        let options = EngineOptions { threads: 2, cache, ..EngineOptions::default() };
         let engine = Engine::from_model(model, options).unwrap();
         let sampling =
             Sampling { top_k: 40, top_p: 0.9, min_p: 0.05, repetition_penalty: 1.1, ..Default::default() };

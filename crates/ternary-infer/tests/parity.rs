@@ -5,7 +5,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 use std::{collections::BTreeMap, fs, path::PathBuf};
 use ternary_format::{Activation, Family, ModelSpec, PackedModel, Tensor};
-use ternary_infer::{ActivationMode, Engine, EngineOptions, GenerateOptions, Sampling};
+use ternary_infer::{ActivationMode, CacheType, Engine, EngineOptions, GenerateOptions, Sampling};
 
 /// The files of a reference model, one folder of the shared test data.
 struct Reference(PathBuf);
@@ -122,6 +122,27 @@ fn a_pretrained_llama_gives_its_reference_logits_and_text() {
             let text: Vec<u32> = engine.generate(&prompt, options.clone()).unwrap().collect();
             assert_eq!(text, greedy[prompt.len()..], "prompt {index}");
         }
+    }
+}
+
+#[test]
+fn an_int8_cache_changes_little_of_what_a_pretrained_llama_says() {
+    let Some(reference) = Reference::open("stories260k") else { return };
+    let model = stories260k(&reference);
+    let half = engine(&model, ActivationMode::Int8);
+    let options = EngineOptions { threads: 2, cache: CacheType::Int8, ..EngineOptions::default() };
+    let int8 = Engine::from_model(model.clone(), options).unwrap();
+    for seed in 0..4 {
+        let sampling = Sampling { seed, ..Sampling::default() };
+        let options = GenerateOptions { sampling, ..Default::default() };
+        // As long as the context.
+        let text: Vec<u32> = half.generate(&[1], options).unwrap().collect();
+        let text = &text[..text.len() - 1];
+        let expected: Vec<f64> = half.logits(text).unwrap().into_iter().map(f64::from).collect();
+        let (kl, equal) = divergence(&int8.logits(text).unwrap(), &expected, 512);
+        println!("text {seed}, {} tokens: {kl:.1e} nats, likeliest equal {equal:.3}", text.len());
+        assert!(kl < 4e-3, "text {seed}: {kl:e} nats");
+        assert!(equal > 0.95, "text {seed}: likeliest equal {equal}");
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::{
     Pool,
+    elementwise::load,
     pool::Disjoint,
     simd::{Kernel, LANES, Simd},
 };
@@ -103,24 +104,31 @@ impl Kernel for Quantize<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
-        let (blocks, rest) = self.values.as_chunks::<BLOCK>();
-        let mut tail = [0.0; BLOCK];
-        tail[..rest.len()].copy_from_slice(rest);
-        let blocks = || blocks.iter().chain((!rest.is_empty()).then_some(&tail));
-        let mut absmax = s.splat_f32(ABSMAX_MIN);
-        for block in blocks() {
-            let x = s.load_f32(block);
-            absmax = s.max_f32(absmax, s.max_f32(x, s.sub_f32(s.splat_f32(0.0), x)));
-        }
-        let scale = s.max_lanes(absmax) / 127.0;
-        let divisor = s.splat_f32(scale);
         let mut sum = 0;
         self.sums[0] = 0;
-        for ((block, codes), after) in blocks().zip(self.codes).zip(&mut self.sums[1..]) {
-            s.store_i8(s.to_int(s.div_f32(s.load_f32(block), divisor)), codes);
+        quantize(s, self.values, |block, codes| {
+            self.codes[block] = codes;
             sum += codes.iter().map(|code| i32::from(*code)).sum::<i32>();
-            *after = sum;
-        }
-        scale
+            self.sums[block + 1] = sum;
+        })
     }
+}
+
+/// Gives the codes of each block in turn, zeros beyond the values; the result is their scale.
+#[inline(always)]
+pub(crate) fn quantize<S: Simd>(s: S, values: &[f32], mut put: impl FnMut(usize, [i8; BLOCK])) -> f32 {
+    let mut absmax = s.splat_f32(ABSMAX_MIN);
+    for block in values.chunks(BLOCK) {
+        let x = load(s, block);
+        // In this order a NaN is passed over.
+        absmax = s.max_f32(s.max_f32(x, s.sub_f32(s.splat_f32(0.0), x)), absmax);
+    }
+    let scale = s.max_lanes(absmax) / 127.0;
+    let divisor = s.splat_f32(scale);
+    for (index, block) in values.chunks(BLOCK).enumerate() {
+        let mut codes = [0; BLOCK];
+        s.store_i8(s.to_int(s.div_f32(load(s, block), divisor)), &mut codes);
+        put(index, codes);
+    }
+    scale
 }
