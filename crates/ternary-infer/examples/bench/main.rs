@@ -23,7 +23,7 @@ use ternary_format::{
     Encoding, FormatError, PackedModel,
     gguf::{self, GgufOptions},
 };
-use ternary_infer::{Engine, EngineOptions, Sequence};
+use ternary_infer::{CacheType, Engine, EngineOptions, Sequence};
 
 /// Measures generation from a model file, or from random weights.
 #[derive(Parser)]
@@ -45,9 +45,15 @@ struct Options {
     /// Tokens of the prompt.
     #[arg(long, default_value_t = 512)]
     prompt: usize,
-    /// Tokens to generate, from an empty context.
+    /// Tokens to generate.
     #[arg(long, default_value_t = 128)]
     generate: usize,
+    /// Tokens that the one sequence holds before they are generated.
+    #[arg(long, default_value_t = 0)]
+    held: usize,
+    /// How keys and values are kept.
+    #[arg(long, default_value = "f16")]
+    cache: Cache,
     /// Sequences that are generated side by side.
     #[arg(long, default_value_t = 8)]
     batch: usize,
@@ -70,6 +76,22 @@ enum Type {
     Q2_0,
 }
 
+#[derive(Clone, Copy, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Cache {
+    F16,
+    Int8,
+}
+
+impl From<Cache> for CacheType {
+    fn from(name: Cache) -> Self {
+        match name {
+            Cache::F16 => Self::F16,
+            Cache::Int8 => Self::Int8,
+        }
+    }
+}
+
 impl From<Type> for Encoding {
     fn from(name: Type) -> Self {
         match name {
@@ -87,8 +109,10 @@ struct Report {
     threads: usize,
     prompt: usize,
     generate: usize,
+    held: usize,
     batch: usize,
     repetitions: usize,
+    cache: Cache,
     load_s: f64,
     /// Of the matrices that each generated token reads.
     weight_bytes: usize,
@@ -96,6 +120,8 @@ struct Report {
     generate_tokens_per_s: f64,
     /// Of all sequences together.
     batch_tokens_per_s: f64,
+    /// Keys and values of a sequence as long as the longest here.
+    cache_bytes: usize,
     /// Of loading, the prompt and generation.
     peak_resident_bytes: Option<u64>,
     /// What the machine can read in the same time.
@@ -143,17 +169,20 @@ fn write(shape: Shape, path: &Path, blocks: Encoding) -> Result<(), FormatError>
 fn measure(model: PackedModel, options: &Options, start: Instant) -> Result<Report, Box<dyn Error>> {
     let weight_bytes = weight_bytes(&model);
     let name = model.name.clone();
-    let context = options.prompt.max(BATCH_PROMPT + options.generate);
-    let engine =
-        Engine::from_model(model, EngineOptions { threads: options.threads, context, ..Default::default() })?;
+    let context = options.prompt.max(options.held.max(BATCH_PROMPT) + options.generate);
+    let cache = options.cache.into();
+    let engine_options =
+        EngineOptions { threads: options.threads, context, cache, ..EngineOptions::default() };
+    let engine = Engine::from_model(model, engine_options)?;
     let load_s = start.elapsed().as_secs_f64();
 
     let prompt = tokens_per_s(options, &engine, 1, 0, |sequences| {
         engine.prefill(&mut sequences[0], &ids(&engine, options.prompt))?;
         Ok(options.prompt)
     })?;
-    let generate =
-        tokens_per_s(options, &engine, 1, 0, |sequences| decode(&engine, sequences, options.generate))?;
+    let generate = tokens_per_s(options, &engine, 1, options.held, |sequences| {
+        decode(&engine, sequences, options.generate)
+    })?;
     // Before the sequences of the batch, and the block for the bandwidth.
     let peak_resident_bytes = machine::peak_resident_bytes();
     let batch = tokens_per_s(options, &engine, options.batch, BATCH_PROMPT, |sequences| {
@@ -165,13 +194,16 @@ fn measure(model: PackedModel, options: &Options, start: Instant) -> Result<Repo
         threads: options.threads,
         prompt: options.prompt,
         generate: options.generate,
+        held: options.held,
         batch: options.batch,
         repetitions: options.repetitions,
+        cache: options.cache,
         load_s,
         weight_bytes,
         prompt_tokens_per_s: prompt,
         generate_tokens_per_s: generate,
         batch_tokens_per_s: batch,
+        cache_bytes: engine.sequence().cache_bytes(),
         peak_resident_bytes,
         bandwidth_bytes_per_s: bandwidth,
         bandwidth_share: weight_bytes as f64 * generate / bandwidth,
@@ -236,8 +268,10 @@ fn print(report: &Report) {
     println!("prompt of {:4}       {:8.1} tokens/s", report.prompt, report.prompt_tokens_per_s);
     println!("generation of {:4}   {:8.1} tokens/s", report.generate, report.generate_tokens_per_s);
     println!("{:2} sequences         {:8.1} tokens/s together", report.batch, report.batch_tokens_per_s);
+    let mib = |bytes: f64| bytes / f64::from(1 << 20);
+    println!("keys and values    {:8.1} MiB a sequence", mib(report.cache_bytes as f64));
     if let Some(bytes) = report.peak_resident_bytes {
-        println!("memory, at most    {:8.1} MiB", bytes as f64 / f64::from(1 << 20));
+        println!("memory, at most    {:8.1} MiB", mib(bytes as f64));
     }
     println!(
         "weights of {:.1} MB a token: {:.0} % of the {:.1} GB/s that {} threads read",
