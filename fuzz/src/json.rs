@@ -3,6 +3,9 @@
 use arbitrary::{Result, Unstructured};
 use serde_json::{Value, json};
 
+/// No longer text, and no tree of more nodes, is made of itself: edits would double it each time.
+const LARGEST: usize = 500;
+
 /// Parts of tokenizers, to be put anywhere.
 fn parts() -> Vec<Value> {
     let regex = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
@@ -38,7 +41,8 @@ fn parts() -> Vec<Value> {
 /// When the input ends.
 pub fn edit(root: &mut Value, input: &mut Unstructured) -> Result<()> {
     let count = count(root);
-    let from = nth(root, &mut input.choose_index(count)?).cloned().unwrap_or_default();
+    let from = nth(root, &mut input.choose_index(count)?).cloned();
+    let from = from.filter(|_| count < LARGEST).unwrap_or_default();
     let place = nth(root, &mut input.choose_index(count)?).expect("a place below the count");
     match input.int_in_range(0..=7)? {
         0 => *place = from,
@@ -69,7 +73,7 @@ pub fn edit(root: &mut Value, input: &mut Unstructured) -> Result<()> {
             Value::Array(items) => items.push(from),
             Value::Object(items) => drop(items.insert(input.arbitrary()?, from)),
             Value::Number(number) => *place = json!(number.as_i64().unwrap_or_default().wrapping_add(1)),
-            Value::String(text) => *place = format!("{text}{text}").into(),
+            Value::String(text) if text.len() < LARGEST => *place = format!("{text}{text}").into(),
             _ => {}
         },
         _ => *place = input.arbitrary::<i32>()?.into(),

@@ -4,7 +4,7 @@ use crate::FormatError;
 use serde::{Deserialize, Serialize};
 
 /// The largest width, context or vocabulary: far above any model, low enough that no product of three overflows.
-const LARGEST_SIZE: usize = 1 << 20;
+pub(crate) const LARGEST_SIZE: usize = 1 << 20;
 
 /// The architecture family; decides norms, positions, biases and sub-norms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,6 +1,6 @@
 //! [`Tokenizer`]: text to ids and back: bytes, characters, or what a Hugging Face `tokenizer.json` says.
 
-use crate::{FormatError, guard, scratch};
+use crate::{FormatError, guard, scratch, spec::LARGEST_SIZE};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fs, io::Write, path::Path};
@@ -113,6 +113,9 @@ impl Tokenizer {
         tokenizer.set_encode_special_tokens(true);
         let vocab = tokenizer.get_vocab(true);
         let vocab_size = vocab.values().max().map_or(0, |&id| id as usize + 1);
+        if vocab_size > LARGEST_SIZE {
+            return Err(format!("an id of {}, expected below {LARGEST_SIZE}", vocab_size - 1).into());
+        }
         let added = tokenizer.get_added_tokens_decoder();
         let specials: BTreeMap<String, u32> = added
             .into_iter()

@@ -440,6 +440,7 @@ fn tokenizers_that_would_panic_or_never_end_are_errors() {
             r#""continuing_subword_prefix": "abc", "merges": ["a a"]"#,
             "panicked",
         ),
+        ("an id of four billion", String::new(), r#""vocab": {"a": 4294967295}, "merges": []"#, "4294967295"),
     ] {
         let error = tokenizer(&part, model).expect_err(name);
         assert!(
