@@ -30,7 +30,7 @@ impl Arena {
     fn grow(&mut self, bytes: usize) {
         // Room to begin at a huge page wherever the system puts the map.
         let mut map = MmapMut::map_anon(bytes.next_multiple_of(HUGE) + HUGE).expect("memory for the weights");
-        #[cfg(target_os = "linux")]
+        #[cfg(all(target_os = "linux", not(miri)))] // which knows no advice
         // Only advice: where it is refused, 4 KiB pages serve, slower.
         let _ = map.advise(memmap2::Advice::HugePage);
         let start = map.as_mut_ptr() as usize;

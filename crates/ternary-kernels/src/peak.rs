@@ -98,6 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore)] // it measures the CPU
     fn peaks_are_positive() {
         for isa in Isa::available() {
             assert!(integer_operations(isa) > 0.0);
