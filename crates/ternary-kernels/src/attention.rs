@@ -320,6 +320,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore)] // nothing here is unsafe, and it takes very long
     fn attention_is_that_of_float64_and_the_same_bits_alone_or_among_others() {
         for width in [2, 14, 16, 64, 72, 100] {
             let positions = 83;
