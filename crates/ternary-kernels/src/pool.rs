@@ -14,7 +14,8 @@ use std::{
 };
 
 /// Rounds of waiting with the CPU busy, some 20 to 60 microseconds: longer than the caller's work between two runs.
-const SPINS: usize = 2_000;
+/// Miri is a thousand times as slow.
+const SPINS: usize = if cfg!(miri) { 20 } else { 2_000 };
 
 /// Threads that wait for work; the caller is one of them.
 ///
@@ -287,7 +288,7 @@ mod tests {
         for threads in [1, 2, 5] {
             let pool = Pool::new(threads);
             for tasks in [0, 1, 2, 3, 100] {
-                for _ in 0..50 {
+                for _ in 0..if cfg!(miri) { 5 } else { 50 } {
                     let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
                     pool.run(tasks, |index, thread| {
                         assert!(thread < threads);
