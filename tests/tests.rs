@@ -1,5 +1,6 @@
 mod backends;
 mod claims;
+mod distill;
 mod experiments;
 mod gradients;
 mod hostile;

@@ -36,6 +36,9 @@ pub enum TrainError {
     /// No model file of this model, or a model file that cannot be read or written.
     #[error(transparent)]
     Model(#[from] crate::ExportError),
+    /// A model file that is no model, as that of a teacher.
+    #[error(transparent)]
+    Import(#[from] crate::ImportError),
     /// The loss left the finite numbers, or its usual range, once too often.
     #[error(
         "diverged at step {step} after {rollbacks} rollbacks; {}",
@@ -58,7 +61,7 @@ impl TrainError {
             Self::Experiment { .. } | Self::NotEmpty { .. } | Self::Exists { .. } => 2,
             Self::Data(_) => 3,
             Self::Model(error) if error.is_io() => 5,
-            Self::Model(_) => 3,
+            Self::Model(_) | Self::Import(_) => 3,
             Self::Device(_) | Self::MemoryTooSmall { .. } => 4,
             Self::Read { .. } | Self::Write { .. } | Self::Checkpoint(_) => 5,
             Self::Diverged { .. } => 6,

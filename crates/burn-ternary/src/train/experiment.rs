@@ -9,7 +9,7 @@ use crate::{
     data::DataConfig,
     nn::{DuckConfig, InvalidValue, require},
     quant::{Estimator, Granularity, QuantConfig, ScaleRule},
-    train::{TrainError, optim::OptimConfig, schedule::ScheduleConfig},
+    train::{TrainError, distill::DistillConfig, optim::OptimConfig, schedule::ScheduleConfig},
 };
 use serde::{Deserialize, Serialize};
 use toml::Value;
@@ -21,6 +21,7 @@ pub struct Experiment {
     pub data: DataConfig,
     pub model: DuckConfig,
     pub quant: QuantConfig,
+    pub distill: DistillConfig,
     pub optim: OptimConfig,
     pub schedule: ScheduleConfig,
     pub run: RunConfig,
@@ -149,6 +150,7 @@ impl Experiment {
         check_data(&self.data)?;
         self.model.validate().map_err(|e| InvalidValue { key: format!("model.{}", e.key), ..e })?;
         check_quant(&self.quant, &self.model)?;
+        check_distill(&self.distill)?;
         check_optim(&self.optim)?;
         check_schedule(&self.schedule)?;
         check_run(&self.run, self.model.context)
@@ -260,6 +262,11 @@ fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidVal
     )?;
     not_negative("quant.quantization_penalty", quant.quantization_penalty)?;
     not_negative("quant.scale_penalty", quant.scale_penalty)
+}
+
+fn check_distill(distill: &DistillConfig) -> Result<(), InvalidValue> {
+    fraction("distill.weight", distill.weight)?;
+    positive("distill.temperature", distill.temperature)
 }
 
 fn check_optim(optim: &OptimConfig) -> Result<(), InvalidValue> {

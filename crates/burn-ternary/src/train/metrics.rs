@@ -35,6 +35,9 @@ pub struct StepReport {
     /// Mean squared log partition function.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub z_loss: Option<f64>,
+    /// Divergence from the teacher, in nats a token.
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
+    pub divergence: Option<f64>,
     /// Cross entropy in bits a byte of text, which does not depend on the tokenizer.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,

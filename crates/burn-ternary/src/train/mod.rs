@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod codes;
 pub mod command;
+pub mod distill;
 mod error;
 pub mod experiment;
 pub mod loss;

@@ -2,6 +2,7 @@
 
 use super::checkpoint::{Checkpoints, Loaded, sha256};
 use super::codes::CodeTracker;
+use super::distill::Teacher;
 use super::metrics;
 use super::plot;
 use super::progress::PlainRenderer;
@@ -62,6 +63,7 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     resolve(&mut experiment, options, &data)?;
     let experiment_sha256 = sha256(experiment.to_toml().as_bytes());
     preflight(&experiment, &device, options)?;
+    let teacher = Teacher::load(&experiment.distill, &data.tokenizer, &experiment.model, &device)?;
 
     let checkpoints = Checkpoints::open(run_dir.join("checkpoints"), experiment.run.keep_checkpoints)?;
     let loaded = match options.resume {
@@ -74,7 +76,7 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     let model = experiment.model.init(&experiment.quant, experiment.run.seed, &autodiff);
     let codes = CodeTracker::new(&model.valid());
     let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
-    let plan = TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default() };
+    let plan = TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default(), teacher };
     let (learner, state) = match loaded {
         None => (plan.learner(model, 0), TrainState { seed: experiment.run.seed, ..TrainState::default() }),
         Some(loaded) => plan.resume(model, loaded)?,

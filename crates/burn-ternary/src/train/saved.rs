@@ -34,7 +34,8 @@ impl SavedRun {
             message: "expected a checkpoint, found none yet".into(),
         })?;
         let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
-        let plan = TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default() };
+        let plan =
+            TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default(), teacher: None };
         let lambda = plan.schedule.lambda(loaded.state.step.saturating_sub(1));
         let model = experiment.model.init(&experiment.quant, experiment.run.seed, &device.clone().autodiff());
         let (learner, _) = plan.resume(model, loaded)?;

@@ -1,6 +1,7 @@
 //! One optimizer step: forward, backward, guard, clip, update.
 
 use super::checkpoint::Loaded;
+use super::distill::Teacher;
 use super::loss::language_model_loss;
 use super::metrics::{LmItem, StepReport};
 use super::optim::{OptimConfig, accumulate, clip_global_norm};
@@ -29,6 +30,8 @@ pub struct LanguageModel {
     #[module(skip)]
     objective: Objective,
     #[module(skip)]
+    teacher: Option<Arc<Teacher>>,
+    #[module(skip)]
     probe: OptimizerProbe,
 }
 
@@ -55,11 +58,17 @@ enum ProbeState {
 
 impl LanguageModel {
     /// Total loss (with a gradient) and what is reported of it.
-    fn loss(&self, batch: LmBatch) -> (Tensor<1>, StepReport) {
+    fn loss(&self, batch: LmBatch, teacher: Option<&Teacher>) -> (Tensor<1>, StepReport) {
         let tokens = batch.tokens;
-        let logits = self.model.forward(batch.inputs);
+        let logits = self.model.forward(batch.inputs.clone());
+        let divergence = teacher
+            .map(|teacher| teacher.divergence(batch.inputs, logits.clone(), batch.mask.clone(), tokens));
         let loss = language_model_loss(logits, batch.targets, batch.mask, tokens);
         let mut total = loss.cross_entropy.clone();
+        if let (Some(teacher), Some(divergence)) = (teacher, &divergence) {
+            let weight = teacher.weight();
+            total = total.mul_scalar(1.0 - weight) + divergence.clone().mul_scalar(weight);
+        }
         if self.objective.z_loss > 0.0 {
             total = total + loss.z.clone().mul_scalar(self.objective.z_loss);
         }
@@ -67,12 +76,15 @@ impl LanguageModel {
             total = total + penalty;
         }
         // One read for all numbers: a read waits for the device.
-        let read = Tensor::cat(vec![loss.cross_entropy.detach(), loss.z.detach(), loss.correct.detach()], 0);
+        let mut read = vec![loss.cross_entropy, loss.z, loss.correct];
+        read.extend(divergence);
+        let read = Tensor::cat(read.into_iter().map(Tensor::detach).collect(), 0);
         let read: Vec<f64> = read.into_data().iter::<f64>().collect();
         let report = StepReport {
             tokens,
             loss: read[0],
             z_loss: Some(read[1]),
+            divergence: read.get(3).copied(),
             accuracy: read[2] / tokens.max(1) as f64,
             ..StepReport::default()
         };
@@ -113,7 +125,7 @@ impl TrainStep for LanguageModel {
 
     fn step(&self, batch: LmBatch) -> TrainOutput<LmItem> {
         let weight = batch.weight;
-        let (loss, report) = self.loss(batch);
+        let (loss, report) = self.loss(batch, self.teacher.as_deref());
         TrainOutput::new(self, loss.mul_scalar(weight).backward(), LmItem(report))
     }
 
@@ -139,7 +151,7 @@ impl InferenceStep for LanguageModel {
     type Output = LmItem;
 
     fn step(&self, batch: LmBatch) -> LmItem {
-        LmItem(self.loss(batch).1)
+        LmItem(self.loss(batch, None).1)
     }
 }
 
@@ -189,6 +201,7 @@ impl QuantizationTrainer {
             optim: optim.clone(),
             schedule: Schedule::new(schedule, steps),
             decay: Dial::default(),
+            teacher: None,
         };
         let learner = plan.learner(model, 0);
         Self::from_learner(
@@ -244,6 +257,9 @@ impl QuantizationTrainer {
             report.loss += part.loss * weight;
             report.z_loss = Some(report.z_loss.unwrap_or(0.0) + part.z_loss.unwrap_or(0.0) * weight);
             report.accuracy += part.accuracy * weight;
+            if let Some(divergence) = part.divergence {
+                report.divergence = Some(report.divergence.unwrap_or(0.0) + divergence * weight);
+            }
             grads = Some(accumulate(grads, output.grads, &model));
         }
         let grads = grads.expect("a step has at least one batch");
@@ -335,6 +351,7 @@ pub(super) struct TrainPlan {
     pub optim: OptimConfig,
     pub schedule: Schedule,
     pub decay: Dial,
+    pub teacher: Option<Teacher>,
 }
 
 impl TrainPlan {
@@ -354,8 +371,9 @@ impl TrainPlan {
             quantization_penalty: quant.quantization_penalty,
             scale_penalty: quant.scale_penalty,
         };
+        let teacher = self.teacher.clone().map(Arc::new);
         Learner::new(
-            LanguageModel { model, objective, probe: OptimizerProbe::default() },
+            LanguageModel { model, objective, teacher, probe: OptimizerProbe::default() },
             optimizer,
             scheduler,
         )

@@ -9,14 +9,21 @@ import numpy as np
 MOST_KL = 5e-3  # nats a token
 LEAST_EQUAL_GREEDY = 0.9
 GREEDY_TOKENS = 64
+# What tokenizers get wrong.
+ODD = ["", " ", "  two  spaces ", "naïve café", "日本語のテキスト", "a\tb\nc", "🦆 quack!", "don't 1234567"]
 
 
 def texts(count=200):
-    """Lines of real text from ../shared, else made up; with odd characters among them."""
+    """Passages of the file that $TEXTS names (a model is surest of what it was trained on), or lines of real text from
+    ../shared, else made up; with odd characters among them."""
     here = os.path.dirname(os.path.abspath(__file__))
     shared = os.path.join(here, "../../../../../shared/data/text")
-    odd = ["", " ", "  two  spaces ", "naïve café", "日本語のテキスト", "a\tb\nc", "🦆 quack!", "don't 1234567"]
-    lines = list(odd)
+    lines = list(ODD)
+    if "TEXTS" in os.environ:
+        with open(os.environ["TEXTS"], encoding="utf-8") as file:
+            text = file.read()
+        lines += [text[start:start + 400] for start in range(0, len(text) - 400, 50)]
+        shared = "-"
     for path in sorted(glob.glob(os.path.join(shared, "*/valid*")) + glob.glob(os.path.join(shared, "*/valid/*"))):
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
@@ -24,8 +31,8 @@ def texts(count=200):
     if len(lines) < count:
         print("skipped: ../shared/data/text: not there, texts are made up")
         lines += [f"Text number {i} of {i * i}, once upon a time." for i in range(count)]
-    step = max(1, (len(lines) - len(odd)) // (count - len(odd)))
-    return odd + lines[len(odd)::step][:count - len(odd)]
+    step = max(1, (len(lines) - len(ODD)) // (count - len(ODD)))
+    return ODD + lines[len(ODD)::step][:count - len(ODD)]
 
 
 def log_softmax(logits):

@@ -60,7 +60,7 @@ def prompts(folder, model, count):
         generator = np.random.default_rng(0)
         return [generator.integers(0, model.config.vocab_size, longest).tolist() for _ in range(count)]
     tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-    ids = [tokenizer.encode(text).ids[:longest] for text in compare.texts()]
+    ids = [tokenizer.encode(text).ids[:longest] for text in compare.texts()[len(compare.ODD):]]
     return [found for found in ids if len(found) > 4][:count]
 
 
