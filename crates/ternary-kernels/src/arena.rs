@@ -2,7 +2,7 @@
 
 use crate::simd::{LANES, Line};
 use half::f16;
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapRaw};
 use std::{ptr::NonNull, sync::Arc};
 
 const HUGE: usize = 2 << 20;
@@ -12,7 +12,7 @@ const LINE: usize = 64;
 /// a token reads one stream.
 #[derive(Debug)]
 pub struct Arena {
-    map: Option<Arc<MmapMut>>,
+    map: Option<Arc<MmapRaw>>,
     next: usize,
     end: usize,
 }
@@ -29,7 +29,9 @@ impl Arena {
 
     fn grow(&mut self, bytes: usize) {
         // Room to begin at a huge page wherever the system puts the map.
-        let mut map = MmapMut::map_anon(bytes.next_multiple_of(HUGE) + HUGE).expect("memory for the weights");
+        let map = MmapMut::map_anon(bytes.next_multiple_of(HUGE) + HUGE).expect("memory for the weights");
+        // Raw: a reference to the whole would take the blocks from their owners.
+        let map = MmapRaw::from(map);
         #[cfg(all(target_os = "linux", not(miri)))] // which knows no advice
         // Only advice: where it is refused, 4 KiB pages serve, slower.
         let _ = map.advise(memmap2::Advice::HugePage);
@@ -52,10 +54,10 @@ impl Arena {
             self.grow(size);
         }
         let map = self.map.clone().expect("the arena has grown");
-        let offset = self.next - map.as_ptr() as usize;
+        let offset = self.next - map.as_mut_ptr() as usize;
         self.next += size;
         // SAFETY: `offset + size` lies within the map, as checked above.
-        let start = unsafe { NonNull::new_unchecked(map.as_ptr().cast_mut().add(offset).cast()) };
+        let start = unsafe { NonNull::new_unchecked(map.as_mut_ptr().add(offset).cast()) };
         Block { start, len, _map: map }
     }
 }
@@ -78,7 +80,7 @@ unsafe impl Plain for [f32; LANES] {}
 pub(crate) struct Block<T> {
     start: NonNull<T>,
     len: usize,
-    _map: Arc<MmapMut>,
+    _map: Arc<MmapRaw>,
 }
 
 // SAFETY: a block owns its part of the map, as a Vec owns its heap memory.
