@@ -75,7 +75,8 @@ fn repeats(regex: &str) -> usize {
 
 /// What `call` gives, or why it failed or panicked.
 ///
-/// The crate panics on some files: a prefix that is longer than the token of a merge, a damaged character map. Which these are shows only when they are run.
+/// The crate panics on some files: a prefix that is longer than the token of a merge, a damaged character map. Which
+/// these are shows only when they are run.
 pub(crate) fn run<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     // What it leaves half done is memory-safe, and used no more or as it was.
     match panic::catch_unwind(AssertUnwindSafe(call)) {
