@@ -8,7 +8,7 @@ use burn_ternary::{
     ExportError, ImportError, export_for_inference,
     nn::{Activation, DuckConfig, DuckQuantized, Family},
     quant::{ActivationPrecision, Granularity, QuantConfig, ScaleRule, TablePrecision},
-    train::{SavedRun, TrainCommand, packed_model, report::RunResult},
+    train::{Experiment, SavedRun, TrainCommand, packed_model, report::RunResult, train_duck_quantized},
 };
 use clap::Parser;
 use half::f16;
@@ -320,21 +320,47 @@ fn a_gguf_file_keeps_codes_scales_and_tables() {
     }
 }
 
-/// Logits of `ids` in the training forward and in the engine, `[ids, vocab]`.
-fn both(model: &DuckQuantized, packed: PackedModel, activations: ActivationMode) -> [Vec<f32>; 2] {
-    let vocab = model.config().vocab_size as i64;
-    let ids: Vec<i64> = (0..11).map(|i| i * i % vocab).collect();
-    let input = Tensor::<2, Int>::from_data(TensorData::new(ids.clone(), [1, 11]), &device());
-    let ids: Vec<u32> = ids.into_iter().map(|id| id as u32).collect();
-    let engine = Engine::from_model(packed, EngineOptions { threads: 1, activations, ..Default::default() });
-    [floats(model.forward(input)), engine.unwrap().logits(&ids).unwrap()]
+/// Ids of no text.
+fn some_ids(model: &DuckQuantized) -> Vec<u32> {
+    (0..11).map(|i| i * i % model.config().vocab_size as u32).collect()
+}
+
+/// Logits of the training forward, `[ids, vocab]`.
+fn training(model: &DuckQuantized, ids: &[u32]) -> Vec<f32> {
+    let ids: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();
+    let shape = [1, ids.len()];
+    floats(model.forward(Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &device())))
+}
+
+/// Logits of the engine, `[ids, vocab]`.
+fn engine(packed: &PackedModel, activations: ActivationMode, ids: &[u32]) -> Vec<f32> {
+    let options = EngineOptions { threads: 1, activations, ..Default::default() };
+    Engine::from_model(packed.clone(), options).unwrap().logits(ids).unwrap()
+}
+
+/// KL divergence in nats a token, and the share of tokens whose likeliest successor is the same.
+fn divergence(expected: &[f32], found: &[f32], vocab: usize) -> (f64, f64) {
+    let (mut nats, mut equal) = (0.0, 0.0);
+    for (p, q) in expected.chunks(vocab).zip(found.chunks(vocab)) {
+        let likeliest = [p, q].map(|logits| (0..vocab).max_by(|a, b| logits[*a].total_cmp(&logits[*b])));
+        equal += f64::from(u8::from(likeliest[0] == likeliest[1]));
+        let [p, q] = [p, q].map(|logits| {
+            let max = logits.iter().fold(f64::MIN, |max, x| max.max(f64::from(*x)));
+            let sum: f64 = logits.iter().map(|x| (f64::from(*x) - max).exp()).sum();
+            logits.iter().map(|x| f64::from(*x) - max - sum.ln()).collect::<Vec<_>>()
+        });
+        nats += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+    }
+    let tokens = (expected.len() / vocab) as f64;
+    (nats / tokens, equal / tokens)
 }
 
 #[test]
 fn the_engine_has_the_logits_of_the_training_forward() {
     for (name, model) in models() {
         let packed = export_for_inference(&model, None, "duck").unwrap();
-        let [expected, found] = both(&model, packed, ActivationMode::F32);
+        let ids = some_ids(&model);
+        let (expected, found) = (training(&model, &ids), engine(&packed, ActivationMode::F32, &ids));
         let spread = expected.iter().fold(0f32, |max, logit| max.max(logit.abs()));
         for (found, expected) in found.iter().zip(&expected) {
             assert!((found - expected).abs() <= 1e-4 * spread, "{name}: {found} for {expected} of {spread}");
@@ -353,20 +379,46 @@ fn the_int8_engine_is_close_to_a_model_trained_with_int8_activations() {
         };
         let model = trained(&shape(family), &quant, 5);
         let packed = export_for_inference(&model, None, "duck").unwrap();
-        let [expected, found] = both(&model, packed, ActivationMode::Int8);
-        let vocab = model.config().vocab_size;
-        let divergence = expected.chunks(vocab).zip(found.chunks(vocab)).map(|(p, q)| {
-            let [p, q] = [p, q].map(|logits| {
-                let max = logits.iter().fold(f64::MIN, |max, x| max.max(f64::from(*x)));
-                let sum: f64 = logits.iter().map(|x| (f64::from(*x) - max).exp()).sum();
-                logits.iter().map(|x| f64::from(*x) - max - sum.ln()).collect::<Vec<_>>()
-            });
-            p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>()
-        });
-        let mean = divergence.sum::<f64>() / (expected.len() / vocab) as f64;
-        println!("{family:?} {granularity:?}: {mean:.1e} nats a token");
-        assert!(mean < 1e-3, "{family:?} {granularity:?}: {mean}");
+        let ids = some_ids(&model);
+        let (expected, found) = (training(&model, &ids), engine(&packed, ActivationMode::Int8, &ids));
+        let (nats, _) = divergence(&expected, &found, model.config().vocab_size);
+        println!("{family:?} {granularity:?}: {nats:.1e} nats a token");
+        assert!(nats < 1e-3, "{family:?} {granularity:?}: {nats}");
     }
+}
+
+#[test]
+fn on_text_the_int8_engine_says_what_a_trained_model_says() {
+    let out = tempfile::tempdir().unwrap();
+    let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
+    let out = format!("run.out_dir={}", out.path().display());
+    for assignment in [
+        &*out,
+        "run.device=flex",
+        "run.steps=120",
+        "run.eval_windows=1",
+        "run.sample_tokens=0",
+        "data.tokenizer=byte",
+        "model.d_model=64",
+        "model.d_ff=128",
+        "quant.activations=int8",
+    ] {
+        experiment.set(assignment).unwrap();
+    }
+    train_duck_quantized(&experiment).unwrap();
+    let saved = SavedRun::open(&experiment.run_dir(), &device()).unwrap();
+    let packed = saved.export().unwrap();
+    let text = std::fs::read_to_string("crates/burn-ternary/data/pond_stories.txt").unwrap();
+    let ids = saved.tokenizer.encode(&text[..4096]).unwrap();
+    let vocab = saved.model.config().vocab_size;
+    let logits = |f: &dyn Fn(&[u32]) -> Vec<f32>| ids.chunks(128).flat_map(f).collect::<Vec<_>>();
+    let int8 = logits(&|ids| engine(&packed, ActivationMode::Int8, ids));
+    let (nats, equal) = divergence(&logits(&|ids| training(&saved.model, ids)), &int8, vocab);
+    println!("to the training forward: {nats:.1e} nats a token, likeliest equal {equal:.4}");
+    assert!(nats < 1e-3 && equal >= 0.99, "{nats} nats, likeliest equal {equal}");
+    let (nats, equal) = divergence(&logits(&|ids| engine(&packed, ActivationMode::F32, ids)), &int8, vocab);
+    println!("to f32 activations: {nats:.1e} nats a token, likeliest equal {equal:.4}");
+    assert!(nats < 1e-3, "{nats} nats, likeliest equal {equal}");
 }
 
 /// A short run in `out` with rows of `width`.

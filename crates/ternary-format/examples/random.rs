@@ -17,9 +17,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let tokenizer = rest.get(1).map(|path| Tokenizer::load(Path::new(path))).transpose()?;
     let tokenizer = tokenizer.unwrap_or_else(Tokenizer::byte);
+    // What bitnet is differs: in llama.cpp it has SwiGLU and a tied head, in transformers a squared ReLU.
+    let gguf = out.ends_with(".gguf");
     let (family, activation) = match family.as_str() {
         "gpt2" => (Family::Gpt2, Activation::Gelu),
         "llama" => (Family::Llama, Activation::Swiglu),
+        "bitnet" if gguf => (Family::Bitnet, Activation::Swiglu),
         "bitnet" => (Family::Bitnet, Activation::SquaredRelu),
         other => return Err(format!("{other}: expected gpt2, llama or bitnet").into()),
     };
@@ -33,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         n_kv_heads: if family == Family::Gpt2 { 8 } else { 2 },
         d_ff: 512,
         activation,
-        tied: family != Family::Bitnet,
+        tied: gguf || family != Family::Bitnet,
         norm_eps: 1e-5,
         rope_theta: 10_000.0,
     };
