@@ -8,7 +8,7 @@
 use crate::{
     Isa,
     elementwise::{Softmax, load, store as store_floats},
-    input::quantize,
+    input::{ABSMAX_MIN, quantize},
     simd::{Kernel, LANES, Simd},
 };
 use half::f16;
@@ -93,7 +93,7 @@ impl<F: FnMut(usize, Line<i8>)> Kernel for Quantize<'_, F> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
-        quantize(s, self.x, self.put)
+        quantize(s, self.x, None, ABSMAX_MIN, self.put)
     }
 }
 

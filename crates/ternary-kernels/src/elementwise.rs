@@ -63,7 +63,7 @@ pub(crate) fn load<S: Simd>(s: S, values: &[f32]) -> S::Float {
 }
 
 #[inline(always)]
-fn load_padded<S: Simd>(s: S, values: &[f32], padding: f32) -> S::Float {
+pub(crate) fn load_padded<S: Simd>(s: S, values: &[f32], padding: f32) -> S::Float {
     match values.as_array::<LANES>() {
         Some(values) => s.load_f32(values),
         None => {
@@ -88,7 +88,7 @@ pub(crate) fn store<S: Simd>(s: S, a: S::Float, values: &mut [f32]) {
 /// # Source
 /// Cephes, `expf`.
 #[inline(always)]
-fn exp<S: Simd>(s: S, x: S::Float) -> S::Float {
+pub(crate) fn exp<S: Simd>(s: S, x: S::Float) -> S::Float {
     let c = |value: f32| s.splat_f32(value);
     let negative = s.sub_f32(c(0.0), x);
     let x = s.max_f32(s.sub_f32(c(0.0), s.max_f32(negative, c(-88.0))), c(-87.0));
@@ -102,6 +102,12 @@ fn exp<S: Simd>(s: S, x: S::Float) -> S::Float {
     }
     let mantissa = s.add_f32(s.fma(s.mul_f32(r, r), poly, r), c(1.0));
     s.mul_f32(mantissa, s.bits_to_float(s.shl::<23>(s.add(n, s.splat(127)))))
+}
+
+/// `1 / (1 + exp(-x))`
+#[inline(always)]
+pub(crate) fn sigmoid<S: Simd>(s: S, x: S::Float) -> S::Float {
+    times_sigmoid(s, s.splat_f32(1.0), x)
 }
 
 /// `x / (1 + exp(-y))`

@@ -11,7 +11,7 @@ use crate::{
 pub(crate) const BLOCK: usize = LANES;
 
 /// Smallest absolute maximum of a token; keeps a token of zeros from dividing by zero.
-const ABSMAX_MIN: f32 = 1e-5;
+pub(crate) const ABSMAX_MIN: f32 = 1e-5;
 
 /// Values above which threads share the quantizing.
 const SHARED: usize = 1 << 14;
@@ -33,6 +33,7 @@ pub struct Quantized {
 pub struct Input<'a> {
     pub(crate) floats: &'a [f32],
     pub(crate) cols: usize,
+    tokens: usize,
     pub(crate) int8: Option<&'a Quantized>,
 }
 
@@ -43,7 +44,12 @@ impl<'a> Input<'a> {
     /// When `values` is not a whole number of tokens.
     pub fn exact(values: &'a [f32], cols: usize) -> Self {
         assert!(values.len().is_multiple_of(cols), "{} values are no whole rows of {cols}", values.len());
-        Self { floats: values, cols, int8: None }
+        Self { floats: values, cols, tokens: values.len() / cols, int8: None }
+    }
+
+    /// Activations that are int8 already; matrices of floats cannot be multiplied with them.
+    pub(crate) fn codes(codes: &'a Quantized, cols: usize) -> Self {
+        Self { floats: &[], cols, tokens: codes.scales.len(), int8: Some(codes) }
     }
 
     /// Quantizes each token, as training does: `scale = max(absmax, 1e-5) / 127`,
@@ -53,22 +59,36 @@ impl<'a> Input<'a> {
     /// When `values` is not a whole number of tokens.
     pub fn int8(pool: &Pool, values: &'a [f32], cols: usize, buffer: &'a mut Quantized) -> Self {
         let input = Self::exact(values, cols);
-        buffer.quantize(pool, values, cols);
+        buffer.quantize(pool, values, cols, None, ABSMAX_MIN);
         Self { int8: Some(buffer), ..input }
     }
 
     pub fn tokens(&self) -> usize {
-        self.floats.len() / self.cols
+        self.tokens
     }
 }
 
 impl Quantized {
-    fn quantize(&mut self, pool: &Pool, values: &[f32], cols: usize) {
-        let (tokens, blocks) = (values.len() / cols, cols.div_ceil(BLOCK));
-        self.blocks = blocks;
-        self.codes.resize(tokens * blocks, [0; BLOCK]);
+    /// Room for so many tokens.
+    pub(crate) fn resize(&mut self, tokens: usize, cols: usize) {
+        self.blocks = cols.div_ceil(BLOCK);
+        self.codes.resize(tokens * self.blocks, [0; BLOCK]);
         self.scales.resize(tokens, 0.0);
-        self.sums.resize(tokens * (blocks + 1), 0);
+        self.sums.resize(tokens * (self.blocks + 1), 0);
+    }
+
+    /// Quantizes each token, times `factors` where there are any, as one whose absmax is at least `least`.
+    pub(crate) fn quantize(
+        &mut self,
+        pool: &Pool,
+        values: &[f32],
+        cols: usize,
+        factors: Option<&[f32]>,
+        least: f32,
+    ) {
+        assert!(factors.is_none_or(|factors| factors.len() == cols), "a factor for each of {cols} columns");
+        let (tokens, blocks) = (values.len() / cols, cols.div_ceil(BLOCK));
+        self.resize(tokens, cols);
         let codes = Disjoint::new(&mut self.codes);
         let scales = Disjoint::new(&mut self.scales);
         let sums = Disjoint::new(&mut self.sums);
@@ -82,7 +102,8 @@ impl Quantized {
                     sums.slice(token * (blocks + 1), blocks + 1),
                 )
             };
-            scale[0] = isa.run(Quantize { values: &values[token * cols..][..cols], codes, sums });
+            let values = &values[token * cols..][..cols];
+            scale[0] = isa.run(Quantize { values, factors, least, codes, sums });
         };
         if values.len() > SHARED {
             pool.run(tokens, token);
@@ -95,6 +116,8 @@ impl Quantized {
 /// Quantizes one token; the result is its scale.
 struct Quantize<'a> {
     values: &'a [f32],
+    factors: Option<&'a [f32]>,
+    least: f32,
     codes: &'a mut [[i8; BLOCK]],
     sums: &'a mut [i32],
 }
@@ -106,7 +129,7 @@ impl Kernel for Quantize<'_> {
     fn run<S: Simd>(self, s: S) -> f32 {
         let mut sum = 0;
         self.sums[0] = 0;
-        quantize(s, self.values, |block, codes| {
+        quantize(s, self.values, self.factors, self.least, |block, codes| {
             self.codes[block] = codes;
             sum += codes.iter().map(|code| i32::from(*code)).sum::<i32>();
             self.sums[block + 1] = sum;
@@ -116,10 +139,16 @@ impl Kernel for Quantize<'_> {
 
 /// Gives the codes of each block in turn, zeros beyond the values; the result is their scale.
 #[inline(always)]
-pub(crate) fn quantize<S: Simd>(s: S, values: &[f32], mut put: impl FnMut(usize, [i8; BLOCK])) -> f32 {
-    let mut absmax = s.splat_f32(ABSMAX_MIN);
-    for block in values.chunks(BLOCK) {
-        let x = load(s, block);
+pub(crate) fn quantize<S: Simd>(
+    s: S,
+    values: &[f32],
+    factors: Option<&[f32]>,
+    least: f32,
+    mut put: impl FnMut(usize, [i8; BLOCK]),
+) -> f32 {
+    let mut absmax = s.splat_f32(least);
+    for (index, block) in values.chunks(BLOCK).enumerate() {
+        let x = scaled(s, block, factors, index);
         // In this order a NaN is passed over.
         absmax = s.max_f32(s.max_f32(x, s.sub_f32(s.splat_f32(0.0), x)), absmax);
     }
@@ -127,8 +156,18 @@ pub(crate) fn quantize<S: Simd>(s: S, values: &[f32], mut put: impl FnMut(usize,
     let divisor = s.splat_f32(scale);
     for (index, block) in values.chunks(BLOCK).enumerate() {
         let mut codes = [0; BLOCK];
-        s.store_i8(s.to_int(s.div_f32(load(s, block), divisor)), &mut codes);
+        s.store_i8(s.to_int(s.div_f32(scaled(s, block, factors, index), divisor)), &mut codes);
         put(index, codes);
     }
     scale
+}
+
+/// A block times its factors.
+#[inline(always)]
+fn scaled<S: Simd>(s: S, block: &[f32], factors: Option<&[f32]>, index: usize) -> S::Float {
+    let x = load(s, block);
+    match factors {
+        Some(factors) => s.mul_f32(x, load(s, &factors[index * BLOCK..][..block.len()])),
+        None => x,
+    }
 }

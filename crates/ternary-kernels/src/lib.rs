@@ -20,6 +20,7 @@
 mod arena;
 pub mod attention;
 mod byte;
+mod code;
 mod elementwise;
 mod float;
 mod input;
@@ -34,6 +35,7 @@ mod six_bit;
 mod ternary;
 #[cfg(test)]
 mod tests;
+pub mod training;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
@@ -42,6 +44,7 @@ mod x86_64;
 
 pub use arena::Arena;
 pub use byte::ByteMatrix;
+pub use code::{CodeMatrix, Order};
 pub use float::FloatMatrix;
 pub use input::{Input, Quantized};
 pub use isa::Isa;

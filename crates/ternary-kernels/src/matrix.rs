@@ -7,6 +7,7 @@
 use crate::{
     Input, Quantized,
     byte::ByteMatrix,
+    code::CodeMatrix,
     float::FloatMatrix,
     simd::{LANES, Simd},
     six_bit::SixBitMatrix,
@@ -21,6 +22,7 @@ pub enum Matrix {
     Ternary(TernaryMatrix),
     SixBit(SixBitMatrix),
     Byte(ByteMatrix),
+    Code(CodeMatrix),
     Float(FloatMatrix),
 }
 
@@ -31,6 +33,7 @@ macro_rules! each_form {
             $crate::Matrix::Ternary($m) => $body,
             $crate::Matrix::SixBit($m) => $body,
             $crate::Matrix::Byte($m) => $body,
+            $crate::Matrix::Code($m) => $body,
             $crate::Matrix::Float($m) => $body,
         }
     };
@@ -77,6 +80,12 @@ impl From<SixBitMatrix> for Matrix {
 impl From<ByteMatrix> for Matrix {
     fn from(matrix: ByteMatrix) -> Self {
         Self::Byte(matrix)
+    }
+}
+
+impl From<CodeMatrix> for Matrix {
+    fn from(matrix: CodeMatrix) -> Self {
+        Self::Code(matrix)
     }
 }
 

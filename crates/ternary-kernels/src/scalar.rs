@@ -128,6 +128,10 @@ impl Simd for Scalar {
         from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
 
+    fn sqrt_f32(self, a: Float) -> Float {
+        a.map(f32::sqrt)
+    }
+
     fn fma(self, a: Float, b: Float, c: Float) -> Float {
         from_fn(|i| a[i].mul_add(b[i], c[i]))
     }

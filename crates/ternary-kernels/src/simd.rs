@@ -67,6 +67,7 @@ pub(crate) trait Simd: Copy {
     fn mul_f32(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn div_f32(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn max_f32(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    fn sqrt_f32(self, a: Self::Float) -> Self::Float;
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
     /// Rounds ties to even.

@@ -186,14 +186,14 @@ const fn limit<S: Simd>(planes: usize) -> usize {
 const FEW: usize = 16;
 
 /// Blocks of a panel: 1,024 columns, 16 KiB, half of the first-level cache.
-const PANEL: usize = 64;
+pub(crate) const PANEL: usize = 64;
 
 /// A block with a byte for each code + 1: a line for each plane.
-type Planes = [Line; 4];
+pub(crate) type Planes = [Line; 4];
 
 /// Sums of the products of a panel with the codes of `T` tokens.
 #[inline(always)]
-fn panel_sums<S: Simd, const T: usize>(s: S, panel: &[Planes], codes: [&[[i8; LANES]]; T]) -> [S::Int; T] {
+pub(crate) fn panel_sums<S: Simd, const T: usize>(s: S, panel: &[Planes], codes: [&[[i8; LANES]]; T]) -> [S::Int; T] {
     let mut totals = [s.splat(0); T];
     let mut start = 0;
     while start < panel.len() {

@@ -29,6 +29,7 @@ enum Kind {
     Ternary,
     SixBit,
     Byte,
+    Code { ternary: bool },
 }
 
 /// What a matrix holds: codes `[rows, cols]` and factors and scales for each 16 columns `[rows, blocks]`.
@@ -46,9 +47,10 @@ struct Weights {
 impl Weights {
     fn new(kind: Kind, rows: usize, cols: usize, group: usize, extreme: bool, random: &mut Random) -> Self {
         let (low, high) = match kind {
-            Kind::Ternary => (-1, 1),
+            Kind::Ternary | Kind::Code { ternary: true } => (-1, 1),
             Kind::SixBit => (-32, 31),
             Kind::Byte => (-128, 127),
+            Kind::Code { ternary: false } => (-127, 127),
         };
         let codes = (0..rows * cols).map(|_| match extreme {
             true => [low, high][random.next(2)] as i8,
@@ -112,6 +114,11 @@ impl Weights {
                 scales(row, s);
             })
             .into(),
+            Kind::Code { ternary } => {
+                let mut matrix = CodeMatrix::default();
+                matrix.pack(&Pool::new(2), &self.codes, Order::Rows, &self.scales, ternary);
+                matrix.into()
+            }
         }
     }
 
@@ -141,8 +148,18 @@ fn quantize(x: &[f32]) -> (Vec<i8>, f32) {
     (x.iter().map(|x| (x / scale).round_ties_even() as i8).collect(), scale)
 }
 
+/// Blocks that share a scale, of those that a kind allows.
+fn groups(kind: Kind, choice: usize) -> usize {
+    match kind {
+        Kind::SixBit => 16,
+        Kind::Code { .. } => 1000,
+        _ => [1, 2, 4, 8, 16, 1000][choice],
+    }
+}
+
 fn kinds() -> impl Strategy<Value = Kind> {
-    prop_oneof![Just(Kind::Ternary), Just(Kind::SixBit), Just(Kind::Byte)]
+    let code = |ternary| Just(Kind::Code { ternary });
+    prop_oneof![Just(Kind::Ternary), Just(Kind::SixBit), Just(Kind::Byte), code(true), code(false)]
 }
 
 proptest! {
@@ -154,7 +171,7 @@ proptest! {
         extreme: bool, loud: bool, bias: bool, add: bool, seed: u64,
     ) {
         let mut random = Random(seed);
-        let group = if let Kind::SixBit = kind { 16 } else { [1, 2, 4, 8, 16, 1000][group] };
+        let group = groups(kind, group);
         let weights = Weights::new(kind, rows, cols, group, extreme, &mut random);
         let matrix = weights.pack();
         // Loud: every activation is -127 or 127.
@@ -190,7 +207,7 @@ proptest! {
         seed: u64,
     ) {
         let mut random = Random(seed);
-        let group = if let Kind::SixBit = kind { 16 } else { [1, 2, 4, 8, 16, 1000][group] };
+        let group = groups(kind, group);
         let weights = Weights::new(kind, rows, cols, group, false, &mut random);
         let mut values = vec![0.0; cols];
         let packed = weights.pack();

@@ -255,6 +255,12 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn sqrt_f32(self, a: Float) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { a.map(|a| vsqrtq_f32(a)) }
+    }
+
+    #[inline(always)]
     fn fma(self, a: Float, b: Float, c: Float) -> Float {
         // The sum is the first operand.
         each!(vfmaq_f32(c, a, b))

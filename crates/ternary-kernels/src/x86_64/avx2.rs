@@ -235,6 +235,11 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn sqrt_f32(self, a: Float) -> Float {
+        each!(_mm256_sqrt_ps(a))
+    }
+
+    #[inline(always)]
     fn fma(self, a: Float, b: Float, c: Float) -> Float {
         each!(_mm256_fmadd_ps(a, b, c))
     }

@@ -190,6 +190,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn sqrt_f32(self, a: Float) -> Float {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_sqrt_ps(a) }
+    }
+
+    #[inline(always)]
     fn fma(self, a: Float, b: Float, c: Float) -> Float {
         // SAFETY: `self` proves the instruction.
         unsafe { _mm512_fmadd_ps(a, b, c) }
