@@ -1,14 +1,15 @@
-//! What a ternary training step costs against a float one: pairs of steps of the two, in turn, in one process.
+//! What a training step costs: a float model, its ternary twin with fake quantization, and the same in int8, in turn, in
+//! one process.
 //!
-//! `cargo run --release --example step_cost -- --preset duck --vocab 8192 --seq 128 --batch 8 --pairs 7`
+//! `cargo run --release --example step_cost -- --preset duck --vocab 8192 --seq 128 --batch 8 --rounds 5`
 
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_ternary::data::{LmBatch, LmBatcher, window::Window};
-use burn_ternary::device::{describe, device};
+use burn_ternary::device::{describe, device, peak_rss_bytes};
 use burn_ternary::nn::DuckConfig;
-use burn_ternary::quant::QuantConfig;
-use burn_ternary::train::{Experiment, QuantizationTrainer};
-use clap::Parser;
+use burn_ternary::quant::{ActivationPrecision, Products, QuantConfig};
+use burn_ternary::train::{Experiment, QuantizationTrainer, optim::MatrixOptimizer};
+use clap::{Parser, ValueEnum};
 use std::time::Instant;
 
 #[derive(Parser)]
@@ -21,56 +22,90 @@ struct Command {
     seq: usize,
     #[arg(long, default_value_t = 8)]
     batch: usize,
-    #[arg(long, default_value_t = 7)]
-    pairs: usize,
+    /// Timed steps of each variant, after one that warms up
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// What to compare with the first of them
+    #[arg(long, value_delimiter = ',', default_value = "float,ternary,int8")]
+    variants: Vec<Variant>,
+    /// Muon for the matrices, in place of AdamW
+    #[arg(long)]
+    muon: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Variant {
+    /// No quantizer
+    Float,
+    /// Fake quantized weights, float activations
+    Ternary,
+    /// Fake quantized weights and activations
+    Bitlinear,
+    /// Ternary weights and int8 activations, integer products forward and backward
+    Int8,
+}
+
+impl Variant {
+    fn quant(self) -> QuantConfig {
+        let ternary = QuantConfig::default();
+        let bitlinear = QuantConfig { activations: ActivationPrecision::Int8, ..ternary.clone() };
+        match self {
+            Self::Float => ternary.float(),
+            Self::Ternary => ternary,
+            Self::Bitlinear => bitlinear,
+            Self::Int8 => QuantConfig { compute: Products::Int8, ..bitlinear },
+        }
+    }
 }
 
 fn main() {
     let command = Command::parse();
-    let Command { vocab, seq, batch, pairs, .. } = command;
+    let Command { vocab, seq, batch, rounds, .. } = command;
     let device = device("flex").expect("flex is compiled in");
     let model = DuckConfig::preset(&command.preset).expect("a preset");
     let model = DuckConfig { vocab_size: vocab, context: seq, dropout: 0.0, ..model };
-    let mut optim = Experiment::load("experiments/10-shakespeare-float.toml").expect("the experiment loads");
-    optim.optim.lr = 1e-4;
+    let mut experiment = Experiment::load("experiments/10-shakespeare-float.toml").expect("it loads");
+    experiment.optim.lr = 1e-4;
+    experiment.optim.matrices = if command.muon { MatrixOptimizer::Muon } else { MatrixOptimizer::Adamw };
     let autodiff = device.clone().autodiff();
-    let trainer = |quant: QuantConfig| {
-        QuantizationTrainer::new(model.init(&quant, 1, &autodiff), &optim.optim, &optim.schedule, 1000, 1)
+    let trainer = |variant: &Variant| {
+        let model = model.init(&variant.quant(), 1, &autodiff);
+        QuantizationTrainer::new(model, &experiment.optim, &experiment.schedule, 1000, 1)
     };
-    let mut twins = [trainer(QuantConfig::default().float()), trainer(QuantConfig::default())];
-    let (mut times, mut ratios) = ([Vec::new(), Vec::new()], Vec::new());
-    for pair in 0..=pairs {
-        let seconds = [0, 1].map(|twin| {
-            let batch = random_batch(vocab, seq, batch, pair, &autodiff);
+    let mut trainers: Vec<_> = command.variants.iter().map(trainer).collect();
+    let mut times = vec![Vec::new(); trainers.len()];
+    for round in 0..=rounds {
+        for (trainer, times) in trainers.iter_mut().zip(&mut times) {
+            let batch = random_batch(vocab, seq, batch, round, &autodiff);
             let began = Instant::now();
-            twins[twin].train_step(vec![batch]);
-            began.elapsed().as_secs_f64()
-        });
-        // The first pair warms caches, allocator and threads.
-        if pair > 0 {
-            for (times, seconds) in times.iter_mut().zip(seconds) {
-                times.push(seconds);
+            trainer.train_step(vec![batch]);
+            // The first round warms caches, allocator and threads.
+            if round > 0 {
+                times.push(began.elapsed().as_secs_f64());
             }
-            ratios.push(seconds[1] / seconds[0]);
         }
     }
     let tokens = (seq * batch) as f64;
-    let [float, ternary] = times.map(median);
     let peak = matrix_peak(&device);
-    let flops = 6.0 * model.num_params() as f64 * tokens;
-    println!(
-        "{{\"preset\": \"{}\", \"device\": \"{}\", \"threads\": {}, \"tokens_a_step\": {tokens}, \
-         \"float_tokens_per_s\": {:.1}, \"ternary_tokens_per_s\": {:.1}, \"median_ratio\": {:.3}, \
-         \"ratios\": {ratios:.3?}, \"float_gflops\": {:.1}, \"matrix_peak_gflops\": {:.1}}}",
-        command.preset,
-        describe(&device),
-        rayon::current_num_threads(),
-        tokens / float,
-        tokens / ternary,
-        median(ratios.clone()),
-        flops / float / 1e9,
-        peak / 1e9,
-    );
+    // Six operations a token and weight; learned positions are looked up, not multiplied.
+    let flops = 6.0 * (model.num_params() - seq * model.d_model) as f64 * tokens;
+    for (variant, seconds) in command.variants.iter().zip(&times) {
+        let ratios = seconds.iter().zip(&times[0]).map(|(seconds, first)| first / seconds).collect();
+        let seconds = median(seconds.clone());
+        println!(
+            "{{\"preset\": \"{}\", \"variant\": \"{variant:?}\", \"device\": \"{}\", \"threads\": {}, \
+             \"tokens_a_step\": {tokens}, \"tokens_per_s\": {:.1}, \"speed_of_first\": {:.3}, \"gflops\": {:.1}, \
+             \"matrix_peak_gflops\": {:.1}, \"peak_rss_bytes_of_all\": {}}}",
+            command.preset,
+            describe(&device),
+            rayon::current_num_threads(),
+            tokens / seconds,
+            median(ratios),
+            flops / seconds / 1e9,
+            peak / 1e9,
+            peak_rss_bytes().unwrap_or(0),
+        );
+    }
 }
 
 fn random_batch(vocab: usize, seq: usize, batch: usize, pair: usize, device: &Device) -> LmBatch {

@@ -1,10 +1,11 @@
 //! The feed-forward block, plain or gated.
 
 use super::{Activation, Family, QuantizedLinear, norm::RmsNorm, transformer::LayerFactory};
+use crate::ops::{gelu, silu_mul};
 use burn::module::Module;
 use burn::tensor::{
     Device, Tensor,
-    activation::{relu, sigmoid, silu},
+    activation::{relu, silu},
 };
 use rand::Rng;
 
@@ -37,9 +38,10 @@ impl FeedForward {
     /// `[batch, seq, d_model]` to the same
     pub fn forward(&self, input: Tensor<3>) -> Tensor<3> {
         let up = self.up.forward(input.clone());
-        let hidden = match &self.gate {
-            Some(gate) => self.activate(gate.forward(input)) * up,
-            None => self.activate(up),
+        let hidden = match (&self.gate, self.activation) {
+            (Some(gate), Activation::Swiglu) => silu_mul(gate.forward(input), up),
+            (Some(gate), _) => self.activate(gate.forward(input)) * up,
+            (None, _) => self.activate(up),
         };
         self.down.forward(match &self.sub_norm {
             Some(norm) => norm.forward(hidden),
@@ -49,20 +51,11 @@ impl FeedForward {
 
     fn activate(&self, input: Tensor<3>) -> Tensor<3> {
         match self.activation {
-            Activation::Gelu => gelu_tanh(input),
+            Activation::Gelu => gelu(input),
             Activation::Swiglu => silu(input),
             Activation::SquaredRelu => relu(input).square(),
         }
     }
-}
-
-/// GELU in its tanh form: `x / 2 (1 + tanh(u)) = x sigmoid(2u)` with `u = sqrt(2 / pi) (x + 0.044715 x^3)`.
-///
-/// Burn's own takes a power and a tanh by element, which together cost more than the matrix products of a small model.
-fn gelu_tanh(input: Tensor<3>) -> Tensor<3> {
-    let slope = 2.0 * std::f64::consts::FRAC_2_PI.sqrt();
-    let inner = input.clone().square().mul_scalar(slope * 0.044715).add_scalar(slope) * input.clone();
-    input * sigmoid(inner)
 }
 
 #[cfg(test)]
@@ -80,7 +73,7 @@ mod tests {
         for (dtype, bound) in [(FloatDType::F32, 1e-6), (FloatDType::F16, 4e-3), (FloatDType::BF16, 3e-2)] {
             let input = input.clone().cast(dtype);
             let exact: Vec<f64> = input.clone().into_data().iter::<f64>().collect();
-            let found: Vec<f64> = gelu_tanh(input).into_data().iter::<f64>().collect();
+            let found: Vec<f64> = gelu(input).into_data().iter::<f64>().collect();
             for (x, found) in exact.iter().zip(found) {
                 let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
                 let expected = 0.5 * x * (1.0 + inner.tanh());

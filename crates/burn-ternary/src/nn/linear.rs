@@ -1,8 +1,10 @@
 //! [`QuantizedLinear`]: a linear layer whose latent weight is multiplied as ternary.
 
 use super::{Compute, norm::rms_normalize};
-use crate::ops::{RowScale, absmax_quantize};
-use crate::quant::{ActivationPrecision, Dial, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig};
+use crate::ops::{RowScale, absmax_quantize, ternary_linear};
+use crate::quant::{
+    ActivationPrecision, Dial, Products, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig,
+};
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Tensor, module::linear};
 use rand::Rng;
@@ -74,6 +76,15 @@ impl QuantizedLinear {
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         let quant = &self.config.quant;
         let input = if quant.input_norm { rms_normalize(input, INPUT_NORM_EPS) } else { input };
+        let mut shape = input.dims();
+        let tokens = shape[..D - 1].iter().product::<usize>();
+        if quant.compute == Products::Int8 && self.quantizer.is_some() && self.config.lambda.get() >= 1.0 {
+            let input = input.reshape([tokens, self.config.d_input]);
+            let bias = self.bias.as_ref().map(|bias| bias.val());
+            let output = ternary_linear(input, self.effective_weight(), bias);
+            shape[D - 1] = self.config.d_output;
+            return output.reshape(shape);
+        }
         let input = match (self.is_ternary(), quant.activations) {
             // In f32: a scale in half precision would not be the one that an engine computes.
             (true, ActivationPrecision::Int8) => {
@@ -83,8 +94,6 @@ impl QuantizedLinear {
         };
         let input = self.config.compute.cast(input);
         // One matrix product for all tokens: [tokens, d_input] x [d_input, d_output].
-        let mut shape = input.dims();
-        let tokens = shape[..D - 1].iter().product::<usize>();
         let input: Tensor<2> = input.reshape([tokens, self.config.d_input]);
         let bias = self.bias.as_ref().map(|bias| self.config.compute.cast(bias.val()));
         let output = linear(input, self.config.compute.cast(self.effective_weight()), bias);

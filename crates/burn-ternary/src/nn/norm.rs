@@ -1,5 +1,6 @@
 //! Norms whose statistics and affine are f32, whatever the rest computes in.
 
+use crate::ops::{layer_norm, rms_norm};
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Tensor};
 
@@ -29,12 +30,7 @@ impl MixedLayerNorm {
     /// # Shapes
     /// `[..., d]` to the same, in the input's type
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
-        in_f32(input, |input| {
-            let centered = input.clone() - input.mean_dim(D - 1);
-            let variance = centered.clone().square().mean_dim(D - 1);
-            centered / variance.add_scalar(self.eps).sqrt() * self.weight.val().unsqueeze()
-                + self.bias.val().unsqueeze()
-        })
+        in_f32(input, |rows| layer_norm(rows, self.weight.val(), self.bias.val(), self.eps as f32))
     }
 }
 
@@ -58,7 +54,7 @@ impl RmsNorm {
     /// # Shapes
     /// `[..., d]` to the same, in the input's type
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
-        in_f32(input, |input| normalize(input, self.eps) * self.weight.val().unsqueeze())
+        in_f32(input, |rows| rms_norm(rows, self.weight.val(), self.eps as f32))
     }
 }
 
@@ -82,20 +78,18 @@ impl Norm {
 
 /// RMS norm without parameters.
 pub fn rms_normalize<const D: usize>(input: Tensor<D>, eps: f64) -> Tensor<D> {
-    in_f32(input, |input| normalize(input, eps))
+    in_f32(input, |rows| {
+        let ones = Tensor::ones([rows.dims()[1]], &rows.device());
+        rms_norm(rows, ones, eps as f32)
+    })
 }
 
-fn normalize<const D: usize>(input: Tensor<D>, eps: f64) -> Tensor<D> {
-    let mean_square = input.clone().square().mean_dim(D - 1);
-    input / mean_square.add_scalar(eps).sqrt()
-}
-
-fn in_f32<const D: usize>(input: Tensor<D>, forward: impl FnOnce(Tensor<D>) -> Tensor<D>) -> Tensor<D> {
-    let dtype = input.dtype();
-    if dtype == FloatDType::F32.into() {
-        return forward(input);
-    }
-    forward(input.cast(FloatDType::F32)).cast(dtype)
+/// Between casts, as rows.
+fn in_f32<const D: usize>(input: Tensor<D>, forward: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Tensor<D> {
+    let (dtype, shape) = (input.dtype(), input.dims());
+    let d = shape[D - 1];
+    let rows = input.cast(FloatDType::F32).reshape([shape.iter().product::<usize>() / d, d]);
+    forward(rows).reshape(shape).cast(dtype)
 }
 
 #[cfg(test)]

@@ -32,11 +32,12 @@ impl Rotary {
     }
 
     /// # Shapes
-    /// `[batch, heads, seq, head_dim]` to the same
+    /// `[batch, seq, heads, head_dim]` to the same
     pub fn forward(&self, input: Tensor<4>) -> Tensor<4> {
-        let [_, _, seq, head_dim] = input.dims();
+        let [_, seq, _, head_dim] = input.dims();
         let dtype = input.dtype();
-        let table = |table: &Tensor<2>| table.clone().narrow(0, 0, seq).cast(dtype).unsqueeze::<4>();
+        let table =
+            |table: &Tensor<2>| table.clone().narrow(0, 0, seq).cast(dtype).reshape([1, seq, 1, head_dim]);
         let first = input.clone().narrow(3, 0, head_dim / 2);
         let second = input.clone().narrow(3, head_dim / 2, head_dim / 2);
         let turned = Tensor::cat(vec![second.neg(), first], 3);
@@ -60,13 +61,13 @@ mod tests {
     #[test]
     fn pairs_turn_by_the_angle_of_their_position() {
         for (head_dim, theta, seq) in [(2, 10_000.0, 3), (8, 10_000.0, 512), (6, 500_000.0, 40)] {
-            let input = Tensor::<4>::random([2, 3, seq, head_dim], Distribution::Normal(0.0, 1.0), &device());
+            let input = Tensor::<4>::random([2, seq, 3, head_dim], Distribution::Normal(0.0, 1.0), &device());
             let found = values(Rotary::new(512, head_dim, theta, &device()).forward(input.clone()));
             let half = head_dim / 2;
             let heads = values(input);
             for (index, (found, input)) in found.chunks(head_dim).zip(heads.chunks(head_dim)).enumerate() {
                 for i in 0..half {
-                    let angle = (index % seq) as f64 * theta.powf(-2.0 * i as f64 / head_dim as f64);
+                    let angle = (index / 3 % seq) as f64 * theta.powf(-2.0 * i as f64 / head_dim as f64);
                     let (x, y) = (input[i], input[i + half]);
                     let turned = [x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()];
                     for (found, expected) in [found[i], found[i + half]].iter().zip(turned) {
@@ -86,10 +87,11 @@ mod tests {
         let same = |seed: u64| {
             device().seed(seed);
             let vector = Tensor::<4>::random([1, 1, 1, head_dim], Distribution::Normal(0.0, 1.0), &device());
-            vector.expand([1, 1, seq, head_dim])
+            vector.expand([1, seq, 1, head_dim])
         };
         let rotary = Rotary::new(64, head_dim, 10_000.0, &device());
-        let scores = rotary.forward(same(1)).matmul(rotary.forward(same(2)).swap_dims(2, 3));
+        let heads = |seed| rotary.forward(same(seed)).swap_dims(1, 2);
+        let scores = heads(1).matmul(heads(2).swap_dims(2, 3));
         let scores = values(scores);
         let score = |query: usize, key: usize| scores[query * seq + key];
         for distance in [0, 1, 7, 30] {

@@ -69,7 +69,7 @@ impl TransformerBlock {
         }
     }
 
-    fn forward(&self, input: Tensor<3>, rotary: Option<&Rotary>, future: Tensor<4, Bool>) -> Tensor<3> {
+    fn forward(&self, input: Tensor<3>, rotary: Option<&Rotary>, future: Tensor<2, Bool>) -> Tensor<3> {
         let attended = self.attention.forward(self.attention_norm.forward(input.clone()), rotary, future);
         let hidden = input + self.dropout.forward(attended);
         let fed = self.feed_forward.forward(self.feed_forward_norm.forward(hidden.clone()));
@@ -101,7 +101,7 @@ impl QuantizedTransformer {
     /// `[batch, seq, d_model]` to the same
     pub fn forward(&self, input: Tensor<3>) -> Tensor<3> {
         let [_, seq, _] = input.dims();
-        let future = Tensor::<2, Bool>::tril_mask([seq, seq], 0, &input.device()).unsqueeze::<4>();
+        let future = Tensor::<2, Bool>::tril_mask([seq, seq], 0, &input.device());
         let hidden = self
             .blocks
             .iter()

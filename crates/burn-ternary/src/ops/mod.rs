@@ -9,19 +9,33 @@
 #![allow(deprecated)]
 
 mod absmax;
+mod activation;
+mod attention;
 #[cfg(feature = "flex")]
 mod flex;
 mod identity;
+mod linear;
+mod loss;
+mod node;
+mod norm;
+mod optimizer;
 mod scale;
 mod ternary;
 
 pub use absmax::{RowScale, absmax_quantize, absmax_scales};
+pub use activation::{gelu, silu_mul};
+pub use attention::{Heads, causal_attention};
+pub use linear::ternary_linear;
+pub use loss::log_likelihood;
+pub use norm::{layer_norm, rms_norm};
+pub use optimizer::{AdamWStep, adamw, square_sum};
 pub use scale::{SCALE_MAX, SCALE_MIN, mean_abs, round_scale};
 pub use ternary::{StraightThrough, ternary_codes, ternary_quantize};
 
 use burn::backend::{
     Autodiff, AutodiffBackend, Backend, autodiff::checkpoint::strategy::CheckpointStrategy,
-    backend_extension, tensor::FloatTensor,
+    backend_extension,
+    tensor::{BoolTensor, FloatTensor, IntTensor},
 };
 
 /// The ops of ternary training. Calling one on a backend that is not in this list panics, which cannot happen to
@@ -70,6 +84,161 @@ pub trait TernaryBackend: Backend {
     fn absmax_quantize(input: FloatTensor<Self>, levels: f32, scale: RowScale) -> FloatTensor<Self> {
         absmax::quantize::<Self>(input, levels, scale)
     }
+
+    /// See [`layer_norm`].
+    #[fusion(default)]
+    fn layer_norm_rows(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> FloatTensor<Self> {
+        norm::layer::<Self>(input, weight, bias, epsilon)
+    }
+
+    /// Gradients of input, weight and bias.
+    #[fusion(default)]
+    fn layer_norm_rows_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        norm::layer_backward::<Self>(input, weight, grad, epsilon)
+    }
+
+    /// See [`rms_norm`].
+    #[fusion(default)]
+    fn rms_norm_rows(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> FloatTensor<Self> {
+        norm::rms::<Self>(input, weight, epsilon)
+    }
+
+    /// Gradients of input and weight.
+    #[fusion(default)]
+    fn rms_norm_rows_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        norm::rms_backward::<Self>(input, weight, grad, epsilon)
+    }
+
+    /// See [`gelu`].
+    #[fusion(default)]
+    fn gelu_tanh(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        activation::gelu_tanh::<Self>(input)
+    }
+
+    /// The gradient of the input.
+    #[fusion(default)]
+    fn gelu_tanh_backward(input: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        activation::gelu_tanh_backward::<Self>(input, grad)
+    }
+
+    /// See [`silu_mul`].
+    #[fusion(default)]
+    fn silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        activation::silu_mul_default::<Self>(gate, up)
+    }
+
+    /// Gradients of gate and up.
+    #[fusion(default)]
+    fn silu_mul_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        activation::silu_mul_backward::<Self>(gate, up, grad)
+    }
+
+    /// See [`causal_attention`]; and the logarithms of the sums of exponentials, which the backward pass needs.
+    #[fusion(default)]
+    fn causal_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        future: BoolTensor<Self>,
+        heads: Heads,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        attention::forward::<Self>(query, key, value, future, heads)
+    }
+
+    /// Gradients of query, key and value.
+    #[allow(clippy::too_many_arguments)]
+    #[fusion(default)]
+    fn causal_attention_backward(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        future: BoolTensor<Self>,
+        output: FloatTensor<Self>,
+        log_partition: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        heads: Heads,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let saved = attention::Saved { query, key, value, future, output, log_partition };
+        attention::backward::<Self>(saved, grad, heads)
+    }
+
+    /// See [`log_likelihood`].
+    #[fusion(default)]
+    fn log_likelihood(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        loss::forward::<Self>(logits, targets)
+    }
+
+    /// The gradient of the logits.
+    #[fusion(default)]
+    fn log_likelihood_backward(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        output: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        loss::backward::<Self>(logits, targets, output, grad)
+    }
+
+    /// See [`ternary_linear`]; and what the backward pass wants to have of input and weight, in a form of its own.
+    #[fusion(default)]
+    fn ternary_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        linear::forward::<Self>(input, weight, bias)
+    }
+
+    /// Gradients of input, weight and bias.
+    #[fusion(default)]
+    fn ternary_linear_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        linear::backward::<Self>(input, weight, grad)
+    }
+
+    /// See [`adamw`].
+    #[fusion(default)]
+    fn adamw_step(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        m: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        optimizer::adamw_step::<Self>(weight, grad, m, v, step)
+    }
+
+    /// See [`square_sum`].
+    #[fusion(default)]
+    fn square_sum(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        optimizer::square_sum_default::<Self>(input)
+    }
 }
 
 impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C> {
@@ -96,6 +265,71 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
 
     fn absmax_quantize(input: FloatTensor<Self>, levels: f32, scale: RowScale) -> FloatTensor<Self> {
         identity::straight_through::<B, C>(input, |input| B::absmax_quantize(input, levels, scale))
+    }
+
+    fn layer_norm_rows(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> FloatTensor<Self> {
+        norm::track_layer::<B, C>([input, weight, bias], epsilon)
+    }
+
+    fn rms_norm_rows(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> FloatTensor<Self> {
+        norm::track_rms::<B, C>([input, weight], epsilon)
+    }
+
+    fn gelu_tanh(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        activation::track_gelu::<B, C>(input)
+    }
+
+    fn silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        activation::track_silu_mul::<B, C>([gate, up])
+    }
+
+    fn causal_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        future: BoolTensor<Self>,
+        heads: Heads,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        attention::track::<B, C>([query, key, value], future, heads)
+    }
+
+    fn log_likelihood(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        loss::track::<B, C>(logits, targets)
+    }
+
+    /// What the backward pass wants is kept within: the second and third tensor are empty.
+    fn ternary_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let output = linear::track::<B, C>([input, weight, bias.clone()]);
+        (output, bias.clone(), bias)
+    }
+
+    fn adamw_step(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        m: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let [weight, grad, m, v] = [weight, grad, m, v].map(Self::inner);
+        let (weight, m, v) = B::adamw_step(weight, grad, m, v, step);
+        (Self::from_inner(weight), Self::from_inner(m), Self::from_inner(v))
+    }
+
+    fn square_sum(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::from_inner(B::square_sum(Self::inner(input)))
     }
 }
 

@@ -50,6 +50,17 @@ pub enum ActivationPrecision {
     Int8,
 }
 
+/// How the three matrix products of a ternary layer are computed, forward, for the input and for the weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Products {
+    /// In the model's float type, on fake quantized factors.
+    Float,
+    /// In int8: the forward pass as an engine computes it, gradients with the factor that comes from behind rounded to
+    /// int8.
+    Int8,
+}
+
 /// Precision of a table (token embedding, output head), one scale a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -72,6 +83,8 @@ pub struct QuantConfig {
     pub threshold: f64,
     pub estimator: Estimator,
     pub activations: ActivationPrecision,
+    /// `int8` wants `activations = "int8"`, a scale a tensor or a channel, and the device flex.
+    pub compute: Products,
     /// An RMS norm without parameters right before every quantized linear layer.
     pub input_norm: bool,
     /// Precision of the token embedding (and of the head when they are tied).
@@ -94,6 +107,7 @@ impl Default for QuantConfig {
             threshold: 0.5,
             estimator: Estimator::Identity,
             activations: ActivationPrecision::Float,
+            compute: Products::Float,
             input_norm: false,
             embedding: TablePrecision::Float,
             head: TablePrecision::Float,

@@ -8,7 +8,8 @@ use std::{
 use crate::{
     data::DataConfig,
     nn::{DuckConfig, InvalidValue, require},
-    quant::{Estimator, Granularity, QuantConfig, ScaleRule},
+    nn::Compute,
+    quant::{ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule},
     train::{TrainError, distill::DistillConfig, optim::OptimConfig, schedule::ScheduleConfig},
 };
 use serde::{Deserialize, Serialize};
@@ -260,6 +261,15 @@ fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidVal
         quant.estimator,
         "identity, for only the scales learned and seq have a clipping range",
     )?;
+    if quant.compute == Products::Int8 {
+        let integer = "float, as quant.compute = \"int8\" wants ";
+        let activations = quant.activations == ActivationPrecision::Int8;
+        require(activations, "quant.compute", quant.compute, format!("{integer}quant.activations = \"int8\""))?;
+        let whole = !matches!(quant.granularity, Granularity::PerGroup(_));
+        require(whole, "quant.compute", quant.compute, format!("{integer}a scale a tensor or a channel"))?;
+        let single = model.compute == Compute::F32;
+        require(single, "quant.compute", quant.compute, format!("{integer}model.compute = \"f32\""))?;
+    }
     not_negative("quant.quantization_penalty", quant.quantization_penalty)?;
     not_negative("quant.scale_penalty", quant.scale_penalty)
 }

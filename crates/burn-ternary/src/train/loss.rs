@@ -1,5 +1,6 @@
 //! Logits to a loss. Knows no model.
 
+use crate::ops::log_likelihood;
 use burn::tensor::{Int, Tensor};
 
 /// The parts of the loss of a batch, each a tensor of one number.
@@ -35,16 +36,13 @@ pub fn language_model_loss(
     let mask: Tensor<2> = mask.reshape([batch * seq, 1]);
     let share = 1.0 / tokens.max(1) as f64;
 
-    let max = logits.clone().detach().max_dim(1);
-    let shifted = logits.clone() - max.clone();
-    let log_partition = shifted.clone().exp().sum_dim(1).log();
-    let log_probability = shifted.gather(1, targets.clone()) - log_partition.clone();
+    let likelihood = log_likelihood(logits, targets);
+    let column = |i: usize| likelihood.clone().narrow(1, i, 1);
     let mean = |values: Tensor<2>| (values * mask.clone()).sum().mul_scalar(share);
-    let hits = logits.detach().argmax(1).equal(targets).float();
     LmLoss {
-        cross_entropy: mean(log_probability.neg()),
-        z: mean((log_partition + max).square()),
-        correct: (hits * mask.clone()).sum(),
+        cross_entropy: mean(column(0) - column(1)),
+        z: mean(column(0).square()),
+        correct: (column(2).detach() * mask.clone()).sum(),
     }
 }
 

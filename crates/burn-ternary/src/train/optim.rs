@@ -5,13 +5,14 @@ use burn::{
     lr_scheduler::module_lr_scheduler::ModuleLrScheduler,
     module::{Module, ModuleVisitor, Param, ParamGroup},
     optim::{
-        AdamWConfig, GradientsAccumulator, GradientsParams, LearningRate, ModuleOptimizer, Muon, MuonConfig,
-        Optimizer, momentum::MomentumConfig,
+        AdamWState, AdaptiveMomentumState, GradientsAccumulator, GradientsParams, LearningRate,
+        ModuleOptimizer, Muon, MuonConfig, Optimizer, momentum::MomentumConfig,
     },
     tensor::Device,
 };
 
 use super::schedule::{PeakSchedule, Schedule};
+use crate::ops::{AdamWStep, adamw, square_sum};
 use crate::quant::Dial;
 use serde::{Deserialize, Serialize};
 
@@ -60,14 +61,14 @@ impl OptimConfig {
     /// # Source
     /// Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2 (AdamW).
     pub fn init(&self, matrices: ParamGroup, decayed: ParamGroup, decay: Dial) -> ModuleOptimizer {
-        let adamw = AdamWConfig::new()
-            .with_beta_1(self.beta1 as f32)
-            .with_beta_2(self.beta2 as f32)
-            .with_epsilon(self.epsilon as f32)
-            .with_weight_decay(0.0)
-            .build();
-        let decayed_adamw =
-            Decayed { inner: adamw.clone(), weight_decay: self.weight_decay, dial: decay.clone() };
+        let adamw = AdamW {
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            epsilon: self.epsilon as f32,
+            decay: Decay { strength: 0.0, dial: decay.clone() },
+        };
+        let decay = Decay { strength: self.weight_decay, dial: decay };
+        let decayed_adamw = AdamW { decay: decay.clone(), ..adamw.clone() };
         let optimizer = ModuleOptimizer::from(adamw).with_group(decayed, decayed_adamw.clone(), None);
         match self.matrices {
             MatrixOptimizer::Adamw => optimizer.with_group(matrices, decayed_adamw, None),
@@ -79,9 +80,7 @@ impl OptimConfig {
                         nesterov: true,
                     })
                     .build();
-                let muon =
-                    Decayed { inner: InputMajorMuon(muon), weight_decay: self.weight_decay, dial: decay };
-                optimizer.with_group(matrices, muon, None)
+                optimizer.with_group(matrices, InputMajorMuon { muon, decay }, None)
             }
         }
     }
@@ -98,16 +97,31 @@ impl OptimConfig {
     }
 }
 
-/// Decoupled weight decay, scaled by a dial, before an optimizer that has none itself.
+/// Decoupled weight decay, scaled by a dial.
 #[derive(Clone)]
-struct Decayed<O> {
-    inner: O,
-    weight_decay: f64,
+struct Decay {
+    strength: f64,
     dial: Dial,
 }
 
-impl<O: Optimizer> Optimizer for Decayed<O> {
-    type State<const D: usize> = O::State<D>;
+impl Decay {
+    /// What is left of a weight after a step.
+    fn keep(&self, lr: LearningRate) -> f64 {
+        1.0 - lr * self.strength * f64::from(self.dial.get())
+    }
+}
+
+/// AdamW whose update is one op; its state is that of Burn's.
+#[derive(Clone)]
+struct AdamW {
+    beta1: f32,
+    beta2: f32,
+    epsilon: f32,
+    decay: Decay,
+}
+
+impl Optimizer for AdamW {
+    type State<const D: usize> = AdamWState<D>;
 
     fn step<const D: usize>(
         &self,
@@ -116,13 +130,28 @@ impl<O: Optimizer> Optimizer for Decayed<O> {
         grad: Tensor<D>,
         state: Option<Self::State<D>>,
     ) -> (Tensor<D>, Option<Self::State<D>>) {
-        let rate = lr * self.weight_decay * f64::from(self.dial.get());
-        let tensor = if rate == 0.0 { tensor } else { tensor.mul_scalar(1.0 - rate) };
-        self.inner.step(lr, tensor, grad, state)
+        let (time, moments) = match state {
+            Some(AdamWState { momentum: AdaptiveMomentumState { time, moment_1, moment_2, .. } }) => {
+                (time + 1, [moment_1, moment_2])
+            }
+            None => (1, [grad.zeros_like(), grad.zeros_like()]),
+        };
+        let Self { beta1, beta2, epsilon, .. } = *self;
+        let step = AdamWStep {
+            lr: lr as f32,
+            beta1,
+            beta2,
+            epsilon,
+            keep: self.decay.keep(lr) as f32,
+            corrections: [beta1, beta2].map(|beta| (1.0 - f64::from(beta).powi(time as i32)) as f32),
+        };
+        let (tensor, [moment_1, moment_2]) = adamw(tensor, grad, moments, step);
+        (tensor, Some(AdamWState::new(AdaptiveMomentumState::new(time, moment_1, moment_2))))
     }
 
-    fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
-        O::to_device(state, device)
+    fn to_device<const D: usize>(mut state: Self::State<D>, device: &Device) -> Self::State<D> {
+        state.momentum = state.momentum.to_device(device);
+        state
     }
 }
 
@@ -136,7 +165,10 @@ impl<O: Optimizer> Optimizer for Decayed<O> {
 /// # Source
 /// Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
 #[derive(Clone)]
-struct InputMajorMuon(Muon);
+struct InputMajorMuon {
+    muon: Muon,
+    decay: Decay,
+}
 
 impl Optimizer for InputMajorMuon {
     type State<const D: usize> = <Muon as Optimizer>::State<D>;
@@ -150,7 +182,8 @@ impl Optimizer for InputMajorMuon {
     ) -> (Tensor<D>, Option<Self::State<D>>) {
         let dims = tensor.dims();
         let aspect = dims[D - 1] as f64 / dims[0] as f64;
-        self.0.step(lr * aspect.sqrt(), tensor, grad, state)
+        let tensor = tensor.mul_scalar(self.decay.keep(lr));
+        self.muon.step(lr * aspect.sqrt(), tensor, grad, state)
     }
 
     fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
@@ -194,9 +227,7 @@ struct SquareSum {
 impl ModuleVisitor for SquareSum {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(grad) = self.from.remove::<D>(param.id) {
-            // By rows first: flex adds up 4 Mi numbers or more in an order that differs from run to run, and a
-            // resumed run must see the same bits. It is also more exact.
-            self.sums.push(grad.clone().square().sum_dim(D - 1).sum());
+            self.sums.push(square_sum(grad.clone()));
             self.into.register(param.id, grad);
         }
     }

@@ -18,12 +18,14 @@ pub struct AdamW {
     pub beta1: f32,
     pub beta2: f32,
     pub epsilon: f32,
+    /// What decay leaves of a weight, `1 - lr * weight_decay`.
+    pub keep: f32,
     /// `1 - beta1^t` and `1 - beta2^t` at step t, from 1 on.
     pub corrections: [f32; 2],
 }
 
 /// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g²`,
-/// `w = w - lr (m / correction1) / (sqrt(v / correction2) + epsilon)`
+/// `w = keep w - lr (m / correction1) / (sqrt(v / correction2) + epsilon)`
 ///
 /// # Panics
 /// When lengths differ.
@@ -51,7 +53,7 @@ impl Kernel for Step<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let AdamW { lr, beta1, beta2, epsilon, corrections } = self.step;
+        let AdamW { lr, beta1, beta2, epsilon, keep, corrections } = self.step;
         let c = |value: f32| s.splat_f32(value);
         // lr m / c1 / (sqrt(v / c2) + e), with the constants taken together.
         let root = corrections[1].sqrt();
@@ -66,7 +68,7 @@ impl Kernel for Step<'_> {
             store(s, first, m);
             store(s, second, v);
             let direction = s.div_f32(first, s.add_f32(s.sqrt_f32(second), epsilon));
-            store(s, s.fma(direction, rate, load(s, weight)), weight);
+            store(s, s.fma(direction, rate, s.mul_f32(load(s, weight), c(keep))), weight);
         }
     }
 }
@@ -106,14 +108,15 @@ mod tests {
                 for time in 1..=5 {
                     let grad = numbers(len, 1.0, 10 + time);
                     let corrections = [0.9f32, 0.95].map(|beta| 1.0 - beta.powi(time as i32));
-                    let step = AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, corrections };
+                    let keep = 1.0 - 0.02 * 0.1;
+                    let step = AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, keep, corrections };
                     adamw(&pool, step, &mut weight, &grad, &mut m, &mut v);
                     for ([w, m, v], grad) in exact.iter_mut().zip(&grad) {
                         let grad = f64::from(*grad);
                         *m = 0.9 * *m + 0.1 * grad;
                         *v = 0.95 * *v + 0.05 * grad * grad;
                         let (c1, c2) = (1.0 - 0.9f64.powi(time as i32), 1.0 - 0.95f64.powi(time as i32));
-                        *w -= 0.02 * (*m / c1) / ((*v / c2).sqrt() + 1e-8);
+                        *w = *w * f64::from(keep) - 0.02 * (*m / c1) / ((*v / c2).sqrt() + 1e-8);
                     }
                 }
                 assert_close("weight", &weight, exact.iter().map(|x| x[0]), 2e-6);

@@ -1,0 +1,176 @@
+//! The ops fused for the CPU backend Flex, in f32; other types take the default bodies, which are the oracle.
+
+mod quantize;
+mod training;
+
+use super::{AdamWStep, Heads, RowScale, StraightThrough, TernaryBackend};
+use burn::backend::{
+    Flex,
+    tensor::{BoolTensor, FloatTensor, IntTensor},
+};
+use burn::tensor::{Bytes, DType, Shape};
+use burn_flex::{FlexTensor, Layout};
+
+impl TernaryBackend for Flex {
+    fn ternary_quantize(
+        weight: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        threshold: FloatTensor<Self>,
+        _estimator: StraightThrough,
+    ) -> FloatTensor<Self> {
+        quantize::ternary_quantize(weight, scale, threshold)
+    }
+
+    fn mean_abs(weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        quantize::mean_abs(weight)
+    }
+
+    fn round_scale(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        quantize::round_scale(input)
+    }
+
+    fn absmax_quantize(input: FloatTensor<Self>, levels: f32, scale: RowScale) -> FloatTensor<Self> {
+        quantize::absmax_quantize(input, levels, scale)
+    }
+
+    fn layer_norm_rows(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> FloatTensor<Self> {
+        training::norm(input, weight, Some(bias), epsilon)
+    }
+
+    fn layer_norm_rows_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        training::layer_norm_backward(input, weight, grad, epsilon)
+    }
+
+    fn rms_norm_rows(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> FloatTensor<Self> {
+        training::norm(input, weight, None, epsilon)
+    }
+
+    fn rms_norm_rows_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        epsilon: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        training::rms_norm_backward(input, weight, grad, epsilon)
+    }
+
+    fn gelu_tanh(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        training::gelu(input)
+    }
+
+    fn gelu_tanh_backward(input: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        training::gelu_backward(input, grad)
+    }
+
+    fn silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        training::silu_mul(gate, up)
+    }
+
+    fn silu_mul_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        training::silu_mul_backward(gate, up, grad)
+    }
+
+    fn causal_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        future: BoolTensor<Self>,
+        heads: Heads,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        training::causal_attention(query, key, value, future, heads)
+    }
+
+    fn causal_attention_backward(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        future: BoolTensor<Self>,
+        output: FloatTensor<Self>,
+        log_partition: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        heads: Heads,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let saved = super::attention::Saved { query, key, value, future, output, log_partition };
+        training::causal_attention_backward(saved, grad, heads)
+    }
+
+    fn log_likelihood(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        training::log_likelihood(logits, targets)
+    }
+
+    fn log_likelihood_backward(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        output: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        training::log_likelihood_backward(logits, targets, output, grad)
+    }
+
+    fn ternary_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        training::ternary_linear(input, weight, bias)
+    }
+
+    fn ternary_linear_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        training::ternary_linear_backward(input, weight, grad)
+    }
+
+    fn adamw_step(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        m: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        training::adamw_step(weight, grad, m, v, step)
+    }
+
+    fn square_sum(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        training::square_sum(input)
+    }
+}
+
+fn is_f32(tensors: &[&FlexTensor]) -> bool {
+    tensors.iter().all(|tensor| tensor.dtype() == DType::F32)
+}
+
+/// The same numbers, one after another.
+fn dense(tensor: FlexTensor) -> FlexTensor {
+    if tensor.is_contiguous() { tensor } else { tensor.to_contiguous() }
+}
+
+/// The numbers of a dense tensor.
+fn values(tensor: &FlexTensor) -> &[f32] {
+    let start = tensor.layout().start_offset();
+    &tensor.storage::<f32>()[start..start + tensor.layout().num_elements()]
+}
+
+fn tensor(values: Vec<f32>, shape: Shape) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::F32)
+}

@@ -1,0 +1,157 @@
+//! The ternary ops: one pass over memory each.
+//!
+//! Sums run over fixed blocks of rows and are added in order, so that a result does not depend on the number of threads.
+
+use super::{dense, is_f32, tensor, values};
+use crate::ops::{RowScale, absmax, absmax::ABSMAX_MIN, scale, ternary};
+use burn::backend::{Flex, ops::FloatTensorOps};
+use burn::tensor::Shape;
+use burn_flex::FlexTensor;
+use half::f16;
+use rayon::prelude::*;
+
+/// Weights a task has; below it threads cost more than they give.
+const BLOCK: usize = 1 << 14;
+
+pub(super) fn ternary_quantize(
+    weight: FlexTensor,
+    scale: FlexTensor,
+    threshold: FlexTensor,
+) -> FlexTensor {
+    let fused = is_f32(&[&weight, &scale, &threshold])
+        && threshold.layout().shape() == scale.layout().shape();
+    if !fused {
+        return Flex::float_mul(ternary::codes::<Flex>(weight, threshold), scale);
+    }
+    let shape = weight.layout().shape().clone();
+    let [_, n, channels] = shape.dims();
+    let (weight, scale, threshold) = (dense(weight), dense(scale), dense(threshold));
+    let (weight, scale, threshold) = (values(&weight), values(&scale), values(&threshold));
+    let mut output = vec![0f32; weight.len()];
+    // A row of `channels` weights when each has its own scale, a run of `n` weights when they share one.
+    let row = if channels == 1 { n } else { channels };
+    let rows_a_task = (BLOCK / row).max(1);
+    output
+        .par_chunks_mut(rows_a_task * row)
+        .zip(weight.par_chunks(rows_a_task * row))
+        .enumerate()
+        .for_each(|(task, (output, weight))| {
+            for (index, (output, weight)) in output.chunks_mut(row).zip(weight.chunks(row)).enumerate() {
+                let index = task * rows_a_task + index;
+                if channels == 1 {
+                    let (scale, threshold) = (scale[index], threshold[index]);
+                    for (output, &weight) in output.iter_mut().zip(weight) {
+                        *output = quantized(weight, scale, threshold);
+                    }
+                } else {
+                    let group = (index / n) * channels;
+                    let scale = &scale[group..group + channels];
+                    let threshold = &threshold[group..group + channels];
+                    for (((output, &weight), &scale), &threshold) in
+                        output.iter_mut().zip(weight).zip(scale).zip(threshold)
+                    {
+                        *output = quantized(weight, scale, threshold);
+                    }
+                }
+            }
+        });
+    tensor(output, shape)
+}
+
+pub(super) fn mean_abs(weight: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&weight]) {
+        return Flex::float_mean_dim(Flex::float_abs(weight), 1);
+    }
+    let [groups, n, channels] = weight.layout().shape().dims();
+    let weight = dense(weight);
+    let weight = values(&weight);
+    let rows_a_block = (BLOCK / channels).clamp(1, n);
+    let mut means = Vec::with_capacity(groups * channels);
+    // Groups in parallel when there are many of them, blocks of rows in parallel within a group otherwise.
+    let group_sums: Vec<Vec<f32>> = weight
+        .par_chunks(n * channels)
+        .map(|group| {
+            let blocks: Vec<Vec<f32>> = group
+                .par_chunks(rows_a_block * channels)
+                .map(|block| abs_sums(block, channels))
+                .collect();
+            let mut sums = vec![0f64; channels];
+            for block in blocks {
+                for (sum, value) in sums.iter_mut().zip(block) {
+                    *sum += f64::from(value);
+                }
+            }
+            sums.into_iter().map(|sum| (sum / n as f64) as f32).collect()
+        })
+        .collect();
+    group_sums.into_iter().for_each(|sums| means.extend(sums));
+    tensor(means, Shape::new([groups, 1, channels]))
+}
+
+pub(super) fn round_scale(input: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&input]) {
+        return scale::round::<Flex>(input);
+    }
+    let shape = input.layout().shape().clone();
+    let input = dense(input);
+    let rounded = values(&input).iter().map(|&value| to_f16(value)).collect();
+    tensor(rounded, shape)
+}
+
+pub(super) fn absmax_quantize(input: FlexTensor, levels: f32, scale: RowScale) -> FlexTensor {
+    if !is_f32(&[&input]) {
+        return absmax::quantize::<Flex>(input, levels, scale);
+    }
+    let shape = input.layout().shape().clone();
+    let d = shape[shape.num_dims() - 1];
+    let input = dense(input);
+    let input = values(&input);
+    let mut output = vec![0f32; input.len()];
+    output.par_chunks_mut(d).with_min_len((BLOCK / d).max(1)).zip(input.par_chunks(d)).for_each(
+        |(output, input)| {
+            let max = input.iter().fold(0f32, |max, value| max.max(value.abs())).max(ABSMAX_MIN);
+            let scale = match scale {
+                RowScale::F32 => max / levels,
+                RowScale::F16 => to_f16(max / levels),
+            };
+            for (output, value) in output.iter_mut().zip(input) {
+                *output = (value / scale).clamp(-levels, levels).round_ties_even() * scale;
+            }
+        },
+    );
+    tensor(output, shape)
+}
+
+/// The nearest normal f16.
+fn to_f16(scale: f32) -> f32 {
+    f16::from_f32(scale.clamp(scale::SCALE_MIN, scale::SCALE_MAX)).to_f32()
+}
+
+/// `scale` with the sign of `weight` where `|weight| > threshold`, else 0.
+#[inline(always)]
+fn quantized(weight: f32, scale: f32, threshold: f32) -> f32 {
+    if weight.abs() > threshold { scale.copysign(weight) } else { 0.0 }
+}
+
+/// Sums of magnitudes down the rows of `[rows, channels]`; for one channel, along the run.
+fn abs_sums(block: &[f32], channels: usize) -> Vec<f32> {
+    if channels == 1 {
+        // Sixteen partial sums let the compiler use the vector units.
+        let mut lanes = [0f32; 16];
+        let chunks = block.chunks_exact(16);
+        let rest: f32 = chunks.remainder().iter().map(|value| value.abs()).sum();
+        for chunk in chunks {
+            for (lane, value) in lanes.iter_mut().zip(chunk) {
+                *lane += value.abs();
+            }
+        }
+        return vec![lanes.iter().sum::<f32>() + rest];
+    }
+    let mut sums = vec![0f32; channels];
+    for row in block.chunks_exact(channels) {
+        for (sum, value) in sums.iter_mut().zip(row) {
+            *sum += value.abs();
+        }
+    }
+    sums
+}

@@ -1,0 +1,313 @@
+//! The ops of a training step, by the kernels of `ternary-kernels`.
+
+use super::{dense, is_f32, tensor, values};
+use crate::ops::{AdamWStep, Heads, activation, attention, loss, norm, optimizer};
+use burn::backend::Flex;
+use burn::tensor::{Bytes, DType, Shape};
+use burn_flex::{FlexTensor, Layout};
+use std::sync::{LazyLock, Mutex, PoisonError};
+use ternary_kernels::{Pool, training as kernels};
+
+/// Flex computes on the threads of rayon, and so do we.
+static POOL: LazyLock<Pool> = LazyLock::new(Pool::rayon);
+
+/// Zeros, to be written over.
+fn room(like: &FlexTensor) -> Vec<f32> {
+    vec![0.0; like.layout().num_elements()]
+}
+
+fn shape(tensor: &FlexTensor) -> Shape {
+    tensor.layout().shape().clone()
+}
+
+pub(super) fn norm(input: FlexTensor, weight: FlexTensor, bias: Option<FlexTensor>, epsilon: f32) -> FlexTensor {
+    let fused = is_f32(&[&input, &weight]) && bias.as_ref().is_none_or(|bias| is_f32(&[bias]));
+    if !fused {
+        return match bias {
+            Some(bias) => norm::layer::<Flex>(input, weight, bias, epsilon),
+            None => norm::rms::<Flex>(input, weight, epsilon),
+        };
+    }
+    let (input, weight, bias) = (dense(input), dense(weight), bias.map(dense));
+    let mut out = room(&input);
+    let norm = kernels::Norm { weight: values(&weight), bias: bias.as_ref().map(values), epsilon };
+    kernels::norm(&POOL, values(&input), norm, &mut out);
+    tensor(out, shape(&input))
+}
+
+pub(super) fn layer_norm_backward(
+    input: FlexTensor,
+    weight: FlexTensor,
+    grad: FlexTensor,
+    epsilon: f32,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    if !is_f32(&[&input, &weight, &grad]) {
+        return norm::layer_backward::<Flex>(input, weight, grad, epsilon);
+    }
+    let (input, weight, grad) = (dense(input), dense(weight), dense(grad));
+    let mut dx = room(&input);
+    // Which bias it is does not matter to gradients; that there is one does.
+    let norm = kernels::Norm { weight: values(&weight), bias: Some(values(&weight)), epsilon };
+    let (dweight, dbias) = kernels::norm_backward(&POOL, values(&input), norm, values(&grad), &mut dx);
+    let dbias = dbias.expect("a norm with a bias has its gradient");
+    (tensor(dx, shape(&input)), tensor(dweight, shape(&weight)), tensor(dbias, shape(&weight)))
+}
+
+pub(super) fn rms_norm_backward(
+    input: FlexTensor,
+    weight: FlexTensor,
+    grad: FlexTensor,
+    epsilon: f32,
+) -> (FlexTensor, FlexTensor) {
+    if !is_f32(&[&input, &weight, &grad]) {
+        return norm::rms_backward::<Flex>(input, weight, grad, epsilon);
+    }
+    let (input, weight, grad) = (dense(input), dense(weight), dense(grad));
+    let mut dx = room(&input);
+    let norm = kernels::Norm { weight: values(&weight), bias: None, epsilon };
+    let (dweight, _) = kernels::norm_backward(&POOL, values(&input), norm, values(&grad), &mut dx);
+    (tensor(dx, shape(&input)), tensor(dweight, shape(&weight)))
+}
+
+pub(super) fn gelu(input: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&input]) {
+        return activation::gelu_tanh::<Flex>(input);
+    }
+    let input = dense(input);
+    let mut out = room(&input);
+    kernels::gelu(&POOL, values(&input), &mut out);
+    tensor(out, shape(&input))
+}
+
+pub(super) fn gelu_backward(input: FlexTensor, grad: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&input, &grad]) {
+        return activation::gelu_tanh_backward::<Flex>(input, grad);
+    }
+    let (input, grad) = (dense(input), dense(grad));
+    let mut dx = room(&input);
+    kernels::gelu_backward(&POOL, values(&input), values(&grad), &mut dx);
+    tensor(dx, shape(&input))
+}
+
+pub(super) fn silu_mul(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&gate, &up]) {
+        return activation::silu_mul_default::<Flex>(gate, up);
+    }
+    let (gate, up) = (dense(gate), dense(up));
+    let mut out = room(&gate);
+    kernels::silu_mul(&POOL, values(&gate), values(&up), &mut out);
+    tensor(out, shape(&gate))
+}
+
+pub(super) fn silu_mul_backward(
+    gate: FlexTensor,
+    up: FlexTensor,
+    grad: FlexTensor,
+) -> (FlexTensor, FlexTensor) {
+    if !is_f32(&[&gate, &up, &grad]) {
+        return activation::silu_mul_backward::<Flex>(gate, up, grad);
+    }
+    let (gate, up, grad) = (dense(gate), dense(up), dense(grad));
+    let (mut dgate, mut dup) = (room(&gate), room(&up));
+    kernels::silu_mul_backward(&POOL, values(&gate), values(&up), values(&grad), &mut dgate, &mut dup);
+    (tensor(dgate, shape(&gate)), tensor(dup, shape(&up)))
+}
+
+fn attention_shape(query: &FlexTensor, heads: Heads) -> kernels::Attention {
+    let [batch, seq, width] = query.layout().shape().dims();
+    kernels::Attention { batch, seq, heads: heads.queries, kv_heads: heads.keys, width: width / heads.queries }
+}
+
+/// The kernels know what the future is without the mask.
+pub(super) fn causal_attention(
+    query: FlexTensor,
+    key: FlexTensor,
+    value: FlexTensor,
+    future: FlexTensor,
+    heads: Heads,
+) -> (FlexTensor, FlexTensor) {
+    if !is_f32(&[&query, &key, &value]) {
+        return attention::forward::<Flex>(query, key, value, future, heads);
+    }
+    let of = attention_shape(&query, heads);
+    let (query, key, value) = (dense(query), dense(key), dense(value));
+    let mut out = room(&query);
+    let mut log_partition = vec![0.0; of.rows()];
+    let inputs = [values(&query), values(&key), values(&value)];
+    kernels::attention(&POOL, of, inputs, &mut out, &mut log_partition);
+    let rows = Shape::new([of.batch, of.heads, of.seq, 1]);
+    (tensor(out, shape(&query)), tensor(log_partition, rows))
+}
+
+pub(super) fn causal_attention_backward(
+    saved: attention::Saved<Flex>,
+    grad: FlexTensor,
+    heads: Heads,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    if !is_f32(&[&saved.query, &saved.key, &saved.value, &grad]) {
+        return attention::backward::<Flex>(saved, grad, heads);
+    }
+    let of = attention_shape(&saved.query, heads);
+    let (query, key, value) = (dense(saved.query), dense(saved.key), dense(saved.value));
+    let (output, log_partition, grad) = (dense(saved.output), dense(saved.log_partition), dense(grad));
+    let (mut dquery, mut dkey, mut dvalue) = (room(&query), room(&key), room(&value));
+    kernels::attention_backward(
+        &POOL,
+        of,
+        [values(&query), values(&key), values(&value)],
+        values(&output),
+        values(&log_partition),
+        values(&grad),
+        [&mut dquery, &mut dkey, &mut dvalue],
+    );
+    (tensor(dquery, shape(&query)), tensor(dkey, shape(&key)), tensor(dvalue, shape(&value)))
+}
+
+/// Token ids, of whichever integer type.
+fn ids(targets: FlexTensor) -> Vec<usize> {
+    let targets = dense(targets);
+    let part = targets.layout().start_offset()..;
+    let count = targets.layout().num_elements();
+    match targets.dtype() {
+        DType::I64 => targets.storage::<i64>()[part].iter().take(count).map(|id| *id as usize).collect(),
+        DType::I32 => targets.storage::<i32>()[part].iter().take(count).map(|id| *id as usize).collect(),
+        dtype => panic!("token ids are i32 or i64, not {dtype:?}"),
+    }
+}
+
+pub(super) fn log_likelihood(logits: FlexTensor, targets: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&logits]) {
+        return loss::forward::<Flex>(logits, targets);
+    }
+    let logits = dense(logits);
+    let [rows, vocab] = logits.layout().shape().dims();
+    let mut out = vec![[0.0; 3]; rows];
+    kernels::cross_entropy(&POOL, values(&logits), vocab, &ids(targets), &mut out);
+    tensor(out.into_flattened(), Shape::new([rows, 3]))
+}
+
+pub(super) fn log_likelihood_backward(
+    logits: FlexTensor,
+    targets: FlexTensor,
+    output: FlexTensor,
+    grad: FlexTensor,
+) -> FlexTensor {
+    if !is_f32(&[&logits, &output, &grad]) {
+        return loss::backward::<Flex>(logits, targets, output, grad);
+    }
+    let (logits, output, grad) = (dense(logits), dense(output), dense(grad));
+    let [_, vocab] = logits.layout().shape().dims();
+    let log_partition: Vec<f32> = values(&output).chunks(3).map(|row| row[0]).collect();
+    let grads: Vec<[f32; 2]> = values(&grad).chunks(3).map(|row| [row[0], row[1]]).collect();
+    let mut dlogits = room(&logits);
+    kernels::cross_entropy_backward(
+        &POOL,
+        values(&logits),
+        vocab,
+        &ids(targets),
+        &log_partition,
+        &grads,
+        &mut dlogits,
+    );
+    tensor(dlogits, shape(&logits))
+}
+
+/// Room that linear layers use one after another.
+static LINEAR: LazyLock<Mutex<kernels::TernaryLinear>> = LazyLock::new(Default::default);
+
+/// Codes and scales, as bytes: nothing but [`ternary_linear_backward`] looks into it.
+fn sealed(codes: Vec<i8>, scales: &[f32]) -> FlexTensor {
+    let mut bytes = codes;
+    bytes.extend_from_slice(bytemuck::cast_slice(scales));
+    let layout = Layout::contiguous(Shape::new([bytes.len()]));
+    FlexTensor::new(Bytes::from_elems(bytes), layout, DType::I8)
+}
+
+/// The codes, and as many scales.
+fn unsealed(tensor: &FlexTensor, scales: usize) -> (&[i8], Vec<f32>) {
+    let bytes = tensor.storage::<i8>();
+    let (codes, rest) = bytes.split_at(bytes.len() - 4 * scales);
+    (codes, bytemuck::pod_collect_to_vec(rest))
+}
+
+pub(super) fn ternary_linear(
+    input: FlexTensor,
+    weight: FlexTensor,
+    bias: FlexTensor,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    assert!(is_f32(&[&input, &weight, &bias]), "the int8 products have f32 factors");
+    let (input, weight, bias) = (dense(input), dense(weight), dense(bias));
+    let ([tokens, d_input], [_, d_output]) = (shape(&input).dims(), shape(&weight).dims());
+    let mut out = vec![0.0; tokens * d_output];
+    let bias = values(&bias);
+    let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
+    let bias = (!bias.is_empty()).then_some(bias);
+    let saved = layer.forward(&POOL, values(&input), values(&weight), bias, d_input, &mut out);
+    (
+        tensor(out, Shape::new([tokens, d_output])),
+        sealed(saved.input, &saved.input_scales),
+        sealed(saved.weight, &saved.weight_scales),
+    )
+}
+
+pub(super) fn ternary_linear_backward(
+    input: FlexTensor,
+    weight: FlexTensor,
+    grad: FlexTensor,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    let grad = dense(grad);
+    let [tokens, d_output] = shape(&grad).dims();
+    let (input, input_scales) = unsealed(&input, tokens);
+    let (weight, weight_scales) = unsealed(&weight, d_output);
+    let d_input = weight.len() / d_output;
+    let saved =
+        kernels::Saved { input, input_scales: &input_scales, weight, weight_scales: &weight_scales };
+    let (mut dx, mut dweight) = (vec![0.0; tokens * d_input], vec![0.0; d_input * d_output]);
+    let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
+    let dbias = layer.backward(&POOL, saved, values(&grad), &mut dx, &mut dweight);
+    (
+        tensor(dx, Shape::new([tokens, d_input])),
+        tensor(dweight, Shape::new([d_input, d_output])),
+        tensor(dbias, Shape::new([d_output])),
+    )
+}
+
+pub(super) fn adamw_step(
+    weight: FlexTensor,
+    grad: FlexTensor,
+    m: FlexTensor,
+    v: FlexTensor,
+    step: AdamWStep,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    if !is_f32(&[&weight, &grad, &m, &v]) {
+        return optimizer::adamw_step::<Flex>(weight, grad, m, v, step);
+    }
+    let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections } = step;
+    let step = kernels::AdamW { lr, beta1, beta2, epsilon, keep, corrections };
+    let grad = dense(grad);
+    let [mut weight, mut m, mut v] = [weight, m, v].map(owned);
+    kernels::adamw(
+        &POOL,
+        step,
+        weight.storage_mut(),
+        values(&grad),
+        m.storage_mut(),
+        v.storage_mut(),
+    );
+    (weight, m, v)
+}
+
+/// The same numbers, and no others, in the tensor's own memory: copied where somebody else holds them.
+fn owned(tensor: FlexTensor) -> FlexTensor {
+    let whole = tensor.layout().start_offset() == 0
+        && tensor.storage::<f32>().len() == tensor.layout().num_elements();
+    if whole && tensor.is_contiguous() { tensor } else { super::tensor(values(&dense(tensor.clone())).to_vec(), shape(&tensor)) }
+}
+
+pub(super) fn square_sum(input: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&input]) {
+        return optimizer::square_sum_default::<Flex>(input);
+    }
+    let sum = kernels::square_sum(&POOL, values(&dense(input)));
+    tensor(vec![sum as f32], Shape::new([1]))
+}

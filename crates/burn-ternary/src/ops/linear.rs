@@ -1,0 +1,70 @@
+//! The products of a ternary linear layer, for backends that have them in int8.
+
+use super::{RowScale, TernaryBackend, node};
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
+use burn::tensor::{Shape, Tensor};
+
+/// `x~ W~ + b` with int8 activations (as [`absmax_quantize`](super::absmax_quantize) with 127 levels has them) and a weight
+/// that is ternary already.
+///
+/// On flex, forward and both products of the backward pass are integer products: of the int8 codes of the activations, the
+/// ternary codes, and gradients rounded to int8 (of the input's, by token; of the weight's, by channel). Elsewhere
+/// they are float products.
+///
+/// # Shapes
+/// - input: `[tokens, d_input]`; its gradient passes the rounding straight through
+/// - weight: `[d_input, d_output]`, each channel of `{-scale, 0, scale}`
+/// - bias: `[d_output]`
+pub fn ternary_linear(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    // The extension takes no optional tensors.
+    let bias = bias.unwrap_or_else(|| Tensor::zeros([0], &weight.device()));
+    let [input, weight, bias] = [input.into_dispatch(), weight.into_dispatch(), bias.into_dispatch()];
+    Tensor::from_dispatch(Dispatch::ternary_linear(input, weight, bias).0)
+}
+
+fn has<B: Backend>(bias: &FloatTensor<B>) -> bool {
+    bias.shape()[0] > 0
+}
+
+/// The output, and what the backward pass needs: here, both factors.
+pub(super) fn forward<B: TernaryBackend>(
+    input: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    bias: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let input = B::absmax_quantize(input, 127.0, RowScale::F32);
+    let mut output = B::float_matmul(input.clone(), weight.clone());
+    if has::<B>(&bias) {
+        let d_output = bias.shape()[0];
+        output = B::float_add(output, B::float_reshape(bias, Shape::new([1, d_output])));
+    }
+    (output, input, weight)
+}
+
+pub(super) fn backward<B: Backend>(
+    input: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let dinput = B::float_matmul(grad.clone(), B::float_transpose(weight));
+    let dweight = B::float_matmul(B::float_transpose(input), grad.clone());
+    let d_output = grad.shape()[1];
+    (dinput, dweight, B::float_reshape(B::float_sum_dim(grad, 0), Shape::new([d_output])))
+}
+
+pub(super) fn track<B: TernaryBackend, C: CheckpointStrategy>(
+    inputs: [FloatTensor<Autodiff<B, C>>; 3],
+) -> FloatTensor<Autodiff<B, C>> {
+    node::track::<B, C, 3>(inputs, |[input, weight, bias]| {
+        let has_bias = has::<B>(&bias);
+        let no_bias = bias.clone();
+        let (output, input, weight) = B::ternary_linear(input, weight, bias);
+        let gradient = node::Gradient::new(move |grad| {
+            let (dinput, dweight, dbias) =
+                B::ternary_linear_backward(input.clone(), weight.clone(), grad);
+            [dinput, dweight, if has_bias { dbias } else { no_bias.clone() }]
+        });
+        (output, gradient)
+    })
+}

@@ -1,0 +1,70 @@
+//! Ops whose backward pass is one function of the gradient.
+
+use burn::backend::autodiff::{
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+use burn::backend::{Autodiff, Backend, tensor::FloatTensor};
+use std::{fmt, sync::Arc};
+
+/// From the gradient of the output to those of the `N` inputs.
+pub(super) struct Gradient<B: Backend, const N: usize>(
+    Arc<dyn Fn(FloatTensor<B>) -> [FloatTensor<B>; N] + Send + Sync>,
+);
+
+impl<B: Backend, const N: usize> Gradient<B, N> {
+    pub fn new(gradient: impl Fn(FloatTensor<B>) -> [FloatTensor<B>; N] + Send + Sync + 'static) -> Self {
+        Self(Arc::new(gradient))
+    }
+}
+
+impl<B: Backend, const N: usize> Clone for Gradient<B, N> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<B: Backend, const N: usize> fmt::Debug for Gradient<B, N> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("Gradient")
+    }
+}
+
+#[derive(Debug)]
+struct Node<const N: usize>;
+
+impl<B: Backend, const N: usize> Backward<B, N> for Node<N> {
+    type State = Gradient<B, N>;
+
+    fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        for (node, grad) in ops.parents.into_iter().zip((ops.state.0)(grad)) {
+            if let Some(node) = node {
+                grads.register::<B>(node.id, grad);
+            }
+        }
+    }
+}
+
+/// `forward(inputs)`, which gives its output and what the gradient is. What the gradient holds lives until the backward
+/// pass has come by; without one, it is dropped at once.
+pub(super) fn track<B: Backend, C: CheckpointStrategy, const N: usize>(
+    inputs: [FloatTensor<Autodiff<B, C>>; N],
+    forward: impl FnOnce([FloatTensor<B>; N]) -> (FloatTensor<B>, Gradient<B, N>),
+) -> FloatTensor<Autodiff<B, C>> {
+    let mut nodes = Vec::with_capacity(N);
+    let inputs = inputs.map(|input| {
+        let (input, node) = input.into_parts();
+        nodes.push(node);
+        input
+    });
+    let nodes = nodes.try_into().unwrap_or_else(|_| unreachable!("a node an input"));
+    match Node::<N>.prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(prep) => {
+            let (output, gradient) = forward(inputs);
+            prep.finish(gradient, output)
+        }
+        OpsKind::UnTracked(prep) => prep.finish(forward(inputs).0),
+    }
+}

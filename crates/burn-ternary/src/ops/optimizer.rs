@@ -1,0 +1,70 @@
+//! Updates of parameters, and norms of gradients.
+
+use super::TernaryBackend;
+use burn::backend::{Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
+use burn::tensor::{Shape, Tensor};
+
+/// The numbers of an AdamW step.
+///
+/// # Source
+/// Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWStep {
+    pub lr: f32,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub epsilon: f32,
+    /// What decay leaves of a weight, `1 - lr * weight_decay`.
+    pub keep: f32,
+    /// `1 - beta1^t` and `1 - beta2^t` at step t, from 1 on.
+    pub corrections: [f32; 2],
+}
+
+/// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`,
+/// `w = keep w - lr (m / correction1) / (sqrt(v / correction2) + epsilon)`: weight, m and v after it. No gradient.
+///
+/// # Shapes
+/// four alike to three of the same
+pub fn adamw<const D: usize>(
+    weight: Tensor<D>,
+    grad: Tensor<D>,
+    moments: [Tensor<D>; 2],
+    step: AdamWStep,
+) -> (Tensor<D>, [Tensor<D>; 2]) {
+    let [m, v] = moments.map(Tensor::into_dispatch);
+    let (weight, m, v) = Dispatch::adamw_step(weight.into_dispatch(), grad.into_dispatch(), m, v, step);
+    (Tensor::from_dispatch(weight), [m, v].map(Tensor::from_dispatch))
+}
+
+/// `sum x^2`, `[1]`, to the same bits whatever the number of threads. No gradient.
+pub fn square_sum<const D: usize>(input: Tensor<D>) -> Tensor<1> {
+    Tensor::from_dispatch(Dispatch::square_sum(input.into_dispatch()))
+}
+
+pub(super) fn adamw_step<B: Backend>(
+    weight: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    m: FloatTensor<B>,
+    v: FloatTensor<B>,
+    step: AdamWStep,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections: [first, second] } = step;
+    let mix = |old, new, beta: f32| {
+        let new = B::float_mul_scalar(new, (1.0 - beta).into());
+        B::float_add(B::float_mul_scalar(old, beta.into()), new)
+    };
+    let m = mix(m, grad.clone(), beta1);
+    let v = mix(v, B::float_mul(grad.clone(), grad), beta2);
+    let root = B::float_sqrt(B::float_div_scalar(v.clone(), second.into()));
+    let direction = B::float_div(m.clone(), B::float_add_scalar(root, epsilon.into()));
+    let update = B::float_mul_scalar(direction, (lr / first).into());
+    let kept = if keep == 1.0 { weight } else { B::float_mul_scalar(weight, keep.into()) };
+    (B::float_sub(kept, update), m, v)
+}
+
+pub(super) fn square_sum_default<B: Backend>(input: FloatTensor<B>) -> FloatTensor<B> {
+    // By rows first, which is more exact.
+    let last = input.shape().num_dims() - 1;
+    let rows = B::float_sum_dim(B::float_mul(input.clone(), input), last);
+    B::float_reshape(B::float_sum(rows), Shape::new([1]))
+}
