@@ -2,6 +2,7 @@
 
 use super::transformer::{INIT_STD, LayerFactory, QuantizedTransformer};
 use super::{Compute, DuckConfig, Family, QuantizedLinear, linear::normal};
+use crate::ops::project;
 use crate::quant::{Dial, QuantConfig, TablePrecision};
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
@@ -89,7 +90,7 @@ impl DuckQuantized {
             None => table,
         };
         let hidden: Tensor<2> = hidden.reshape([batch * seq, self.config.d_model]);
-        let logits = hidden.matmul(self.config.compute.cast(head).transpose());
+        let logits = project(hidden, self.config.compute.cast(head));
         logits.cast(FloatDType::F32).reshape([batch, seq, self.config.vocab_size])
     }
 

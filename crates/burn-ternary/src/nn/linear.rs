@@ -1,12 +1,12 @@
 //! [`QuantizedLinear`]: a linear layer whose latent weight is multiplied as ternary.
 
 use super::{Compute, norm::rms_normalize};
-use crate::ops::{RowScale, absmax_quantize, ternary_linear};
+use crate::ops::{RowScale, absmax_quantize, float_linear, ternary_linear};
 use crate::quant::{
     ActivationPrecision, Dial, Products, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig,
 };
 use burn::module::{Module, Param};
-use burn::tensor::{Device, FloatDType, Tensor, module::linear};
+use burn::tensor::{Device, FloatDType, Tensor};
 use rand::Rng;
 use rand_distr::{Distribution, Normal};
 
@@ -96,7 +96,7 @@ impl QuantizedLinear {
         // One matrix product for all tokens: [tokens, d_input] x [d_input, d_output].
         let input: Tensor<2> = input.reshape([tokens, self.config.d_input]);
         let bias = self.bias.as_ref().map(|bias| self.config.compute.cast(bias.val()));
-        let output = linear(input, self.config.compute.cast(self.effective_weight()), bias);
+        let output = float_linear(input, self.config.compute.cast(self.effective_weight()), bias);
         shape[D - 1] = self.config.d_output;
         output.reshape(shape)
     }

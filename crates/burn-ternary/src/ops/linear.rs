@@ -1,4 +1,4 @@
-//! The products of a ternary linear layer, for backends that have them in int8.
+//! The products of linear layers: of floats, and of ternary layers for backends that have them in int8.
 
 use super::{RowScale, TernaryBackend, node};
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -23,6 +23,78 @@ pub fn ternary_linear(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1
     Tensor::from_dispatch(Dispatch::ternary_linear(input, weight, bias).0)
 }
 
+/// `x W + b`.
+///
+/// # Shapes
+/// input `[tokens, d_input]`, weight `[d_input, d_output]`, bias `[d_output]`, to `[tokens, d_output]`
+pub fn float_linear(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    let bias = bias.unwrap_or_else(|| Tensor::zeros([0], (&weight.device(), weight.dtype())));
+    let [input, weight, bias] = [input.into_dispatch(), weight.into_dispatch(), bias.into_dispatch()];
+    Tensor::from_dispatch(Dispatch::float_linear(input, weight, bias))
+}
+
+/// `x T^T`: logits from a table whose rows are the ids.
+///
+/// # Shapes
+/// hidden `[tokens, d]`, table `[vocab, d]`, to `[tokens, vocab]`
+pub fn project(hidden: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::project(hidden.into_dispatch(), table.into_dispatch()))
+}
+
+pub(super) fn float_forward<B: Backend>(
+    input: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    bias: FloatTensor<B>,
+) -> FloatTensor<B> {
+    with_bias::<B>(B::float_matmul(input, weight), bias)
+}
+
+fn with_bias<B: Backend>(output: FloatTensor<B>, bias: FloatTensor<B>) -> FloatTensor<B> {
+    if !has::<B>(&bias) {
+        return output;
+    }
+    let d_output = bias.shape()[0];
+    B::float_add(output, B::float_reshape(bias, Shape::new([1, d_output])))
+}
+
+pub(super) fn track_float<B: TernaryBackend, C: CheckpointStrategy>(
+    inputs: [FloatTensor<Autodiff<B, C>>; 3],
+) -> FloatTensor<Autodiff<B, C>> {
+    node::track::<B, C, 3>(inputs, |[input, weight, bias]| {
+        let (has_bias, no_bias) = (has::<B>(&bias), bias.clone());
+        let output = B::float_linear(input.clone(), weight.clone(), bias);
+        let gradient = node::Gradient::new(move |grad| {
+            let (dinput, dweight, dbias) = B::float_linear_backward(input.clone(), weight.clone(), grad);
+            [dinput, dweight, if has_bias { dbias } else { no_bias.clone() }]
+        });
+        (output, gradient)
+    })
+}
+
+pub(super) fn project_forward<B: Backend>(hidden: FloatTensor<B>, table: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_matmul(hidden, B::float_transpose(table))
+}
+
+/// Gradients of hidden and table; that of the table is a product that lies as the table does.
+pub(super) fn project_backward<B: Backend>(
+    hidden: FloatTensor<B>,
+    table: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    (B::float_matmul(grad.clone(), table), B::float_matmul(B::float_transpose(grad), hidden))
+}
+
+pub(super) fn track_project<B: TernaryBackend, C: CheckpointStrategy>(
+    inputs: [FloatTensor<Autodiff<B, C>>; 2],
+) -> FloatTensor<Autodiff<B, C>> {
+    node::track::<B, C, 2>(inputs, |[hidden, table]| {
+        let output = B::project(hidden.clone(), table.clone());
+        let gradient =
+            node::Gradient::new(move |grad| B::project_backward(hidden.clone(), table.clone(), grad).into());
+        (output, gradient)
+    })
+}
+
 fn has<B: Backend>(bias: &FloatTensor<B>) -> bool {
     bias.shape()[0] > 0
 }
@@ -34,12 +106,7 @@ pub(super) fn forward<B: TernaryBackend>(
     bias: FloatTensor<B>,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let input = B::absmax_quantize(input, 127.0, RowScale::F32);
-    let mut output = B::float_matmul(input.clone(), weight.clone());
-    if has::<B>(&bias) {
-        let d_output = bias.shape()[0];
-        output = B::float_add(output, B::float_reshape(bias, Shape::new([1, d_output])));
-    }
-    (output, input, weight)
+    (float_forward::<B>(input.clone(), weight.clone(), bias), input, weight)
 }
 
 pub(super) fn backward<B: Backend>(

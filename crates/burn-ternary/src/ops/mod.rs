@@ -25,7 +25,7 @@ mod ternary;
 pub use absmax::{RowScale, absmax_quantize, absmax_scales};
 pub use activation::{gelu, silu_mul};
 pub use attention::{Heads, causal_attention};
-pub use linear::ternary_linear;
+pub use linear::{float_linear, project, ternary_linear};
 pub use loss::log_likelihood;
 pub use norm::{layer_norm, rms_norm};
 pub use optimizer::{AdamWStep, adamw, square_sum};
@@ -202,6 +202,42 @@ pub trait TernaryBackend: Backend {
         loss::backward::<Self>(logits, targets, output, grad)
     }
 
+    /// See [`float_linear`].
+    #[fusion(default)]
+    fn float_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        linear::float_forward::<Self>(input, weight, bias)
+    }
+
+    /// Gradients of input, weight and bias.
+    #[fusion(default)]
+    fn float_linear_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        linear::backward::<Self>(input, weight, grad)
+    }
+
+    /// See [`project`].
+    #[fusion(default)]
+    fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>) -> FloatTensor<Self> {
+        linear::project_forward::<Self>(hidden, table)
+    }
+
+    /// Gradients of hidden and table.
+    #[fusion(default)]
+    fn project_backward(
+        hidden: FloatTensor<Self>,
+        table: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        linear::project_backward::<Self>(hidden, table, grad)
+    }
+
     /// See [`ternary_linear`]; and what the backward pass wants to have of input and weight, in a form of its own.
     #[fusion(default)]
     fn ternary_linear(
@@ -304,6 +340,18 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
 
     fn log_likelihood(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         loss::track::<B, C>(logits, targets)
+    }
+
+    fn float_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        linear::track_float::<B, C>([input, weight, bias])
+    }
+
+    fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>) -> FloatTensor<Self> {
+        linear::track_project::<B, C>([hidden, table])
     }
 
     /// What the backward pass wants is kept within: the second and third tensor are empty.

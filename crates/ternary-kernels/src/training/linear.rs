@@ -6,7 +6,7 @@ use crate::{
     elementwise::{load, store},
     multiply,
     pool::Disjoint,
-    simd::{Kernel, LANES, Simd},
+    simd::{Kernel, LANES, Line, Simd},
 };
 
 /// Smallest absolute maximum of a gradient that is quantized; keeps zeros from dividing by zero.
@@ -131,12 +131,33 @@ fn with_matrix(matrix: &mut CodeMatrix, f: impl FnOnce(&Matrix)) {
 fn signs(pool: &Pool, weight: &[f32]) -> Vec<i8> {
     let mut codes = vec![0; weight.len()];
     pool.chunks(&mut codes, super::PIECE, |index, _, codes| {
-        let weight = &weight[index * super::PIECE..][..codes.len()];
-        for (code, weight) in codes.iter_mut().zip(weight) {
-            *code = i8::from(*weight > 0.0) - i8::from(*weight < 0.0);
-        }
+        pool.isa().run(Signs { weight: &weight[index * super::PIECE..][..codes.len()], codes });
     });
     codes
+}
+
+struct Signs<'a> {
+    weight: &'a [f32],
+    codes: &'a mut [i8],
+}
+
+impl Kernel for Signs<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let zero = s.splat_f32(0.0);
+        // No scale is below f16's smallest normal number: times this, its sign is 1 or more.
+        let (large, one) = (s.splat_f32(1e5), s.splat_f32(1.0));
+        for (codes, weight) in self.codes.chunks_mut(LANES).zip(self.weight.chunks(LANES)) {
+            let x = s.mul_f32(load(s, weight), large);
+            let below = s.sub_f32(zero, s.max_f32(s.sub_f32(zero, x), s.sub_f32(zero, one)));
+            let sign = s.max_f32(below, s.sub_f32(zero, one));
+            let mut block = [0; LANES];
+            s.store_i8(s.to_int(sign), &mut block);
+            codes.copy_from_slice(&block[..codes.len()]);
+        }
+    }
 }
 
 /// Of each column of `[rows, n]`: the largest magnitude, of numbers times their row's factor, and the sum, of the numbers
@@ -155,6 +176,15 @@ fn column_maxima(pool: &Pool, x: &[f32], n: usize, factors: Option<&[f32]>) -> (
         all.1.iter_mut().zip(sums).for_each(|(sum, part)| *sum += part);
     }
     all
+}
+
+/// The sum of each column of `[rows, n]`.
+///
+/// # Panics
+/// When `x` is not a whole number of rows.
+pub fn column_sums(pool: &Pool, x: &[f32], n: usize) -> Vec<f32> {
+    assert!(x.len().is_multiple_of(n), "{} numbers are no whole rows of {n}", x.len());
+    column_maxima(pool, x, n, None).1
 }
 
 struct Columns<'a> {
@@ -234,26 +264,58 @@ impl Quantized {
         self.scales.fill(1.0);
         let blocks = self.blocks;
         let sums = Disjoint::new(&mut self.sums);
-        // 64 columns: whole cache lines of the rows.
-        pool.chunks(&mut self.codes, 64 * blocks, |index, _, out| {
-            for (i, column) in out.chunks_mut(blocks).enumerate() {
-                let col = index * 64 + i;
+        pool.chunks(&mut self.codes, LANES * blocks, |index, _, out| {
+            pool.isa().run(Transpose { codes, stride, first: index * LANES, tokens, blocks, out });
+            for (i, column) in out.chunks(blocks).enumerate() {
                 // SAFETY: each column is written once.
-                let sums = unsafe { sums.slice(col * (blocks + 1), blocks + 1) };
+                let sums = unsafe { sums.slice((index * LANES + i) * (blocks + 1), blocks + 1) };
                 let mut sum = 0;
                 sums[0] = 0;
-                for (block, out) in column.iter_mut().enumerate() {
-                    let start = block * LANES;
-                    let height = LANES.min(tokens - start);
-                    *out = [0; LANES];
-                    for (row, out) in out.iter_mut().take(height).enumerate() {
-                        *out = codes[(start + row) * stride + col];
-                        sum += i32::from(*out);
-                    }
-                    sums[block + 1] = sum;
+                for (block, place) in column.iter().zip(&mut sums[1..]) {
+                    sum += block.iter().map(|code| i32::from(*code)).sum::<i32>();
+                    *place = sum;
                 }
             }
         });
+    }
+}
+
+/// Sixteen columns of `[tokens, stride]`, from `first` on (the last may be fewer, `stride` is padded): `[columns, blocks]`.
+struct Transpose<'a> {
+    codes: &'a [i8],
+    stride: usize,
+    first: usize,
+    tokens: usize,
+    blocks: usize,
+    out: &'a mut [[i8; LANES]],
+}
+
+impl Kernel for Transpose<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { codes, stride, first, tokens, blocks, out } = self;
+        let columns = out.len() / blocks;
+        let mut quad = Line([0; 64]);
+        for start in (0..blocks * LANES).step_by(4) {
+            // Four tokens of a column in each lane.
+            let mut lanes = s.splat(0);
+            for token in (start..start + 4).rev() {
+                lanes = s.shl::<8>(lanes);
+                if token < tokens {
+                    let row: &[i8; LANES] =
+                        codes[token * stride + first..].first_chunk().expect("a row is padded");
+                    lanes = s.add(lanes, s.and(s.load_i8(row), s.splat(0xff)));
+                }
+            }
+            s.store(lanes, &mut quad);
+            let (block, place) = (start / LANES, start % LANES);
+            let (quads, _) = quad.0.as_chunks::<4>();
+            for (column, quad) in quads.iter().take(columns).enumerate() {
+                out[column * blocks + block][place..place + 4].copy_from_slice(&quad.map(|byte| byte as i8));
+            }
+        }
     }
 }
 

@@ -6,6 +6,8 @@
 
 mod activation;
 mod attention;
+#[cfg(feature = "rayon")]
+mod float;
 mod linear;
 mod loss;
 mod norm;
@@ -13,7 +15,9 @@ mod optimizer;
 
 pub use activation::{gelu, gelu_backward, silu_mul, silu_mul_backward};
 pub use attention::{Attention, attention, attention_backward};
-pub use linear::{Saved, SavedBuffers, TernaryLinear};
+#[cfg(feature = "rayon")]
+pub use float::{View, float_product};
+pub use linear::{Saved, SavedBuffers, TernaryLinear, column_sums};
 pub use loss::{cross_entropy, cross_entropy_backward};
 pub use norm::{Norm, norm, norm_backward};
 pub use optimizer::{AdamW, adamw, square_sum};

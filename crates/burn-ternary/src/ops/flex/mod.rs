@@ -125,6 +125,34 @@ impl TernaryBackend for Flex {
         training::log_likelihood_backward(logits, targets, output, grad)
     }
 
+    fn float_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        training::float_linear(input, weight, bias)
+    }
+
+    fn float_linear_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        training::float_linear_backward(input, weight, grad)
+    }
+
+    fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>) -> FloatTensor<Self> {
+        training::project(hidden, table)
+    }
+
+    fn project_backward(
+        hidden: FloatTensor<Self>,
+        table: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        training::project_backward(hidden, table, grad)
+    }
+
     fn ternary_linear(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,

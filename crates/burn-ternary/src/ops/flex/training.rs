@@ -1,7 +1,7 @@
 //! The ops of a training step, by the kernels of `ternary-kernels`.
 
 use super::{dense, is_f32, tensor, values};
-use crate::ops::{AdamWStep, Heads, activation, attention, loss, norm, optimizer};
+use crate::ops::{AdamWStep, Heads, activation, attention, linear, loss, norm, optimizer};
 use burn::backend::Flex;
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
@@ -210,6 +210,70 @@ pub(super) fn log_likelihood_backward(
         &mut dlogits,
     );
     tensor(dlogits, shape(&logits))
+}
+
+/// A dense matrix.
+fn view(tensor: &FlexTensor) -> kernels::View<'_> {
+    let [rows, cols] = tensor.layout().shape().dims();
+    kernels::View::new(values(tensor), rows, cols)
+}
+
+fn product(left: kernels::View, right: kernels::View, bias: &[f32], [m, n]: [usize; 2]) -> FlexTensor {
+    let mut out = vec![0.0; m * n];
+    kernels::float_product(&POOL, left, right, (!bias.is_empty()).then_some(bias), &mut out);
+    tensor(out, Shape::new([m, n]))
+}
+
+pub(super) fn float_linear(input: FlexTensor, weight: FlexTensor, bias: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&input, &weight, &bias]) {
+        return linear::float_forward::<Flex>(input, weight, bias);
+    }
+    let (input, weight, bias) = (dense(input), dense(weight), dense(bias));
+    let ([tokens, _], [_, d_output]) = (shape(&input).dims(), shape(&weight).dims());
+    product(view(&input), view(&weight), values(&bias), [tokens, d_output])
+}
+
+pub(super) fn float_linear_backward(
+    input: FlexTensor,
+    weight: FlexTensor,
+    grad: FlexTensor,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    if !is_f32(&[&input, &weight, &grad]) {
+        return linear::backward::<Flex>(input, weight, grad);
+    }
+    let (input, weight, grad) = (dense(input), dense(weight), dense(grad));
+    let ([tokens, d_input], [_, d_output]) = (shape(&input).dims(), shape(&weight).dims());
+    let dbias = kernels::column_sums(&POOL, values(&grad), d_output);
+    (
+        product(view(&grad), view(&weight).transposed(), &[], [tokens, d_input]),
+        product(view(&input).transposed(), view(&grad), &[], [d_input, d_output]),
+        tensor(dbias, Shape::new([d_output])),
+    )
+}
+
+pub(super) fn project(hidden: FlexTensor, table: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&hidden, &table]) {
+        return linear::project_forward::<Flex>(hidden, table);
+    }
+    let (hidden, table) = (dense(hidden), dense(table));
+    let ([tokens, _], [vocab, _]) = (shape(&hidden).dims::<2>(), shape(&table).dims::<2>());
+    product(view(&hidden), view(&table).transposed(), &[], [tokens, vocab])
+}
+
+pub(super) fn project_backward(
+    hidden: FlexTensor,
+    table: FlexTensor,
+    grad: FlexTensor,
+) -> (FlexTensor, FlexTensor) {
+    if !is_f32(&[&hidden, &table, &grad]) {
+        return linear::project_backward::<Flex>(hidden, table, grad);
+    }
+    let (hidden, table, grad) = (dense(hidden), dense(table), dense(grad));
+    let ([tokens, d], [vocab, _]) = (shape(&hidden).dims(), shape(&table).dims());
+    (
+        product(view(&grad), view(&table), &[], [tokens, d]),
+        product(view(&grad).transposed(), view(&hidden), &[], [vocab, d]),
+    )
 }
 
 /// Room that linear layers use one after another.
