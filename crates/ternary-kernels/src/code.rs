@@ -2,6 +2,7 @@
 
 use crate::{
     Input, Pool, Quantized,
+    elementwise::load_codes,
     matrix::{Finish, Form, TOKENS, by_tokens, four, tiles, token_codes, token_floats, token_sums},
     simd::{Kernel, LANES, Line, Simd},
     ternary::{PANEL, Planes, panel_sums},
@@ -90,19 +91,20 @@ impl Kernel for Pack<'_> {
                         let mut lanes = s.splat(0);
                         for b in (0..width).rev() {
                             let at = (start + b) * rows + first;
-                            let mut column = [0; LANES];
-                            column[..height].copy_from_slice(&codes[at..at + height]);
-                            let column = s.and(s.load_i8(&column), s.splat(0xff));
+                            let column = s.and(load_codes(s, &codes[at..at + height]), s.splat(0xff));
                             lanes = s.add(s.shl::<8>(lanes), column);
                         }
                         lanes
                     }
                     Order::Rows => {
                         let mut bytes = Line([0; 64]);
-                        for lane in 0..if width > 0 { height } else { 0 } {
-                            let at = (first + lane) * cols + start;
-                            let from = codes[at..at + width].iter();
-                            bytes.0[4 * lane..].iter_mut().zip(from).for_each(|(to, x)| *to = *x as u8);
+                        let (lanes, _) = bytes.0.as_chunks_mut::<4>();
+                        for (lane, to) in lanes.iter_mut().take(height).enumerate() {
+                            let row = &codes[(first + lane) * cols..][..cols];
+                            match row.get(start..).and_then(|rest| rest.first_chunk::<4>()) {
+                                Some(four) => *to = four.map(|code| code as u8),
+                                None => to.iter_mut().zip(row.iter().skip(start)).for_each(|(to, x)| *to = *x as u8),
+                            }
                         }
                         s.load(&bytes)
                     }

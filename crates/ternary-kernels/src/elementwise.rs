@@ -83,6 +83,32 @@ pub(crate) fn store<S: Simd>(s: S, a: S::Float, values: &mut [f32]) {
     }
 }
 
+/// As many codes as there is room for.
+#[inline(always)]
+pub(crate) fn store_codes<S: Simd>(s: S, a: S::Int, codes: &mut [i8]) {
+    match codes.as_mut_array::<LANES>() {
+        Some(codes) => s.store_i8(a, codes),
+        None => {
+            let mut block = [0; LANES];
+            s.store_i8(a, &mut block);
+            codes.copy_from_slice(&block[..codes.len()]);
+        }
+    }
+}
+
+/// Up to 16 codes, zeros after them.
+#[inline(always)]
+pub(crate) fn load_codes<S: Simd>(s: S, codes: &[i8]) -> S::Int {
+    match codes.as_array::<LANES>() {
+        Some(codes) => s.load_i8(codes),
+        None => {
+            let mut block = [0; LANES];
+            block[..codes.len()].copy_from_slice(codes);
+            s.load_i8(&block)
+        }
+    }
+}
+
 /// `exp(x)` to 2 units in the last place, for x in -87 to 88; beyond, as at the ends.
 ///
 /// # Source

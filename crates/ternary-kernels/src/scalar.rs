@@ -128,6 +128,10 @@ impl Simd for Scalar {
         from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
 
+    fn select_greater(self, a: Float, b: Float, x: Float, y: Float) -> Float {
+        from_fn(|i| if a[i] > b[i] { x[i] } else { y[i] })
+    }
+
     fn sqrt_f32(self, a: Float) -> Float {
         a.map(f32::sqrt)
     }

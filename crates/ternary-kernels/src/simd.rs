@@ -68,6 +68,8 @@ pub(crate) trait Simd: Copy {
     fn div_f32(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn max_f32(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn sqrt_f32(self, a: Self::Float) -> Self::Float;
+    /// `x` where `a > b`, else `y`, also where they do not compare.
+    fn select_greater(self, a: Self::Float, b: Self::Float, x: Self::Float, y: Self::Float) -> Self::Float;
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
     /// Rounds ties to even.

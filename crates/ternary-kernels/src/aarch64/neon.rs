@@ -255,6 +255,12 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn select_greater(self, a: Float, b: Float, x: Float, y: Float) -> Float {
+        // SAFETY: `self` proves the instructions.
+        unsafe { from_fn(|i| vbslq_f32(vcgtq_f32(a[i], b[i]), x[i], y[i])) }
+    }
+
+    #[inline(always)]
     fn sqrt_f32(self, a: Float) -> Float {
         // SAFETY: `self` proves the instruction.
         unsafe { a.map(|a| vsqrtq_f32(a)) }

@@ -3,7 +3,7 @@
 use super::{pieces, rows_a_piece};
 use crate::{
     CodeMatrix, Input, Matrix, Order, Pool, Product, Quantized,
-    elementwise::{load, store},
+    elementwise::{load, store, store_codes},
     multiply,
     pool::Disjoint,
     simd::{Kernel, LANES, Line, Simd},
@@ -153,9 +153,7 @@ impl Kernel for Signs<'_> {
             let x = s.mul_f32(load(s, weight), large);
             let below = s.sub_f32(zero, s.max_f32(s.sub_f32(zero, x), s.sub_f32(zero, one)));
             let sign = s.max_f32(below, s.sub_f32(zero, one));
-            let mut block = [0; LANES];
-            s.store_i8(s.to_int(sign), &mut block);
-            codes.copy_from_slice(&block[..codes.len()]);
+            store_codes(s, s.to_int(sign), codes);
         }
     }
 }
@@ -248,9 +246,7 @@ impl Kernel for Codes<'_> {
             for (codes, (grad, inverse)) in codes.chunks_mut(LANES).zip(columns) {
                 // At most 127 and a rounding error, which to_int takes off.
                 let scaled = s.mul_f32(s.mul_f32(load(s, grad), factor), load(s, inverse));
-                let mut block = [0; LANES];
-                s.store_i8(s.to_int(scaled), &mut block);
-                codes.copy_from_slice(&block[..codes.len()]);
+                store_codes(s, s.to_int(scaled), codes);
             }
         }
     }

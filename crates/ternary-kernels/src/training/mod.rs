@@ -12,6 +12,7 @@ mod linear;
 mod loss;
 mod norm;
 mod optimizer;
+mod quantize;
 
 pub use activation::{gelu, gelu_backward, silu_mul, silu_mul_backward};
 pub use attention::{Attention, attention, attention_backward};
@@ -21,11 +22,26 @@ pub use linear::{Saved, SavedBuffers, TernaryLinear, column_sums};
 pub use loss::{cross_entropy, cross_entropy_backward};
 pub use norm::{Norm, norm, norm_backward};
 pub use optimizer::{AdamW, adamw, square_sum};
+pub use quantize::ternary_quantize;
 
 use crate::{Pool, pool::Disjoint};
 
 /// Numbers that a task works on, so that it is worth waking a thread.
 const PIECE: usize = 1 << 14;
+
+/// `len` zeros; of many, the pages are taken from the system on all threads.
+pub fn zeros(pool: &Pool, len: usize) -> Vec<f32> {
+    if len < 16 * PIECE {
+        return vec![0.0; len];
+    }
+    let mut numbers = Vec::with_capacity(len);
+    pool.chunks(&mut numbers.spare_capacity_mut()[..len], 4 * PIECE, |_, _, room| {
+        room.fill(std::mem::MaybeUninit::new(0.0f32));
+    });
+    // SAFETY: the first `len` numbers have been written.
+    unsafe { numbers.set_len(len) };
+    numbers
+}
 
 /// Rows of `width` numbers for a task.
 fn rows_a_piece(width: usize) -> usize {

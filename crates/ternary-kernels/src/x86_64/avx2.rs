@@ -235,6 +235,14 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn select_greater(self, a: Float, b: Float, x: Float, y: Float) -> Float {
+        // SAFETY: `self` proves the instructions.
+        std::array::from_fn(|i| unsafe {
+            _mm256_blendv_ps(y[i], x[i], _mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i]))
+        })
+    }
+
+    #[inline(always)]
     fn sqrt_f32(self, a: Float) -> Float {
         each!(_mm256_sqrt_ps(a))
     }

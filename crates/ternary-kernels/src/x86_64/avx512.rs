@@ -190,6 +190,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn select_greater(self, a: Float, b: Float, x: Float, y: Float) -> Float {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x) }
+    }
+
+    #[inline(always)]
     fn sqrt_f32(self, a: Float) -> Float {
         // SAFETY: `self` proves the instruction.
         unsafe { _mm512_sqrt_ps(a) }

@@ -10,6 +10,11 @@ use burn::backend::{
 };
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
+use std::sync::LazyLock;
+use ternary_kernels::Pool;
+
+/// Flex computes on the threads of rayon, and so do we.
+static POOL: LazyLock<Pool> = LazyLock::new(Pool::rayon);
 
 impl TernaryBackend for Flex {
     fn ternary_quantize(

@@ -2,13 +2,14 @@
 //!
 //! Sums run over fixed blocks of rows and are added in order, so that a result does not depend on the number of threads.
 
-use super::{dense, is_f32, tensor, values};
+use super::{POOL, dense, is_f32, tensor, values};
 use crate::ops::{RowScale, absmax, absmax::ABSMAX_MIN, scale, ternary};
 use burn::backend::{Flex, ops::FloatTensorOps};
 use burn::tensor::Shape;
 use burn_flex::FlexTensor;
 use half::f16;
 use rayon::prelude::*;
+use ternary_kernels::training as kernels;
 
 /// Weights a task has; below it threads cost more than they give.
 const BLOCK: usize = 1 << 14;
@@ -27,34 +28,8 @@ pub(super) fn ternary_quantize(
     let [_, n, channels] = shape.dims();
     let (weight, scale, threshold) = (dense(weight), dense(scale), dense(threshold));
     let (weight, scale, threshold) = (values(&weight), values(&scale), values(&threshold));
-    let mut output = vec![0f32; weight.len()];
-    // A row of `channels` weights when each has its own scale, a run of `n` weights when they share one.
-    let row = if channels == 1 { n } else { channels };
-    let rows_a_task = (BLOCK / row).max(1);
-    output
-        .par_chunks_mut(rows_a_task * row)
-        .zip(weight.par_chunks(rows_a_task * row))
-        .enumerate()
-        .for_each(|(task, (output, weight))| {
-            for (index, (output, weight)) in output.chunks_mut(row).zip(weight.chunks(row)).enumerate() {
-                let index = task * rows_a_task + index;
-                if channels == 1 {
-                    let (scale, threshold) = (scale[index], threshold[index]);
-                    for (output, &weight) in output.iter_mut().zip(weight) {
-                        *output = quantized(weight, scale, threshold);
-                    }
-                } else {
-                    let group = (index / n) * channels;
-                    let scale = &scale[group..group + channels];
-                    let threshold = &threshold[group..group + channels];
-                    for (((output, &weight), &scale), &threshold) in
-                        output.iter_mut().zip(weight).zip(scale).zip(threshold)
-                    {
-                        *output = quantized(weight, scale, threshold);
-                    }
-                }
-            }
-        });
+    let mut output = kernels::zeros(&POOL, weight.len());
+    kernels::ternary_quantize(&POOL, weight, [n, channels], scale, threshold, &mut output);
     tensor(output, shape)
 }
 
@@ -125,12 +100,6 @@ pub(super) fn absmax_quantize(input: FlexTensor, levels: f32, scale: RowScale) -
 /// The nearest normal f16.
 fn to_f16(scale: f32) -> f32 {
     f16::from_f32(scale.clamp(scale::SCALE_MIN, scale::SCALE_MAX)).to_f32()
-}
-
-/// `scale` with the sign of `weight` where `|weight| > threshold`, else 0.
-#[inline(always)]
-fn quantized(weight: f32, scale: f32, threshold: f32) -> f32 {
-    if weight.abs() > threshold { scale.copysign(weight) } else { 0.0 }
 }
 
 /// Sums of magnitudes down the rows of `[rows, channels]`; for one channel, along the run.

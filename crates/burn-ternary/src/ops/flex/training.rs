@@ -1,19 +1,16 @@
 //! The ops of a training step, by the kernels of `ternary-kernels`.
 
-use super::{dense, is_f32, tensor, values};
+use super::{POOL, dense, is_f32, tensor, values};
 use crate::ops::{AdamWStep, Heads, activation, attention, linear, loss, norm, optimizer};
 use burn::backend::Flex;
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
 use std::sync::{LazyLock, Mutex, PoisonError};
-use ternary_kernels::{Pool, training as kernels};
-
-/// Flex computes on the threads of rayon, and so do we.
-static POOL: LazyLock<Pool> = LazyLock::new(Pool::rayon);
+use ternary_kernels::training as kernels;
 
 /// Zeros, to be written over.
 fn room(like: &FlexTensor) -> Vec<f32> {
-    vec![0.0; like.layout().num_elements()]
+    kernels::zeros(&POOL, like.layout().num_elements())
 }
 
 fn shape(tensor: &FlexTensor) -> Shape {
@@ -219,7 +216,7 @@ fn view(tensor: &FlexTensor) -> kernels::View<'_> {
 }
 
 fn product(left: kernels::View, right: kernels::View, bias: &[f32], [m, n]: [usize; 2]) -> FlexTensor {
-    let mut out = vec![0.0; m * n];
+    let mut out = kernels::zeros(&POOL, m * n);
     kernels::float_product(&POOL, left, right, (!bias.is_empty()).then_some(bias), &mut out);
     tensor(out, Shape::new([m, n]))
 }
@@ -302,7 +299,7 @@ pub(super) fn ternary_linear(
     assert!(is_f32(&[&input, &weight, &bias]), "the int8 products have f32 factors");
     let (input, weight, bias) = (dense(input), dense(weight), dense(bias));
     let ([tokens, d_input], [_, d_output]) = (shape(&input).dims(), shape(&weight).dims());
-    let mut out = vec![0.0; tokens * d_output];
+    let mut out = kernels::zeros(&POOL, tokens * d_output);
     let bias = values(&bias);
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
     let bias = (!bias.is_empty()).then_some(bias);
@@ -326,7 +323,8 @@ pub(super) fn ternary_linear_backward(
     let d_input = weight.len() / d_output;
     let saved =
         kernels::Saved { input, input_scales: &input_scales, weight, weight_scales: &weight_scales };
-    let (mut dx, mut dweight) = (vec![0.0; tokens * d_input], vec![0.0; d_input * d_output]);
+    let (mut dx, mut dweight) =
+        (kernels::zeros(&POOL, tokens * d_input), kernels::zeros(&POOL, d_input * d_output));
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
     let dbias = layer.backward(&POOL, saved, values(&grad), &mut dx, &mut dweight);
     (
