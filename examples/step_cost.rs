@@ -1,7 +1,7 @@
 //! What a training step costs: a float model, its ternary twin with fake quantization, and the same in int8, in turn, in
 //! one process.
 //!
-//! `cargo run --release --example step_cost -- --preset duck --vocab 8192 --seq 128 --batch 8 --rounds 5`
+//! `cargo run --release --example step_cost -- --vocab 8192 --seq 128 --batch 8 --rounds 5`
 
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_ternary::data::{LmBatch, LmBatcher, window::Window};
@@ -14,8 +14,14 @@ use std::time::Instant;
 
 #[derive(Parser)]
 struct Command {
-    #[arg(long, default_value = "duck")]
-    preset: String,
+    #[arg(long, default_value_t = 768)]
+    width: usize,
+    #[arg(long, default_value_t = 12)]
+    layers: usize,
+    #[arg(long, default_value_t = 12)]
+    heads: usize,
+    #[arg(long, default_value_t = 3072)]
+    ff: usize,
     #[arg(long, default_value_t = 8192)]
     vocab: usize,
     #[arg(long, default_value_t = 128)]
@@ -60,10 +66,20 @@ impl Variant {
 
 fn main() {
     let command = Command::parse();
-    let Command { vocab, seq, batch, rounds, .. } = command;
+    let Command { width, layers, heads, ff, vocab, seq, batch, rounds, .. } = command;
     let device = device("flex").expect("flex is compiled in");
-    let model = DuckConfig::preset(&command.preset).expect("a preset");
-    let model = DuckConfig { vocab_size: vocab, context: seq, dropout: 0.0, ..model };
+    // GPT-2's layers, in the size of the reference model unless it is told otherwise.
+    let model = DuckConfig {
+        vocab_size: vocab,
+        context: seq,
+        d_model: width,
+        n_layers: layers,
+        n_heads: heads,
+        n_kv_heads: heads,
+        d_ff: ff,
+        dropout: 0.0,
+        ..DuckConfig::duck()
+    };
     let mut experiment = Experiment::load("experiments/10-shakespeare-float.toml").expect("it loads");
     experiment.optim.lr = 1e-4;
     experiment.optim.matrices = if command.muon { MatrixOptimizer::Muon } else { MatrixOptimizer::Adamw };
@@ -93,10 +109,9 @@ fn main() {
         let ratios = seconds.iter().zip(&times[0]).map(|(seconds, first)| first / seconds).collect();
         let seconds = median(seconds.clone());
         println!(
-            "{{\"preset\": \"{}\", \"variant\": \"{variant:?}\", \"device\": \"{}\", \"threads\": {}, \
+            "{{\"variant\": \"{variant:?}\", \"device\": \"{}\", \"threads\": {}, \
              \"tokens_a_step\": {tokens}, \"tokens_per_s\": {:.1}, \"speed_of_first\": {:.3}, \"gflops\": {:.1}, \
-             \"matrix_peak_gflops\": {:.1}, \"peak_rss_bytes_of_all\": {}}}",
-            command.preset,
+             \"matrix_peak_gflops\": {:.1}, \"peak_rss_bytes\": {}}}",
             describe(&device),
             rayon::current_num_threads(),
             tokens / seconds,

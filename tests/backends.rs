@@ -3,14 +3,18 @@
 use crate::gradients::{collect, ids, loss, tiny};
 use crate::oracle::{cpu, floats, granularities, normal, quantizer, tensor};
 use burn::optim::GradientsParams;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Bool, Device, Tensor};
 use burn_ternary::data::LmBatch;
 use burn_ternary::device;
 use burn_ternary::nn::{DuckQuantized, Family};
 use burn_ternary::ops::{
-    RowScale, StraightThrough, absmax_quantize, mean_abs, round_scale, ternary_codes, ternary_quantize,
+    AdamWStep, Heads, RowScale, StraightThrough, absmax_quantize, adamw, causal_attention, float_linear,
+    gelu, layer_norm, log_likelihood, mean_abs, project, rms_norm, round_scale, silu_mul, square_sum,
+    ternary_codes, ternary_linear, ternary_quantize,
 };
-use burn_ternary::quant::{Estimator, Granularity, QuantConfig, ScaleRule, compute_optimal_scale};
+use burn_ternary::quant::{
+    ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule, compute_optimal_scale,
+};
 use burn_ternary::train::QuantizationTrainer;
 use burn_ternary::train::optim::{MatrixOptimizer, OptimConfig};
 use burn_ternary::train::schedule::{ScheduleConfig, Shape};
@@ -378,6 +382,161 @@ fn fused_ops_give_what_the_default_bodies_give() {
     }
 }
 
+/// An op's output and the gradients of its inputs, for a random gradient of the output.
+fn with_gradients<const N: usize, const D: usize>(
+    rng: &mut ChaCha8Rng,
+    inputs: [(Vec<f32>, Vec<usize>); N],
+    device: &Device,
+    op: impl FnOnce([Tensor<1>; N]) -> Tensor<D>,
+) -> Vec<Vec<f32>> {
+    let device = device.clone().autodiff();
+    let inputs = inputs.map(|(values, _)| {
+        let count = values.len();
+        tensor(&values, [count], &device).require_grad()
+    });
+    let output = op(inputs.clone());
+    let upstream = normal(rng, output.shape().num_elements(), 1.0);
+    let grads = (output.clone() * tensor(&upstream, output.dims(), &device)).sum().backward();
+    let mut results = vec![floats(output)];
+    results.extend(inputs.iter().map(|input| floats(input.grad(&grads).unwrap())));
+    results
+}
+
+/// Each op of a training step at odd sizes: its name, its output and its gradients.
+fn training_ops(device: &Device) -> Vec<(String, Vec<Vec<f32>>)> {
+    let rng = &mut ChaCha8Rng::seed_from_u64(11);
+    let mut results = Vec::new();
+    for [rows, d] in [[1, 1], [3, 7], [5, 16], [70, 33], [40, 900]] {
+        let mut random = |shape: &[usize]| (normal(rng, shape.iter().product(), 1.0), shape.to_vec());
+        let (x, y, weight, bias) = (random(&[rows, d]), random(&[rows, d]), random(&[d]), random(&[d]));
+        let table = random(&[13, d]);
+        let matrix = random(&[d, 9]);
+        let small = random(&[9]);
+        let rng = &mut ChaCha8Rng::seed_from_u64(12);
+        let mut add = |name: &str, result| results.push((format!("{name} {rows} {d}"), result));
+        add(
+            "layer_norm",
+            with_gradients(rng, [x.clone(), weight.clone(), bias], device, |[x, weight, bias]| {
+                layer_norm(x.reshape([rows, d]), weight, bias, 1e-5)
+            }),
+        );
+        add(
+            "rms_norm",
+            with_gradients(rng, [x.clone(), weight], device, |[x, weight]| {
+                rms_norm(x.reshape([rows, d]), weight, 1e-5)
+            }),
+        );
+        add("gelu", with_gradients(rng, [x.clone()], device, |[x]| gelu(x.mul_scalar(3.0))));
+        add("silu_mul", with_gradients(rng, [x.clone(), y], device, |[x, y]| silu_mul(x, y)));
+        add(
+            "float_linear",
+            with_gradients(rng, [x.clone(), matrix.clone(), small], device, |[x, w, b]| {
+                float_linear(x.reshape([rows, d]), w.reshape([d, 9]), Some(b))
+            }),
+        );
+        add(
+            "float_linear without bias",
+            with_gradients(rng, [x.clone(), matrix], device, |[x, w]| {
+                float_linear(x.reshape([rows, d]), w.reshape([d, 9]), None)
+            }),
+        );
+        add(
+            "project",
+            with_gradients(rng, [x.clone(), table], device, |[x, table]| {
+                project(x.reshape([rows, d]), table.reshape([13, d]))
+            }),
+        );
+        let targets: Vec<i32> = (0..rows).map(|row| (row * 31 % d) as i32).collect();
+        add(
+            "log_likelihood",
+            with_gradients(rng, [x], device, |[x]| {
+                log_likelihood(x.reshape([rows, d]), ids(&targets, [rows, 1], device))
+            }),
+        );
+    }
+    for [batch, seq, queries, keys, width] in
+        [[1, 1, 1, 1, 1], [2, 5, 2, 1, 3], [1, 33, 4, 2, 16], [2, 18, 3, 3, 9]]
+    {
+        let shape = |heads: usize| vec![batch, seq, heads * width];
+        let mut random = |heads| {
+            let shape = shape(heads);
+            (normal(rng, shape.iter().product(), 1.0), shape)
+        };
+        let inputs = [random(queries), random(keys), random(keys)];
+        let result = with_gradients(rng, inputs, device, |[q, k, v]| {
+            let future = Tensor::<2, Bool>::tril_mask([seq, seq], 0, &q.device());
+            let [q, k, v] = [(q, queries), (k, keys), (v, keys)]
+                .map(|(tensor, heads)| tensor.reshape([batch, seq, heads * width]));
+            causal_attention(q, k, v, future, Heads { queries, keys })
+        });
+        results.push((format!("causal_attention {batch} {seq} {queries} {keys} {width}"), result));
+    }
+    for shape in [[1, 1], [7, 33], [300, 129]] {
+        let mut random = || tensor(&normal(rng, shape[0] * shape[1], 1.0), shape, device);
+        let (weight, grad, m, v) = (random(), random(), random(), random().square());
+        let step = AdamWStep {
+            lr: 0.1,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            keep: 0.99,
+            corrections: [0.271, 0.143],
+        };
+        let sum = floats(square_sum(weight.clone()));
+        let (weight, [m, v]) = adamw(weight, grad, [m, v], step);
+        results.push((format!("adamw {shape:?}"), vec![floats(weight), floats(m), floats(v), sum]));
+    }
+    results
+}
+
+#[test]
+fn ops_of_a_training_step_and_their_gradients_agree() {
+    let expected = training_ops(&cpu());
+    for (name, device) in others() {
+        for ((op, got), (_, expected)) in training_ops(&device).iter().zip(&expected) {
+            for (part, (got, expected)) in got.iter().zip(expected).enumerate() {
+                assert_close(&format!("{name}, {op}, part {part}"), got, expected, 3e-5);
+            }
+        }
+    }
+}
+
+/// A ternary linear layer by integer products, and the same by float products of fake quantized factors.
+#[test]
+fn integer_products_give_the_fake_quantized_output_and_nearly_its_gradients() {
+    let device = cpu().autodiff();
+    let rng = &mut ChaCha8Rng::seed_from_u64(13);
+    for [tokens, d_input, d_output] in [[1, 1, 1], [5, 7, 3], [64, 48, 130], [100, 257, 65]] {
+        let scales: Vec<f32> = normal(rng, d_output, 0.1).iter().map(|s| s.abs() + 0.01).collect();
+        let weight: Vec<f32> =
+            (0..d_input * d_output).map(|i| scales[i % d_output] * rng.random_range(-1..=1) as f32).collect();
+        let values =
+            [normal(rng, tokens * d_input, 1.0), weight, normal(rng, d_output, 1.0)].map(|x| (x, vec![]));
+        let run = |integer: bool| {
+            let rng = &mut ChaCha8Rng::seed_from_u64(14);
+            with_gradients(rng, values.clone(), &device, |[x, w, b]| {
+                let (x, w) = (x.reshape([tokens, d_input]), w.reshape([d_input, d_output]));
+                match integer {
+                    true => ternary_linear(x, w, Some(b)),
+                    false => float_linear(absmax_quantize(x, 127.0, RowScale::F32), w, Some(b)),
+                }
+            })
+        };
+        let [integer, float] = [run(true), run(false)];
+        let case = format!("{tokens} {d_input} {d_output}");
+        assert_close(&format!("output {case}"), &integer[0], &float[0], 3e-6);
+        assert_close(&format!("bias {case}"), &integer[3], &float[3], 1e-5);
+        for part in [1, 2] {
+            let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>().sqrt();
+            let pairs = integer[part].iter().zip(&float[part]);
+            let error = norm(&mut pairs.map(|(a, b)| a - b)) / norm(&mut float[part].iter().copied());
+            // Rounding to 255 levels of the largest of a row: less than a hundredth, and not nothing.
+            assert!(error < 0.02, "gradient {part} of {case} is off by {error}");
+            assert!(d_output * tokens < 100 || error > 1e-5, "gradient {part} of {case} is not rounded");
+        }
+    }
+}
+
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
     let rng = &mut ChaCha8Rng::seed_from_u64(8);
@@ -392,6 +551,16 @@ fn results_do_not_depend_on_the_number_of_threads() {
             results.push(floats(quantizer(&config, &weight()).fake_quantize(weight())));
         }
         results.push(floats(absmax_quantize(weight(), 127.0, RowScale::F32)));
+        results.extend(training_ops(&device).into_iter().flat_map(|(_, results)| results));
+        let integer = QuantConfig {
+            activations: ActivationPrecision::Int8,
+            compute: Products::Int8,
+            ..QuantConfig::default()
+        };
+        let autodiff = device.clone().autodiff();
+        let model = tiny(Family::Gpt2).init(&integer, 5, &autodiff);
+        let grads = GradientsParams::from_grads(loss(&model, &autodiff).backward(), &model);
+        results.extend(collect(&grads, &model).into_iter().map(|(_, grad)| grad));
         let model = ModelRun::new(Family::Llama, &device);
         results.extend([model.logits, vec![model.loss]]);
         results.extend(model.grads);

@@ -143,6 +143,10 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         ("quant.threshold=1", "`quant.threshold` is 1.0, expected above 0 and below 1"),
         ("quant.threshold=0", "`quant.threshold`"),
         ("quant.estimator=masked", "`quant.estimator` is \"masked\", expected identity"),
+        (
+            "quant.compute=int8",
+            "`quant.compute` is \"int8\", expected float, as quant.compute = \"int8\" wants",
+        ),
         ("quant.quantization_penalty=-1", "`quant.quantization_penalty`"),
         ("quant.scale_penalty=inf", "`quant.scale_penalty`"),
         ("optim.lr=0", "`optim.lr` is 0.0, expected a finite number above 0"),
@@ -184,6 +188,16 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         experiment.set(assignment).unwrap();
         let message = experiment.validate("x.toml").expect_err(assignment).to_string();
         assert!(message.starts_with("x.toml: ") && message.contains(fragment), "{message}");
+    }
+    let mut integer = default();
+    for assignment in ["quant.activations=int8", "quant.compute=int8"] {
+        integer.set(assignment).unwrap();
+    }
+    integer.validate("a scale a channel").unwrap();
+    for wrong in ["quant.granularity={per_group=32}", "model.compute=bf16"] {
+        let mut integer = integer.clone();
+        integer.set(wrong).unwrap();
+        assert!(integer.validate("").unwrap_err().to_string().contains("quant.compute"), "{wrong}");
     }
     let mut ramp = default();
     ramp.set("schedule.float_until=0.5").unwrap();

@@ -11,7 +11,7 @@ use std::time::Duration;
 const CHILD: &str = "BURN_TERNARY_RESUME_CHILD";
 const STEPS: usize = 48;
 
-/// Dropout, accumulation and Muon are on, so that everything that could forget its state takes part.
+/// Dropout, accumulation, Muon and integer products are on, so that everything that could forget its state takes part.
 fn experiment(out: &Path) -> Experiment {
     let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
     let out = out.display();
@@ -33,6 +33,8 @@ fn experiment(out: &Path) -> Experiment {
         "model.n_layers=2".into(),
         "model.dropout=0.1".into(),
         "quant.scale=learned".into(),
+        "quant.activations=int8".into(),
+        "quant.compute=int8".into(),
         "schedule.weight_decay_until=0.5".into(),
         "schedule.float_until=0.25".into(),
         "schedule.ramp_until=0.5".into(),

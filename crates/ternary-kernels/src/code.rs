@@ -103,7 +103,10 @@ impl Kernel for Pack<'_> {
                             let row = &codes[(first + lane) * cols..][..cols];
                             match row.get(start..).and_then(|rest| rest.first_chunk::<4>()) {
                                 Some(four) => *to = four.map(|code| code as u8),
-                                None => to.iter_mut().zip(row.iter().skip(start)).for_each(|(to, x)| *to = *x as u8),
+                                None => to
+                                    .iter_mut()
+                                    .zip(row.iter().skip(start))
+                                    .for_each(|(to, x)| *to = *x as u8),
                             }
                         }
                         s.load(&bytes)

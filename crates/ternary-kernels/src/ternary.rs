@@ -193,7 +193,11 @@ pub(crate) type Planes = [Line; 4];
 
 /// Sums of the products of a panel with the codes of `T` tokens.
 #[inline(always)]
-pub(crate) fn panel_sums<S: Simd, const T: usize>(s: S, panel: &[Planes], codes: [&[[i8; LANES]]; T]) -> [S::Int; T] {
+pub(crate) fn panel_sums<S: Simd, const T: usize>(
+    s: S,
+    panel: &[Planes],
+    codes: [&[[i8; LANES]]; T],
+) -> [S::Int; T] {
     let mut totals = [s.splat(0); T];
     let mut start = 0;
     while start < panel.len() {

@@ -77,11 +77,7 @@ fn collect<B: Backend>(tensor: FloatTensor<B>, heads: Heads) -> FloatTensor<B> {
     B::float_reshape(B::float_sum_dim(tensor, 2), Shape::new([batch, heads.keys, seq, width]))
 }
 
-fn scores<B: Backend>(
-    query: FloatTensor<B>,
-    key: FloatTensor<B>,
-    future: BoolTensor<B>,
-) -> FloatTensor<B> {
+fn scores<B: Backend>(query: FloatTensor<B>, key: FloatTensor<B>, future: BoolTensor<B>) -> FloatTensor<B> {
     let [batch, heads, seq, width] = query.shape().dims();
     let scale = (width as f32).sqrt().recip();
     let scores = B::float_mul_scalar(B::float_matmul(query, B::float_swap_dims(key, 2, 3)), scale.into());
@@ -140,11 +136,7 @@ pub(super) fn backward<B: Backend>(
     let dscores = B::float_mul_scalar(B::float_mul(shares, dshares), scale.into());
     let dquery = B::float_matmul(dscores.clone(), key);
     let dkey = B::float_matmul(B::float_swap_dims(dscores, 2, 3), query);
-    (
-        join::<B>(dquery),
-        join::<B>(collect::<B>(dkey, heads)),
-        join::<B>(collect::<B>(dvalue, heads)),
-    )
+    (join::<B>(dquery), join::<B>(collect::<B>(dkey, heads)), join::<B>(collect::<B>(dvalue, heads)))
 }
 
 pub(super) fn track<B: TernaryBackend, C: CheckpointStrategy>(

@@ -128,8 +128,7 @@ pub(super) fn track<B: TernaryBackend, C: CheckpointStrategy>(
         let no_bias = bias.clone();
         let (output, input, weight) = B::ternary_linear(input, weight, bias);
         let gradient = node::Gradient::new(move |grad| {
-            let (dinput, dweight, dbias) =
-                B::ternary_linear_backward(input.clone(), weight.clone(), grad);
+            let (dinput, dweight, dbias) = B::ternary_linear_backward(input.clone(), weight.clone(), grad);
             [dinput, dweight, if has_bias { dbias } else { no_bias.clone() }]
         });
         (output, gradient)

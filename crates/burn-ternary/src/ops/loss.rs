@@ -4,7 +4,6 @@ use super::{TernaryBackend, node};
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::{
     Autodiff, Backend, Dispatch, TensorMetadata,
-
     tensor::{FloatTensor, IntTensor},
 };
 use burn::tensor::{IndexingUpdateOp, Int, Slice, Tensor};

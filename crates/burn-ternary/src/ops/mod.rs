@@ -33,7 +33,8 @@ pub use scale::{SCALE_MAX, SCALE_MIN, mean_abs, round_scale};
 pub use ternary::{StraightThrough, ternary_codes, ternary_quantize};
 
 use burn::backend::{
-    Autodiff, AutodiffBackend, Backend, autodiff::checkpoint::strategy::CheckpointStrategy,
+    Autodiff, AutodiffBackend, Backend,
+    autodiff::checkpoint::strategy::CheckpointStrategy,
     backend_extension,
     tensor::{BoolTensor, FloatTensor, IntTensor},
 };
@@ -109,11 +110,7 @@ pub trait TernaryBackend: Backend {
 
     /// See [`rms_norm`].
     #[fusion(default)]
-    fn rms_norm_rows(
-        input: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        epsilon: f32,
-    ) -> FloatTensor<Self> {
+    fn rms_norm_rows(input: FloatTensor<Self>, weight: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> {
         norm::rms::<Self>(input, weight, epsilon)
     }
 
@@ -312,11 +309,7 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         norm::track_layer::<B, C>([input, weight, bias], epsilon)
     }
 
-    fn rms_norm_rows(
-        input: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        epsilon: f32,
-    ) -> FloatTensor<Self> {
+    fn rms_norm_rows(input: FloatTensor<Self>, weight: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> {
         norm::track_rms::<B, C>([input, weight], epsilon)
     }
 

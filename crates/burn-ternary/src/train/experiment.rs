@@ -7,8 +7,8 @@ use std::{
 
 use crate::{
     data::DataConfig,
-    nn::{DuckConfig, InvalidValue, require},
     nn::Compute,
+    nn::{DuckConfig, InvalidValue, require},
     quant::{ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule},
     train::{TrainError, distill::DistillConfig, optim::OptimConfig, schedule::ScheduleConfig},
 };
@@ -264,7 +264,12 @@ fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidVal
     if quant.compute == Products::Int8 {
         let integer = "float, as quant.compute = \"int8\" wants ";
         let activations = quant.activations == ActivationPrecision::Int8;
-        require(activations, "quant.compute", quant.compute, format!("{integer}quant.activations = \"int8\""))?;
+        require(
+            activations,
+            "quant.compute",
+            quant.compute,
+            format!("{integer}quant.activations = \"int8\""),
+        )?;
         let whole = !matches!(quant.granularity, Granularity::PerGroup(_));
         require(whole, "quant.compute", quant.compute, format!("{integer}a scale a tensor or a channel"))?;
         let single = model.compute == Compute::F32;

@@ -15,7 +15,7 @@ use crate::data::{Dataset, LmLoader};
 use crate::device;
 use crate::export_for_inference;
 use crate::nn::{DuckConfig, DuckQuantized};
-use crate::quant::Dial;
+use crate::quant::{Dial, Products};
 use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::logger::InMemoryMetricLogger;
@@ -57,6 +57,7 @@ pub fn train_duck_quantized(experiment: &Experiment) -> Result<RunResult, TrainE
 pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult, TrainError> {
     let started = Instant::now();
     let device = device::device(&experiment.run.device)?;
+    check_products(&experiment, &device)?;
     let run_dir = experiment.run_dir();
     fs::create_dir_all(&run_dir).map_err(|source| TrainError::Write { path: run_dir.clone(), source })?;
     let data = Dataset::prepare(&experiment.data, experiment.model.context, experiment.run.seed, &run_dir)?;
@@ -159,6 +160,19 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
         (None, Some(error)) => Err(TrainError::Burn(error.to_string())),
         (None, None) => Ok(result),
     }
+}
+
+/// Integer products are there on flex only, yet.
+fn check_products(experiment: &Experiment, device: &Device) -> Result<(), TrainError> {
+    let found = device::describe(device);
+    if experiment.quant.compute == Products::Float || device::device("flex").is_ok_and(|flex| flex == *device)
+    {
+        return Ok(());
+    }
+    let message = format!(
+        "quant.compute = \"int8\": {found} has no integer products; expected \"float\", or run.device = \"flex\""
+    );
+    Err(TrainError::Experiment { origin: experiment.run.name.clone(), message })
 }
 
 /// Puts in what only the data can tell: the vocabulary, and the steps of so many epochs.

@@ -135,8 +135,7 @@ mod tests {
             let gelu_slope = |x: f64| {
                 let root = (2.0 / std::f64::consts::PI).sqrt();
                 let tanh = (root * (x + 0.044715 * x.powi(3))).tanh();
-                0.5 * (1.0 + tanh)
-                    + 0.5 * x * (1.0 - tanh * tanh) * root * (1.0 + 3.0 * 0.044715 * x * x)
+                0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * root * (1.0 + 3.0 * 0.044715 * x * x)
             };
             for pool in pools() {
                 let mut dx = vec![0.0; len];
@@ -148,9 +147,11 @@ mod tests {
                 let mut dup = vec![0.0; len];
                 silu_mul_backward(&pool, &x, &up, &grad, &mut dx, &mut dup);
                 assert_close("dup", &dup, xs.iter().zip(&grads).map(|(x, g)| g * x * sigmoid(*x)), 2e-6);
-                let dgate = xs.iter().zip(&ups).zip(&grads).map(|((x, u), g)| {
-                    g * u * sigmoid(*x) * (1.0 + x * (1.0 - sigmoid(*x)))
-                });
+                let dgate = xs
+                    .iter()
+                    .zip(&ups)
+                    .zip(&grads)
+                    .map(|((x, u), g)| g * u * sigmoid(*x) * (1.0 + x * (1.0 - sigmoid(*x))));
                 assert_close("dgate", &dx, dgate, 2e-6);
             }
         }

@@ -391,9 +391,7 @@ impl Kernel for Backward<'_> {
             let along = s.splat_f32(s.sum_lanes(along));
             let (scales, partitions) = (s.splat_f32(scale), s.splat_f32(-log_partition));
             let (scores, dscores) = (tiles.scores.row_mut(position), back.dscores.row_mut(position));
-            for (p, ds) in
-                scores[..=position].chunks_mut(LANES).zip(dscores[..=position].chunks_mut(LANES))
-            {
+            for (p, ds) in scores[..=position].chunks_mut(LANES).zip(dscores[..=position].chunks_mut(LANES)) {
                 let value = exp(s, s.fma(load(s, p), scales, partitions));
                 let slope = s.mul_f32(s.mul_f32(value, s.sub_f32(load(s, ds), along)), scales);
                 store(s, value, p);
@@ -432,8 +430,7 @@ mod tests {
                     let weights: Vec<f64> = (0..=position).map(weight).collect();
                     let sum: f64 = weights.iter().sum();
                     for c in 0..shape.width {
-                        out[at + c] =
-                            weights.iter().enumerate().map(|(j, w)| w / sum * v[kv(j) + c]).sum();
+                        out[at + c] = weights.iter().enumerate().map(|(j, w)| w / sum * v[kv(j) + c]).sum();
                     }
                 }
             }

@@ -385,11 +385,10 @@ mod tests {
                     // A code may fall on the other side of a tie: a step of one part in 127 of the largest.
                     assert_close("dx", &dx_, dx.clone(), 2e-3);
                     assert_close("dw", &dw, dweight.clone(), 2e-3);
-                    let sums = (0..d_output)
-                        .map(|o| (0..tokens).map(|t| at(&grad, d_output, t, o)).sum::<f64>());
+                    let sums =
+                        (0..d_output).map(|o| (0..tokens).map(|t| at(&grad, d_output, t, o)).sum::<f64>());
                     assert_close("dbias", &dbias, sums, 1e-6);
-                    let now: Vec<u32> =
-                        out.iter().chain(&dx_).chain(&dw).map(|x| x.to_bits()).collect();
+                    let now: Vec<u32> = out.iter().chain(&dx_).chain(&dw).map(|x| x.to_bits()).collect();
                     assert_eq!(*bits.get_or_insert_with(|| now.clone()), now, "other bits");
                 }
             }

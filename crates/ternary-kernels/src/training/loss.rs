@@ -134,9 +134,7 @@ mod tests {
                 }
                 let log_partition: Vec<f32> = out.iter().map(|out| out[0]).collect();
                 let mut dlogits = vec![0.0; logits.len()];
-                cross_entropy_backward(
-                    &pool, &logits, vocab, &targets, &log_partition, &grads, &mut dlogits,
-                );
+                cross_entropy_backward(&pool, &logits, vocab, &targets, &log_partition, &grads, &mut dlogits);
                 let expected = exact.iter().enumerate().map(|(i, x)| {
                     let (row, id) = (i / vocab, i % vocab);
                     let [factor, at_target] = grads[row].map(f64::from);

@@ -22,7 +22,7 @@ pub use linear::{Saved, SavedBuffers, TernaryLinear, column_sums};
 pub use loss::{cross_entropy, cross_entropy_backward};
 pub use norm::{Norm, norm, norm_backward};
 pub use optimizer::{AdamW, adamw, square_sum};
-pub use quantize::ternary_quantize;
+pub use quantize::{absmax_quantize, ternary_quantize};
 
 use crate::{Pool, pool::Disjoint};
 

@@ -1,4 +1,4 @@
-//! The ternary quantizer.
+//! The ternary quantizer, and rounding by the absolute maximum.
 
 use super::PIECE;
 use crate::{
@@ -38,6 +38,72 @@ pub fn ternary_quantize(
     });
 }
 
+/// Rounds each row to `2 levels + 1` values: `scale = of(max(|x|, least))`,
+/// `out = round_ties_even(clamp(x / scale, -levels, levels)) * scale`. A NaN stays one.
+///
+/// # Panics
+/// When `x` is not a whole number of rows of `d`, or lengths differ.
+pub fn absmax_quantize(
+    pool: &Pool,
+    x: &[f32],
+    d: usize,
+    levels: f32,
+    least: f32,
+    of: impl Fn(f32) -> f32 + Sync,
+    out: &mut [f32],
+) {
+    assert!(x.len() == out.len() && x.len().is_multiple_of(d), "{} numbers, rows of {d}", x.len());
+    let piece = super::rows_a_piece(d) * d;
+    pool.chunks(out, piece, |index, _, out| {
+        for (out, x) in out.chunks_mut(d).zip(x[index * piece..].chunks(d)) {
+            let max = pool.isa().run(Absmax { x, least });
+            pool.isa().run(Round { x, levels, scale: of(max), out });
+        }
+    });
+}
+
+struct Absmax<'a> {
+    x: &'a [f32],
+    least: f32,
+}
+
+impl Kernel for Absmax<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let zero = s.splat_f32(0.0);
+        s.max_lanes(self.x.chunks(LANES).fold(s.splat_f32(self.least), |max, x| {
+            let x = load(s, x);
+            // In this order a NaN is passed over.
+            s.max_f32(s.max_f32(x, s.sub_f32(zero, x)), max)
+        }))
+    }
+}
+
+struct Round<'a> {
+    x: &'a [f32],
+    levels: f32,
+    scale: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Round<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (scale, lowest, zero) = (s.splat_f32(self.scale), s.splat_f32(-self.levels), s.splat_f32(0.0));
+        for (out, x) in self.out.chunks_mut(LANES).zip(self.x.chunks(LANES)) {
+            let x = load(s, x);
+            let above = s.max_f32(s.div_f32(x, scale), lowest);
+            let within = s.sub_f32(zero, s.max_f32(s.sub_f32(zero, above), lowest));
+            // Adds nothing, but a NaN to a NaN.
+            store(s, s.fma(s.to_float(s.to_int(within)), scale, s.sub_f32(x, x)), out);
+        }
+    }
+}
+
 struct Row<'a> {
     weight: &'a [f32],
     /// One, or one for each weight.
@@ -60,7 +126,8 @@ impl Kernel for Row<'_> {
             return;
         }
         let shared = scale.chunks(LANES).zip(threshold.chunks(LANES));
-        for ((out, weight), (scale, threshold)) in out.chunks_mut(LANES).zip(weight.chunks(LANES)).zip(shared) {
+        for ((out, weight), (scale, threshold)) in out.chunks_mut(LANES).zip(weight.chunks(LANES)).zip(shared)
+        {
             store(s, quantized(s, load(s, weight), load(s, scale), load(s, threshold)), out);
         }
     }
@@ -79,9 +146,32 @@ mod tests {
     use crate::training::tests::{numbers, pools};
 
     #[test]
+    fn rows_are_rounded_to_the_bit_and_a_nan_stays() {
+        for (rows, d) in [(1, 1), (3, 7), (5, 16), (40, 900)] {
+            let mut x = numbers(rows * d, 3.0, 1);
+            x[d - 1] = f32::NAN;
+            for (levels, of) in [(127.0, 1.0f32), (7.0, 0.9)] {
+                for pool in pools() {
+                    let mut out = vec![9.0; x.len()];
+                    absmax_quantize(&pool, &x, d, levels, 1e-5, |max| max / levels * of, &mut out);
+                    for (out, x) in out.chunks(d).zip(x.chunks(d)) {
+                        let scale = x.iter().fold(1e-5f32, |max, x| max.max(x.abs())) / levels * of;
+                        for (out, x) in out.iter().zip(x) {
+                            let expected = (x / scale).clamp(-levels, levels).round_ties_even() * scale;
+                            assert!(*out == expected || out.is_nan() && x.is_nan(), "{out}, {expected}, {x}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn weights_become_their_scale_or_zero_to_the_bit() {
-        for [groups, n, channels] in [[1, 1, 1], [1, 37, 1], [3, 20, 1], [1, 5, 33], [4, 3, 16], [2, 70, 130]] {
-            let (weight, scale) = (numbers(groups * n * channels, 2.0, 1), numbers(groups * channels, 1.0, 2));
+        for [groups, n, channels] in [[1, 1, 1], [1, 37, 1], [3, 20, 1], [1, 5, 33], [4, 3, 16], [2, 70, 130]]
+        {
+            let (weight, scale) =
+                (numbers(groups * n * channels, 2.0, 1), numbers(groups * channels, 1.0, 2));
             let scale: Vec<f32> = scale.iter().map(|s| s.abs() + 0.1).collect();
             let threshold: Vec<f32> = scale.iter().map(|s| s * 0.5).collect();
             let mut weight = weight;

@@ -56,11 +56,7 @@ impl TernaryBackend for Flex {
         training::layer_norm_backward(input, weight, grad, epsilon)
     }
 
-    fn rms_norm_rows(
-        input: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        epsilon: f32,
-    ) -> FloatTensor<Self> {
+    fn rms_norm_rows(input: FloatTensor<Self>, weight: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> {
         training::norm(input, weight, None, epsilon)
     }
 

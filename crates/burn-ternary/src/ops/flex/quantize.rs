@@ -14,13 +14,9 @@ use ternary_kernels::training as kernels;
 /// Weights a task has; below it threads cost more than they give.
 const BLOCK: usize = 1 << 14;
 
-pub(super) fn ternary_quantize(
-    weight: FlexTensor,
-    scale: FlexTensor,
-    threshold: FlexTensor,
-) -> FlexTensor {
-    let fused = is_f32(&[&weight, &scale, &threshold])
-        && threshold.layout().shape() == scale.layout().shape();
+pub(super) fn ternary_quantize(weight: FlexTensor, scale: FlexTensor, threshold: FlexTensor) -> FlexTensor {
+    let fused =
+        is_f32(&[&weight, &scale, &threshold]) && threshold.layout().shape() == scale.layout().shape();
     if !fused {
         return Flex::float_mul(ternary::codes::<Flex>(weight, threshold), scale);
     }
@@ -46,10 +42,8 @@ pub(super) fn mean_abs(weight: FlexTensor) -> FlexTensor {
     let group_sums: Vec<Vec<f32>> = weight
         .par_chunks(n * channels)
         .map(|group| {
-            let blocks: Vec<Vec<f32>> = group
-                .par_chunks(rows_a_block * channels)
-                .map(|block| abs_sums(block, channels))
-                .collect();
+            let blocks: Vec<Vec<f32>> =
+                group.par_chunks(rows_a_block * channels).map(|block| abs_sums(block, channels)).collect();
             let mut sums = vec![0f64; channels];
             for block in blocks {
                 for (sum, value) in sums.iter_mut().zip(block) {
@@ -81,19 +75,12 @@ pub(super) fn absmax_quantize(input: FlexTensor, levels: f32, scale: RowScale) -
     let d = shape[shape.num_dims() - 1];
     let input = dense(input);
     let input = values(&input);
-    let mut output = vec![0f32; input.len()];
-    output.par_chunks_mut(d).with_min_len((BLOCK / d).max(1)).zip(input.par_chunks(d)).for_each(
-        |(output, input)| {
-            let max = input.iter().fold(0f32, |max, value| max.max(value.abs())).max(ABSMAX_MIN);
-            let scale = match scale {
-                RowScale::F32 => max / levels,
-                RowScale::F16 => to_f16(max / levels),
-            };
-            for (output, value) in output.iter_mut().zip(input) {
-                *output = (value / scale).clamp(-levels, levels).round_ties_even() * scale;
-            }
-        },
-    );
+    let mut output = kernels::zeros(&POOL, input.len());
+    let scale = |max: f32| match scale {
+        RowScale::F32 => max / levels,
+        RowScale::F16 => to_f16(max / levels),
+    };
+    kernels::absmax_quantize(&POOL, input, d, levels, ABSMAX_MIN, scale, &mut output);
     tensor(output, shape)
 }
 

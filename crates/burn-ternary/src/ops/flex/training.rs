@@ -17,7 +17,12 @@ fn shape(tensor: &FlexTensor) -> Shape {
     tensor.layout().shape().clone()
 }
 
-pub(super) fn norm(input: FlexTensor, weight: FlexTensor, bias: Option<FlexTensor>, epsilon: f32) -> FlexTensor {
+pub(super) fn norm(
+    input: FlexTensor,
+    weight: FlexTensor,
+    bias: Option<FlexTensor>,
+    epsilon: f32,
+) -> FlexTensor {
     let fused = is_f32(&[&input, &weight]) && bias.as_ref().is_none_or(|bias| is_f32(&[bias]));
     if !fused {
         return match bias {
@@ -112,7 +117,13 @@ pub(super) fn silu_mul_backward(
 
 fn attention_shape(query: &FlexTensor, heads: Heads) -> kernels::Attention {
     let [batch, seq, width] = query.layout().shape().dims();
-    kernels::Attention { batch, seq, heads: heads.queries, kv_heads: heads.keys, width: width / heads.queries }
+    kernels::Attention {
+        batch,
+        seq,
+        heads: heads.queries,
+        kv_heads: heads.keys,
+        width: width / heads.queries,
+    }
 }
 
 /// The kernels know what the future is without the mask.
@@ -321,8 +332,7 @@ pub(super) fn ternary_linear_backward(
     let (input, input_scales) = unsealed(&input, tokens);
     let (weight, weight_scales) = unsealed(&weight, d_output);
     let d_input = weight.len() / d_output;
-    let saved =
-        kernels::Saved { input, input_scales: &input_scales, weight, weight_scales: &weight_scales };
+    let saved = kernels::Saved { input, input_scales: &input_scales, weight, weight_scales: &weight_scales };
     let (mut dx, mut dweight) =
         (kernels::zeros(&POOL, tokens * d_input), kernels::zeros(&POOL, d_input * d_output));
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
@@ -348,14 +358,7 @@ pub(super) fn adamw_step(
     let step = kernels::AdamW { lr, beta1, beta2, epsilon, keep, corrections };
     let grad = dense(grad);
     let [mut weight, mut m, mut v] = [weight, m, v].map(owned);
-    kernels::adamw(
-        &POOL,
-        step,
-        weight.storage_mut(),
-        values(&grad),
-        m.storage_mut(),
-        v.storage_mut(),
-    );
+    kernels::adamw(&POOL, step, weight.storage_mut(), values(&grad), m.storage_mut(), v.storage_mut());
     (weight, m, v)
 }
 
@@ -363,7 +366,11 @@ pub(super) fn adamw_step(
 fn owned(tensor: FlexTensor) -> FlexTensor {
     let whole = tensor.layout().start_offset() == 0
         && tensor.storage::<f32>().len() == tensor.layout().num_elements();
-    if whole && tensor.is_contiguous() { tensor } else { super::tensor(values(&dense(tensor.clone())).to_vec(), shape(&tensor)) }
+    if whole && tensor.is_contiguous() {
+        tensor
+    } else {
+        super::tensor(values(&dense(tensor.clone())).to_vec(), shape(&tensor))
+    }
 }
 
 pub(super) fn square_sum(input: FlexTensor) -> FlexTensor {
