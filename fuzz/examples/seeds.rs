@@ -1,6 +1,6 @@
 //! Writes the corpus that fuzzing begins with: `cargo run --manifest-path fuzz/Cargo.toml --example seeds`.
 
-use burn_ternary_fuzz::{files, tokenizers};
+use burn_ternary_fuzz::{archives, files, tokenizers};
 use std::{fs, io, path::Path};
 use ternary_format::chat;
 
@@ -21,6 +21,7 @@ fn main() -> io::Result<()> {
         seeds.iter().enumerate().try_for_each(|(i, seed)| fs::write(folder.join(format!("seed{i}")), seed))
     };
     write("gguf", files())?;
+    write("archive", archives())?;
     write("tokenizer", tokenizers().map(Vec::from).into())?;
     write("chat_template", TEMPLATES.map(Vec::from).into())?;
     // Folders are edits of sound ones: any bytes.

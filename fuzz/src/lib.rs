@@ -1,12 +1,13 @@
 //! What the fuzz targets share: small sound models, edits that spoil them, and a use of whatever is read.
 
+pub mod archive;
 pub mod container;
 pub mod json;
 mod model;
 mod seed;
 
 pub use model::{small, use_model, use_tokenizer};
-pub use seed::{SEEDS, files, folders, tokenizers};
+pub use seed::{SEEDS, archives, files, folders, tokenizers};
 use std::sync::Once;
 
 /// Lets pass, with a line, the panics that the code under test may catch: those of the crate `tokenizers`. All others

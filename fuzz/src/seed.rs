@@ -93,6 +93,23 @@ pub fn files() -> Vec<Vec<u8>> {
     files
 }
 
+/// Archives of each family, in several encodings and with several tokenizers.
+pub fn archives() -> Vec<Vec<u8>> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("seed.ternary");
+    let models = [
+        (small(Family::Gpt2, 4, tokenizer(BPE)), Encoding::F16),
+        (small(Family::Llama, 32, tokenizer(UNIGRAM)), Encoding::Q4_0),
+        (small(Family::Llama, 64, tokenizer(SENTENCE_PIECE)), Encoding::Ternary { group: 16 }),
+        (small(Family::Bitnet, 256, Tokenizer::byte()), Encoding::Tq1_0),
+    ];
+    let written = models.into_iter().map(|(model, encoding)| {
+        write(&model, &path, WeightType::Encoded(encoding));
+        fs::read(&path).expect("the file that was written")
+    });
+    written.collect()
+}
+
 /// Folders as names and contents of their files.
 pub fn folders() -> Vec<Vec<(String, Vec<u8>)>> {
     let folder = tempfile::tempdir().expect("a temporary folder");

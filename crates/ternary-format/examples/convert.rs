@@ -1,9 +1,9 @@
-//! Converts a model file to another kind of file; the paths tell the kinds.
+//! Converts a model file to another kind of file, and says what its parts take; the paths tell the kinds.
 //!
 //! `cargo run --release -p ternary-format --example convert -- IN OUT [TYPE [EMBEDDING]]`
 
 use std::{env, error::Error, path::Path};
-use ternary_format::{WriteOptions, read_model, write_model};
+use ternary_format::{SizeReport, WriteOptions, read_model, write_model};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -17,6 +17,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let model = read_model(Path::new(from))?;
     write_model(&model, Path::new(to), &options)?;
-    println!("{to}");
+    println!("{to}\n{}", SizeReport::of_file(Path::new(to), &model.spec)?);
     Ok(())
 }

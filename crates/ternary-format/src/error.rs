@@ -100,6 +100,13 @@ pub enum FormatError {
     #[error("{encoding} is read, never written")]
     ReadOnly { encoding: Encoding },
 
+    #[error("expected the magic bytes \"TRNA\", found {found:?}")]
+    ArchiveMagic { found: [u8; 4] },
+    #[error("archive version {found}, expected {expected}")]
+    ArchiveVersion { found: u8, expected: u8 },
+    #[error("{part}: {why}: the file is damaged")]
+    Damaged { part: String, why: &'static str },
+
     #[error("not the JSON that it should be: {source}")]
     Json { source: serde_json::Error },
     #[error("not a safetensors file: {source}")]

@@ -1,7 +1,7 @@
 //! A model file of any kind, told by its path.
 
 use crate::{
-    Encoding, FormatError, PackedModel, Tensor,
+    Encoding, FormatError, PackedModel, Tensor, archive,
     gguf::{self, GgufOptions},
     huggingface, onnx,
 };
@@ -10,7 +10,7 @@ use std::{fmt, path::Path, str::FromStr};
 /// How the matrices of the blocks are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightType {
-    /// F32 and F16 in every kind of file; in GGUF also Q8_0, Q4_0, TQ1_0, TQ2_0 and Q2_0.
+    /// F32 and F16 in every kind of file; in GGUF and archives also Q8_0, Q4_0, TQ1_0, TQ2_0 and Q2_0.
     Encoded(Encoding),
     /// `BITNET`: packed codes in a Hugging Face folder; one scale a matrix.
     Bitnet,
@@ -51,7 +51,7 @@ impl FromStr for WeightType {
 /// How a model is written; `None` takes the smallest form that the kind of file has and that changes no value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WriteOptions {
-    /// GGUF: TQ2_0, or Q2_0 where rows do not fit. Folder: BITNET. ONNX: INT2.
+    /// GGUF: TQ2_0, or Q2_0 where rows do not fit. Folder: BITNET. ONNX: INT2. Archive: as the model has them.
     pub weights: Option<WeightType>,
     /// Token embedding and untied head: as the model has them where the kind of file can, else F32.
     pub embedding: Option<Encoding>,
@@ -65,24 +65,55 @@ impl WriteOptions {
     }
 }
 
-/// Reads a model: a folder of Hugging Face's, otherwise a GGUF file.
+/// Reads a model: a folder of Hugging Face's, an [archive] from `*.ternary`, otherwise a GGUF file.
 ///
 /// # Errors
-/// Those of [`huggingface::read`] and [`gguf::read`].
+/// Those of [`huggingface::read`], [`archive::read`] and [`gguf::read`].
 pub fn read_model(path: &Path) -> Result<PackedModel, FormatError> {
-    if path.is_dir() { huggingface::read(path) } else { gguf::read(path) }
+    match extension(path) {
+        _ if path.is_dir() => huggingface::read(path),
+        Some("ternary") => archive::read(path),
+        _ => gguf::read(path),
+    }
 }
 
-/// Writes a model: GGUF to `*.gguf`, ONNX to `*.onnx`, otherwise a folder of Hugging Face's.
+/// Writes a model: GGUF to `*.gguf`, ONNX to `*.onnx`, an [archive] to `*.ternary`, otherwise a folder of Hugging
+/// Face's.
 ///
 /// # Errors
-/// Those of [`huggingface::write`], [`onnx::write`] and [`gguf::write`]. `WeightType`: a type of another kind of file.
+/// Those of [`huggingface::write`], [`onnx::write`], [`archive::write()`] and [`gguf::write()`]. `WeightType`: a type of
+/// another kind of file.
 pub fn write_model(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
-    match path.extension().and_then(|extension| extension.to_str()) {
+    match extension(path) {
         Some("gguf") => write_gguf(model, path, options),
         Some("onnx") => onnx::write(model, path, options),
+        Some("ternary") => write_archive(model, path, options),
         _ => huggingface::write(model, path, options),
     }
+}
+
+fn extension(path: &Path) -> Option<&str> {
+    path.extension().and_then(|extension| extension.to_str())
+}
+
+fn write_archive(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
+    model.validate()?;
+    let mut model = model.clone();
+    for (name, tensor) in &mut model.tensors {
+        let encoding = match (name.as_str(), options.weights) {
+            ("token_embd.weight" | "output.weight", _) => options.embedding,
+            (_, None) => None,
+            (name, _) if !name.starts_with("blk.") || tensor.shape().len() < 2 => None,
+            (_, Some(WeightType::Encoded(encoding))) => Some(encoding),
+            (_, Some(found)) => {
+                return Err(FormatError::WeightType { found, expected: "a type of an archive" });
+            }
+        };
+        if let Some(encoding) = encoding {
+            *tensor = tensor.encode(encoding).map_err(|error| error.in_tensor(name))?;
+        }
+    }
+    archive::write(&model, path)
 }
 
 fn write_gguf(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {

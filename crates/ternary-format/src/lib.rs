@@ -3,6 +3,7 @@
 //!
 //! No deep-learning framework and no arithmetic beyond decoding: training and inference meet here only.
 
+pub mod archive;
 mod block;
 pub mod chat;
 mod encoding;

@@ -1,6 +1,6 @@
 //! [`SizeReport`]: what the parts of a model take, next to what they take as f32.
 
-use crate::{Encoding, FormatError, ModelSpec, PackedModel, onnx, read_model};
+use crate::{Encoding, FormatError, ModelSpec, PackedModel, archive, onnx, read_model};
 use serde::Serialize;
 use std::{fmt, fs, io, path::Path};
 
@@ -85,14 +85,15 @@ impl SizeReport {
     /// Those of [`read_model`]; `Io`.
     pub fn of_file(path: &Path, spec: &ModelSpec) -> Result<Self, FormatError> {
         let file_bytes = length(path).map_err(FormatError::io(path))?;
-        if path.extension().is_none_or(|extension| extension != "onnx") {
-            return Ok(Self::of_model(&read_model(path)?).in_file(file_bytes));
-        }
-        let initializers = onnx::initializers(path)?;
+        let stored = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("onnx") => onnx::initializers(path)?,
+            Some("ternary") => archive::sizes(path)?,
+            _ => return Ok(Self::of_model(&read_model(path)?).in_file(file_bytes)),
+        };
         let sizes = spec.tensors().map(|(name, shape)| {
             // A weight may have scales beside it.
             let scale = name.replace(".weight", ".scale");
-            let own = initializers.iter().filter(|(own, _)| *own == name || *own == scale);
+            let own = stored.iter().filter(|(own, _)| *own == name || *own == scale);
             let bytes = own.map(|(_, bytes)| bytes).sum();
             (name, shape, bytes)
         });

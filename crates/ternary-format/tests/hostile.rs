@@ -1,4 +1,4 @@
-//! Hostile GGUF files: each mistake is its own error, nothing panics, and nothing is allocated from a length that was
+//! Hostile GGUF files and archives: each mistake is its own error, nothing panics, and nothing is allocated from a length that was
 //! not checked.
 //!
 //! The first table has every case of llama.cpp's `test-gguf.cpp`, under its names there.
@@ -6,9 +6,12 @@
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{
     alloc::{GlobalAlloc, Layout, System},
+    path::Path,
     sync::atomic::{AtomicUsize, Ordering},
 };
-use ternary_format::{FormatError, PackedModel, Tokenizer, chat, gguf};
+use ternary_format::{
+    Activation, Encoding, Family, FormatError, ModelSpec, PackedModel, Tensor, Tokenizer, archive, chat, gguf,
+};
 
 /// The system's allocator, which remembers the largest request.
 struct Watched;
@@ -448,4 +451,165 @@ fn tokenizers_that_would_panic_or_never_end_are_errors() {
             "{name}: {error}"
         );
     }
+}
+
+/// An archive of a model of one block, in encodings of all kinds.
+fn archived() -> Vec<u8> {
+    let spec = ModelSpec {
+        family: Family::Llama,
+        vocab_size: 6,
+        context: 8,
+        d_model: 32,
+        n_layers: 1,
+        n_heads: 2,
+        n_kv_heads: 1,
+        d_ff: 5,
+        activation: Activation::Swiglu,
+        tied: true,
+        norm_eps: 1e-5,
+        rope_theta: 1e4,
+    };
+    let tensor = |(name, shape): (String, Vec<usize>)| {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| (i % 5) as f32 - 2.0).collect();
+        let floats = Tensor::f32(&shape, &values).unwrap();
+        let tensor = match name.trim_start_matches("blk.0.").trim_end_matches(".weight") {
+            "token_embd" => floats.encode(Encoding::Q4_0).unwrap(),
+            "attn_q" => floats.encode(Encoding::Q8_0).unwrap(),
+            "attn_k" => floats.encode(Encoding::F16).unwrap(),
+            "ffn_up" | "ffn_down" => Tensor::ternary(shape[0], shape[1], shape[1], |row, codes, scales| {
+                codes.iter_mut().enumerate().for_each(|(i, code)| *code = ((i * i + row) % 3) as i8 - 1);
+                scales.fill(half::f16::from_f32(row as f32));
+            })
+            .unwrap(),
+            _ => floats,
+        };
+        (name, tensor)
+    };
+    let model = PackedModel {
+        name: "a".into(),
+        tensors: spec.tensors().map(tensor).collect(),
+        tokenizer: Some(Tokenizer::from_characters(vec!['a', 'b', 'c']).unwrap()),
+        chat_template: None,
+        spec,
+    };
+    let mut file = Vec::new();
+    archive::write_to(&model, &mut file, Path::new("memory")).unwrap();
+    file
+}
+
+/// Where the checksums of an archive are whose tensors have a chunk each.
+fn checksums(file: &[u8]) -> Option<Vec<usize>> {
+    let number = |at: &mut usize| {
+        let (mut number, mut shift) = (0u64, 0);
+        loop {
+            let byte = *file.get(*at)?;
+            *at += 1;
+            number |= u64::from(byte & 127).checked_shl(shift)?;
+            shift += 7;
+            if byte < 128 {
+                return Some(number as usize);
+            }
+        }
+    };
+    let mut at = 5;
+    number(&mut at)?;
+    let mut places = Vec::new();
+    loop {
+        at = number(&mut at)?.checked_add(at)?;
+        if at > file.len() - 4 {
+            return None;
+        }
+        places.push(at);
+        at += 4;
+        match file.get(at) {
+            None => return Some(places),
+            Some(encoding) => {
+                at += 1 + usize::from(*encoding == 255) * {
+                    let mut end = at + 1;
+                    number(&mut end).map_or(0, |_| end - at - 1)
+                }
+            }
+        }
+    }
+}
+
+/// Gives an archive the checksums of its bytes.
+fn seal(file: &mut [u8]) {
+    let mut crc = u32::MAX;
+    let mut from = 0;
+    for place in checksums(file).unwrap_or_default() {
+        for &byte in &file[from..place] {
+            crc ^= u32::from(byte);
+            (0..8).for_each(|_| crc = crc >> 1 ^ if crc & 1 == 1 { 0xEDB8_8320 } else { 0 });
+        }
+        file[place..place + 4].copy_from_slice(&(!crc).to_le_bytes());
+        from = place + 4;
+    }
+}
+
+fn unpack(file: &[u8]) -> Result<PackedModel, FormatError> {
+    archive::read_from(file, Path::new("memory"))
+}
+
+#[test]
+fn archives_that_end_early_or_late_or_have_another_byte_are_errors() {
+    let file = archived();
+    unpack(&file).unwrap();
+    for end in 0..file.len() {
+        let error = unpack(&file[..end]).unwrap_err();
+        assert!(matches!(error.kind(), FormatError::Truncated { .. }), "{end}: {error}");
+    }
+    assert!(unpack(&[&file[..], &[0]].concat()).unwrap_err().to_string().contains("after the last tensor"));
+    for at in 0..file.len() {
+        let mut spoilt = file.clone();
+        for change in (0..8).map(|bit| 1 << bit).chain([255]) {
+            spoilt[at] = file[at] ^ change;
+            assert!(unpack(&spoilt).is_err(), "{at} of {}: {change}", file.len());
+        }
+    }
+}
+
+#[test]
+fn archives_name_what_is_damaged() {
+    let file = archived();
+    let last = checksums(&file).unwrap().pop().unwrap();
+    for (at, value, expected) in [
+        (0, b'G', "expected the magic bytes \"TRNA\", found [71, 82, 78, 65]"),
+        (4, 2, "archive version 2, expected 1"),
+        (5, 0, "head: "),
+        (20, 0, "head: its checksum is not that of its bytes: the file is damaged"),
+        (last - 1, 0, "tensor `output_norm.weight`: chunk 1 of 1: its checksum is not that of its bytes"),
+        (last, 0, "tensor `output_norm.weight`: chunk 1 of 1: its checksum is not that of its bytes"),
+    ] {
+        let mut spoilt = file.clone();
+        spoilt[at] = value;
+        let error = unpack(&spoilt).unwrap_err().to_string();
+        assert!(error.starts_with("memory: ") && error.contains(expected), "{at}: {error}");
+    }
+}
+
+#[test]
+fn no_archive_with_the_right_checksums_brings_a_panic() {
+    let sound = archived();
+    let mut again = sound.clone();
+    seal(&mut again);
+    assert_eq!(again, sound);
+    let mut rng = StdRng::seed_from_u64(8);
+    let mut unpacked = 0;
+    for _ in 0..4000 {
+        let mut file = sound.clone();
+        for _ in 0..rng.random_range(1..4) {
+            let at = rng.random_range(4..file.len());
+            match rng.random_range(0..3) {
+                0 => file[at] = rng.random(),
+                1 => file[at] ^= 1 << rng.random_range(0..8),
+                _ => file[at] = [0, 1, 0x7f, 0x80, 0xff][rng.random_range(0..5)],
+            }
+        }
+        seal(&mut file);
+        unpacked += usize::from(unpack(&file).is_ok_and(|model| model.validate().is_ok()));
+    }
+    println!("{unpacked} of 4000 unpacked");
+    let largest = LARGEST.load(Ordering::Relaxed);
+    assert!(largest < 1 << 26, "{largest} bytes allocated at once");
 }
