@@ -1,1 +1,101 @@
-fn main() {}
+//! `duck` trains, converts, measures, serves and talks to language models with ternary weights.
+
+mod bench;
+mod chat;
+mod dialogue;
+mod error;
+mod eval;
+mod export;
+mod generate;
+mod inspect;
+mod model;
+mod new;
+mod serve;
+mod shell;
+mod terminal;
+#[cfg(feature = "train")]
+mod train;
+
+use clap::{Parser, Subcommand};
+use error::Error;
+use std::process::ExitCode;
+
+const EXAMPLES: &str = "\
+Examples:
+  duck chat                               talk to the Duck that is part of this program
+  duck new && duck train experiment.toml  train a model of your own; its run folder is a MODEL
+  duck generate runs/mine-1 --prompt 'One day'
+  duck eval runs/mine-1 runs/float-1 --data valid.txt
+  duck export runs/mine-1 mine.onnx
+  duck serve mine.gguf --port 8080
+
+A MODEL is a file (.gguf, .ternary), a folder of Hugging Face's, or a run folder; without one, it is the Duck of this
+program. Exit codes: 0 done, 2 usage, 3 data or model file, 4 device or memory, 5 disk, 6 a training that diverged,
+1 anything else.";
+
+/// Train, convert, measure, serve and talk to language models with ternary weights.
+#[derive(Parser)]
+#[command(name = "duck", version, propagate_version = true, after_help = EXAMPLES)]
+struct Duck {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    #[cfg(feature = "train")]
+    Train(Box<burn_ternary::train::TrainCommand>),
+    New(new::Command),
+    Export(export::Command),
+    Inspect(inspect::Command),
+    Eval(eval::Command),
+    Generate(generate::Command),
+    Chat(chat::Command),
+    Serve(serve::Command),
+    Bench(bench::Command),
+    Completions(shell::Completions),
+    Man(shell::Man),
+}
+
+impl Command {
+    fn run(self) -> Result<(), Error> {
+        match self {
+            #[cfg(feature = "train")]
+            Self::Train(command) => train::run(&command),
+            Self::New(command) => command.run(),
+            Self::Export(command) => command.run(),
+            Self::Inspect(command) => command.run(),
+            Self::Eval(command) => command.run(),
+            Self::Generate(command) => command.run(),
+            Self::Chat(command) => command.run(),
+            Self::Serve(command) => command.run(),
+            Self::Bench(command) => command.run(),
+            Self::Completions(command) => command.run(),
+            Self::Man(command) => command.run(),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let Err(error) = Duck::parse().command.run() else { return ExitCode::SUCCESS };
+    if !error.is_closed_pipe() {
+        terminal::say(format_args!("error: {}", terminal::line(&error)));
+    }
+    ExitCode::from(error.exit_code())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_command_is_well_formed_and_shows_an_example() {
+        let mut duck = Duck::command();
+        duck.clone().debug_assert();
+        for command in duck.get_subcommands_mut() {
+            let help = command.render_long_help().to_string();
+            assert!(help.contains("Examples:"), "{help}");
+        }
+    }
+}

@@ -78,6 +78,30 @@ impl Cache {
         }
     }
 
+    /// Takes over the first positions of a cache of the same shape, and touches no memory beyond them.
+    ///
+    /// # Panics
+    /// When the shapes differ.
+    pub fn copy_from(&mut self, other: &Self, positions: usize) {
+        let head_dim = self.head_dim;
+        let line = size_of::<Line<i8>>();
+        let keys = (self.keys, attention::key_lines(positions, head_dim) * line);
+        let values = (self.values, attention::value_lines(positions, head_dim) * line);
+        let scales = (self.scales, 2 * attention::score_row(positions));
+        match (&mut self.numbers, &other.numbers) {
+            (Numbers::F16(to), Numbers::F16(from)) => copy(to, from, &[keys, values]),
+            (Numbers::Int8(to, to_scales), Numbers::Int8(from, from_scales)) => {
+                copy(to, from, &[keys, values]);
+                copy(to_scales, from_scales, &[scales]);
+            }
+            (Numbers::Float(to), Numbers::Float(from)) => {
+                let rows = positions * head_dim;
+                copy(to, from, &[(self.keys, rows), (self.values, rows)]);
+            }
+            _ => panic!("caches of two kinds"),
+        }
+    }
+
     /// The parts of a head: of its numbers, and of its scales.
     fn place(&self, layer: usize, head: usize) -> (Range<usize>, Range<usize>) {
         let index = layer * self.n_kv_heads + head;
@@ -160,6 +184,19 @@ impl Cache {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Copies of every head the beginnings of its parts, given as (length, numbers to copy).
+fn copy<T: Copy>(to: &mut [T], from: &[T], parts: &[(usize, usize)]) {
+    assert_eq!(to.len(), from.len(), "numbers of two caches");
+    let head = parts.iter().map(|part| part.0).sum();
+    for (to, from) in to.chunks_exact_mut(head).zip(from.chunks_exact(head)) {
+        let mut start = 0;
+        for (length, count) in parts {
+            to[start..start + count].copy_from_slice(&from[start..start + count]);
+            start += length;
         }
     }
 }

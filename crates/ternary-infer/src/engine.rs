@@ -89,6 +89,16 @@ impl Sequence {
         self.length = self.length.min(length);
     }
 
+    /// Forgets its tokens and takes over those of `other`, and its logits; costs what these tokens take.
+    ///
+    /// # Panics
+    /// When the sequences are not of one engine.
+    pub fn copy_from(&mut self, other: &Self) {
+        self.cache.copy_from(&other.cache, other.length);
+        self.length = other.length;
+        self.logits.copy_from_slice(&other.logits);
+    }
+
     /// Memory of keys and values when the context is full, in bytes.
     pub fn cache_bytes(&self) -> usize {
         self.cache.bytes()

@@ -232,3 +232,25 @@ fn misfits_are_named() {
         assert!(error.contains(name.as_str()), "{error} without {name}");
     }
 }
+
+#[test]
+fn a_copied_sequence_goes_on_like_the_first() {
+    for options in [INT8, INT8_CACHE, EXACT] {
+        for (what, model) in models() {
+            let engine = engine(&model, options);
+            for length in [1, 16, 37] {
+                let (mut first, mut copy) = (engine.sequence(), engine.sequence());
+                engine.prefill(&mut first, &ids(length, 6)).unwrap();
+                engine.prefill(&mut copy, &ids(100, 7)).unwrap();
+                copy.copy_from(&first);
+                assert_eq!((copy.len(), copy.logits()), (length, first.logits()), "{what}");
+                // Neither sees what the other does.
+                engine.prefill(&mut first, &ids(40, 8)).unwrap();
+                engine.prefill(&mut copy, &ids(20, 9)).unwrap();
+                let mut alone = engine.sequence();
+                engine.prefill(&mut alone, &[ids(length, 6), ids(20, 9)].concat()).unwrap();
+                assert_eq!(copy.logits(), alone.logits(), "{what} after {length}");
+            }
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! `duck chat`: a dialogue in the terminal, or over pipes.
+
+use crate::{
+    Error,
+    dialogue::{Answer, Dialogue},
+    generate::finish_name,
+    model::{self, EngineFlags, ModelArgument, SamplingFlags},
+    terminal,
+};
+use rustyline::{DefaultEditor, error::ReadlineError};
+use serde::Serialize;
+use std::{
+    io::{self, BufRead, IsTerminal},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+use ternary_infer::EngineError;
+
+const EXAMPLES: &str = "\
+Examples:
+  duck chat
+  duck chat runs/mine-1 --temperature 0.5
+  printf 'Hello\\nWho are you?\\n' | duck chat model.gguf --seed 1 --json
+
+Lines of a pipe are questions, answered line by line. /help lists the commands, Ctrl-C ends an answer, Ctrl-D the
+dialogue.";
+
+const HELP: &str = "\
+/help            this list
+/reset           begin a new dialogue
+/system TEXT     begin a new dialogue with a system message
+/set KEY=VALUE   change temperature, top_k, top_p, min_p, repetition_penalty, seed or max_tokens
+/stats           tokens and speed
+/save FILE       write the dialogue as JSON
+/quit            leave";
+
+/// Talk to a model.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Command {
+    #[command(flatten)]
+    model: ModelArgument,
+    /// System message, for models that have seen one
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    #[command(flatten)]
+    sampling: SamplingFlags,
+    #[command(flatten)]
+    engine: EngineFlags,
+    /// Print a line of JSON an answer
+    #[arg(long)]
+    json: bool,
+}
+
+impl Command {
+    pub fn run(self) -> Result<(), Error> {
+        let name = model::name(self.model.path());
+        let engine = self.engine.load(self.model.path())?;
+        let stop = engine.tokenizer().map(model::stop).unwrap_or_default();
+        let dialogue = Dialogue::new(Arc::new(engine), self.sampling.options(stop));
+        let dialogue = dialogue.map_err(Error::engine(&name))?;
+        let mut chat = Chat { name, dialogue, json: self.json, last: Answer::default(), total: 0 };
+        if let Some(text) = self.system {
+            chat.restart(Some(&text))?;
+        }
+        if io::stdin().is_terminal() { chat.talk() } else { chat.answer_lines(io::stdin().lock()) }
+    }
+}
+
+struct Chat {
+    name: String,
+    dialogue: Dialogue,
+    json: bool,
+    last: Answer,
+    /// Tokens of all answers.
+    total: usize,
+}
+
+/// What `--json` prints of a turn.
+#[derive(Serialize)]
+struct Turn<'a> {
+    question: &'a str,
+    answer: &'a str,
+    finish: &'static str,
+    prompt_tokens: usize,
+    tokens: usize,
+    prompt_s: f64,
+    generate_s: f64,
+}
+
+/// Set by Ctrl-C, which ends an answer.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+impl Chat {
+    /// With a line editor; what goes wrong in a turn is said, and the dialogue goes on.
+    fn talk(&mut self) -> Result<(), Error> {
+        let failed = |error: ReadlineError| Error::Input(io::Error::other(error));
+        let mut editor = DefaultEditor::new().map_err(failed)?;
+        watch_interrupts();
+        terminal::say(format_args!("{}; /help lists the commands", self.name));
+        loop {
+            let line = match editor.readline("> ") {
+                Ok(line) => line,
+                Err(ReadlineError::Interrupted) => continue,
+                Err(ReadlineError::Eof) => return Ok(()),
+                Err(error) => return Err(failed(error)),
+            };
+            let _ = editor.add_history_entry(&line);
+            match self.take(&line) {
+                Ok(true) => (),
+                Ok(false) => return Ok(()),
+                Err(error @ (Error::Output(_) | Error::Input(_))) => return Err(error),
+                Err(error) => terminal::say(terminal::line(&error)),
+            }
+        }
+    }
+
+    /// Without one; what goes wrong ends it.
+    fn answer_lines(&mut self, lines: impl BufRead) -> Result<(), Error> {
+        for line in lines.lines() {
+            if !self.take(&line.map_err(Error::Input)?)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers a line, or does what it commands; whether to go on.
+    fn take(&mut self, line: &str) -> Result<bool, Error> {
+        let line = line.trim();
+        let Some(command) = line.strip_prefix('/') else {
+            if !line.is_empty() {
+                self.answer(line)?;
+            }
+            return Ok(true);
+        };
+        let (word, rest) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
+        let rest = rest.trim();
+        match (word, rest) {
+            ("help", "") => terminal::say(HELP),
+            ("reset", "") => self.restart(None)?,
+            ("system", text) if !text.is_empty() => self.restart(Some(text))?,
+            ("set", assignment) if !assignment.is_empty() => self.set(assignment)?,
+            ("stats", "") => terminal::say(self.stats()),
+            ("save", file) if !file.is_empty() => self.save(Path::new(file))?,
+            ("quit" | "exit", "") => return Ok(false),
+            _ => return Err(Error::Usage(format!("`{line}` is no command; /help lists them"))),
+        }
+        Ok(true)
+    }
+
+    fn answer(&mut self, question: &str) -> Result<(), Error> {
+        INTERRUPTED.store(false, Ordering::Relaxed);
+        let mut written = Ok(());
+        let answer = self.dialogue.say(question, |piece| {
+            if !self.json && written.is_ok() {
+                written = terminal::stream(piece);
+            }
+            written.is_ok() && !INTERRUPTED.load(Ordering::Relaxed)
+        });
+        let answer = answer.map_err(Error::engine(&self.name))?;
+        written?;
+        self.total += answer.tokens;
+        let Answer { text, finish, prompt_tokens, tokens, prompt_s, generate_s } = &answer;
+        match self.json {
+            false => terminal::print("")?,
+            true => terminal::print_json(&Turn {
+                question,
+                answer: text,
+                finish: finish_name(*finish),
+                prompt_tokens: *prompt_tokens,
+                tokens: *tokens,
+                prompt_s: *prompt_s,
+                generate_s: *generate_s,
+            })?,
+        }
+        self.last = answer;
+        Ok(())
+    }
+
+    fn restart(&mut self, system: Option<&str>) -> Result<(), Error> {
+        let told = self.dialogue.restart(system).map_err(Error::engine(&self.name))?;
+        if system.is_some() && !told {
+            let name = &self.name;
+            terminal::say(format_args!("{name} takes no system messages: its template leaves them out"));
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, assignment: &str) -> Result<(), Error> {
+        let (key, value) = assignment.split_once('=').unwrap_or((assignment, ""));
+        let (key, value) = (key.trim(), value.trim());
+        let mut options = self.dialogue.options.clone();
+        let sampling = &mut options.sampling;
+        let taken = match key {
+            "temperature" => value.parse().map(|number| sampling.temperature = number).is_ok(),
+            "top_k" => value.parse().map(|number| sampling.top_k = number).is_ok(),
+            "top_p" => value.parse().map(|number| sampling.top_p = number).is_ok(),
+            "min_p" => value.parse().map(|number| sampling.min_p = number).is_ok(),
+            "repetition_penalty" => value.parse().map(|number| sampling.repetition_penalty = number).is_ok(),
+            "seed" => value.parse().map(|number| sampling.seed = number).is_ok(),
+            "max_tokens" => value.parse().map(|number| options.max_tokens = number).is_ok(),
+            _ => return Err(Error::Usage(format!("`{key}` cannot be set; /help lists what can"))),
+        };
+        if !taken {
+            return Err(Error::Usage(format!("`{key}` is `{value}`, expected a number")));
+        }
+        options.sampling.check().map_err(|error: EngineError| Error::Usage(error.to_string()))?;
+        self.dialogue.options = options;
+        Ok(())
+    }
+
+    fn stats(&self) -> String {
+        let Answer { prompt_tokens, tokens, prompt_s, generate_s, .. } = self.last;
+        let speed = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
+        format!(
+            "last answer: {prompt_tokens} tokens read at {:.0} a second, {tokens} written at {:.0} a second\n\
+             dialogue: {} messages, {} of {} tokens of the context, {} tokens written",
+            speed(prompt_tokens, prompt_s),
+            speed(tokens, generate_s),
+            self.dialogue.messages().len(),
+            self.dialogue.tokens(),
+            self.dialogue.engine().context(),
+            self.total,
+        )
+    }
+
+    fn save(&self, path: &Path) -> Result<(), Error> {
+        let text = serde_json::to_string_pretty(self.dialogue.messages()).expect("texts are JSON");
+        terminal::write_file(path, (text + "\n").as_bytes())
+    }
+}
+
+/// Lets Ctrl-C end answers from now on, not the program.
+fn watch_interrupts() {
+    let watch = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            loop {
+                tokio::signal::ctrl_c().await?;
+                INTERRUPTED.store(true, Ordering::Relaxed);
+            }
+        })
+    };
+    // Where signals cannot be watched, Ctrl-C ends the program, as everywhere.
+    std::thread::spawn(move || -> io::Result<()> { watch() });
+}

@@ -1,0 +1,74 @@
+//! [`Error`]: what went wrong, and the exit code that tells scripts.
+
+use std::{io, path::PathBuf};
+use ternary_format::FormatError;
+use ternary_infer::EngineError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An argument that cannot be.
+    #[error("{0}")]
+    Usage(String),
+    /// A model file that cannot be read.
+    #[error(transparent)]
+    Model(FormatError),
+    /// A model that cannot do what is asked, or a prompt that does not fit.
+    #[error("{model}: {source}")]
+    Engine { model: String, source: EngineError },
+    /// A model that does not fit the kind of file, or a file that cannot be written.
+    #[error(transparent)]
+    Export(FormatError),
+    #[error("{}: cannot read: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}: cannot write: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    /// A file that is not what it has to be.
+    #[error("{origin}: expected {expected}, found {found}")]
+    Data { origin: String, expected: String, found: String },
+    /// What the program writes has nowhere to go.
+    #[error("standard output: {0}")]
+    Output(io::Error),
+    #[error("standard input: {0}")]
+    Input(io::Error),
+    #[error("the network: {0}")]
+    Network(String),
+    #[cfg(feature = "train")]
+    #[error(transparent)]
+    Train(#[from] burn_ternary::train::TrainError),
+}
+
+impl Error {
+    /// An error of the engine that runs `model`.
+    pub fn engine(model: &str) -> impl FnOnce(EngineError) -> Self {
+        move |source| match source {
+            // These have their path.
+            EngineError::Format(source @ (FormatError::Io { .. } | FormatError::InFile { .. })) => {
+                Self::Model(source)
+            }
+            source => Self::Engine { model: model.into(), source },
+        }
+    }
+
+    /// Whether a reader of the output went away, as `head` does: no error of ours.
+    pub fn is_closed_pipe(&self) -> bool {
+        matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+
+    /// 2 usage, 3 data or model file, 4 device or memory, 5 disk, 1 anything else; 0 where a reader went away.
+    pub fn exit_code(&self) -> u8 {
+        use EngineError::{ContextFull, EmptyPrompt, Option as OutOfRange};
+        match self {
+            _ if self.is_closed_pipe() => 0,
+            Self::Usage(_) => 2,
+            Self::Engine { source: OutOfRange { .. } | ContextFull { .. } | EmptyPrompt, .. } => 2,
+            Self::Model(_) | Self::Engine { .. } | Self::Data { .. } | Self::Read { .. } | Self::Input(_) => {
+                3
+            }
+            Self::Export(error) if !matches!(error.kind(), FormatError::Io { .. }) => 3,
+            Self::Export(_) | Self::Write { .. } | Self::Output(_) => 5,
+            Self::Network(_) => 1,
+            #[cfg(feature = "train")]
+            Self::Train(error) => error.exit_code(),
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! `duck export`: writes a model as another kind of file.
+
+use crate::{Error, model, terminal};
+use std::path::PathBuf;
+use ternary_format::{Encoding, SizeReport, WeightType, WriteOptions, write_model};
+
+const EXAMPLES: &str = "\
+Examples:
+  duck export runs/mine-1 mine.gguf --type Q2_0
+  duck export runs/mine-1 mine.onnx
+  duck export mine.gguf folder/ --type F32     a folder of Hugging Face's
+
+What OUT ends in decides: .gguf, .onnx, .ternary (the smallest, for shipping), anything else a folder. Codes and scales
+are those of the model; nothing is rounded a second time, and a model that the kind of file cannot hold is an error.";
+
+/// Write a model as GGUF, ONNX or a Hugging Face folder.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Command {
+    /// Run folder, model file or folder of Hugging Face's
+    model: PathBuf,
+    /// What to write: NAME.gguf, NAME.onnx, NAME.ternary or a folder
+    out: PathBuf,
+    /// Weights of the blocks: TQ2_0, TQ1_0, Q2_0, F16, BITNET, INT2, MATMULNBITS4 and so on
+    #[arg(long = "type", value_name = "TYPE")]
+    weights: Option<WeightType>,
+    /// Token embedding and untied head: F32, F16, Q8_0 and so on; without it, as they were trained
+    #[arg(long, value_name = "TYPE")]
+    embedding: Option<Encoding>,
+    /// Replace OUT if it is there
+    #[arg(long)]
+    overwrite: bool,
+    /// Print the sizes as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Command {
+    pub fn run(self) -> Result<(), Error> {
+        let Self { model, out, weights, embedding, overwrite, json } = self;
+        if out.exists() && !overwrite {
+            let path = out.display();
+            return Err(Error::Usage(format!(
+                "{path}: expected nothing, found a file or folder; --overwrite replaces it"
+            )));
+        }
+        let model = model::read(Some(&model))?;
+        let options = WriteOptions { weights, embedding };
+        let write = || write_model(&model, &out, &options);
+        terminal::waiting(format!("writing {}", out.display()), model::bytes(&model), write)
+            .map_err(Error::Export)?;
+        let report = SizeReport::of_file(&out, &model.spec).map_err(Error::Export)?;
+        if json { terminal::print_json(&report) } else { terminal::print(report) }
+    }
+}

@@ -1,0 +1,128 @@
+//! `duck generate`: goes on with a text.
+
+use crate::{
+    Error,
+    model::{self, EngineFlags, ModelArgument, SamplingFlags},
+    terminal::{self, Progress},
+};
+use serde::Serialize;
+use std::{
+    io::{self, IsTerminal, Read},
+    time::Instant,
+};
+use ternary_format::chat::encode_prompt;
+use ternary_infer::{EngineError, Finish};
+
+const EXAMPLES: &str = "\
+Examples:
+  duck generate --prompt 'One day'
+  duck generate model.gguf --prompt '<|user|>Who are you?' --temperature 0
+  echo 'The little duck' | duck generate model.gguf --seed 1 --json";
+
+/// Go on with a text: writes what follows it.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Command {
+    #[command(flatten)]
+    model: ModelArgument,
+    /// Text to go on with, or `<|user|>question`; without it, standard input
+    #[arg(long, short, value_name = "TEXT")]
+    prompt: Option<String>,
+    #[command(flatten)]
+    sampling: SamplingFlags,
+    #[command(flatten)]
+    engine: EngineFlags,
+    /// Print one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    model: &'a str,
+    prompt: &'a str,
+    text: &'a str,
+    /// `stop`: the model ended the text; `max_tokens`; `context`: it is full.
+    finish: &'static str,
+    seed: u64,
+    prompt_tokens: usize,
+    tokens: usize,
+    prompt_s: f64,
+    generate_s: f64,
+}
+
+impl Command {
+    pub fn run(self) -> Result<(), Error> {
+        let name = model::name(self.model.path());
+        let failed = |error: EngineError| Error::engine(&name)(error);
+        let prompt = match &self.prompt {
+            Some(prompt) => prompt.clone(),
+            None => read_prompt()?,
+        };
+        let engine = self.engine.load(self.model.path())?;
+        let tokenizer = engine.tokenizer().ok_or_else(|| failed(EngineError::NoTokenizer))?;
+        let ids = encode_prompt(tokenizer, &prompt).map_err(|error| failed(error.into()))?;
+        let options = self.sampling.options(model::stop(tokenizer));
+        let seed = options.sampling.seed;
+        let start = Instant::now();
+        let mut generation = engine.generate(&ids, options).map_err(failed)?;
+        let prompt_s = start.elapsed().as_secs_f64();
+        let mut decoder = tokenizer.decoder();
+        let (mut text, mut tokens) = (String::new(), 0);
+        // What is streamed shows by itself how far it is.
+        let progress = self.json.then(|| Progress::new("tokens", self.sampling.max_tokens as u64));
+        let write = |piece: &str| match &progress {
+            Some(progress) => {
+                progress.advance(1);
+                Ok(())
+            }
+            None => terminal::stream(piece),
+        };
+        for id in generation.by_ref() {
+            tokens += 1;
+            let piece = decoder.push(id);
+            write(&piece)?;
+            text.push_str(&piece);
+        }
+        let rest = decoder.finish();
+        write(&rest)?;
+        text.push_str(&rest);
+        if !self.json {
+            return terminal::print("");
+        }
+        terminal::print_json(&Report {
+            model: &name,
+            prompt: &prompt,
+            text: &text,
+            finish: finish_name(generation.finish()),
+            seed,
+            prompt_tokens: ids.len(),
+            tokens,
+            prompt_s,
+            generate_s: start.elapsed().as_secs_f64() - prompt_s,
+        })
+    }
+}
+
+/// What came to an end, in a word for scripts.
+pub fn finish_name(finish: Option<Finish>) -> &'static str {
+    match finish {
+        Some(Finish::Stop(_)) => "stop",
+        Some(Finish::Context) => "context",
+        Some(Finish::MaxTokens) | None => "max_tokens",
+    }
+}
+
+/// Standard input without its last line end; nothing from a terminal.
+fn read_prompt() -> Result<String, Error> {
+    let mut text = String::new();
+    if io::stdin().is_terminal() {
+        return Ok(text);
+    }
+    io::stdin().read_to_string(&mut text).map_err(Error::Input)?;
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    Ok(text)
+}

@@ -1,0 +1,179 @@
+//! The model that a command works with, and the flags of the engine and the sampler.
+
+use crate::{Error, terminal};
+use clap::{Args, ValueEnum};
+use std::{
+    fs,
+    hash::{BuildHasher, Hasher, RandomState},
+    path::{Path, PathBuf},
+};
+use ternary_format::{PackedModel, Tokenizer, gguf, read_model};
+use ternary_infer::{ActivationMode, CacheType, Engine, EngineOptions, GenerateOptions, Sampling};
+
+/// The Duck of this program.
+const DUCK: &[u8] = include_bytes!("../duck.gguf");
+
+/// What the Duck of this program is called where others have their path.
+const NAME: &str = "duck";
+
+/// What a run folder holds, among others.
+const RUN_MODEL: &str = "model.gguf";
+const RUN_EXPERIMENT: &str = "experiment.toml";
+
+/// How a model is called: by its path.
+pub fn name(path: Option<&Path>) -> String {
+    path.map_or(NAME.into(), |path| path.display().to_string())
+}
+
+/// Reads a model file of any kind or a run folder; `None`: the Duck of this program.
+pub fn read(path: Option<&Path>) -> Result<PackedModel, Error> {
+    let Some(path) = path else {
+        return gguf::parse(DUCK.to_vec().into()).map_err(Error::Model);
+    };
+    let mut file = path.to_path_buf();
+    if path.join(RUN_EXPERIMENT).exists() {
+        file.push(RUN_MODEL);
+        if !file.exists() {
+            return Err(Error::Data {
+                origin: path.display().to_string(),
+                expected: format!("a run folder with {RUN_MODEL}, as a finished run leaves it"),
+                found: "none".into(),
+            });
+        }
+    }
+    let bytes = fs::metadata(&file).map_or(0, |file| file.len() as usize);
+    let reading = format!("reading {}", path.display());
+    terminal::waiting(reading, bytes, || read_model(&file)).map_err(Error::Model)
+}
+
+/// How keys and values are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    F16,
+    Int8,
+}
+
+/// What matrices multiply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Activations {
+    Int8,
+    F32,
+}
+
+/// How the model is run.
+#[derive(Args, Clone, Debug)]
+pub struct EngineFlags {
+    /// Threads; 0: one a core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// Longest sequence in tokens, at most the model's
+    #[arg(long, value_name = "TOKENS", default_value_t = 4096)]
+    pub context: usize,
+    /// Keys and values: f16, or int8 in half of the memory
+    #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
+    pub cache: Cache,
+    /// Activations: int8, or f32, which is exact and slow
+    #[arg(long, value_enum, value_name = "TYPE", default_value = "int8")]
+    pub activations: Activations,
+}
+
+impl EngineFlags {
+    pub fn options(&self) -> EngineOptions {
+        EngineOptions {
+            threads: self.threads,
+            context: self.context,
+            cache: match self.cache {
+                Cache::F16 => CacheType::F16,
+                Cache::Int8 => CacheType::Int8,
+            },
+            activations: match self.activations {
+                Activations::Int8 => ActivationMode::Int8,
+                Activations::F32 => ActivationMode::F32,
+            },
+        }
+    }
+
+    /// Reads a model and makes it ready to run.
+    pub fn load(&self, path: Option<&Path>) -> Result<Engine, Error> {
+        let (model, name) = (read(path)?, name(path));
+        let bytes = bytes(&model);
+        let pack = || Engine::from_model(model, self.options());
+        terminal::waiting(format!("loading {name}"), bytes, pack).map_err(Error::engine(&name))
+    }
+}
+
+/// Of the tensors.
+pub fn bytes(model: &PackedModel) -> usize {
+    model.tensors.values().map(|tensor| tensor.bytes().len()).sum()
+}
+
+/// How tokens are drawn.
+#[derive(Args, Clone, Debug)]
+pub struct SamplingFlags {
+    /// Spread of the draws; 0 takes the likeliest token
+    #[arg(long, value_name = "X", default_value_t = 0.7, allow_negative_numbers = true)]
+    pub temperature: f32,
+    /// Draw from so many of the likeliest tokens; 0: all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub top_k: usize,
+    /// Draw from the fewest of the likeliest tokens that have this share of the probability
+    #[arg(long, value_name = "SHARE", default_value_t = 0.95, allow_negative_numbers = true)]
+    pub top_p: f32,
+    /// Draw from tokens at least so likely as this share of the likeliest
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub min_p: f32,
+    /// Make tokens that are there already less likely; 1: not
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    pub repetition_penalty: f32,
+    /// Equal seeds draw equal texts; without it, another one each time
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// At most so many tokens
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_tokens: usize,
+}
+
+impl SamplingFlags {
+    /// What to generate, until one of `stop`.
+    pub fn options(&self, stop: Vec<u32>) -> GenerateOptions {
+        let sampling = Sampling {
+            repetition_penalty: self.repetition_penalty,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            seed: self.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish()),
+        };
+        GenerateOptions { sampling, max_tokens: self.max_tokens, stop }
+    }
+}
+
+/// The tokens at which a text or an answer ends.
+pub fn stop(tokenizer: &Tokenizer) -> Vec<u32> {
+    tokenizer.specials().map(|(_, id)| id).chain(tokenizer.ends().eos).collect()
+}
+
+/// The argument MODEL of a command.
+#[derive(Args, Clone, Debug)]
+pub struct ModelArgument {
+    /// Model file (.gguf, .ternary), folder of Hugging Face's or run folder; without it, the Duck of this program
+    pub model: Option<PathBuf>,
+}
+
+impl ModelArgument {
+    pub fn path(&self) -> Option<&Path> {
+        self.model.as_deref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_duck_of_this_program_can_be_read_from_its_bytes_and_talk() {
+        let duck = read(None).unwrap();
+        duck.validate().unwrap();
+        assert!(duck.tokenizer.is_some() && duck.chat_template.is_some());
+    }
+}

@@ -1,0 +1,249 @@
+//! `duck new`: begins an experiment.
+
+use crate::{Error, terminal};
+use std::path::PathBuf;
+
+const EXAMPLES: &str = "\
+Examples:
+  duck new                          writes experiment.toml
+  duck new poems.toml --name poems
+  duck train poems.toml --data poems/";
+
+/// The experiment that every other begins as.
+const DEFAULT: &str = include_str!("../../../experiments/00-default.toml");
+
+const HEADER: &str = "\
+# Question:
+# Expectation:
+# Cost:
+#
+# `duck train FILE` runs this experiment; `--set section.key=value` overrides a key. Every key is written; an unknown or
+# missing one is an error.
+";
+
+/// Write a commented experiment file, to be changed and trained.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Command {
+    /// File to write; `-` is standard output
+    #[arg(default_value = "experiment.toml")]
+    file: PathBuf,
+    /// Name of the run, and of its folder; without it, that of the file
+    #[arg(long)]
+    name: Option<String>,
+    /// Replace FILE if it is there
+    #[arg(long)]
+    overwrite: bool,
+}
+
+impl Command {
+    pub fn run(self) -> Result<(), Error> {
+        let Self { file, name, overwrite } = self;
+        let to_output = file.as_os_str() == "-";
+        let stem = file.file_stem().filter(|_| !to_output).map(|stem| stem.to_string_lossy().into_owned());
+        let text = experiment(&name.or(stem).unwrap_or("experiment".into()));
+        if to_output {
+            return terminal::stream(&text);
+        }
+        if file.exists() && !overwrite {
+            let path = file.display();
+            return Err(Error::Usage(format!(
+                "{path}: expected nothing, found a file; --overwrite replaces it"
+            )));
+        }
+        terminal::write_file(&file, text.as_bytes())?;
+        terminal::print(file.display())
+    }
+}
+
+/// The default experiment under another name, each key below what it means.
+fn experiment(name: &str) -> String {
+    let mut text = String::from(HEADER);
+    let mut section = "";
+    for line in DEFAULT.lines().skip_while(|line| line.starts_with('#')) {
+        if let Some(name) = line.strip_prefix('[') {
+            section = name.trim_end_matches(']');
+        }
+        let key = line.split_once(" = ").map(|(key, _)| key);
+        let comment = key.and_then(|key| COMMENTS.iter().find(|known| (known.0, known.1) == (section, key)));
+        if let Some((_, _, comment)) = comment {
+            text += &format!("# {comment}\n");
+        }
+        match (section, key) {
+            ("run", Some("name")) => text += &format!("name = {}\n", toml::Value::from(name)),
+            _ => text += &format!("{line}\n"),
+        }
+    }
+    text
+}
+
+/// Section, key, what it means.
+const COMMENTS: [(&str, &str, &str); 69] = [
+    (
+        "data",
+        "train",
+        "Files or folders of .txt and .jsonl, or \"embedded\": the stories and dialogues of the program.",
+    ),
+    ("data", "valid", "The validation texts; empty: a share of the training texts is held out."),
+    ("data", "valid_fraction", "That share; above 0, at most 0.5."),
+    (
+        "data",
+        "tokenizer",
+        "\"byte\", \"char\", \"bpe\" (trained on the texts) or the path of a tokenizer.json.",
+    ),
+    ("data", "bpe_vocab_size", "Largest vocabulary of a trained bpe tokenizer; the others ignore it."),
+    (
+        "model",
+        "family",
+        "\"llama\" (rotary positions, RMSNorm), \"gpt2\", or \"bitnet\" (llama with two more norms).",
+    ),
+    ("model", "vocab_size", "0: as many ids as the tokenizer has."),
+    ("model", "context", "Longest sequence, in tokens."),
+    ("model", "d_model", "Width. A multiple of 256 fits the smallest files (TQ2_0), one of 64 fits Q2_0."),
+    ("model", "n_layers", "Blocks of attention and feed-forward."),
+    ("model", "n_heads", "Attention heads; a divisor of d_model."),
+    (
+        "model",
+        "n_kv_heads",
+        "Heads that share keys and values: a divisor of n_heads; n_heads for ordinary attention.",
+    ),
+    ("model", "d_ff", "Width of the feed-forward blocks; multiples as for d_model."),
+    (
+        "model",
+        "activation",
+        "\"swiglu\" or \"squared_relu\"; in the gpt2 family \"gelu\" or \"squared_relu\".",
+    ),
+    ("model", "dropout", "Probability; 0: none."),
+    ("model", "tied", "The head is the token embedding."),
+    ("model", "norm_eps", "Added to the variance in norms."),
+    ("model", "rope_theta", "Base of the rotary frequencies; gpt2 ignores it."),
+    ("model", "compute", "\"f32\", or the matrix products in \"bf16\" or \"f16\"."),
+    ("quant", "enabled", "false: the float twin, the same model without a quantizer."),
+    ("quant", "scale", "\"absmean\", \"absmedian\", \"twn\"; \"learned\" and \"seq\" are trained."),
+    ("quant", "granularity", "Who shares a scale: \"per_tensor\", \"per_channel\" or { per_group = N }."),
+    ("quant", "threshold", "Weights of at most this share of the scale become 0; twn ignores it."),
+    (
+        "quant",
+        "estimator",
+        "Gradient outside of a learned scale's range: \"identity\" passes it, \"masked\" does not.",
+    ),
+    ("quant", "activations", "\"float\", or \"int8\" with a scale a token."),
+    (
+        "quant",
+        "compute",
+        "Matrix products in \"float\" or \"int8\"; int8 wants int8 activations and the device flex.",
+    ),
+    ("quant", "input_norm", "A norm without parameters before each ternary layer; no file type can hold it."),
+    ("quant", "embedding", "The token embedding: \"float\", \"int8\", \"int4\" or \"ternary\"."),
+    ("quant", "head", "The same for a head that is not tied."),
+    (
+        "quant",
+        "quantization_penalty",
+        "Weight in the loss of the distance between latent and quantized weights.",
+    ),
+    ("quant", "scale_penalty", "Weight in the loss of the distance of learned scales from their best value."),
+    ("distill", "teacher", "A run folder or model file with the same tokenizer to learn from; empty: none."),
+    ("distill", "weight", "Share of the teacher in the loss."),
+    ("distill", "temperature", "Softens both distributions."),
+    (
+        "distill",
+        "divergence",
+        "Kullback-Leibler divergence: \"forward\", \"reverse\" or \"mean\", half of each.",
+    ),
+    ("optim", "matrices", "\"muon\" for the matrices and AdamW for the rest, or \"adamw\" for all."),
+    ("optim", "lr", "Peak learning rate of AdamW."),
+    ("optim", "muon_lr", "Peak learning rate of Muon."),
+    ("optim", "muon_momentum", "Momentum of Muon."),
+    ("optim", "beta1", "Decay of AdamW's first moment."),
+    ("optim", "beta2", "Decay of its second moment."),
+    ("optim", "epsilon", "Added to the root of that."),
+    ("optim", "weight_decay", "Decoupled; matrices only."),
+    ("optim", "clip_norm", "Largest norm of the whole gradient; 0: any."),
+    ("optim", "z_loss", "Weight in the loss of the squared log partition function; 0: none."),
+    (
+        "schedule",
+        "shape",
+        "Of the learning rate: \"constant\", \"cosine\", \"linear\" or \"warmup_stable_decay\".",
+    ),
+    ("schedule", "warmup_steps", "Steps over which the rate rises."),
+    ("schedule", "decay_fraction", "Share of the steps that decays, for \"warmup_stable_decay\"."),
+    ("schedule", "min_lr_ratio", "The last rate over the peak rate."),
+    ("schedule", "weight_decay_until", "Share of the steps with weight decay; 1: all."),
+    (
+        "schedule",
+        "float_until",
+        "Share of the steps before weights become ternary; 0: ternary from the start.",
+    ),
+    ("schedule", "ramp_until", "Until here they blend from float to ternary; at most float_until: at once."),
+    ("run", "name", "The run folder is out_dir/name-seed."),
+    ("run", "out_dir", "Folder of run folders."),
+    ("run", "seed", "Of weights, data order and dropout."),
+    (
+        "run",
+        "device",
+        "\"auto\", \"flex\", \"ndarray\", \"wgpu\", \"tch\" or \"cuda\", of those that were compiled in.",
+    ),
+    ("run", "steps", "Optimizer steps."),
+    ("run", "batch_size", "Windows a forward pass."),
+    ("run", "accumulation", "Forward passes a step."),
+    ("run", "log_every", "Steps between two lines of metrics."),
+    ("run", "eval_every", "Steps between two validations."),
+    ("run", "eval_windows", "Windows of a validation; 0: all."),
+    ("run", "checkpoint_every", "Steps between two checkpoints."),
+    ("run", "keep_checkpoints", "Checkpoints that are kept."),
+    ("run", "sample_prompts", "Text samples begin so; `<|user|>question` is answered."),
+    ("run", "sample_tokens", "Tokens of a sample; 0: no samples."),
+    (
+        "run",
+        "spike_factor",
+        "A step whose loss is more than so many times its running mean is skipped; 0: none.",
+    ),
+    (
+        "run",
+        "max_bad_steps",
+        "After so many skipped steps in a row the run goes back to its last checkpoint.",
+    ),
+    ("run", "max_rollbacks", "After so many returns it stops."),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(text: &str) -> toml::Table {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_new_experiment_is_the_default_one_by_another_name() {
+        let mut expected = table(DEFAULT);
+        expected["run"]["name"] = "a \"b\"".into();
+        assert_eq!(table(&experiment("a \"b\"")), expected);
+    }
+
+    #[test]
+    fn every_key_is_explained_and_nothing_else() {
+        let sections = table(DEFAULT);
+        let keys = sections.iter().flat_map(|(section, keys)| {
+            let keys = keys.as_table().unwrap().keys();
+            keys.map(move |key| (section.as_str(), key.as_str()))
+        });
+        let keys: Vec<_> = keys.collect();
+        let explained: Vec<_> = COMMENTS.iter().map(|(section, key, _)| (*section, *key)).collect();
+        let unexplained: Vec<_> = keys.iter().filter(|key| !explained.contains(key)).collect();
+        let unknown: Vec<_> = explained.iter().filter(|key| !keys.contains(key)).collect();
+        assert!(
+            unexplained.is_empty() && unknown.is_empty(),
+            "COMMENTS lacks {unexplained:?}, needs no {unknown:?}"
+        );
+        assert_eq!(keys.len(), explained.len());
+    }
+
+    #[cfg(feature = "train")]
+    #[test]
+    fn a_new_experiment_can_be_trained() {
+        let experiment = burn_ternary::train::Experiment::parse(&experiment("mine"), "new").unwrap();
+        experiment.validate("new").unwrap();
+        assert_eq!(experiment.run.name, "mine");
+    }
+}

@@ -1,0 +1,145 @@
+//! `duck serve`: answers programs that speak the API of OpenAI, and shows a chat page.
+
+use crate::{
+    Error,
+    model::{self, EngineFlags},
+    terminal,
+};
+use std::{
+    io::{self, IsTerminal},
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use ternary_serve::{Limits, Models, ServeError, ServeOptions};
+use tracing_subscriber::EnvFilter;
+
+const EXAMPLES: &str = "\
+Examples:
+  duck serve                                   the Duck of this program; open the address that is printed
+  duck serve model.gguf small=runs/small-1 --port 8000
+  DUCK_API_KEY=secret duck serve model.gguf --host 0.0.0.0
+  curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{\"model\": \"duck\", \"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}]}'
+
+The address is printed on standard output once the models are loaded. DUCK_LOG says what is logged (debug, warn, ...).";
+
+/// Serve models over an OpenAI-compatible API, with a chat page.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Command {
+    /// Models, as PATH or NAME=PATH; without NAME, that of the file; without any, the Duck of this program
+    #[arg(value_name = "MODEL")]
+    models: Vec<String>,
+    /// Address to listen on
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    host: IpAddr,
+    /// Port to listen on; 0: any that is free
+    #[arg(long, default_value_t = 8080)]
+    port: u16,
+    /// What clients have to show as `Authorization: Bearer KEY`
+    #[arg(long, value_name = "KEY", env = "DUCK_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Listen on other addresses than loopback without a key
+    #[arg(long)]
+    allow_remote: bool,
+    /// Texts in the making at a time, by model
+    #[arg(long, value_name = "N", default_value_t = Limits::default().batch)]
+    batch: usize,
+    /// Texts that wait for their turn, by model
+    #[arg(long, value_name = "N", default_value_t = Limits::default().queue)]
+    queue: usize,
+    #[command(flatten)]
+    engine: EngineFlags,
+}
+
+impl Command {
+    pub fn run(self) -> Result<(), Error> {
+        let limits = Limits { batch: self.batch, queue: self.queue, ..Limits::default() };
+        let address = SocketAddr::new(self.host, self.port);
+        let options =
+            ServeOptions { address, api_key: self.api_key, allow_remote: self.allow_remote, limits };
+        // What cannot be served is said before models are loaded.
+        options.check().map_err(failed)?;
+        let filter = EnvFilter::try_from_env("DUCK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+        let colours =
+            io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colours).init();
+        let mut engines = Vec::new();
+        for argument in &self.models {
+            let (name, path) = named(argument);
+            engines.push((name, Arc::new(self.engine.load(Some(&path))?)));
+        }
+        if engines.is_empty() {
+            engines.push((model::name(None), Arc::new(self.engine.load(None)?)));
+        }
+        let models = Models::new(engines).map_err(failed)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| Error::Network(error.to_string()))?;
+        runtime.block_on(async {
+            let listener = ternary_serve::bind(&options).await.map_err(failed)?;
+            let address = listener.local_addr().map_err(|error| Error::Network(error.to_string()))?;
+            terminal::print(format_args!("http://{address}"))?;
+            ternary_serve::serve(listener, models, options, stopped()).await.map_err(failed)
+        })
+    }
+}
+
+/// The name and the path of an argument.
+fn named(argument: &str) -> (String, PathBuf) {
+    if let Some((name, path)) = argument.split_once('=')
+        && !Path::new(argument).exists()
+    {
+        return (name.into(), path.into());
+    }
+    let path = PathBuf::from(argument);
+    let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+    (name.map_or_else(|| argument.into(), |name| name.to_string_lossy().into_owned()), path)
+}
+
+fn failed(error: ServeError) -> Error {
+    let message = error.to_string();
+    match error {
+        ServeError::Address { .. } | ServeError::Io(_) => Error::Network(message),
+        ServeError::NoTokenizer { name } => {
+            Error::Engine { model: name, source: ternary_infer::EngineError::NoTokenizer }
+        }
+        ServeError::ChatTemplate { source, .. } => Error::Model(source),
+        _ => Error::Usage(message),
+    }
+}
+
+/// Ends when the program is asked to: by Ctrl-C, or by SIGTERM.
+async fn stopped() {
+    let interrupted = tokio::signal::ctrl_c();
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let Ok(mut terminated) = signal(SignalKind::terminate()) else {
+            return interrupted.await.unwrap_or_default();
+        };
+        let mut interrupted = std::pin::pin!(interrupted);
+        std::future::poll_fn(|context| {
+            use std::{future::Future, task::Poll};
+            match terminated.poll_recv(context) {
+                Poll::Ready(_) => Poll::Ready(()),
+                Poll::Pending => interrupted.as_mut().poll(context).map(|_| ()),
+            }
+        })
+        .await;
+    }
+    #[cfg(not(unix))]
+    interrupted.await.unwrap_or_default();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_named_by_their_files_or_as_the_user_says() {
+        assert_eq!(named("a/b.gguf"), ("b".into(), "a/b.gguf".into()));
+        assert_eq!(named("big=a/b.gguf"), ("big".into(), "a/b.gguf".into()));
+        assert_eq!(named(env!("CARGO_MANIFEST_DIR")).0, "duck");
+    }
+}

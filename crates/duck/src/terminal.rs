@@ -1,0 +1,130 @@
+//! What is written where: results on standard output, progress and everything else on standard error.
+
+use crate::Error;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::{
+    borrow::Cow,
+    fmt::Display,
+    fs,
+    io::{self, IsTerminal, Write},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+/// Work that is done sooner shows no progress.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Models beyond so many bytes take long enough to read or write that waiting is shown.
+const MANY: usize = 128 << 20;
+
+/// Writes a line to standard output.
+pub fn print(line: impl Display) -> Result<(), Error> {
+    stream(&format!("{line}\n"))
+}
+
+/// Writes a line to standard error; that nobody reads it is no error.
+pub fn say(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Writes text to standard output, at once and without a line end.
+pub fn stream(text: &str) -> Result<(), Error> {
+    let mut out = io::stdout().lock();
+    let shown = if out.is_terminal() { harmless(text) } else { text.into() };
+    out.write_all(shown.as_bytes()).and_then(|()| out.flush()).map_err(Error::Output)
+}
+
+/// Without what would command a terminal: models and files may say anything.
+fn harmless(text: &str) -> Cow<'_, str> {
+    let commands = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if text.contains(commands) { text.replace(commands, "\u{fffd}").into() } else { text.into() }
+}
+
+/// Writes a value as one line of JSON.
+pub fn print_json(value: &impl serde::Serialize) -> Result<(), Error> {
+    print(serde_json::to_string(value).expect("texts and numbers are JSON"))
+}
+
+/// Writes a file, under a scratch name until it is whole.
+pub fn write_file(path: &Path, contents: &[u8]) -> Result<(), Error> {
+    let mut scratch = path.as_os_str().to_owned();
+    scratch.push(".partial");
+    let written = fs::write(&scratch, contents).and_then(|()| fs::rename(&scratch, path));
+    written.map_err(|source| {
+        let _ = fs::remove_file(&scratch);
+        Error::Write { path: path.into(), source }
+    })
+}
+
+/// The message of an error on one line, whatever a file put into it.
+pub fn line(error: &impl Display) -> String {
+    let text = error.to_string();
+    text.split(char::is_control).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+/// A bar on standard error: only on a terminal, and only once the work takes a while.
+pub struct Progress {
+    bar: ProgressBar,
+    start: Instant,
+}
+
+impl Progress {
+    pub fn new(what: &'static str, total: u64) -> Self {
+        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
+        let style = ProgressStyle::with_template("{prefix} {wide_bar} {human_pos}/{human_len} {eta}");
+        bar.set_style(style.expect("a valid template"));
+        bar.set_prefix(what);
+        Self { bar, start: Instant::now() }
+    }
+
+    pub fn advance(&self, done: usize) {
+        self.bar.inc(done as u64);
+        if self.bar.is_hidden() && self.start.elapsed() > PATIENCE {
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// Does work that does not say how far it is; where it is about many bytes and standard error is a terminal, shows that
+/// it goes on.
+pub fn waiting<T>(what: String, bytes: usize, work: impl FnOnce() -> T) -> T {
+    let spinner = (bytes > MANY).then(|| {
+        let spinner = ProgressBar::new_spinner().with_message(what);
+        spinner.enable_steady_tick(Duration::from_millis(200));
+        spinner
+    });
+    let done = work();
+    spinner.inspect(ProgressBar::finish_and_clear);
+    done
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line() {
+        assert_eq!(line(&"a\nb\r\n\u{1b}[31mc"), "a b [31mc");
+    }
+
+    #[test]
+    fn what_a_model_says_commands_no_terminal() {
+        assert_eq!(harmless("a\u{1b}[2Jb\tc\u{9b}\n"), "a\u{fffd}[2Jb\tc\u{fffd}\n");
+        assert_eq!(harmless("\u{1f986}\n"), "\u{1f986}\n");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = write_file(&folder.path().join("missing/file"), b"x").unwrap_err();
+        assert_eq!(error.exit_code(), 5);
+        write_file(&folder.path().join("file"), b"x").unwrap();
+        let names: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, ["file"]);
+    }
+}

@@ -1,0 +1,64 @@
+//! Model files that are none, or half of one.
+
+use crate::{failure, home};
+use std::{fs, path::Path};
+
+/// Every command that reads a model, up to its path.
+const COMMANDS: [&[&str]; 7] = [
+    &["inspect"],
+    &["generate", "--prompt", "a"],
+    &["chat"],
+    &["bench"],
+    &["serve", "--port", "0"],
+    &["eval", "--data", "text.txt"],
+    &["export", "--overwrite", "model.gguf"],
+];
+
+#[test]
+fn a_model_file_that_cannot_be_read_is_one_line_and_exit_code_3() {
+    let home = home();
+    let path = |name: &str| home.path().join(name);
+    let whole = fs::read(path("model.gguf")).unwrap();
+    fs::write(path("text.txt"), "a text").unwrap();
+    for (name, length) in [("empty", 0), ("magic", 4), ("header", 300), ("half", whole.len() / 2)] {
+        fs::write(path(name), &whole[..length]).unwrap();
+    }
+    fs::write(path("last"), &whole[..whole.len() - 1]).unwrap();
+    fs::write(path("noise"), [b'\n'; 500]).unwrap();
+    fs::create_dir(path("folder")).unwrap();
+    fs::create_dir(path("run")).unwrap();
+    fs::write(path("run/experiment.toml"), "").unwrap();
+    for name in ["missing", "empty", "magic", "header", "half", "last", "noise", "folder", "run"] {
+        for command in COMMANDS {
+            let mut arguments = command.to_vec();
+            // OUT follows MODEL.
+            let place = if command[0] == "export" { arguments.len() - 1 } else { arguments.len() };
+            arguments.insert(place, name);
+            let error = failure(&home, &arguments, 3);
+            assert!(error.lines().count() == 1 && error.contains(name), "{arguments:?}: {error}");
+        }
+    }
+    assert_eq!(fs::read(path("model.gguf")).unwrap(), whole, "an export that fails replaces nothing");
+}
+
+#[test]
+fn a_model_that_knows_ids_only_cannot_write_but_can_be_measured() {
+    let home = home();
+    let source = home.path().join("model.gguf");
+    let mut model = ternary_format::read_model(&source).unwrap();
+    (model.tokenizer, model.chat_template) = (None, None);
+    let path = home.path().join("ids.gguf");
+    ternary_format::write_model(&model, Path::new(&path), &Default::default()).unwrap();
+    fs::write(home.path().join("text.txt"), "a text").unwrap();
+    for arguments in [
+        &["generate", "ids.gguf", "--prompt", "a"][..],
+        &["chat", "ids.gguf"],
+        &["serve", "ids.gguf"],
+        &["eval", "ids.gguf", "--data", "text.txt"],
+    ] {
+        assert!(failure(&home, arguments, 3).contains("no tokenizer"), "{arguments:?}");
+    }
+    crate::output(&home, &["inspect", "ids.gguf"]);
+    let sizes = ["--prompt", "8", "--generate", "4", "--batch", "2", "--repetitions", "1"];
+    crate::output(&home, &[&["bench", "ids.gguf"][..], &sizes].concat());
+}

@@ -1,0 +1,156 @@
+//! Model files: what is in them, how they are written, how fast they are, and what they say.
+
+use crate::{failure, home, json, output, piped, shared, write};
+use std::fs;
+
+#[test]
+fn inspect_counts_what_is_in_the_file() {
+    let home = home();
+    let report = json(&output(&home, &["inspect", "model.gguf", "--json"]));
+    let tensors = report["tensors"].as_array().unwrap();
+    assert_eq!(tensors.len(), 2 + 2 * 9);
+    let bytes: u64 = tensors.iter().map(|tensor| tensor["bytes"].as_u64().unwrap()).sum();
+    let file = fs::metadata(home.path().join("model.gguf")).unwrap().len();
+    assert!(bytes < file && file < bytes + 16_384, "{bytes} of {file}");
+    assert_eq!(report["spec"]["family"], "llama");
+    assert_eq!(report["tokens"], 259);
+    let query = tensors.iter().find(|tensor| tensor["name"] == "blk.0.attn_q.weight").unwrap();
+    assert_eq!((&query["encoding"], &query["bits_per_weight"]), (&"Q2_0".into(), &2.25.into()));
+    // The codes are drawn evenly.
+    for share in [&report["zero_fraction"], &query["zero_fraction"]] {
+        assert!((share.as_f64().unwrap() - 1.0 / 3.0).abs() < 0.03, "{share}");
+    }
+    let table = output(&home, &["inspect", "model.gguf"]);
+    assert!(table.contains("blk.1.ffn_down.weight") && table.contains("64 x 128"), "{table}");
+    assert!(table.contains("Q2_0") && table.contains("2.250") && table.contains("bits/weight"), "{table}");
+}
+
+#[test]
+fn the_duck_of_the_program_stands_in_for_a_model_that_is_not_named() {
+    let home = home();
+    assert_eq!(json(&output(&home, &["inspect", "--json"]))["model"], "duck");
+    let generate = ["generate", "--prompt", "a", "--max-tokens", "4", "--json"];
+    assert_eq!(json(&output(&home, &generate))["model"], "duck");
+    assert_eq!(piped(&home, &["chat", "--max-tokens", "4", "--json"], "hi\n").lines().count(), 1);
+    let bench = ["bench", "--prompt", "8", "--generate", "4", "--repetitions", "1", "--json"];
+    assert_eq!(json(&output(&home, &bench))["model"], "duck");
+}
+
+#[test]
+fn an_exported_model_is_the_same_model() {
+    let home = home();
+    let loss = |model: &str| {
+        fs::write(home.path().join("text.txt"), "the duck swims on the pond").unwrap();
+        json(&output(&home, &["eval", model, "--data", "text.txt", "--json"]))["files"][0]["models"][0]["loss"]["value"]
+            .as_f64()
+            .unwrap()
+    };
+    let first = loss("model.gguf");
+    for (out, flags) in [
+        ("other.gguf", &[][..]),
+        ("archive.ternary", &[]),
+        ("floats.gguf", &["--type", "F32"]),
+        ("folder", &["--type", "F32", "--json"]),
+    ] {
+        let printed = output(&home, &[&["export", "model.gguf", out], flags].concat());
+        assert!((loss(out) - first).abs() < 1e-2, "{out}");
+        assert!(printed.contains("blocks"), "{printed}");
+        let error = failure(&home, &["export", "model.gguf", out], 2);
+        assert!(error.contains("--overwrite"), "{error}");
+    }
+    let sizes = json(&output(&home, &["export", "model.gguf", "model.onnx", "--type", "INT2", "--json"]));
+    let file = fs::metadata(home.path().join("model.onnx")).unwrap().len();
+    assert_eq!(sizes["total"]["bytes"], file);
+    assert!(failure(&home, &["export", "model.gguf", "missing/out.gguf"], 5).contains("missing"));
+    // Rows of 64 weights do not fit blocks of 256, and codes with a scale a row not those with one a matrix.
+    assert!(failure(&home, &["export", "model.gguf", "a.gguf", "--type", "TQ2_0"], 3).contains("256"));
+    failure(&home, &["export", "model.gguf", "bitnet", "--type", "BITNET"], 3);
+    assert!(!home.path().join("a.gguf").exists());
+}
+
+#[test]
+fn a_finished_run_folder_is_a_model() {
+    let home = home();
+    let run = home.path().join("run");
+    fs::create_dir(&run).unwrap();
+    fs::write(run.join("experiment.toml"), "").unwrap();
+    fs::rename(home.path().join("model.gguf"), run.join("model.gguf")).unwrap();
+    assert_eq!(json(&output(&home, &["inspect", "run", "--json"]))["spec"]["d_model"], 64);
+    output(&home, &["export", "run", "out.gguf"]);
+}
+
+#[test]
+fn generate_repeats_itself_with_a_seed_only() {
+    let home = home();
+    let run = |seed: &[&str]| {
+        output(
+            &home,
+            &[&["generate", "model.gguf", "--prompt", "One day", "--max-tokens", "20"], seed].concat(),
+        )
+    };
+    assert_eq!(run(&["--seed", "1"]), run(&["--seed", "1"]));
+    assert_ne!(run(&["--seed", "1"]), run(&["--seed", "2"]));
+    assert_ne!(run(&[]), run(&[]));
+    assert_eq!(run(&["--temperature", "0"]), run(&["--temperature", "0", "--threads", "1"]));
+}
+
+#[test]
+fn generate_tells_scripts_what_it_did() {
+    let home = home();
+    let arguments = ["generate", "model.gguf", "--max-tokens", "20", "--seed", "3", "--json"];
+    let report = json(&piped(&home, &arguments, "One day\n"));
+    assert_eq!(report["prompt"], "One day");
+    assert_eq!(report["seed"], 3);
+    assert_eq!(report["prompt_tokens"], 7);
+    let ended = report["finish"] == "stop";
+    assert!(ended || report["finish"] == "max_tokens" && report["tokens"] == 20, "{report}");
+    let text = piped(&home, &arguments[..6], "One day\n");
+    assert_eq!(text, format!("{}\n", report["text"].as_str().unwrap()));
+    // A context that fills up ends the text.
+    let full =
+        ["generate", "model.gguf", "--context", "10", "--temperature", "0", "--json", "--prompt", "One day"];
+    let report = json(&output(&home, &full));
+    assert!(report["finish"] == "context" || report["finish"] == "stop", "{report}");
+}
+
+#[test]
+fn a_published_model_goes_on_as_its_authors_say() {
+    let Some(folder) = shared("models/stories260k") else { return };
+    let reference = fs::read_to_string(folder.join("reference.json")).unwrap();
+    let reference: serde_json::Value = serde_json::from_str(&reference).unwrap();
+    let home = home();
+    let folder = folder.to_str().unwrap();
+    for case in reference["prompts"].as_array().unwrap() {
+        let prompt = case["prompt"].as_str().unwrap();
+        let flags = ["--prompt", prompt, "--temperature", "0", "--max-tokens", "32", "--activations", "f32"];
+        let text = output(&home, &[&["generate", folder][..], &flags].concat());
+        let expected = case["greedy_text"].as_str().unwrap().strip_prefix(prompt).unwrap();
+        assert_eq!(text.trim(), expected.trim());
+    }
+    assert!(failure(&home, &["chat", folder], 3).contains("no chat template"));
+}
+
+#[test]
+fn bench_gives_speeds_for_scripts_and_people() {
+    let home = home();
+    let flags =
+        ["bench", "model.gguf", "--prompt", "16", "--generate", "8", "--batch", "2", "--repetitions", "3"];
+    let report = json(&output(&home, &[&flags[..], &["--json", "--cache", "int8"]].concat()));
+    for key in ["prompt_speed", "generate_speed", "batch_speed"] {
+        let [least, median, most] =
+            ["least", "median", "most"].map(|name| report[key][name].as_f64().unwrap());
+        assert!(0.0 < least && least <= median && median <= most, "{report}");
+    }
+    assert_eq!((&report["cache"], &report["prompt"]), (&"int8".into(), &16.into()));
+    let table = output(&home, &flags);
+    assert!(table.contains("prompt of 16") && table.contains("2 texts side by side"), "{table}");
+}
+
+#[test]
+fn two_models_of_one_name_can_be_told_apart() {
+    let home = home();
+    write(&home.path().join("other.gguf"), 2);
+    let one = output(&home, &["generate", "model.gguf", "--prompt", "a", "--temperature", "0"]);
+    let two = output(&home, &["generate", "other.gguf", "--prompt", "a", "--temperature", "0"]);
+    assert_ne!(one, two);
+}

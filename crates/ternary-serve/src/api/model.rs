@@ -1,0 +1,52 @@
+//! What can be asked of the server itself: its models, its health, its counters.
+
+use super::ApiError;
+use crate::server::{Served, Server};
+use axum::{
+    Json,
+    extract::{Path, State},
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+fn object(server: &Server, served: &Served) -> Value {
+    json!({
+        "id": served.model.name,
+        "object": "model",
+        "created": server.created,
+        "owned_by": "local",
+        "context_length": served.model.engine.context(),
+    })
+}
+
+/// `GET /v1/models`
+pub async fn models(State(server): State<Arc<Server>>) -> Json<Value> {
+    let data: Vec<Value> = server.served.iter().map(|served| object(&server, served)).collect();
+    Json(json!({ "object": "list", "data": data }))
+}
+
+/// `GET /v1/models/NAME`
+pub async fn model(
+    State(server): State<Arc<Server>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let served = server.find(&name)?;
+    Ok(Json(object(&server, &served)))
+}
+
+/// `GET /health`
+pub async fn health(State(server): State<Arc<Server>>) -> Response {
+    match server.served.iter().all(|served| served.scheduler.is_open()) {
+        true => Json(json!({ "status": "ok" })).into_response(),
+        false => (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "status": "unavailable" }))).into_response(),
+    }
+}
+
+/// `GET /metrics`
+pub async fn metrics(State(server): State<Arc<Server>>) -> impl IntoResponse {
+    let models = server.served.iter();
+    let models = models.map(|served| (served.model.name.as_str(), &*served.metric, served.scheduler.load()));
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], server.metric.render(models))
+}

@@ -1,0 +1,191 @@
+//! [`Request`]: what chat and text completions have in common.
+
+use super::{
+    ApiError,
+    field::{Fields, wrong},
+};
+use crate::{
+    body,
+    connection::Busy,
+    scheduler::{Event, Job},
+    server::{Served, Server},
+};
+use axum::http::StatusCode;
+use serde_json::Value;
+use std::{
+    hash::{BuildHasher, Hasher, RandomState},
+    sync::Arc,
+};
+use ternary_infer::{Engine, EngineError, Sampling};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+/// The longest stop string, in bytes.
+const STOP: usize = 256;
+
+/// Fields that clients send and that change no text.
+const IGNORED: [&str; 8] = [
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+];
+
+/// Reads a request and what `read` makes of its fields, away from the threads that serve connections.
+///
+/// # Errors
+/// Those of the body, of its JSON and of `read`.
+pub async fn accept<T: Send + 'static>(
+    server: Arc<Server>,
+    request: axum::extract::Request,
+    read: fn(&Server, Fields) -> Result<T, ApiError>,
+) -> Result<(T, Option<Busy>), ApiError> {
+    let busy = request.extensions().get::<Busy>().cloned();
+    let (parts, body) = request.into_parts();
+    let bytes = body::read(&parts.headers, body, &server.limits).await?;
+    // Long prompts take their time.
+    let work = tokio::task::spawn_blocking(move || read(&server, Fields::parse(&bytes)?));
+    let value = work.await.map_err(|_| ApiError::internal("the request could not be read"))??;
+    Ok((value, busy))
+}
+
+/// How texts are to be made, checked.
+#[derive(Debug)]
+pub struct Request {
+    pub served: Arc<Served>,
+    pub sampling: Sampling,
+    /// Texts for each prompt.
+    pub n: usize,
+    /// `None`: as many as there is room for.
+    pub tokens: Option<usize>,
+    pub stops: Vec<String>,
+    pub stream: bool,
+    /// The stream ends with how many tokens there were.
+    pub usage: bool,
+    /// Scores of the drawn tokens, and of so many others.
+    pub scores: Option<usize>,
+}
+
+impl Request {
+    /// # Errors
+    /// 404: no such model. 400: a field has another value than it can have.
+    pub fn take(server: &Server, fields: &mut Fields) -> Result<Self, ApiError> {
+        let limits = &server.limits;
+        let Some(name) = fields.string("model")? else {
+            return Err(ApiError::field("model", "`model` is missing, expected the name of a model"));
+        };
+        let served = server.find(&name)?;
+        let sampling = Sampling {
+            repetition_penalty: fields.number("repetition_penalty", 0.01..=100.0, 1.0)? as f32,
+            temperature: fields.number("temperature", 0.0..=2.0, 1.0)? as f32,
+            top_k: fields.integer("top_k", 0..=usize::MAX >> 1)?.unwrap_or(0),
+            top_p: fields.number("top_p", 0.0..=1.0, 1.0)? as f32,
+            min_p: fields.number("min_p", 0.0..=1.0, 0.0)? as f32,
+            seed: fields.seed("seed")?.unwrap_or_else(|| RandomState::new().build_hasher().finish()),
+        };
+        sampling.check().map_err(|error| match error {
+            EngineError::Option { key, .. } => ApiError::field(key, error.to_string()).code("invalid_value"),
+            other => ApiError::body(other.to_string()),
+        })?;
+        let choices = limits.choices.min(limits.batch);
+        let n = fields.integer("n", 1..=choices)?.unwrap_or(1);
+        let newer = fields.integer("max_completion_tokens", 1..=limits.tokens)?;
+        let tokens = fields.integer("max_tokens", 1..=limits.tokens)?;
+        let stops = stops(fields.take("stop"), limits.stops)?;
+        let stream = fields.flag("stream")?;
+        let mut usage = false;
+        if let Some(options) = fields.take("stream_options") {
+            if !stream {
+                return Err(ApiError::field("stream_options", "`stream_options` are for `stream: true`"));
+            }
+            let mut options = Fields::inner("stream_options", options)?;
+            usage = options.flag("include_usage")?;
+            options.ignore(&["include_obfuscation"]);
+            options.end()?;
+        }
+        fields.ignore(&IGNORED);
+        fields.refuse(&["frequency_penalty", "presence_penalty", "logit_bias"])?;
+        Ok(Self { served, sampling, n, tokens: newer.or(tokens), stops, stream, usage, scores: None })
+    }
+
+    /// Gives the work to the scheduler: `n` texts for each prompt.
+    ///
+    /// # Errors
+    /// 400: a prompt is empty, has ids that are none, or is longer than the context. 429, 503: the work is not taken.
+    pub fn submit(&self, prompts: Vec<Vec<u32>>) -> Result<UnboundedReceiver<Event>, ApiError> {
+        let (sender, events) = unbounded_channel();
+        let mut jobs = Vec::with_capacity(prompts.len());
+        for (i, prompt) in prompts.into_iter().enumerate() {
+            check(&self.served.model.engine, &prompt)?;
+            jobs.push(Job {
+                prompt,
+                sampling: self.sampling.clone(),
+                choices: i * self.n..(i + 1) * self.n,
+                tokens: self.tokens.unwrap_or(usize::MAX),
+                stops: self.stops.clone(),
+                scores: self.scores,
+                events: sender.clone(),
+            });
+        }
+        self.served.scheduler.submit(jobs)?;
+        Ok(events)
+    }
+}
+
+fn check(engine: &Engine, prompt: &[u32]) -> Result<(), ApiError> {
+    let (context, vocab_size) = (engine.context(), engine.spec().vocab_size);
+    if prompt.is_empty() {
+        return Err(ApiError::body("the prompt is empty, expected at least one token").code("empty_prompt"));
+    }
+    if let Some(id) = prompt.iter().find(|id| **id as usize >= vocab_size) {
+        return Err(ApiError::field(
+            "prompt",
+            format!("token {id} is outside of the vocabulary of {vocab_size}"),
+        ));
+    }
+    if prompt.len() > context {
+        let found = prompt.len();
+        let message =
+            format!("the prompt has {found} tokens, expected at most the {context} of the model's context");
+        return Err(ApiError::body(message).code("context_length_exceeded"));
+    }
+    Ok(())
+}
+
+/// A string or some.
+fn stops(value: Option<Value>, most: usize) -> Result<Vec<String>, ApiError> {
+    let list = match value {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(list)) => list,
+        Some(one) => vec![one],
+    };
+    if list.len() > most {
+        return Err(ApiError::field(
+            "stop",
+            format!("`stop` has {} strings, expected at most {most}", list.len()),
+        ));
+    }
+    list.into_iter()
+        .map(|stop| match stop {
+            Value::String(stop) if (1..=STOP).contains(&stop.len()) => Ok(stop),
+            other => Err(wrong("stop", &other, &format!("strings of 1 to {STOP} bytes"))),
+        })
+        .collect()
+}
+
+impl Server {
+    /// # Errors
+    /// 404: no such model.
+    pub fn find(&self, name: &str) -> Result<Arc<Served>, ApiError> {
+        let served = self.served.iter().find(|served| served.model.name == name).cloned();
+        served.ok_or_else(|| {
+            let short: String = name.chars().take(60).collect();
+            let message = format!("there is no model `{short}`; GET /v1/models lists them");
+            let error = ApiError::new(StatusCode::NOT_FOUND, message).code("model_not_found");
+            ApiError { param: Some("model".into()), ..error }
+        })
+    }
+}

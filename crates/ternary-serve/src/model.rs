@@ -1,0 +1,64 @@
+//! [`Models`]: what is served, by name.
+
+use crate::ServeError;
+use std::{collections::HashSet, sync::Arc};
+use ternary_format::{
+    Special, Tokenizer,
+    chat::{ChatTemplate, TEMPLATE},
+};
+use ternary_infer::Engine;
+
+/// The longest name, in bytes.
+const NAME: usize = 256;
+
+/// Models by name, with at least one.
+#[derive(Clone, Debug)]
+pub struct Models(pub(crate) Vec<Model>);
+
+/// A model that can speak text.
+#[derive(Clone, Debug)]
+pub(crate) struct Model {
+    pub name: String,
+    pub engine: Arc<Engine>,
+    /// `None`: it continues texts, but nobody says how dialogues are written.
+    pub template: Option<Arc<ChatTemplate>>,
+}
+
+impl Models {
+    /// Models in the order in which clients see them.
+    ///
+    /// # Errors
+    /// `NoModels`, `SameName`, `Name`. `NoTokenizer`: a model that knows ids only. `ChatTemplate`: a template of a model
+    /// is not one.
+    pub fn new(engines: impl IntoIterator<Item = (String, Arc<Engine>)>) -> Result<Self, ServeError> {
+        let mut names = HashSet::new();
+        let mut models = Vec::new();
+        for (name, engine) in engines {
+            if name.is_empty() || name.len() > NAME || name.chars().any(char::is_control) {
+                return Err(ServeError::Name { name });
+            }
+            if !names.insert(name.clone()) {
+                return Err(ServeError::SameName { name });
+            }
+            let Some(tokenizer) = engine.tokenizer() else { return Err(ServeError::NoTokenizer { name }) };
+            // Models of our own are asked in our own way, if their file does not say so.
+            let own = tokenizer.special(Special::User.text()).map(|_| TEMPLATE);
+            let template = engine.chat_template().or(own).map(ChatTemplate::new).transpose();
+            let template =
+                template.map_err(|source| ServeError::ChatTemplate { name: name.clone(), source })?;
+            models.push(Model { name, engine, template: template.map(Arc::new) });
+        }
+        if models.is_empty() { Err(ServeError::NoModels) } else { Ok(Self(models)) }
+    }
+
+    /// The names, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|model| model.name.as_str())
+    }
+}
+
+impl Model {
+    pub fn tokenizer(&self) -> &Tokenizer {
+        self.engine.tokenizer().expect("`Models::new` takes none without")
+    }
+}

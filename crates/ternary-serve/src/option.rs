@@ -1,0 +1,121 @@
+//! [`ServeOptions`]: where a server listens, whom it lets in, and what it lets them do.
+
+use crate::ServeError;
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+/// How models are served.
+#[derive(Clone)]
+pub struct ServeOptions {
+    /// Where to listen; port 0: any that is free.
+    pub address: SocketAddr,
+    /// What clients have to show as `Authorization: Bearer KEY`.
+    pub api_key: Option<String>,
+    /// Listen on another address than loopback without a key.
+    pub allow_remote: bool,
+    pub limits: Limits,
+}
+
+impl Default for ServeOptions {
+    /// Port 8080 of loopback.
+    fn default() -> Self {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
+        Self { address, api_key: None, allow_remote: false, limits: Limits::default() }
+    }
+}
+
+impl std::fmt::Debug for ServeOptions {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { address, api_key, allow_remote, limits } = self;
+        f.debug_struct("ServeOptions")
+            .field("address", address)
+            .field("api_key", &api_key.as_ref().map(|_| "..."))
+            .field("allow_remote", allow_remote)
+            .field("limits", limits)
+            .finish()
+    }
+}
+
+impl ServeOptions {
+    /// # Errors
+    /// `Open`: everybody could reach the models. `Key`, `Limit`: values that cannot be.
+    pub fn check(&self) -> Result<(), ServeError> {
+        self.limits.check()?;
+        match &self.api_key {
+            Some(key) if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) => {
+                Err(ServeError::Key)
+            }
+            None if !self.address.ip().is_loopback() && !self.allow_remote => {
+                Err(ServeError::Open { address: self.address })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What one client, or all together, may ask for. More is refused, never cut.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of a request's body; more: 413.
+    pub body: usize,
+    /// Bytes of a request's headers; more: 431.
+    pub header: usize,
+    /// Until headers, and again until the body, have to be there, and until a client takes what it is sent.
+    pub patience: Duration,
+    /// Open connections; more wait.
+    pub connections: usize,
+    /// Texts in the making at a time, by model; each takes memory for its keys and values.
+    pub batch: usize,
+    /// Texts that wait for their turn, by model; more: 429.
+    pub queue: usize,
+    /// `max_tokens`
+    pub tokens: usize,
+    /// Texts that one request asks for: prompts times `n`; never more than `batch`.
+    pub choices: usize,
+    /// Stop strings of a request.
+    pub stops: usize,
+    /// How long requests may go on when the server stops.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            body: 1 << 20,
+            header: 16 << 10,
+            patience: Duration::from_secs(30),
+            connections: 512, // below the files that a process may usually open
+            batch: 16,
+            queue: 256,
+            tokens: 1 << 15,
+            choices: 8,
+            stops: 16,
+            drain: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Limits {
+    fn check(&self) -> Result<(), ServeError> {
+        for (key, found) in [
+            ("body", self.body),
+            ("header", self.header),
+            ("connections", self.connections),
+            ("batch", self.batch),
+            ("queue", self.queue),
+            ("tokens", self.tokens),
+            ("choices", self.choices),
+        ] {
+            if found == 0 {
+                return Err(ServeError::Limit { key, found: found.to_string(), expected: "at least 1" });
+            }
+        }
+        if self.patience.is_zero() {
+            return Err(ServeError::Limit { key: "patience", found: "0".into(), expected: "more than 0 s" });
+        }
+        Ok(())
+    }
+}

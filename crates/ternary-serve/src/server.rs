@@ -1,0 +1,155 @@
+//! [`serve`]: connections in, responses out.
+
+use crate::{
+    Limits, Models, ServeError, ServeOptions,
+    api::{self, ApiError},
+    connection::{Listener, Requests},
+    guard::guard,
+    metric::{Metric, ModelMetric},
+    model::Model,
+    page,
+    scheduler::Scheduler,
+};
+use axum::{
+    Router,
+    http::{HeaderValue, StatusCode, header},
+    middleware,
+    routing::{get, post},
+};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+use tokio::{net::TcpListener, sync::oneshot, time::sleep};
+use tower_http::set_header::SetResponseHeaderLayer;
+
+/// For last words, when all work has been ended.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// What handlers share.
+#[derive(Debug)]
+pub struct Server {
+    pub served: Vec<Arc<Served>>,
+    pub limits: Limits,
+    pub key: Option<String>,
+    /// Only this machine can reach the server.
+    pub loopback: bool,
+    pub metric: Metric,
+    /// Since when, in seconds of the Unix epoch.
+    pub created: u64,
+}
+
+/// A model that is being served.
+#[derive(Debug)]
+pub struct Served {
+    pub model: Model,
+    pub scheduler: Scheduler,
+    pub metric: Arc<ModelMetric>,
+}
+
+impl Server {
+    fn new(models: Models, options: &ServeOptions) -> Result<Self, ServeError> {
+        options.check()?;
+        let served = models.0.into_iter().map(|model| {
+            let metric = Arc::new(ModelMetric::default());
+            let scheduler = Scheduler::new(model.engine.clone(), &options.limits, metric.clone())?;
+            Ok(Arc::new(Served { model, scheduler, metric }))
+        });
+        Ok(Self {
+            served: served.collect::<Result<_, ServeError>>()?,
+            limits: options.limits.clone(),
+            key: options.api_key.clone(),
+            loopback: options.address.ip().is_loopback(),
+            metric: Metric::default(),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+        })
+    }
+
+    fn router(self: &Arc<Self>) -> Router {
+        Router::new()
+            .route("/", get(page::index))
+            .route("/page.js", get(page::script))
+            .route("/style.css", get(page::style))
+            .route("/icon.svg", get(page::icon))
+            .route("/health", get(api::health))
+            .route("/metrics", get(api::metrics))
+            .route("/v1/models", get(api::models))
+            .route("/v1/models/{*name}", get(api::model))
+            .route("/v1/completions", post(api::completion))
+            .route("/v1/chat/completions", post(api::chat))
+            .fallback(async || {
+                ApiError::new(StatusCode::NOT_FOUND, "there is nothing here").code("not_found")
+            })
+            .method_not_allowed_fallback(async || {
+                ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "the method is not for this path")
+                    .code("method_not_allowed")
+            })
+            .layer(middleware::from_fn_with_state(self.clone(), guard))
+            .layer(SetResponseHeaderLayer::overriding(
+                header::X_CONTENT_TYPE_OPTIONS,
+                HeaderValue::from_static("nosniff"),
+            ))
+            .with_state(self.clone())
+    }
+}
+
+/// The service alone, without the limits on connections and on the time that headers take.
+///
+/// The work ends when the router and its clones are dropped.
+///
+/// # Errors
+/// Those of [`ServeOptions::check`]. `Io`: no thread can be started.
+pub fn router(models: Models, options: &ServeOptions) -> Result<Router, ServeError> {
+    Ok(Arc::new(Server::new(models, options)?).router())
+}
+
+/// Listens where `options` say; `local_addr` of the listener tells the port.
+///
+/// # Errors
+/// Those of [`ServeOptions::check`]. `Address`: it is taken, or not of this machine.
+pub async fn bind(options: &ServeOptions) -> Result<TcpListener, ServeError> {
+    options.check()?;
+    let address = options.address;
+    TcpListener::bind(address).await.map_err(|source| ServeError::Address { address, source })
+}
+
+/// Serves until `shutdown` is there; requests then may go on for `limits.drain`, and new ones get 503.
+///
+/// # Errors
+/// `Open`: `listener` is not on loopback, and `options` do not allow it. Those of [`ServeOptions::check`]. `Io`: no
+/// thread can be started.
+pub async fn serve(
+    listener: TcpListener,
+    models: Models,
+    options: ServeOptions,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    let options = ServeOptions { address: listener.local_addr()?, ..options };
+    let server = Arc::new(Server::new(models, &options)?);
+    let Limits { connections, patience, drain, .. } = options.limits;
+    let listener = Listener::new(listener, connections, patience);
+    let service = server.router().into_make_service_with_connect_info::<Requests>();
+    tracing::info!(address = %options.address, models = server.served.len(), key = server.key.is_some(), "serving");
+    let (told, tell) = oneshot::channel();
+    let open = server.clone();
+    let ending = async move {
+        shutdown.await;
+        tracing::info!("stopping");
+        open.served.iter().for_each(|served| served.scheduler.drain());
+        told.send(()).ok();
+    };
+    let stop = || server.served.iter().for_each(|served| served.scheduler.stop());
+    let late = async {
+        tell.await.ok();
+        sleep(drain).await;
+        stop();
+        sleep(GRACE).await;
+    };
+    tokio::select! {
+        served = axum::serve(listener, service).with_graceful_shutdown(ending) => served?,
+        () = late => (),
+    }
+    stop();
+    tracing::info!("stopped");
+    Ok(())
+}

@@ -1,0 +1,248 @@
+//! Bytes of strangers: the right refusal, and the server goes on.
+
+use crate::site::{Response, Site};
+use serde_json::{Value, json};
+use std::{
+    io::{Read, Write},
+    time::{Duration, Instant},
+};
+
+const TEXT: &str = "/v1/completions";
+const CHAT: &str = "/v1/chat/completions";
+
+/// The server still answers.
+fn alive(site: &Site) {
+    let body = json!({ "model": "duck", "prompt": "x", "max_tokens": 2 });
+    assert_eq!(site.post(TEXT, &body).status, 200);
+}
+
+#[test]
+fn bodies_that_are_no_request_are_refused() {
+    let site = Site::new(|_| ());
+    let deep = format!("{{\"messages\": {}{}}}", "[".repeat(10_000), "]".repeat(10_000));
+    let bodies: [&[u8]; 14] = [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"\"x\"",
+        b"\xff\xfe",
+        b"{\"model\": \"duck\", \"prompt\": \"\xc3\x28\"}",
+        b"{\"model\": \"duck\", \"prompt\": \"\\ud800\"}",
+        b"{\"model\": \"duck\", \"prompt\": \"x\", \"temperature\": NaN}",
+        b"{\"model\": \"duck\", \"prompt\": \"x\", \"temperature\": Infinity}",
+        b"{\"model\": \"duck\", \"prompt\": \"x\", \"temperature\": 1e999}",
+        b"{\"model\": \"duck\", \"prompt\": \"x\"} trailing",
+        b"\0\0\0\0",
+        deep.as_bytes(),
+    ];
+    for body in bodies {
+        for path in [TEXT, CHAT] {
+            site.post_bytes(path, body).refused(400);
+        }
+    }
+    alive(&site);
+}
+
+#[test]
+fn values_that_cannot_be_are_refused_by_name() {
+    let site = Site::new(|_| ());
+    let huge = json!(1e300);
+    for (key, values) in [
+        ("model", vec![json!(null), json!(1), json!([])]),
+        ("temperature", vec![json!(-0.1), json!(2.1), huge.clone(), json!("hot"), json!(true)]),
+        ("top_p", vec![json!(-1), json!(0), json!(1.5), huge.clone()]),
+        ("min_p", vec![json!(-1), json!(1.5)]),
+        ("top_k", vec![json!(-1), json!(0.5), huge.clone()]),
+        ("repetition_penalty", vec![json!(0), json!(-1), huge.clone()]),
+        (
+            "max_tokens",
+            vec![json!(0), json!(-1), json!(u64::MAX), json!(1u64 << 40), huge.clone(), json!("5")],
+        ),
+        ("n", vec![json!(0), json!(-1), json!(9), json!(u64::MAX), huge.clone()]),
+        ("seed", vec![json!(0.5), huge.clone(), json!("1")]),
+        (
+            "stop",
+            vec![json!(""), json!([""]), json!(vec!["x"; 17]), json!("x".repeat(257)), json!([1]), json!({})],
+        ),
+        ("stream", vec![json!(1), json!("true")]),
+    ] {
+        for value in values {
+            let mut body = json!({ "model": "duck", "prompt": "x", "max_tokens": 1 });
+            body[key] = value.clone();
+            assert_eq!(site.post(TEXT, &body).refused(400).1, key, "{value}");
+        }
+    }
+    for prompt in [
+        json!(1),
+        json!({}),
+        json!([[]]),
+        json!([]),
+        json!([-1]),
+        json!([259]),
+        json!([1.5]),
+        json!([u64::MAX]),
+        json!(["a", 1]),
+        json!(vec!["x"; 9]),
+        json!([[[1]]]),
+    ] {
+        site.post(TEXT, &json!({ "model": "duck", "prompt": prompt })).refused(400);
+    }
+    for messages in [
+        json!(null),
+        json!([]),
+        json!("hi"),
+        json!([1]),
+        json!([{}]),
+        json!([{ "role": "user" }]),
+        json!([{ "role": "duck", "content": "x" }]),
+        json!([{ "role": "user", "content": 1 }]),
+    ] {
+        site.post(CHAT, &json!({ "model": "duck", "messages": messages })).refused(400);
+    }
+    site.post(CHAT, &json!({ "model": "duck", "messages": [{ "role": "user", "content": "x" }], "logprobs": true, "top_logprobs": 21 })).refused(400);
+    alive(&site);
+}
+
+#[test]
+fn prompts_longer_than_the_context_are_refused() {
+    let site = Site::new(|_| ());
+    let long = "x".repeat(513);
+    assert_eq!(
+        site.post(TEXT, &json!({ "model": "duck", "prompt": long })).refused(400).0,
+        "context_length_exceeded"
+    );
+    let messages = json!([{ "role": "user", "content": long }]);
+    assert_eq!(
+        site.post(CHAT, &json!({ "model": "duck", "messages": messages })).refused(400).0,
+        "context_length_exceeded"
+    );
+    // All of the context leaves room for one token, that nobody reads.
+    let full = site
+        .post(TEXT, &json!({ "model": "duck", "prompt": "x".repeat(512), "max_tokens": 9, "temperature": 0 }))
+        .json();
+    assert_eq!(full["usage"]["prompt_tokens"], 512);
+    assert!(full["usage"]["completion_tokens"].as_u64().unwrap() <= 1);
+}
+
+#[test]
+fn long_bodies_are_refused() {
+    let site = Site::new(|options| options.limits.body = 1 << 16);
+    let long = vec![b'x'; 100 << 20];
+    assert_eq!(site.post_bytes(TEXT, &long).refused(413).0, "body_too_large");
+    // One that does not say how long it is.
+    let mut stream = site.connect();
+    stream.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n").unwrap();
+    for _ in 0..100 {
+        stream.write_all(b"1000\r\n").unwrap();
+        stream.write_all(&[b' '; 0x1000]).unwrap();
+        stream.write_all(b"\r\n").unwrap();
+    }
+    stream.write_all(b"0\r\n\r\n").unwrap();
+    assert_eq!(Response::read(stream).refused(413).0, "body_too_large");
+    // One that waits to be asked for.
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 99999999999\r\n\r\n";
+    assert_eq!(site.send(head.as_bytes()).refused(413).0, "body_too_large");
+    alive(&site);
+}
+
+#[test]
+fn slow_bodies_and_headers_are_given_up() {
+    let site = Site::new(|options| options.limits.patience = Duration::from_millis(700));
+    let begun = Instant::now();
+    let mut body = site.connect();
+    body.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        .unwrap();
+    assert_eq!(Response::read(body).refused(408).0, "body_timeout");
+    assert!(begun.elapsed() < Duration::from_secs(20));
+    // Headers that never end, byte by byte.
+    let mut head = site.connect();
+    head.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n").unwrap();
+    let begun = Instant::now();
+    let mut closed = false;
+    while begun.elapsed() < Duration::from_secs(20) && !closed {
+        closed = head.write_all(b"x").is_err();
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(closed, "the connection is still open");
+    // And a connection that says nothing, before and after a request.
+    for first in ["", "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"] {
+        let mut silent = site.connect();
+        silent.write_all(first.as_bytes()).unwrap();
+        let mut bytes = Vec::new();
+        silent.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes.starts_with(b"HTTP/1.1 200"), !first.is_empty());
+    }
+    alive(&site);
+}
+
+#[test]
+fn patience_is_for_clients_and_not_for_work() {
+    let site = Site::endless(|options| options.limits.patience = Duration::from_millis(200));
+    // Longer than the patience, with no byte in either direction.
+    let prompt = "quack ".repeat(1500);
+    let begun = Instant::now();
+    let response =
+        site.post(TEXT, &json!({ "model": "duck", "prompt": prompt, "max_tokens": 300, "temperature": 0 }));
+    assert_eq!(response.status, 200);
+    if begun.elapsed() < Duration::from_millis(400) {
+        println!("skipped: the work took {:?} only", begun.elapsed());
+    }
+    // Requests one after the other on a connection that is never silent for long.
+    let mut kept = site.connect();
+    for _ in 0..8 {
+        kept.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+        let mut buffer = [0; 4096];
+        let read = kept.read(&mut buffer).unwrap();
+        assert!(buffer[..read].starts_with(b"HTTP/1.1 200"));
+        std::thread::sleep(Duration::from_millis(60));
+    }
+}
+
+#[test]
+fn long_headers_and_bytes_that_are_no_http_are_refused() {
+    let site = Site::new(|_| ());
+    let header = format!("X-Long: {}\r\n", "x".repeat(17 << 10));
+    assert_eq!(site.send(&site.request("GET", "/health", &header, b"")).status, 431);
+    let flood = format!("X-Long: {}\r\n", "x".repeat(1 << 10)).repeat(2000);
+    let mut stream = site.connect();
+    // The server may hang up in the middle.
+    stream.write_all(&site.request("GET", "/health", &flood, b"")).ok();
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).ok();
+    assert!(bytes.is_empty() || bytes.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&bytes));
+    for bytes in [
+        &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello\r\n\r\n"[..],
+        b"GET\r\n\r\n",
+        b"quack quack quack\r\n\r\n",
+    ] {
+        let mut stream = site.connect();
+        stream.write_all(bytes).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).ok();
+        assert!(answer.starts_with(b"HTTP/1.1 400"), "{}", String::from_utf8_lossy(&answer));
+    }
+    for path in ["/%ff", "/v1/models/%ff%fe", "/v1/models/%00", "/v1/../health", "//", "/v1/models/"] {
+        let status = site.get(path).status;
+        assert!((400..500).contains(&status), "{path}: {status}");
+    }
+    alive(&site);
+}
+
+#[test]
+fn streams_are_utf8_whatever_the_model_says() {
+    // A random model speaks random bytes; all pieces together are what a decoder makes of them.
+    let site = Site::new(|_| ());
+    for seed in 0..10 {
+        let body = json!({ "model": "duck", "prompt": "🦆 ü", "seed": seed, "max_tokens": 100, "temperature": 2, "stream": true });
+        let response = site.post(TEXT, &body);
+        let pieces: Vec<String> = response
+            .events()
+            .iter()
+            .map(|event| event["choices"][0]["text"].as_str().unwrap().into())
+            .collect();
+        let mut whole = body.clone();
+        whole["stream"] = false.into();
+        assert_eq!(site.post(TEXT, &whole).json()["choices"][0]["text"], Value::String(pieces.concat()));
+    }
+}

@@ -1,0 +1,139 @@
+//! Requests share an engine, and none of them can keep it for itself.
+
+use crate::site::{Response, Site, endless};
+use serde_json::{Value, json};
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    time::{Duration, Instant},
+};
+
+const TEXT: &str = "/v1/completions";
+
+/// Sends a request and does not wait for the answer.
+fn begin(site: &Site, body: &Value) -> TcpStream {
+    let mut stream = site.connect();
+    let body = body.to_string();
+    stream.write_all(&site.request("POST", TEXT, "", body.as_bytes())).unwrap();
+    stream
+}
+
+fn streamed(mut body: Value) -> Value {
+    body["stream"] = true.into();
+    body
+}
+
+#[test]
+fn a_client_that_goes_away_stops_its_work() {
+    let site = Site::endless(|options| options.limits.batch = 4);
+    for stream in [false, true] {
+        let mut body = endless();
+        body["stream"] = stream.into();
+        body["n"] = 2.into();
+        let client = begin(&site, &body);
+        site.await_metric("duck_running", |running| running == 2.0);
+        drop(client);
+        site.await_metric("duck_running", |running| running == 0.0);
+    }
+    assert_eq!(site.metric("duck_abandoned_total"), 2.0);
+    // Nor does it come to its turn when it leaves the queue.
+    let busy = [(); 4].map(|()| begin(&site, &endless()));
+    site.await_metric("duck_running", |running| running == 4.0);
+    let waiting = begin(&site, &endless());
+    site.await_metric("duck_waiting", |waiting| waiting == 1.0);
+    drop(waiting);
+    site.await_metric("duck_waiting", |waiting| waiting == 0.0);
+    drop(busy);
+    site.await_metric("duck_running", |running| running == 0.0);
+}
+
+#[test]
+fn a_full_queue_refuses_at_once() {
+    let site = Site::endless(|options| (options.limits.batch, options.limits.queue) = (2, 1));
+    let busy = [(); 3].map(|()| begin(&site, &endless()));
+    site.await_metric("duck_running", |running| running == 2.0);
+    site.await_metric("duck_waiting", |waiting| waiting == 1.0);
+    for body in [endless(), streamed(endless())] {
+        let refused = site.post(TEXT, &body);
+        assert_eq!(refused.refused(429).0, "queue_full");
+        assert_eq!(refused.header("retry-after"), Some("1"));
+    }
+    drop(busy);
+    site.await_metric("duck_running", |running| running == 0.0);
+    assert_eq!(site.post(TEXT, &json!({ "model": "duck", "prompt": "x" })).status, 200);
+}
+
+#[test]
+fn a_long_prompt_does_not_hold_up_the_others() {
+    let site = Site::endless(|options| options.limits.body = 1 << 20);
+    let mut client = begin(&site, &streamed(endless()));
+    let mut buffer = vec![0; 1 << 16];
+    client.read_exact(&mut buffer[..2000]).unwrap();
+    let read = site.metric("duck_prompt_tokens_total");
+    let long = json!({ "model": "duck", "prompt": "quack ".repeat(1500), "max_tokens": 1 });
+    let reading = std::thread::scope(|scope| {
+        let other = scope.spawn(|| site.post(TEXT, &long));
+        site.await_metric("duck_prompt_tokens_total", |tokens| tokens > read);
+        let (steps, begun) = (site.metric("duck_steps_total"), Instant::now());
+        let mut pieces = 0;
+        while !other.is_finished() {
+            pieces += client.read(&mut buffer).unwrap();
+        }
+        assert_eq!(other.join().unwrap().status, 200);
+        assert!(pieces > 0, "nothing came in {:?}", begun.elapsed());
+        site.metric("duck_steps_total") - steps
+    });
+    // A chunk, a token: the prompt of 9,000 tokens leaves room for 140 of the other text.
+    assert!(reading > 100.0, "{reading} tokens while a prompt was read");
+}
+
+#[test]
+fn whoever_does_not_take_what_is_sent_is_let_go() {
+    let site = Site::endless(|options| options.limits.patience = Duration::from_millis(500));
+    let mut body = streamed(endless());
+    // Much, for the system holds megabytes for a client.
+    (body["logprobs"], body["n"]) = (20.into(), 8.into());
+    let client = begin(&site, &body);
+    site.await_metric("duck_running", |running| running == 8.0);
+    // It takes nothing; its buffers fill, and then the server loses its patience.
+    site.await_metric("duck_abandoned_total", |abandoned| abandoned == 1.0);
+    drop(client);
+}
+
+#[test]
+fn a_server_that_stops_lets_requests_end() {
+    let mut site = Site::endless(|options| options.limits.drain = Duration::from_secs(30));
+    let mut body = streamed(endless());
+    body["max_tokens"] = 2000.into();
+    let client = begin(&site, &body);
+    site.await_metric("duck_running", |running| running == 1.0);
+    let mut idle = site.connect();
+    idle.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    site.tell();
+    let events = Response::read(client).events();
+    assert!(!events.last().unwrap()["choices"][0]["finish_reason"].is_null());
+    site.join();
+}
+
+#[test]
+fn a_server_that_stops_does_not_wait_for_ever() {
+    let mut site = Site::endless(|options| options.limits.drain = Duration::from_millis(300));
+    let whole = begin(&site, &endless());
+    let stream = begin(&site, &streamed(endless()));
+    site.await_metric("duck_running", |running| running == 2.0);
+    let mut kept = site.connect();
+    kept.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    let silent = site.connect();
+    let begun = Instant::now();
+    site.tell();
+    assert_eq!(Response::read(whole).refused(503).0, "given_up");
+    let text = Response::read(stream).text();
+    assert!(
+        text.trim_end().ends_with(r#""type":"server_error"}}"#),
+        "{}",
+        &text[text.len().saturating_sub(300)..]
+    );
+    site.join();
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    drop((kept, silent));
+}

@@ -1,0 +1,8 @@
+//! One module a promise.
+
+mod access;
+mod compatible;
+mod hostile;
+mod repeatable;
+mod shared;
+mod site;
