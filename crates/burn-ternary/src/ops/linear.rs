@@ -18,7 +18,7 @@ use burn::tensor::{Shape, Tensor};
 /// - bias: `[d_output]`
 pub fn ternary_linear(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
     // The extension takes no optional tensors.
-    let bias = bias.unwrap_or_else(|| Tensor::zeros([0], &weight.device()));
+    let bias = bias.unwrap_or_else(|| Tensor::zeros([weight.dims()[1]], &weight.device()));
     let [input, weight, bias] = [input.into_dispatch(), weight.into_dispatch(), bias.into_dispatch()];
     Tensor::from_dispatch(Dispatch::ternary_linear(input, weight, bias).0)
 }
@@ -28,9 +28,11 @@ pub fn ternary_linear(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1
 /// # Shapes
 /// input `[tokens, d_input]`, weight `[d_input, d_output]`, bias `[d_output]`, to `[tokens, d_output]`
 pub fn float_linear(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
-    let bias = bias.unwrap_or_else(|| Tensor::zeros([0], (&weight.device(), weight.dtype())));
-    let [input, weight, bias] = [input.into_dispatch(), weight.into_dispatch(), bias.into_dispatch()];
-    Tensor::from_dispatch(Dispatch::float_linear(input, weight, bias))
+    let [input, weight] = [input.into_dispatch(), weight.into_dispatch()];
+    Tensor::from_dispatch(match bias {
+        Some(bias) => Dispatch::float_linear(input, weight, bias.into_dispatch()),
+        None => Dispatch::float_product(input, weight),
+    })
 }
 
 /// `x T^T`: logits from a table whose rows are the ids.
@@ -46,26 +48,30 @@ pub(super) fn float_forward<B: Backend>(
     weight: FloatTensor<B>,
     bias: FloatTensor<B>,
 ) -> FloatTensor<B> {
-    with_bias::<B>(B::float_matmul(input, weight), bias)
-}
-
-fn with_bias<B: Backend>(output: FloatTensor<B>, bias: FloatTensor<B>) -> FloatTensor<B> {
-    if !has::<B>(&bias) {
-        return output;
-    }
     let d_output = bias.shape()[0];
-    B::float_add(output, B::float_reshape(bias, Shape::new([1, d_output])))
+    B::float_add(B::float_matmul(input, weight), B::float_reshape(bias, Shape::new([1, d_output])))
 }
 
 pub(super) fn track_float<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 3],
 ) -> FloatTensor<Autodiff<B, C>> {
     node::track::<B, C, 3>(inputs, |[input, weight, bias]| {
-        let (has_bias, no_bias) = (has::<B>(&bias), bias.clone());
         let output = B::float_linear(input.clone(), weight.clone(), bias);
+        let gradient = node::Gradient::new(move |grad: FloatTensor<B>| {
+            let (dinput, dweight) = B::float_product_backward(input.clone(), weight.clone(), grad.clone());
+            [dinput, dweight, B::bias_gradient(grad)]
+        });
+        (output, gradient)
+    })
+}
+
+pub(super) fn track_product<B: TernaryBackend, C: CheckpointStrategy>(
+    inputs: [FloatTensor<Autodiff<B, C>>; 2],
+) -> FloatTensor<Autodiff<B, C>> {
+    node::track::<B, C, 2>(inputs, |[input, weight]| {
+        let output = B::float_product(input.clone(), weight.clone());
         let gradient = node::Gradient::new(move |grad| {
-            let (dinput, dweight, dbias) = B::float_linear_backward(input.clone(), weight.clone(), grad);
-            [dinput, dweight, if has_bias { dbias } else { no_bias.clone() }]
+            B::float_product_backward(input.clone(), weight.clone(), grad).into()
         });
         (output, gradient)
     })
@@ -95,10 +101,6 @@ pub(super) fn track_project<B: TernaryBackend, C: CheckpointStrategy>(
     })
 }
 
-fn has<B: Backend>(bias: &FloatTensor<B>) -> bool {
-    bias.shape()[0] > 0
-}
-
 /// The output, and what the backward pass needs: here, both factors.
 pub(super) fn forward<B: TernaryBackend>(
     input: FloatTensor<B>,
@@ -109,27 +111,37 @@ pub(super) fn forward<B: TernaryBackend>(
     (float_forward::<B>(input.clone(), weight.clone(), bias), input, weight)
 }
 
+pub(super) fn float_backward<B: Backend>(
+    input: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let dinput = B::float_matmul(grad.clone(), B::float_transpose(weight));
+    (dinput, B::float_matmul(B::float_transpose(input), grad))
+}
+
+pub(super) fn bias_gradient<B: Backend>(grad: FloatTensor<B>) -> FloatTensor<B> {
+    let d_output = grad.shape()[1];
+    B::float_reshape(B::float_sum_dim(grad, 0), Shape::new([d_output]))
+}
+
 pub(super) fn backward<B: Backend>(
     input: FloatTensor<B>,
     weight: FloatTensor<B>,
     grad: FloatTensor<B>,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let dinput = B::float_matmul(grad.clone(), B::float_transpose(weight));
-    let dweight = B::float_matmul(B::float_transpose(input), grad.clone());
-    let d_output = grad.shape()[1];
-    (dinput, dweight, B::float_reshape(B::float_sum_dim(grad, 0), Shape::new([d_output])))
+    let dbias = bias_gradient::<B>(grad.clone());
+    let (dinput, dweight) = float_backward::<B>(input, weight, grad);
+    (dinput, dweight, dbias)
 }
 
 pub(super) fn track<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 3],
 ) -> FloatTensor<Autodiff<B, C>> {
     node::track::<B, C, 3>(inputs, |[input, weight, bias]| {
-        let has_bias = has::<B>(&bias);
-        let no_bias = bias.clone();
         let (output, input, weight) = B::ternary_linear(input, weight, bias);
         let gradient = node::Gradient::new(move |grad| {
-            let (dinput, dweight, dbias) = B::ternary_linear_backward(input.clone(), weight.clone(), grad);
-            [dinput, dweight, if has_bias { dbias } else { no_bias.clone() }]
+            B::ternary_linear_backward(input.clone(), weight.clone(), grad).into()
         });
         (output, gradient)
     })

@@ -209,14 +209,26 @@ pub trait TernaryBackend: Backend {
         linear::float_forward::<Self>(input, weight, bias)
     }
 
-    /// Gradients of input, weight and bias.
+    /// `input weight`, as [`float_linear`] without a bias.
     #[fusion(default)]
-    fn float_linear_backward(
+    fn float_product(input: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_matmul(input, weight)
+    }
+
+    /// Gradients of input and weight.
+    #[fusion(default)]
+    fn float_product_backward(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         grad: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        linear::backward::<Self>(input, weight, grad)
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        linear::float_backward::<Self>(input, weight, grad)
+    }
+
+    /// The gradient of a bias `[d_output]`: the sum over the tokens.
+    #[fusion(default)]
+    fn bias_gradient(grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        linear::bias_gradient::<Self>(grad)
     }
 
     /// See [`project`].
@@ -341,6 +353,10 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         bias: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         linear::track_float::<B, C>([input, weight, bias])
+    }
+
+    fn float_product(input: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        linear::track_product::<B, C>([input, weight])
     }
 
     fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>) -> FloatTensor<Self> {

@@ -134,12 +134,20 @@ impl TernaryBackend for Flex {
         training::float_linear(input, weight, bias)
     }
 
-    fn float_linear_backward(
+    fn float_product(input: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        training::float_product(input, weight)
+    }
+
+    fn float_product_backward(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         grad: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        training::float_linear_backward(input, weight, grad)
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        training::float_product_backward(input, weight, grad)
+    }
+
+    fn bias_gradient(grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        training::bias_gradient(grad)
     }
 
     fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>) -> FloatTensor<Self> {

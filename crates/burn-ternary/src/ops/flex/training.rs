@@ -2,7 +2,7 @@
 
 use super::{POOL, dense, is_f32, tensor, values};
 use crate::ops::{AdamWStep, Heads, activation, attention, linear, loss, norm, optimizer};
-use burn::backend::Flex;
+use burn::backend::{Flex, ops::FloatTensorOps};
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -226,9 +226,14 @@ fn view(tensor: &FlexTensor) -> kernels::View<'_> {
     kernels::View::new(values(tensor), rows, cols)
 }
 
-fn product(left: kernels::View, right: kernels::View, bias: &[f32], [m, n]: [usize; 2]) -> FlexTensor {
+fn product(
+    left: kernels::View,
+    right: kernels::View,
+    bias: Option<&[f32]>,
+    [m, n]: [usize; 2],
+) -> FlexTensor {
     let mut out = kernels::zeros(&POOL, m * n);
-    kernels::float_product(&POOL, left, right, (!bias.is_empty()).then_some(bias), &mut out);
+    kernels::float_product(&POOL, left, right, bias, &mut out);
     tensor(out, Shape::new([m, n]))
 }
 
@@ -238,25 +243,41 @@ pub(super) fn float_linear(input: FlexTensor, weight: FlexTensor, bias: FlexTens
     }
     let (input, weight, bias) = (dense(input), dense(weight), dense(bias));
     let ([tokens, _], [_, d_output]) = (shape(&input).dims(), shape(&weight).dims());
-    product(view(&input), view(&weight), values(&bias), [tokens, d_output])
+    product(view(&input), view(&weight), Some(values(&bias)), [tokens, d_output])
 }
 
-pub(super) fn float_linear_backward(
+pub(super) fn float_product(input: FlexTensor, weight: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&input, &weight]) {
+        return Flex::float_matmul(input, weight);
+    }
+    let (input, weight) = (dense(input), dense(weight));
+    let ([tokens, _], [_, d_output]) = (shape(&input).dims::<2>(), shape(&weight).dims::<2>());
+    product(view(&input), view(&weight), None, [tokens, d_output])
+}
+
+pub(super) fn float_product_backward(
     input: FlexTensor,
     weight: FlexTensor,
     grad: FlexTensor,
-) -> (FlexTensor, FlexTensor, FlexTensor) {
+) -> (FlexTensor, FlexTensor) {
     if !is_f32(&[&input, &weight, &grad]) {
-        return linear::backward::<Flex>(input, weight, grad);
+        return linear::float_backward::<Flex>(input, weight, grad);
     }
     let (input, weight, grad) = (dense(input), dense(weight), dense(grad));
     let ([tokens, d_input], [_, d_output]) = (shape(&input).dims(), shape(&weight).dims());
-    let dbias = kernels::column_sums(&POOL, values(&grad), d_output);
     (
-        product(view(&grad), view(&weight).transposed(), &[], [tokens, d_input]),
-        product(view(&input).transposed(), view(&grad), &[], [d_input, d_output]),
-        tensor(dbias, Shape::new([d_output])),
+        product(view(&grad), view(&weight).transposed(), None, [tokens, d_input]),
+        product(view(&input).transposed(), view(&grad), None, [d_input, d_output]),
     )
+}
+
+pub(super) fn bias_gradient(grad: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&grad]) {
+        return linear::bias_gradient::<Flex>(grad);
+    }
+    let grad = dense(grad);
+    let [_, d_output] = shape(&grad).dims();
+    tensor(kernels::column_sums(&POOL, values(&grad), d_output), Shape::new([d_output]))
 }
 
 pub(super) fn project(hidden: FlexTensor, table: FlexTensor) -> FlexTensor {
@@ -265,7 +286,7 @@ pub(super) fn project(hidden: FlexTensor, table: FlexTensor) -> FlexTensor {
     }
     let (hidden, table) = (dense(hidden), dense(table));
     let ([tokens, _], [vocab, _]) = (shape(&hidden).dims::<2>(), shape(&table).dims::<2>());
-    product(view(&hidden), view(&table).transposed(), &[], [tokens, vocab])
+    product(view(&hidden), view(&table).transposed(), None, [tokens, vocab])
 }
 
 pub(super) fn project_backward(
@@ -279,8 +300,8 @@ pub(super) fn project_backward(
     let (hidden, table, grad) = (dense(hidden), dense(table), dense(grad));
     let ([tokens, d], [vocab, _]) = (shape(&hidden).dims(), shape(&table).dims());
     (
-        product(view(&grad), view(&table), &[], [tokens, d]),
-        product(view(&grad).transposed(), view(&hidden), &[], [vocab, d]),
+        product(view(&grad), view(&table), None, [tokens, d]),
+        product(view(&grad).transposed(), view(&hidden), None, [vocab, d]),
     )
 }
 
@@ -313,8 +334,7 @@ pub(super) fn ternary_linear(
     let mut out = kernels::zeros(&POOL, tokens * d_output);
     let bias = values(&bias);
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
-    let bias = (!bias.is_empty()).then_some(bias);
-    let saved = layer.forward(&POOL, values(&input), values(&weight), bias, d_input, &mut out);
+    let saved = layer.forward(&POOL, values(&input), values(&weight), Some(bias), d_input, &mut out);
     (
         tensor(out, Shape::new([tokens, d_output])),
         sealed(saved.input, &saved.input_scales),
