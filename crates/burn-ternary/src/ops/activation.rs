@@ -6,7 +6,7 @@ use burn::backend::{Autodiff, Backend, Dispatch, tensor::FloatTensor};
 use burn::tensor::Tensor;
 
 /// `2 sqrt(2 / pi)`, and that times 0.044715.
-const SLOPE: f32 = 1.595_769_1;
+const SLOPE: f32 = 1.595_769_2;
 const CUBIC: f32 = 0.071_354_816;
 /// Beyond, in f32 and shorter types, the slope of GELU is 0 or 1.
 const FAR: f32 = 30.0;

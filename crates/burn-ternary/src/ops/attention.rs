@@ -3,7 +3,7 @@
 use super::{TernaryBackend, node};
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::{
-    Autodiff, Backend, Dispatch, TensorMetadata,
+    Autodiff, AutodiffBackend, Backend, Dispatch, TensorMetadata,
     tensor::{BoolTensor, FloatTensor},
 };
 use burn::tensor::{Bool, Shape, Tensor};
@@ -143,7 +143,7 @@ pub(super) fn track<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 3],
     future: BoolTensor<B>,
     heads: Heads,
-) -> (FloatTensor<Autodiff<B, C>>, FloatTensor<Autodiff<B, C>>) {
+) -> (node::Tracked<B, C>, node::Tracked<B, C>) {
     let mut partition = None;
     let output = node::track::<B, C, 3>(inputs, |[query, key, value]| {
         let (output, log_partition) =
@@ -165,7 +165,6 @@ pub(super) fn track<B: TernaryBackend, C: CheckpointStrategy>(
         });
         (result, gradient)
     });
-    use burn::backend::AutodiffBackend;
     let partition = partition.expect("the forward pass was made");
     (output, <Autodiff<B, C> as AutodiffBackend>::from_inner(partition))
 }

@@ -8,6 +8,9 @@ use burn::backend::autodiff::{
 use burn::backend::{Autodiff, Backend, tensor::FloatTensor};
 use std::{fmt, sync::Arc};
 
+/// A tensor in the graph of gradients.
+pub(super) type Tracked<B, C> = FloatTensor<Autodiff<B, C>>;
+
 /// From the gradient of the output to those of the `N` inputs.
 pub(super) struct Gradient<B: Backend, const N: usize>(
     Arc<dyn Fn(FloatTensor<B>) -> [FloatTensor<B>; N] + Send + Sync>,
