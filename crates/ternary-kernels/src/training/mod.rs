@@ -1,5 +1,5 @@
 //! What training needs besides products: forward and backward passes that touch memory once, on the threads of a
-//! [`Pool`](crate::Pool).
+//! [`Pool`].
 //!
 //! Work is cut into pieces whose size does not depend on the number of threads, and partial sums are added in their
 //! order: results are the same, to the bit, on any number of threads and with any instruction set.
