@@ -40,12 +40,12 @@ PROGRAMS = {
 summary = {"shape": shape, "rounds": rounds}
 for threads in map(int, os.environ.get("THREADS", "1 2").split()):
     speeds, memory, last = {name: [] for name in PROGRAMS}, {name: 0 for name in PROGRAMS}, {}
-    for round in range(rounds):
+    for turn in range(1, rounds + 1):
         for name, program in PROGRAMS.items():
             last[name] = program(threads)
             speeds[name].append(last[name]["tokens_per_s"])
             memory[name] = max(memory[name], last[name]["peak_rss_bytes"])
-            print(f"{threads} threads, round {round + 1}, {name}: {speeds[name][-1]} tokens/s", file=sys.stderr, flush=True)
+            print(f"{threads} threads, round {turn}, {name}: {speeds[name][-1]} tokens/s", file=sys.stderr, flush=True)
     ratio = lambda a, b: round(statistics.median(x / y for x, y in zip(speeds[a], speeds[b])), 3)
     summary[f"threads_{threads}"] = {
         "tokens_per_s": {name: statistics.median(values) for name, values in speeds.items()},
