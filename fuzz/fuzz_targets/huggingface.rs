@@ -42,7 +42,7 @@ fn edit(files: &mut Files, input: &mut Unstructured) -> Result<()> {
         let at = input.choose_index(contents.len())?;
         contents[at] = input.arbitrary()?;
     } else if let Some(Ok(mut value)) = contents.get(start..end).map(serde_json::from_slice) {
-        json::edit(&mut value, input)?;
+        json::edit(&mut value, &json::tokenizer_parts(), input)?;
         let json = value.to_string().into_bytes();
         let length = (json.len() as u64).to_le_bytes();
         *contents = [&length[..start], &json, &contents[end..]].concat();

@@ -11,8 +11,9 @@ fuzz_target!(init: init(), |data: &[u8]| {
     } else {
         let mut input = Unstructured::new(data);
         let Ok(seed) = input.choose(&tokenizers()).copied() else { return };
+        let parts = json::tokenizer_parts();
         let mut value = serde_json::from_str(seed).expect("a sound tokenizer");
-        while !input.is_empty() && json::edit(&mut value, &mut input).is_ok() {}
+        while !input.is_empty() && json::edit(&mut value, &parts, &mut input).is_ok() {}
         value.to_string().into_bytes()
     };
     if let Ok(tokenizer) = Tokenizer::from_json(&json) {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 const LARGEST: usize = 500;
 
 /// Parts of tokenizers, to be put anywhere.
-fn parts() -> Vec<Value> {
+pub fn tokenizer_parts() -> Vec<Value> {
     let regex = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
     let replace = |pattern: &str, content: &str| json!({"type": "Replace", "pattern": {"String": pattern}, "content": content});
     vec![
@@ -35,18 +35,43 @@ fn parts() -> Vec<Value> {
     ]
 }
 
-/// Exchanges, doubles or takes away a node somewhere in `root`.
+/// Parts of requests, to be put anywhere.
+pub fn request_parts() -> Vec<Value> {
+    let key = |key: &str, value: Value| Value::Object([(key.to_string(), value)].into_iter().collect());
+    vec![
+        json!({"role": "user", "content": "quack"}),
+        json!({"role": "system", "content": [{"type": "text", "text": "be a duck"}]}),
+        json!({"include_usage": true}),
+        json!({"type": "text"}),
+        json!(["<|user|>", "\u{1f986}", ""]),
+        json!([0, 258, 259]),
+        json!([["a"], [1]]),
+        json!("\0"),
+        key("stream", json!(true)),
+        key("logprobs", json!(3)),
+        key("best_of", json!(2)),
+        key("echo", json!(true)),
+        key("logit_bias", json!({"65": -100})),
+        key("response_format", json!({"type": "json_object"})),
+        key("tools", json!([])),
+    ]
+}
+
+/// Exchanges, doubles or takes away a node somewhere in `root`, or puts one of `parts` in its place.
 ///
 /// # Errors
 /// When the input ends.
-pub fn edit(root: &mut Value, input: &mut Unstructured) -> Result<()> {
+pub fn edit(root: &mut Value, parts: &[Value], input: &mut Unstructured) -> Result<()> {
     let count = count(root);
     let from = nth(root, &mut input.choose_index(count)?).cloned();
     let from = from.filter(|_| count < LARGEST).unwrap_or_default();
     let place = nth(root, &mut input.choose_index(count)?).expect("a place below the count");
     match input.int_in_range(0..=7)? {
         0 => *place = from,
-        1 => *place = input.choose(&parts())?.clone(),
+        1 => match (place, input.choose(parts)?) {
+            (Value::Object(items), Value::Object(more)) => items.extend(more.clone()),
+            (place, part) => *place = part.clone(),
+        },
         2 => {
             let numbers = [
                 json!(0),

@@ -23,8 +23,8 @@ use std::{
 use tokio::{net::TcpListener, sync::oneshot, time::sleep};
 use tower_http::set_header::SetResponseHeaderLayer;
 
-/// For last words, when all work has been ended.
-const GRACE: Duration = Duration::from_secs(1);
+/// For last words, when all work has been ended. Who listens gets them at once; this is for who does not.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// What handlers share.
 #[derive(Debug)]

@@ -44,6 +44,21 @@ fn bodies_that_are_no_request_are_refused() {
     alive(&site);
 }
 
+/// Found by the fuzz target `request`: a name that is not UTF-8 was refused, but not in the form of the API.
+#[test]
+fn paths_that_name_nothing_are_refused() {
+    let site = Site::new(|_| ());
+    for path in ["/v1/models/%ff", "/v1/models/%00%c3%28"] {
+        site.get(path).refused(400);
+    }
+    for path in
+        ["/v1/models/goose", "/v1/models/..%2f..%2fetc%2fpasswd", "/v1/models/%00", "/%ff", "//", "/v1"]
+    {
+        site.get(path).refused(404);
+    }
+    alive(&site);
+}
+
 #[test]
 fn values_that_cannot_be_are_refused_by_name() {
     let site = Site::new(|_| ());

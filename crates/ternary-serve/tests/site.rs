@@ -8,7 +8,7 @@ use std::{
     thread::JoinHandle,
     time::Duration,
 };
-use ternary_format::{Activation, Encoding, Family, ModelSpec, Tokenizer};
+use ternary_format::{Activation, Encoding, Family, ModelSpec, Tensor, Tokenizer};
 use ternary_infer::{Engine, EngineOptions, GenerateOptions, Sampling, random};
 use ternary_serve::{Models, ServeError, ServeOptions, bind, serve};
 use tokio::sync::oneshot;
@@ -30,6 +30,12 @@ pub fn engine_of(context: usize, seed: u64) -> Arc<Engine> {
         rope_theta: 1e4,
     };
     let mut model = random::model(&spec, |group| Encoding::Ternary { group }, Encoding::F32, seed).unwrap();
+    // The likeliest token is a byte, never an end: its logit is above zero, and those of the special tokens are zero.
+    let table = &model.tensors["token_embd.weight"];
+    let mut values = vec![0.0; spec.vocab_size * spec.d_model];
+    values.chunks_exact_mut(spec.d_model).take(256).enumerate().for_each(|(i, row)| table.read_row(i, row));
+    let table = Tensor::f32(&[spec.vocab_size, spec.d_model], &values).unwrap();
+    model.tensors.insert("token_embd.weight".into(), table);
     model.tokenizer = Some(Tokenizer::byte());
     Arc::new(
         Engine::from_model(model, EngineOptions { threads: 1, context, ..EngineOptions::default() }).unwrap(),
@@ -41,7 +47,7 @@ pub fn engine() -> Arc<Engine> {
     ENGINE.get_or_init(|| engine_of(512, 1)).clone()
 }
 
-/// What goes on until it is stopped: tens of thousands of tokens, most likely ones that are no end.
+/// What goes on until it is stopped when it takes the likeliest tokens: tens of thousands of them.
 pub fn endless_engine() -> Arc<Engine> {
     static ENGINE: OnceLock<Arc<Engine>> = OnceLock::new();
     ENGINE.get_or_init(|| engine_of(1 << 15, 1)).clone()

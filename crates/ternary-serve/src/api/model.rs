@@ -4,7 +4,7 @@ use super::ApiError;
 use crate::server::{Served, Server};
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -30,8 +30,9 @@ pub async fn models(State(server): State<Arc<Server>>) -> Json<Value> {
 /// `GET /v1/models/NAME`
 pub async fn model(
     State(server): State<Arc<Server>>,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
+    let Path(name) = name.map_err(|_| ApiError::body("the name in the path is not UTF-8"))?;
     let served = server.find(&name)?;
     Ok(Json(object(&server, &served)))
 }

@@ -1,0 +1,858 @@
+"""Drives the chat page in Chromium. With `pip install selenium`, chromium and chromedriver:
+
+    duck serve duck=crates/duck/duck.gguf other=MODEL --port 8080 [--api-key KEY]
+    python page.py http://127.0.0.1:8080 [--key KEY] [--screenshots FOLDER]
+"""
+
+import argparse
+import contextlib
+import http.client
+import http.server
+import json
+import os
+import select
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import urllib.request
+from types import SimpleNamespace
+from urllib.parse import urlparse
+
+from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+parser = argparse.ArgumentParser()
+parser.add_argument("url")
+parser.add_argument("--key")
+parser.add_argument("--screenshots", metavar="FOLDER")
+arguments = parser.parse_args()
+BASE, KEY = arguments.url.rstrip("/"), arguments.key
+PATIENCE = 60  # seconds, for a slow machine
+QUESTION = "Who are you?"
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "min_p": 0.05}  # the page's defaults
+WIDE, NARROW = (1280, 800), (375, 700)
+
+
+# The server, without the page
+
+
+def ask(path, body=None):
+    request = urllib.request.Request(BASE + path, None if body is None else json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    if KEY:
+        request.add_header("Authorization", f"Bearer {KEY}")
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        return response.read().decode()
+
+
+def pieces(model, seed):
+    """The texts that the events of an answer hold."""
+    messages = [{"role": "user", "content": QUESTION}]
+    text = ask("/v1/chat/completions", {"model": model, "messages": messages, "seed": seed, "stream": True} | SAMPLING)
+    events = [json.loads(event[6:]) for event in text.split("\n\n") if event.startswith("data: {")]
+    return [text for event in events for choice in event["choices"] if (text := choice["delta"].get("content"))]
+
+
+def prompt_tokens(model):
+    start = f'duck_prompt_tokens_total{{model="{model}"}} '
+    return next(float(line[len(start):]) for line in ask("/metrics").splitlines() if line.startswith(start))
+
+
+class Gate(http.server.ThreadingHTTPServer):
+    """Stands between the page and the server and lets the texts of answers through one by one, as a slow model would
+    send them, or edited."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Relay)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.paths = []  # of all requests
+        self.change = threading.Condition()
+        self.reset()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def reset(self):
+        self.allowed = float("inf")  # texts that may pass
+        self.left = 0  # answers that the page did not wait for
+        self.broken = False  # answers end in the middle
+        self.edit = lambda event: event
+        self.paths.clear()
+
+    def hold(self):
+        self.allowed = 0
+
+    def let(self, count=float("inf")):
+        with self.change:
+            self.allowed += count
+            self.change.notify_all()
+
+    def passes(self, client):
+        """Waits for leave to let a text through; false if the answer goes no further."""
+        with self.change:
+            while self.allowed < 1:
+                if self.broken:
+                    return False
+                if select.select([client], [], [], 0)[0] and not client.recv(1, socket.MSG_PEEK):
+                    self.left += 1
+                    return False
+                self.change.wait(0.02)
+            self.allowed -= 1
+        return True
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):  # a page may leave at any time
+            super().handle_error(request, client_address)
+
+
+class Relay(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        gate, server = self.server, urlparse(BASE)
+        gate.paths.append(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        upstream = http.client.HTTPConnection(server.hostname, server.port, timeout=PATIENCE)
+        with contextlib.closing(upstream):
+            upstream.request(self.command, self.path, body, dict(self.headers.items()))
+            response = upstream.getresponse()
+            self.send_response_only(response.status)
+            for name, value in response.getheaders():
+                if name.lower() not in ("connection", "content-length", "transfer-encoding"):
+                    self.send_header(name, value)
+            self.send_header("Connection", "close")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            if "event-stream" not in response.headers["Content-Type"]:
+                self.chunk(response.read())
+            else:
+                for line in response:
+                    if line.startswith(b"data: {"):
+                        event = json.loads(line[6:])
+                        holds_text = event["choices"] and event["choices"][0]["delta"].get("content")
+                        if holds_text and not gate.passes(self.connection):
+                            return
+                        line = b"data: " + json.dumps(gate.edit(event) if holds_text else event).encode() + b"\n"
+                    self.chunk(line)
+            self.chunk(b"")  # the end
+
+    do_POST = do_GET
+
+    def chunk(self, data):
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def log_message(self, *_):
+        pass
+
+
+# The browser
+
+
+def start():
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("chromium-browser") or ""
+    # Without a sandbox, for containers and root; it sees no page but ours. With a mouse, which it has not on a server.
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "disable-dev-shm-usage", "no-first-run",
+                 "disable-background-networking", "disable-component-update", "disable-sync",
+                 "blink-settings=primaryPointerType=4,availablePointerTypes=4", f"user-data-dir={folder}", "window-size=%d,%d" % WIDE):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+
+
+class Seen:
+    """What the browser logged since the page was opened."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.read()
+        self.console, self.requests = [], []
+
+    def read(self):
+        self.console = getattr(self, "console", []) + browser.get_log("browser")
+        messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        sent = [message["params"]["request"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+        self.requests = getattr(self, "requests", []) + sent
+
+    def chats(self):
+        """The bodies of all requests for an answer."""
+        self.read()
+        return [json.loads(request["postData"]) for request in self.requests
+                if request["url"].endswith("/v1/chat/completions")]
+
+    def check(self, tolerated):
+        self.read()
+        bad = [entry["message"] for entry in self.console if entry["level"] not in ("DEBUG", "INFO")]
+        bad = [message for message in bad if not any(text in message for text in tolerated)]
+        assert not bad, f"in the console: {bad}"
+        ours = (BASE + "/", gate.url + "/")
+        others = [request["url"] for request in self.requests if not request["url"].startswith(ours)]
+        assert not [url for url in others if urlparse(url).scheme not in ("about", "data")], f"requests to {others}"
+
+
+def find(selector):
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def state():
+    """What the page shows."""
+    return SimpleNamespace(**browser.execute_script("""
+        const $ = (id) => document.getElementById(id);
+        const shown = (id) => $(id).checkVisibility();
+        return {
+          turns: [...document.querySelectorAll("#log > li")].map((item) => item.querySelector(".text").textContent),
+          roles: [...document.querySelectorAll("#log > li")].map((item) => item.classList[0]),
+          note: document.querySelector("#log > li:last-child .note")?.textContent ?? "",
+          error: !!document.querySelector("#log > li:last-child.error"),
+          status: $("status").textContent, rate: $("rate").textContent, welcome: shown("welcome"),
+          send: shown("send"), stop: shown("stop"), undo: shown("undo"), dialog: $("settings").open,
+          model: $("model").value, models: [...$("model").options].map((option) => option.value),
+          input: $("input").value, focus: document.activeElement.id || document.activeElement.name,
+          busy: $("log").getAttribute("aria-busy"), scroll: $("scroll").scrollTop,
+          end: $("scroll").scrollHeight - $("scroll").scrollTop - $("scroll").clientHeight < 3,
+        };"""))
+
+
+def until(holds, what):
+    """Waits until what the page shows is as it should be, and gives it."""
+    try:
+        return WebDriverWait(browser, PATIENCE, 0.05).until(lambda _: holds(now := state()) and now)
+    except TimeoutException:
+        raise AssertionError(f"not after {PATIENCE} s: {what}; the page shows {state()}") from None
+
+
+def visit(base=None, turns=(), key=KEY, model="", **settings):
+    """Opens the page as a browser that keeps these things for it, and nothing else."""
+    base = base or BASE
+    if not browser.current_url.startswith(base + "/"):
+        browser.get(base + "/")
+    kept = {"turns": list(turns), "settings": {name: str(value) for name, value in settings.items()}, "model": model}
+    browser.execute_script("""
+        localStorage.clear();
+        sessionStorage.clear();
+        for (const [name, value] of Object.entries(arguments[0])) localStorage.setItem("duck." + name, JSON.stringify(value));
+        if (arguments[1]) sessionStorage.setItem("duck.key", arguments[1]);""", kept, key)
+    seen.clear()
+    browser.get(base + "/")
+    return ready() if key == KEY else None
+
+
+def ready():
+    return until(lambda now: now.models == models, "the models are there")
+
+
+def reload():
+    browser.refresh()
+    return ready()
+
+
+def press(*keys):
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def ended(now):
+    return now.send and not now.stop and now.busy != "true"
+
+
+def send(text, turns=2):
+    """Sends a text and waits for the end of the answer."""
+    find("#input").send_keys(text, Keys.ENTER)
+    return until(lambda now: ended(now) and len(now.turns) == turns, "an answer")
+
+
+def again():
+    """Has the last question answered again, and waits for the end."""
+    browser.execute_script("document.querySelector('#log > li:last-child').id = 'old'")
+    find("#log > li:last-child .again").click()
+    WebDriverWait(browser, PATIENCE).until(lambda _: not browser.find_elements(By.ID, "old"))
+    return until(ended, "another answer")
+
+
+def set_settings(**values):
+    find("#open-settings").click()
+    for name, value in values.items():
+        field = find(f"#settings [name={name}]")
+        field.clear()
+        field.send_keys(value)
+    find("#settings [type=submit]").click()
+    until(lambda now: not now.dialog, "the settings are closed")
+
+
+@contextlib.contextmanager
+def offline():
+    browser.set_network_conditions(offline=True, latency=0, throughput=1 << 20)
+    try:
+        yield
+    finally:
+        browser.delete_network_conditions()
+
+
+def size(width, height):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False})
+
+
+def scheme(name):
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": name}]})
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, note=""):
+    return {"role": "assistant", "content": text, "note": note}
+
+
+# The checks. What a check returns are messages that the console may hold after it.
+
+
+def loads():
+    now = visit()
+    assert browser.title == "Duck"
+    assert now.welcome and not now.turns and not now.dialog and now.send and now.focus == "input", now
+    assert now.status == "" and now.model == models[0] and find("#model").is_enabled(), now
+    seen.read()
+    paths = {urlparse(request["url"]).path for request in seen.requests}
+    assert paths == {"/", "/page.js", "/style.css", "/icon.svg", "/v1/models"}, paths
+    assert browser.execute_script("return document.querySelector('h1 img').naturalWidth > 0"), "no icon"
+
+
+def nothing_else_may_load_or_run():
+    visit()
+    blocked = browser.execute_async_script("""
+        const [elsewhere, done] = arguments;
+        const blocked = [];
+        document.addEventListener("securitypolicyviolation", (event) => {
+          blocked.push(event.effectiveDirective);
+          if (blocked.length === 4) done(blocked.sort());
+        });
+        document.body.append(Object.assign(new Image(), { src: elsewhere + "/image" }));
+        fetch(elsewhere + "/fetch").catch(() => {});
+        try { document.body.innerHTML = "<p>"; } catch { /* what should be */ }
+        const button = document.createElement("button");
+        try { button.setAttribute("onclick", "window.ran = true"); } catch { /* trusted types */ }
+        document.body.append(button);
+        button.click();
+        setTimeout(() => done(blocked.sort()), 5000);""", gate.url)
+    assert {"connect-src", "img-src", "require-trusted-types-for"} <= set(blocked), blocked
+    assert browser.execute_script("return window.ran") is None, "a script in an attribute ran"
+    assert browser.execute_script("return document.body.children.length") > 1, "text became HTML"
+    assert not gate.paths, gate.paths
+    return ["Content Security Policy", "Trusted", "Failed to load"]
+
+
+def controls_have_names():
+    visit(turns=[user("hello"), assistant("Quack.")])
+    for opened in (False, True):
+        if opened:
+            find("#open-settings").click()  # nothing outside can be reached then
+        scope = "#settings" if opened else "body > :not(dialog)"
+        controls = [control for tag in ("button", "input", "select", "textarea")
+                    for control in browser.find_elements(By.CSS_SELECTOR, f"{scope} {tag}") if control.is_displayed()]
+        assert len(controls) > 5, controls
+        nameless = [control.get_attribute("outerHTML") for control in controls if not control.accessible_name.strip()]
+        assert not nameless, nameless
+
+
+def sends_and_shows_the_answer():
+    visit(model=MODEL, seed=SEED)
+    field = find("#input")
+    field.send_keys("  ", Keys.ENTER)
+    field.clear()
+    field.send_keys("a", Keys.SHIFT, Keys.ENTER, Keys.NULL, "b")
+    now = state()
+    assert now.input == "a\nb" and not now.turns, f"Shift Enter should break the line, and spaces not be sent: {now}"
+    field.clear()
+    now = send(QUESTION)
+    assert now.turns == [QUESTION, "".join(PIECES)] and now.roles == ["user", "assistant"], now
+    assert now.note.startswith(f"{len(PIECES)} tokens ·") and "to the first" in now.note and not now.error, now
+    assert now.input == "" and now.status == "" and now.rate == "" and now.focus == "input" and not now.welcome, now
+    [body] = seen.chats()
+    assert body == {"model": MODEL, "messages": [user(QUESTION)], "seed": SEED, "stream": True,
+                    "stream_options": {"include_usage": True}} | SAMPLING, body
+    # What was said before goes along.
+    field.send_keys("And then?")
+    find("#send").click()
+    until(lambda now: ended(now) and len(now.turns) == 4, "a second answer, by the button")
+    assert seen.chats()[1]["messages"] == [user(QUESTION), {"role": "assistant", "content": "".join(PIECES)}, user("And then?")]
+
+
+def begin(passed=3):
+    """A question on a page whose server has sent a few texts, and waits."""
+    gate.hold()
+    visit(gate.url, model=MODEL, seed=SEED)
+    find("#input").send_keys(QUESTION, Keys.ENTER)
+    gate.let(passed)
+    return until(lambda now: now.turns[1:] == ["".join(PIECES[:passed])] and not now.send and now.stop, "the first texts")
+
+
+def a_stream_is_shown_as_it_comes():
+    now = begin(0)
+    assert now.status == "Reading…" and now.busy == "true", now
+    for count in range(1, 4):
+        gate.let(1)
+        now = until(lambda now: now.turns[1] == "".join(PIECES[:count]), f"{count} texts")
+        assert now.status == "" and now.stop and not now.send and now.busy == "true", now
+    assert now.rate.endswith("tokens/s"), now
+    gate.let()
+    now = until(ended, "the end")
+    assert now.turns[1] == "".join(PIECES) and now.busy == "false" and now.rate == "", now
+
+
+def stops(stop):
+    before = begin()
+    stop()
+    now = until(ended, "the answer is stopped")
+    assert now.turns == before.turns and now.note.endswith("stopped") and not now.error and now.status == "", now
+    WebDriverWait(browser, PATIENCE).until(lambda _: gate.left == 1, "the request goes on")
+    # The part is part of the conversation.
+    gate.let()
+    assert reload().turns == before.turns and state().note == now.note
+    send("And then?", turns=4)
+    assert seen.chats()[1]["messages"][1] == {"role": "assistant", "content": before.turns[1]}
+
+
+def stops_by_button():
+    stops(lambda: find("#stop").click())
+
+
+def stops_by_escape():
+    stops(lambda: press(Keys.ESCAPE))
+
+
+def stops_before_it_begins():
+    begin(0)
+    find("#stop").click()
+    now = until(ended, "the answer is stopped")
+    assert now.turns == [QUESTION, ""] and now.note == "stopped" and now.focus == "input", now
+    gate.let()
+    assert again().turns == [QUESTION, "".join(PIECES)]
+
+
+def tries_again():
+    visit(turns=[user(QUESTION), assistant("Moo.", "a note"), user(QUESTION), assistant("Baa.", "a note")],
+          model=MODEL, seed=SEED)
+    assert len([button for button in browser.find_elements(By.CSS_SELECTOR, ".again") if button.is_displayed()]) == 1
+    now = again()
+    assert len(now.turns) == 4 and now.turns[1] == "Moo." and now.turns[3] != "Baa." and "a note" not in now.note, now
+    assert seen.chats()[0]["messages"] == [user(QUESTION), {"role": "assistant", "content": "Moo."}, user(QUESTION)]
+    assert reload().turns == now.turns
+
+
+def a_seed_repeats():
+    visit(model=MODEL)
+    set_settings(seed=str(SEED), temperature="1.5")
+    answers = {send(QUESTION).turns[1], again().turns[1], again().turns[1]}
+    assert len(answers) == 1, answers
+    assert all(body["seed"] == SEED and body["temperature"] == 1.5 for body in seen.chats())
+    set_settings(seed="")
+    for _ in range(20):
+        answers.add(again().turns[1])
+        if len(answers) > 1:
+            break
+    assert len(answers) > 1, f"always {answers} without a seed too"
+    assert "seed" not in seen.chats()[-1]
+
+
+def settings_are_used_and_kept():
+    values = {"system": "Be a duck.", "temperature": "0.5", "top_p": "0.9", "top_k": "20", "min_p": "0.1",
+              "max_tokens": "2", "seed": "7"}
+    visit(model=MODEL)
+    set_settings(**values)
+    reload()
+    now = send(QUESTION)
+    sent = {name: float(value) for name, value in values.items() if name != "system"}
+    body = seen.chats()[0]
+    assert {name: body[name] for name in sent} == sent, body
+    assert body["messages"] == [{"role": "system", "content": "Be a duck."}, user(QUESTION)], body
+    assert "cut at its longest" in now.note or not now.turns[1], now
+    # What cannot be is not taken.
+    find("#open-settings").click()
+    field = find("#settings [name=temperature]")
+    field.clear()
+    field.send_keys("9", Keys.ENTER)
+    assert state().dialog, "a temperature of 9 is taken"
+    press(Keys.ESCAPE)
+    until(lambda now: not now.dialog, "the settings are closed")
+    again()
+    assert seen.chats()[1] == body
+    find("#open-settings").click()
+    assert field.get_attribute("value") == "0.5"
+    find("#reset").click()
+    find("#settings [type=submit]").click()
+    again()
+    assert seen.chats()[2] == {"model": MODEL, "messages": [user(QUESTION)], "stream": True,
+                               "stream_options": {"include_usage": True}} | SAMPLING, seen.chats()[2]
+
+
+def settings_by_keyboard():
+    visit()
+    until(lambda now: now.focus == "input", "the input has the focus")
+    for _ in range(20):
+        press(Keys.SHIFT, Keys.TAB, Keys.NULL)
+        if state().focus == "open-settings":
+            break
+    press(Keys.ENTER)
+    now = until(lambda now: now.dialog, "Enter opens the settings")
+    assert now.focus == "system", now
+    for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "key"):
+        press(Keys.TAB)
+        assert state().focus == name, (name, state().focus)
+    press(Keys.ESCAPE)
+    now = until(lambda now: not now.dialog, "Escape closes the settings")
+    assert now.focus == "open-settings", f"where the focus was, it comes back: {now}"
+    press(Keys.SPACE)
+    until(lambda now: now.dialog, "Space opens the settings")
+    press(Keys.TAB, "1.1", Keys.ENTER)
+    until(lambda now: not now.dialog, "Enter closes the settings")
+    assert json.loads(browser.execute_script("return localStorage.getItem('duck.settings')"))["temperature"] == "1.1"
+
+
+def the_chosen_model_is_used_and_kept():
+    visit()
+    Select(find("#model")).select_by_value(models[1])
+    for turns in (2, 3, 4):  # an answer without text is no turn after a reload
+        before = prompt_tokens(models[1])
+        find("#input").send_keys(QUESTION, Keys.ENTER)
+        until(lambda now: ended(now) and seen.chats(), "an answer")
+        assert {body["model"] for body in seen.chats()} == {models[1]}, seen.chats()
+        assert prompt_tokens(models[1]) > before, "another model was used"
+        assert reload().model == models[1], state()
+
+
+def a_conversation_survives_a_reload():
+    visit(model=MODEL, seed=SEED)
+    before = send(QUESTION)
+    now = reload()
+    assert (now.turns, now.roles, now.note) == (before.turns, before.roles, before.note) and not now.welcome, now
+    now = again()
+    assert now.turns == before.turns
+    visit(turns=[user("hello"), {"role": "system", "content": "no"}, {"role": "user"}, 7, None])
+    assert state().turns == ["hello"], "what is not a turn is left out"
+    browser.execute_script("localStorage.setItem('duck.turns', '{'); localStorage.setItem('duck.settings', 'null')")
+    assert reload().turns == []
+
+
+def new_and_undo():
+    turns = [user("hello"), assistant("Quack.")]
+    visit(turns=turns, model=MODEL, seed=SEED)
+    find("#new").click()
+    now = state()
+    assert not now.turns and now.welcome and now.undo and now.focus == "input", now
+    find("#undo").click()
+    now = state()
+    assert now.turns == ["hello", "Quack."] and not now.welcome and not now.undo, now
+    find("#new").click()
+    send(QUESTION)
+    assert seen.chats()[0]["messages"] == [user(QUESTION)]
+    assert reload().turns == [QUESTION, "".join(PIECES)]
+    # In the middle of an answer.
+    before = begin()
+    find("#new").click()
+    now = until(ended, "the answer is stopped")
+    assert not now.turns and now.welcome, now
+    find("#undo").click()
+    assert state().turns == before.turns, state()
+
+
+def html_is_text():
+    attack = "<img src=x onerror='window.ran = true'><script>window.ran = true</script><b>&amp;</b>"
+
+    def replace(event):
+        event["choices"][0]["delta"]["content"] = attack
+        return event
+
+    gate.edit = replace
+    visit(gate.url, model=MODEL, seed=SEED)
+    now = send(attack)
+    for now in (now, reload()):
+        assert now.turns == [attack, attack * len(now.turns[1].split("<img")[1:])] and attack in now.turns[1], now
+        assert not browser.find_elements(By.CSS_SELECTOR, "#log img, #log script, #log b"), "text became HTML"
+        assert browser.execute_script("return window.ran") is None, "a script ran"
+        assert attack in find("#log .user .text").text
+
+
+def copies():
+    visit(turns=[user("hello"), assistant("Quack <b>\n quack.")])
+    permission = {"origin": BASE, "permission": {"name": "clipboard-write"}}
+    browser.execute_cdp_cmd("Browser.setPermission", permission | {"setting": "denied"})
+    find(".assistant .copy").click()
+    until(lambda now: "does not let" in now.status, "it is said that copying is not allowed")
+    assert find("#status.error")
+    browser.execute_cdp_cmd("Browser.grantPermissions",
+                            {"origin": BASE, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    find(".assistant .copy").click()
+    until(lambda now: now.status == "Copied.", "it is said that the text is copied")
+    copied = browser.execute_async_script("navigator.clipboard.readText().then(arguments[0], (e) => arguments[0](String(e)))")
+    browser.execute_cdp_cmd("Browser.resetPermissions", {})
+    assert copied == "Quack <b>\n quack.", copied
+
+
+def a_long_conversation_scrolls():
+    def tall(event):
+        event["choices"][0]["delta"]["content"] += "\n\n\n"
+        return event
+
+    gate.edit = tall
+    gate.hold()
+    visit(gate.url, [user("hello"), assistant("Quack.\n" * 100)] * 3, model=MODEL, seed=SEED)
+    now = state()
+    assert now.scroll > 1000 and now.end, "it begins at the end"
+    assert browser.execute_script("return document.scrollingElement.scrollHeight <= innerHeight"), "the page itself scrolls"
+    wheel = lambda by: ActionChains(browser).scroll_from_origin(webdriver.common.actions.wheel_input.ScrollOrigin
+                                                                .from_element(find("#scroll")), 0, by).perform()
+    wheel(-700)
+    until(lambda now: now.scroll and not now.end, "the wheel scrolls up")
+    find("#input").send_keys(QUESTION, Keys.ENTER)
+    gate.let(5)
+    until(lambda now: len(now.turns) == 8 and now.turns[7].count("\n") == 15 and now.end, "the end is followed")
+    wheel(-700)
+    before = until(lambda now: not now.end, "the wheel scrolls up")
+    gate.let()
+    now = until(ended, "the end")
+    assert now.scroll == before.scroll and not now.end, "whoever reads above is left there"
+    return ["400"]  # too long for some models
+
+
+def what_does_not_fit_is_left_out():
+    long = "pond " * 6000
+    visit(turns=[user(long), assistant("Quack.")] * 2, model=MODEL, seed=SEED)
+    now = send(QUESTION, turns=6)
+    assert now.turns[5] == "".join(PIECES) and "without the oldest 4 messages" in now.note, now
+    assert [len(body["messages"]) for body in seen.chats()] == [5, 3, 1]
+    visit(turns=[], model=MODEL)
+    browser.execute_script("document.getElementById('input').value = arguments[0]", long)
+    now = send("")
+    assert now.error and now.turns[1] == "" and "context" in now.note, now
+    assert len(seen.chats()) == 1
+    return ["400"]
+
+
+def the_server_goes_away():
+    visit(model=MODEL, seed=SEED)
+    with offline():
+        now = send(QUESTION)
+        assert now.error and now.note == "the server does not answer" and now.turns == [QUESTION, ""], now
+    now = again()
+    assert now.turns == [QUESTION, "".join(PIECES)] and not now.error, now
+    # In the middle of an answer.
+    before = begin()
+    gate.broken = True
+    now = until(ended, "the answer ends")
+    assert now.error and now.note.endswith("the server does not answer") and now.turns == before.turns, now
+    gate.let()
+    assert again().turns == [QUESTION, "".join(PIECES)]
+    # The server says itself that it cannot go on.
+    gate.edit = lambda event: {"choices": [], "error": {"message": "no more room"}}
+    now = again()
+    assert now.error and now.note == "no more room" and now.turns[1] == "", now
+    gate.edit = lambda event: event
+    assert again().turns == [QUESTION, "".join(PIECES)]
+    # It is not there from the beginning.
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/v1/models"]})
+    browser.refresh()
+    until(lambda now: now.status == "The server does not answer.", "it is said that the server does not answer")
+    browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+    reload()
+    return ["Failed to load resource: net::"]
+
+
+SHOWN = """
+    const shown = (element) => {
+      const { width, height } = element.getBoundingClientRect();
+      return element.checkVisibility() && width > 1 && height > 1;
+    };
+    const all = [...document.body.querySelectorAll("*")].filter(shown);
+    const name = (element) => `${element.tagName.toLowerCase()}#${element.id}.${element.className}`;"""
+
+CONTRASTS = SHOWN + """
+    const parse = (colour) => {
+      if (!/^rgba?\\(/.test(colour)) throw new Error(colour);
+      const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number);
+      return [r, g, b, a];
+    };
+    const over = ([r, g, b, a], under) => [r, g, b].map((c, i) => c * a + under[i] * (1 - a));
+    const behind = (element) => over(parse(getComputedStyle(element).backgroundColor),
+      element.parentElement ? behind(element.parentElement) : [128, 128, 128]);
+    const light = (colour) => {
+      const [r, g, b] = colour.map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+      return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const contrast = (element, part) => {
+      const ground = behind(element);
+      const [a, b] = [light(over(parse(getComputedStyle(element, part).color), ground)), light(ground)];
+      return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    };
+    const found = [];
+    for (const element of all) {
+      if ([...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) || element.tagName === "SELECT")
+        found.push([name(element), contrast(element)]);
+      if (element.placeholder) found.push([name(element) + "::placeholder", contrast(element, "::placeholder")]);
+    }
+    return found;"""
+
+TOO_WIDE = SHOWN + """
+    return all.filter((element) => {
+      const { left, right } = element.getBoundingClientRect();
+      const { overflowX, display } = getComputedStyle(element);
+      const cut = display !== "inline" && element.scrollWidth > element.clientWidth + 1 && !["visible", "clip"].includes(overflowX);
+      return left < -0.5 || right > innerWidth + 0.5 || cut;
+    }).map(name).concat(document.documentElement.scrollWidth > innerWidth ? ["the page"] : []);"""
+
+HIDDEN = """
+    return arguments[0].filter((selector) => {
+      const element = document.querySelector(selector);
+      const { left, right, top, bottom } = element.getBoundingClientRect();
+      const at = document.elementFromPoint((left + right) / 2, (top + bottom) / 2);
+      return left < 0 || right > innerWidth || top < 0 || bottom > innerHeight || !(at && element.contains(at));
+    });"""
+
+
+def light_and_dark_are_readable():
+    grounds = []
+    for name in ("light", "dark"):
+        scheme(name)
+        visit(turns=[user("hello"), assistant("Quack.", "5 tokens"), user("hello"), assistant("Quack.", "a fault")])
+        # All that it can show, at once.
+        browser.execute_script("""
+            document.querySelector("#log > li:last-child").classList.add("error");
+            for (const id of ["stop", "undo", "welcome"]) document.getElementById(id).hidden = false;
+            document.getElementById("rate").textContent = "5 tokens/s";
+            document.getElementById("status").textContent = "status";""")
+        ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        grounds.append(sum(int(value) for value in ground[4:-1].split(",")))
+        shown = browser.execute_script(CONTRASTS)
+        browser.execute_script("document.getElementById('status').className = 'error'")
+        shown += browser.execute_script(CONTRASTS)
+        find("#open-settings").click()
+        shown += browser.execute_script(CONTRASTS)
+        assert len(shown) > 60, shown
+        faint = {element: round(ratio, 2) for element, ratio in shown if ratio < 4.5}
+        assert not faint, f"{name}: contrasts below 4.5: {faint}"
+    assert grounds[0] > 3 * 200 and grounds[1] < 3 * 60, f"backgrounds of light and dark: {grounds}"
+
+
+def it_fits(width, height):
+    size(width, height)
+    turns = [user("hello"), assistant("Quack. " * 50, "50 tokens · 5.0 tokens/s · 1.0 s to the first · stopped"),
+             user("x" * 400), assistant("y" * 400 + "\n" + "long " * 200)]
+    composer = ["#input", "#send", "#new", "#open-settings", "#model"]
+    for kept in ([], turns):
+        visit(turns=kept)
+        browser.execute_script("document.querySelector('#model option').textContent = 'a-model-with-a-name' + '-of-many-words'.repeat(6)")
+        for text in ("", "A line.\n" * 60, "z" * 400):
+            browser.execute_script("""
+                const input = document.getElementById("input");
+                input.value = arguments[0];
+                input.dispatchEvent(new Event("input"));""", text)
+            assert not (wide := browser.execute_script(TOO_WIDE)), f"wider than {width}: {wide}"
+            assert not (hidden := browser.execute_script(HIDDEN, composer)), f"not to be seen: {hidden}"
+    find("#open-settings").click()
+    assert not (wide := browser.execute_script(TOO_WIDE)), f"wider than {width}: {wide}"
+    for selector in ("#settings h2", "#settings [name=key]", "#settings [type=submit]"):
+        browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({ block: 'nearest' })", selector)
+        assert not browser.execute_script(HIDDEN, [selector]), f"{selector} cannot be reached"
+
+
+def it_fits_a_desk():
+    it_fits(*WIDE)
+
+
+def it_fits_a_hand():
+    it_fits(*NARROW)
+
+
+def a_key_is_asked_for():
+    visit(key=None, model=MODEL, seed=SEED)
+    now = until(lambda now: now.dialog, "the page asks for a key")
+    assert now.focus == "key" and "asks for an API key" in now.status and not now.models, now
+    assert find("#settings [name=key]").get_attribute("type") == "password"
+    press("wrong", Keys.ENTER)
+    now = until(lambda now: now.dialog and "key is wrong" in now.status, "the page says that the key is wrong")
+    assert now.focus == "key", now
+    find("#settings [name=key]").clear()
+    press(KEY, Keys.ENTER)
+    now = ready()
+    assert not now.dialog and now.status == "", now
+    assert send(QUESTION).turns[1] == "".join(PIECES)
+    reload()
+    assert again().turns[1] == "".join(PIECES), "the key is kept as long as the tab"
+    assert not browser.execute_script("return JSON.stringify(localStorage).includes(arguments[0])", KEY), "the key is kept for ever"
+    # Another tab, where it was never said.
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    browser.get(BASE + "/")
+    until(lambda now: now.dialog and not now.models, "another tab asks again")
+    browser.close()
+    browser.switch_to.window(first)
+    # A key that the server no longer takes, when a message is sent.
+    set_settings(key="wrong")
+    until(lambda now: now.dialog and "key is wrong" in now.status, "the page says that the key is wrong")
+    press(Keys.ESCAPE)
+    now = send("And then?", turns=4)
+    assert now.error and now.note == "the API key is wrong" and now.dialog and now.focus == "key", now
+    return ["401"]
+
+
+def pictures(folder):
+    os.makedirs(folder, exist_ok=True)
+    for shape, where in {"wide": WIDE, "narrow": NARROW}.items():
+        for name in ("light", "dark"):
+            size(*where)
+            scheme(name)
+            shots = {"welcome": lambda: visit()}
+            shots["chat"] = lambda: (visit(model=MODEL, seed=SEED), send(QUESTION), send("Where do the reeds grow?", 4))
+            shots["settings"] = find_settings = lambda: (visit(), find("#open-settings").click())
+            if KEY:
+                shots["key"] = lambda: (visit(key=None), until(lambda now: now.dialog, "the page asks for a key"))
+            shots["stream"] = begin
+
+            def away():
+                gate.let()
+                visit(model=MODEL)
+                with offline():
+                    send(QUESTION)
+
+            shots["away"] = away
+            for shot, prepare in shots.items():
+                prepare()
+                browser.save_screenshot(f"{folder}/{shot}-{shape}-{name}.png")
+
+
+models = [model["id"] for model in json.loads(ask("/v1/models"))["data"]]
+assert len(models) > 1, f"expected a server with two models, found: {models}"
+# An answer that is long enough to be stopped in the middle.
+answers = ((model, seed, pieces(model, seed)) for model in models for seed in range(50))
+MODEL, SEED, PIECES = next((answer for answer in answers if len(answer[2]) >= 12), (None, None, None))
+assert MODEL, f"none of {models} answers {QUESTION!r} with more than a few tokens"
+
+checks = [loads, nothing_else_may_load_or_run, controls_have_names, sends_and_shows_the_answer,
+          a_stream_is_shown_as_it_comes, stops_by_button, stops_by_escape, stops_before_it_begins, tries_again,
+          a_seed_repeats, settings_are_used_and_kept, settings_by_keyboard, the_chosen_model_is_used_and_kept,
+          a_conversation_survives_a_reload, new_and_undo, html_is_text, copies, a_long_conversation_scrolls,
+          what_does_not_fit_is_left_out, the_server_goes_away, light_and_dark_are_readable, it_fits_a_desk, it_fits_a_hand]
+if KEY:
+    checks.append(a_key_is_asked_for)
+gate = Gate()
+with tempfile.TemporaryDirectory() as folder, start() as browser:
+    seen = Seen()
+    for check in checks:
+        gate.reset()
+        size(*WIDE)
+        scheme("light")
+        seen.check(check() or [])
+        print("ok", check.__name__, flush=True)
+    if arguments.screenshots:
+        gate.reset()
+        pictures(arguments.screenshots)
+print(f"{len(checks)} passed, 0 failed")
