@@ -132,7 +132,7 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         ("data.valid=[\"\"]", "`data.valid`"),
         ("data.valid_fraction=0", "`data.valid_fraction` is 0.0, expected above 0, at most 0.5"),
         ("data.valid_fraction=0.6", "`data.valid_fraction`"),
-        ("data.tokenizer=words", "`data.tokenizer` is \"words\", expected byte, char, bpe or"),
+        ("data.tokenizer=words", "`data.tokenizer` is \"words\", expected byte, char, bpe, or"),
         ("data.bpe_vocab_size=256", "`data.bpe_vocab_size`"),
         ("model.d_model=0", "`model.d_model` is 0, expected 1 to"),
         ("model.n_heads=3", "`model.n_heads` is 3, expected a divisor of d_model = 128"),

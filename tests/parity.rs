@@ -111,48 +111,10 @@ fn size(config: &Value, key: &str) -> usize {
     config[key].as_u64().unwrap_or_else(|| panic!("{key}: {}", config[key])) as usize
 }
 
-fn stories260k(reference: &Reference) -> DuckQuantized {
-    let json = reference.json("config.json");
-    assert_eq!((json["hidden_act"].as_str(), json["attention_bias"].as_bool()), (Some("silu"), Some(false)));
-    let config = DuckConfig {
-        family: Family::Llama,
-        activation: Activation::Swiglu,
-        vocab_size: size(&json, "vocab_size"),
-        context: size(&json, "max_position_embeddings"),
-        d_model: size(&json, "hidden_size"),
-        n_layers: size(&json, "num_hidden_layers"),
-        n_heads: size(&json, "num_attention_heads"),
-        n_kv_heads: size(&json, "num_key_value_heads"),
-        d_ff: size(&json, "intermediate_size"),
-        tied: json["tie_word_embeddings"].as_bool().unwrap(),
-        norm_eps: json["rms_norm_eps"].as_f64().unwrap(),
-        rope_theta: json["rope_theta"].as_f64().unwrap(),
-        ..DuckConfig::duck_tiny()
-    };
-    let mut model = config.init(&QuantConfig::default().float(), 0, &device());
-    let bytes = reference.bytes("model.safetensors");
-    let weights = Weights::read(&bytes);
-    set(&mut model.embedding, weights.tensor("model.embed_tokens.weight"));
-    weights.norm(&mut model.transformer.norm, "model.norm");
-    for (index, block) in model.transformer.blocks.iter_mut().enumerate() {
-        let name = |part: &str| format!("model.layers.{index}.{part}");
-        weights.norm(&mut block.attention_norm, &name("input_layernorm"));
-        weights.norm(&mut block.feed_forward_norm, &name("post_attention_layernorm"));
-        weights.linear(&mut block.attention.query, &name("self_attn.q_proj"));
-        weights.linear(&mut block.attention.key, &name("self_attn.k_proj"));
-        weights.linear(&mut block.attention.value, &name("self_attn.v_proj"));
-        weights.linear(&mut block.attention.output, &name("self_attn.o_proj"));
-        weights.linear(block.feed_forward.gate.as_mut().unwrap(), &name("mlp.gate_proj"));
-        weights.linear(&mut block.feed_forward.up, &name("mlp.up_proj"));
-        weights.linear(&mut block.feed_forward.down, &name("mlp.down_proj"));
-    }
-    model
-}
-
 #[test]
 fn a_pretrained_llama_gives_its_reference_logits_and_text() {
     let Some(reference) = Reference::open("stories260k") else { return };
-    let model = stories260k(&reference);
+    let model = DuckQuantized::load(&reference.0, &device()).unwrap();
     assert_eq!(model.num_params(), 260_032);
     let bytes = reference.bytes("reference_logits.safetensors");
     let logits = Weights::read(&bytes);

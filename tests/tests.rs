@@ -9,3 +9,4 @@ mod oracle;
 mod parity;
 mod resume;
 mod roundtrip;
+mod start;

@@ -3,6 +3,7 @@
 # and prints the folder of its programs. Done already: prints it at once.
 # usage: build_llama_cpp.sh [FOLDER]      needs python3 with venv, a C++ compiler
 #   LLAMA_CPP_PYTHON=VERSION   another version of the package
+#   PROGRAMS="llama-bench ..." what to build
 #   JOBS=N                     compilers at a time
 set -euo pipefail
 
@@ -11,7 +12,7 @@ folder=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/burn-ternary/llama_cpp-$version}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 readonly folder
-readonly targets=(llama-bench llama-batched-bench llama-quantize)
+read -ra targets <<<"${PROGRAMS:-llama-bench llama-batched-bench llama-quantize}"
 
 if [[ ! -d $folder/llama.cpp ]]; then
     python3 -m venv "$folder/venv"
@@ -52,7 +53,7 @@ fi
 export PATH=$folder/venv/bin:$PATH
 if [[ ! -f $folder/build/build.ninja ]]; then
     cmake -G Ninja -S "$folder/llama.cpp" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
-        -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF >&2
+        -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF >&2
 fi
 ninja -C "$folder/build" -j "${JOBS:-$(nproc)}" "${targets[@]}" >&2
 echo "$folder/build/bin"

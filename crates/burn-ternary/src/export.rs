@@ -53,6 +53,29 @@ pub fn export_for_inference(
     if quant.enabled && lambda < 1.0 {
         return Err(ExportError::Blend { lambda });
     }
+    write_down(model, quant.enabled, tokenizer, name)
+}
+
+/// The weights that are trained, in f32; what they are rounded to is left out.
+///
+/// # Errors
+/// `Format`: none is known.
+pub(crate) fn export_latent(
+    model: &DuckQuantized,
+    tokenizer: Option<&Tokenizer>,
+    name: &str,
+) -> Result<PackedModel, ExportError> {
+    write_down(model, false, tokenizer, name)
+}
+
+fn write_down(
+    model: &DuckQuantized,
+    rounded: bool,
+    tokenizer: Option<&Tokenizer>,
+    name: &str,
+) -> Result<PackedModel, ExportError> {
+    let precision = |precision| if rounded { precision } else { TablePrecision::Float };
+    let quant = model.quant();
     let mut tensors = BTreeMap::new();
     let mut add = |path: &str, tensor: Result<ternary_format::Tensor, FormatError>| {
         let name = tensor_name(path);
@@ -61,11 +84,11 @@ pub fn export_for_inference(
         Ok::<_, FormatError>(())
     };
     for (path, linear) in model.linears() {
-        add(&format!("{path}.weight"), matrix(linear))?;
+        add(&format!("{path}.weight"), matrix(linear, rounded))?;
     }
-    add("embedding", table(&model.embedding, model.precision(quant.embedding)))?;
+    add("embedding", table(&model.embedding, precision(quant.embedding)))?;
     if let Some(head) = &model.head {
-        add("head", table(head, model.precision(quant.head)))?;
+        add("head", table(head, precision(quant.head)))?;
     }
     let mut rest = Floats { path: Vec::new(), tensors, error: None };
     model.visit(&mut rest);
@@ -138,12 +161,12 @@ impl ModuleVisitor for Floats {
 }
 
 /// Burn's `[d_input, d_output]` as the `[out, in]` of model files.
-fn matrix(linear: &QuantizedLinear) -> Result<ternary_format::Tensor, FormatError> {
+fn matrix(linear: &QuantizedLinear, rounded: bool) -> Result<ternary_format::Tensor, FormatError> {
     let weight = linear.weight.val();
     let [cols, rows] = weight.dims();
     match &linear.quantizer {
-        Some(quantizer) => ternary(quantizer, weight),
-        None => ternary_format::Tensor::f32(&[rows, cols], &host(weight.transpose())),
+        Some(quantizer) if rounded => ternary(quantizer, weight),
+        _ => ternary_format::Tensor::f32(&[rows, cols], &host(weight.transpose())),
     }
 }
 

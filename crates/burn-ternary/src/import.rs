@@ -3,12 +3,12 @@
 use crate::export::tensor_name;
 use crate::nn::{DuckConfig, DuckQuantized};
 use crate::ops::SCALE_MIN;
-use crate::quant::{Granularity, QuantConfig, ScaleRule};
+use crate::quant::{Dial, Granularity, QuantConfig, ScaleRule, TernaryQuantizerConfig};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use half::f16;
 use std::path::Path;
-use ternary_format::{FormatError, PackedModel};
+use ternary_format::{Family, FormatError, ModelSpec, PackedModel};
 
 /// Why a model file cannot become a module.
 #[derive(Debug, thiserror::Error)]
@@ -18,8 +18,109 @@ pub enum ImportError {
     Mixed { tensor: String, found: ternary_format::Encoding },
     #[error("tensor `{tensor}`, row {row}: found a scale of {scale}, expected 0 or a normal f16 number")]
     Scale { tensor: String, row: usize, scale: f32 },
+    #[error("model.{key}: found {found}, expected {expected} of the model to start from")]
+    Shape { key: &'static str, found: String, expected: String },
+    #[error(
+        "the model to start from is ternary, and any other rule would shrink its scales again: expected quant.scale = \
+         \"learned\" with quant.granularity = {granularity}, or quant.enabled = false"
+    )]
+    Requantized { granularity: String },
     #[error(transparent)]
     Format(#[from] FormatError),
+}
+
+impl DuckConfig {
+    /// A model of this shape with the weights of `model`, where those of the file can be had; see
+    /// [`DuckQuantized::from_packed`] for the file's own shape.
+    ///
+    /// The matrices become latent weights; learned scales start from them, or from the scales of a ternary file. What
+    /// the file lacks starts as in a new model: the sub-norms of a bitnet that begins as a llama. An untied head begins
+    /// as the embedding. New ids get the mean of the rows that are there; learned positions may be fewer.
+    ///
+    /// # Errors
+    /// `Shape`: another shape than the file's. `Requantized`: a rule that spoils ternary weights. `Format`, `Mixed`,
+    /// `Scale`: see [`from_packed`](DuckQuantized::from_packed).
+    pub fn init_from(
+        &self,
+        model: &PackedModel,
+        quant: &QuantConfig,
+        seed: u64,
+        device: &Device,
+    ) -> Result<DuckQuantized, ImportError> {
+        model.validate()?;
+        self.check_start(&model.spec)?;
+        if let Some(own) = granularity(model)?
+            && quant.enabled
+            && (quant.scale != ScaleRule::Learned || quant.granularity != own)
+        {
+            let granularity =
+                toml::Value::try_from(own).map_or_else(|_| format!("{own:?}"), |own| own.to_string());
+            return Err(ImportError::Requantized { granularity });
+        }
+        let mut fill = Fill { model, quant, path: Vec::new(), weight: None };
+        Ok(self.init(quant, seed, device).map(&mut fill))
+    }
+
+    /// Whether a model of this shape can begin as one of `spec`.
+    fn check_start(&self, spec: &ModelSpec) -> Result<(), ImportError> {
+        let own = self.spec();
+        let grows = own.family == Family::Bitnet && spec.family == Family::Llama;
+        let gpt2 = own.family == Family::Gpt2;
+        let number = |n: usize| n.to_string();
+        for (holds, key, found, expected) in [
+            (
+                own.family == spec.family || grows,
+                "family",
+                format!("{:?}", own.family),
+                format!("{:?}", spec.family),
+            ),
+            (
+                own.vocab_size >= spec.vocab_size,
+                "vocab_size",
+                number(own.vocab_size),
+                format!("at least the {}", spec.vocab_size),
+            ),
+            (
+                !gpt2 || own.context <= spec.context,
+                "context",
+                number(own.context),
+                format!("at most the {}", spec.context),
+            ),
+            (own.d_model == spec.d_model, "d_model", number(own.d_model), number(spec.d_model)),
+            (own.n_layers == spec.n_layers, "n_layers", number(own.n_layers), number(spec.n_layers)),
+            (own.n_heads == spec.n_heads, "n_heads", number(own.n_heads), number(spec.n_heads)),
+            (
+                own.n_kv_heads == spec.n_kv_heads,
+                "n_kv_heads",
+                number(own.n_kv_heads),
+                number(spec.n_kv_heads),
+            ),
+            (own.d_ff == spec.d_ff, "d_ff", number(own.d_ff), number(spec.d_ff)),
+            (
+                own.activation == spec.activation,
+                "activation",
+                format!("{:?}", own.activation),
+                format!("{:?}", spec.activation),
+            ),
+            (spec.tied || !own.tied, "tied", "true".into(), "false".into()),
+            (own.norm_eps == spec.norm_eps, "norm_eps", own.norm_eps.to_string(), spec.norm_eps.to_string()),
+            (
+                gpt2 || own.rope_theta == spec.rope_theta,
+                "rope_theta",
+                own.rope_theta.to_string(),
+                spec.rope_theta.to_string(),
+            ),
+        ] {
+            if !holds {
+                return Err(ImportError::Shape {
+                    key,
+                    found: found.to_lowercase(),
+                    expected: format!("the {}", expected.to_lowercase().trim_start_matches("the ")),
+                });
+            }
+        }
+        Ok(())
+    }
 }
 
 impl DuckQuantized {
@@ -42,6 +143,15 @@ impl DuckQuantized {
     /// `Format`: tensors that are not those of the spec. `Mixed`: matrices of which only some are ternary. `Scale`: a
     /// scale that the forward pass cannot have.
     pub fn from_packed(model: &PackedModel, device: &Device) -> Result<Self, ImportError> {
+        Self::from_packed_with(model, model.spec.vocab_size, device)
+    }
+
+    /// The same, with more ids than the file has.
+    pub(crate) fn from_packed_with(
+        model: &PackedModel,
+        vocab_size: usize,
+        device: &Device,
+    ) -> Result<Self, ImportError> {
         model.validate()?;
         let granularity = granularity(model)?;
         let quant = QuantConfig {
@@ -50,8 +160,8 @@ impl DuckQuantized {
             granularity: granularity.unwrap_or(Granularity::PerTensor),
             ..QuantConfig::default()
         };
-        let mut fill = Fill { model, path: Vec::new() };
-        Ok(DuckConfig::from_spec(&model.spec).init(&quant, 0, device).map(&mut fill))
+        let config = DuckConfig { vocab_size, ..DuckConfig::from_spec(&model.spec) };
+        config.init_from(model, &quant, 0, device)
     }
 }
 
@@ -113,7 +223,10 @@ fn scales(tensor: &ternary_format::Tensor) -> Vec<f16> {
 /// Puts the values of a model file in the place of every parameter.
 struct Fill<'a> {
     model: &'a PackedModel,
+    quant: &'a QuantConfig,
     path: Vec<String>,
+    /// The matrix that was filled last; its quantizer is next.
+    weight: Option<Tensor<2>>,
 }
 
 impl ModuleMapper for Fill<'_> {
@@ -128,17 +241,50 @@ impl ModuleMapper for Fill<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let path = self.path.join(".");
         let shape = param.dims();
-        let tensor = |path: &str| &self.model.tensors[&tensor_name(path)];
-        let values = match path.strip_suffix(".quantizer.scale") {
-            Some(linear) => {
-                let tensor = tensor(&format!("{linear}.weight"));
-                scale_parameter(tensor, [shape[0], shape[D - 1]])
+        let tensor = |path: &str| self.model.tensors.get(&tensor_name(path));
+        let values = if let Some(linear) = path.strip_suffix(".quantizer.scale") {
+            let matrix = tensor(&format!("{linear}.weight")).expect("the matrix was filled");
+            match (matrix.ternary_group(), self.weight.take()) {
+                (None, Some(weight)) => {
+                    let quantizer = TernaryQuantizerConfig::new(self.quant, &Dial::default()).init(&weight);
+                    let scale = quantizer.scale.expect("the rule has a scale").val();
+                    scale.into_data().iter::<f32>().collect()
+                }
+                _ => scale_parameter(matrix, [shape[0], shape[D - 1]]),
             }
-            None if path.starts_with("transformer.") && D == 2 => transposed(tensor(&path)),
-            None => values(tensor(&path)),
+        } else if path == "head" && self.model.spec.tied {
+            rows(tensor("embedding").expect("models have an embedding"), shape[0])
+        } else {
+            match tensor(&path) {
+                Some(tensor) if path.starts_with("transformer.") && D == 2 => transposed(tensor),
+                Some(tensor) if D == 2 => rows(tensor, shape[0]),
+                Some(tensor) => values(tensor),
+                // A norm that this model has and the file has not.
+                None => return param,
+            }
         };
-        param.map(|old| Tensor::from_data(TensorData::new(values, shape), &old.device()))
+        let param = param.map(|old| {
+            let trained = old.is_require_grad();
+            Tensor::from_data(TensorData::new(values, shape), &old.device()).set_require_grad(trained)
+        });
+        if path.ends_with(".weight") && D == 2 {
+            self.weight = Some(param.val().detach().reshape([shape[0], shape[D - 1]]));
+        }
+        param
     }
+}
+
+/// The first `count` rows of a table; those beyond its end are their mean.
+fn rows(tensor: &ternary_format::Tensor, count: usize) -> Vec<f32> {
+    let (known, width) = (tensor.rows(), tensor.cols());
+    let mut all = values(tensor);
+    if count > known {
+        let sum = |column: usize| all.iter().skip(column).step_by(width).map(|x| f64::from(*x)).sum::<f64>();
+        let mean: Vec<f32> = (0..width).map(|column| (sum(column) / known as f64) as f32).collect();
+        all.extend(mean.iter().cycle().take((count - known) * width));
+    }
+    all.truncate(count * width);
+    all
 }
 
 /// The scales as a quantizer has them, `[groups, 1, channels]`.

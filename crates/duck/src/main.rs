@@ -2,6 +2,8 @@
 
 mod bench;
 mod chat;
+#[cfg(feature = "train")]
+mod convert;
 mod dialogue;
 mod error;
 mod eval;
@@ -25,6 +27,7 @@ Examples:
   duck chat                               talk to the Duck that is part of this program
   duck new && duck train experiment.toml  train a model of your own; its run folder is a MODEL
   duck generate runs/mine-1 --prompt 'One day'
+  duck convert --from SmolLM2-135M --data my_texts/
   duck eval runs/mine-1 runs/float-1 --data valid.txt
   duck export runs/mine-1 mine.onnx
   duck serve mine.gguf --port 8080
@@ -45,6 +48,8 @@ struct Duck {
 enum Command {
     #[cfg(feature = "train")]
     Train(Box<burn_ternary::train::TrainCommand>),
+    #[cfg(feature = "train")]
+    Convert(Box<convert::Command>),
     New(new::Command),
     Export(export::Command),
     Inspect(inspect::Command),
@@ -62,6 +67,8 @@ impl Command {
         match self {
             #[cfg(feature = "train")]
             Self::Train(command) => train::run(&command),
+            #[cfg(feature = "train")]
+            Self::Convert(command) => command.run(),
             Self::New(command) => command.run(),
             Self::Export(command) => command.run(),
             Self::Inspect(command) => command.run(),

@@ -78,7 +78,7 @@ fn experiment(name: &str) -> String {
 }
 
 /// Section, key, what it means.
-const COMMENTS: [(&str, &str, &str); 69] = [
+const COMMENTS: [(&str, &str, &str); 70] = [
     (
         "data",
         "train",
@@ -89,7 +89,7 @@ const COMMENTS: [(&str, &str, &str); 69] = [
     (
         "data",
         "tokenizer",
-        "\"byte\", \"char\", \"bpe\" (trained on the texts) or the path of a tokenizer.json.",
+        "\"byte\", \"char\", \"bpe\" (trained on the texts), or the path of a tokenizer.json or a model.",
     ),
     ("data", "bpe_vocab_size", "Largest vocabulary of a trained bpe tokenizer; the others ignore it."),
     (
@@ -177,6 +177,7 @@ const COMMENTS: [(&str, &str, &str); 69] = [
     ("schedule", "ramp_until", "Until here they blend from float to ternary; at most float_until: at once."),
     ("run", "name", "The run folder is out_dir/name-seed."),
     ("run", "out_dir", "Folder of run folders."),
+    ("run", "start_from", "A run folder or model file with the first weights; empty: they are random."),
     ("run", "seed", "Of weights, data order and dropout."),
     (
         "run",

@@ -32,7 +32,8 @@ pub struct DataConfig {
     pub valid: Vec<String>,
     /// Share of the training text that is held out when `valid` is empty, in (0, 0.5].
     pub valid_fraction: f64,
-    /// `byte`, `char`, `bpe` (trained on the training text) or the path of a `tokenizer.json`.
+    /// `byte`, `char`, `bpe` (trained on the training text), or the path of a `tokenizer.json`, of a folder that has
+    /// one, or of a model file.
     pub tokenizer: String,
     /// Largest vocabulary of a trained `bpe` tokenizer, special tokens included; ignored by the others.
     pub bpe_vocab_size: usize,

@@ -2,7 +2,7 @@
 
 use super::{DataError, chat::Special, corpus::Document};
 use std::{collections::BTreeSet, path::Path};
-use ternary_format::{FormatError, Tokenizer};
+use ternary_format::{FormatError, Tokenizer, read_model};
 use tokenizers::{
     AddedToken,
     models::{
@@ -50,12 +50,23 @@ pub fn train_bpe(documents: &[Document], vocab_size: usize) -> Result<Tokenizer,
     tokenizer.map_err(|error| DataError::Training { reason: error.to_string() })
 }
 
-/// Reads a `tokenizer.json`, and adds the special tokens where they are missing.
+/// Reads a `tokenizer.json`, that of a folder, or that of a model file, and adds the special tokens where they are
+/// missing.
 ///
 /// # Errors
 /// `Read`: missing, or no permission. `Tokenizer`: no JSON, or no tokenizer that can be used.
 pub fn load(path: &Path) -> Result<Tokenizer, DataError> {
-    Tokenizer::load(path).and_then(Tokenizer::with_specials).map_err(|error| match error {
+    let read = || {
+        if path.is_dir() {
+            return Tokenizer::load(&path.join("tokenizer.json"));
+        }
+        if path.extension().is_some_and(|extension| extension == "json") {
+            return Tokenizer::load(path);
+        }
+        let none = || FormatError::Tokenizer { why: "a model without a tokenizer".into() };
+        read_model(path)?.tokenizer.ok_or_else(none)
+    };
+    read().and_then(Tokenizer::with_specials).map_err(|error| match error {
         FormatError::Io { path, source } => DataError::Read { path, source },
         error => {
             let found = match error.kind() {

@@ -35,7 +35,7 @@ pub struct TrainCommand {
     /// Train on this .txt or .jsonl file, or folder of them; a share is held out for validation (repeatable)
     #[arg(long, value_name = "FILE_OR_FOLDER")]
     pub data: Vec<String>,
-    /// byte, char, bpe (trained on the texts) or the path of a tokenizer.json
+    /// byte, char, bpe (trained on the texts), or the path of a tokenizer.json or a model
     #[arg(long)]
     pub tokenizer: Option<String>,
     /// Train for so many passes over the training text; fractions are fine
@@ -71,6 +71,9 @@ pub struct TrainCommand {
     /// Print nothing but warnings, errors and the summary
     #[arg(long)]
     pub quiet: bool,
+    /// Overrides that come before all flags, for commands that are built on this one.
+    #[arg(skip)]
+    pub first: Vec<String>,
 }
 
 fn epochs(text: &str) -> Result<f64, String> {
@@ -113,13 +116,13 @@ impl TrainCommand {
         train::run(experiment, &RunOptions { resume: self.resume, quiet: self.quiet, epochs: self.epochs })
     }
 
-    /// The named flags, then `--set`, as assignments.
+    /// `first`, the named flags, then `--set`, as assignments.
     fn overrides(&self) -> Vec<String> {
         fn value<T: Clone + Into<Value>>(flag: &Option<T>) -> Option<String> {
             flag.clone().map(|value| value.into().to_string())
         }
         let texts = (!self.data.is_empty()).then(|| Value::from(self.data.clone()).to_string());
-        [
+        let flags = [
             ("data.valid", texts.as_ref().map(|_| "[]".into())),
             ("data.train", texts),
             ("data.tokenizer", value(&self.tokenizer)),
@@ -129,11 +132,9 @@ impl TrainCommand {
             ("run.device", value(&self.device)),
             ("run.seed", self.seed.map(|n| n.to_string())),
             ("run.out_dir", value(&self.out)),
-        ]
-        .into_iter()
-        .filter_map(|(key, value)| Some(format!("{key}={}", value?)))
-        .chain(self.set.iter().cloned())
-        .collect()
+        ];
+        let flags = flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?)));
+        self.first.iter().cloned().chain(flags).chain(self.set.iter().cloned()).collect()
     }
 
     /// Make way for a run in `run_dir`: a folder that is missing, empty or holds only prepared texts (which a run that

@@ -45,7 +45,7 @@ impl Teacher {
     /// The teacher of an experiment, on `device`; `None` where it names none.
     ///
     /// # Errors
-    /// `Experiment`: a teacher of another vocabulary than `tokenizer` and the student, or of a smaller context. Those of
+    /// `Experiment`: a teacher of other ids than `tokenizer` and the student, or of a smaller context. Those of
     /// [`packed_model`]; `Import`: a model file that is no model.
     pub fn load(
         config: &DistillConfig,
@@ -63,13 +63,13 @@ impl Teacher {
         };
         if let Some(difference) = packed.tokenizer.as_ref().and_then(|own| difference(own, tokenizer)) {
             return Err(misfit(format!(
-                "{difference}; expected the tokenizer of this run, as data.tokenizer = \"tokenizer.json of the teacher\" gives it"
+                "{difference}; expected the tokenizer of this run, as data.tokenizer = \"PATH OF THE TEACHER\" gives it"
             )));
         }
         let ModelSpec { vocab_size, context, .. } = packed.spec;
-        if vocab_size != student.vocab_size {
+        if vocab_size > student.vocab_size {
             return Err(misfit(format!(
-                "found {vocab_size} tokens, expected model.vocab_size = {}",
+                "found {vocab_size} tokens, expected at most model.vocab_size = {}",
                 student.vocab_size
             )));
         }
@@ -79,7 +79,9 @@ impl Teacher {
                 student.context
             )));
         }
-        let model = DuckQuantized::from_packed(&packed, &device.clone().without_autodiff())?;
+        // The special tokens of a run are new to most models of others; the teacher thinks nothing of them.
+        let device = device.clone().without_autodiff();
+        let model = DuckQuantized::from_packed_with(&packed, student.vocab_size, &device)?;
         let DistillConfig { weight, temperature, divergence, .. } = *config;
         Ok(Some(Self { model, weight, temperature, divergence }))
     }
@@ -108,10 +110,10 @@ impl Teacher {
     }
 }
 
-/// The first id that two tokenizers read differently.
+/// The first id of the teacher's that the run's tokenizer reads differently.
 fn difference(teacher: &Tokenizer, own: &Tokenizer) -> Option<String> {
     let (found, expected) = (teacher.vocab_size(), own.vocab_size());
-    if found != expected {
+    if found > expected {
         return Some(format!("found a tokenizer of {found} tokens, this run has {expected}"));
     }
     let differs = |id: &u32| teacher.decode(&[*id]) != own.decode(&[*id]);

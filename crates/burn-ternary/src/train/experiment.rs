@@ -35,6 +35,8 @@ pub struct RunConfig {
     /// The run folder is `<out_dir>/<name>-<seed>`.
     pub name: String,
     pub out_dir: String,
+    /// A run folder or a model file whose weights are the first; empty: they are drawn from `seed`.
+    pub start_from: String,
     pub seed: u64,
     /// `auto`, `flex`, `ndarray`, `wgpu`, `tch` or `cuda`; `auto` takes the fastest that was compiled in.
     pub device: String,
@@ -228,10 +230,10 @@ fn check_data(data: &DataConfig) -> Result<(), InvalidValue> {
     require(share, "data.valid_fraction", data.valid_fraction, "above 0, at most 0.5")?;
     let tokenizer = data.tokenizer.as_str();
     require(
-        matches!(tokenizer, "byte" | "char" | "bpe") || tokenizer.ends_with(".json"),
+        matches!(tokenizer, "byte" | "char" | "bpe") || tokenizer.contains(['.', '/', '\\']),
         "data.tokenizer",
         tokenizer,
-        "byte, char, bpe or the path of a tokenizer.json",
+        "byte, char, bpe, or the path of a tokenizer.json or a model",
     )?;
     require(
         (257..=1 << 20).contains(&data.bpe_vocab_size),

@@ -224,6 +224,12 @@ pub struct RunResult {
     pub tokens_per_s: f64,
     pub peak_rss_bytes: Option<u64>,
     pub parameters: u64,
+    /// Validation loss of the weights that the run started from, where it started from a model: in float, and rounded
+    /// to what the experiment asks for, before the first step.
+    #[serde(default, with = "real::option")]
+    pub start_float_loss: Option<f64>,
+    #[serde(default, with = "real::option")]
+    pub start_rounded_loss: Option<f64>,
     #[serde(with = "real::option")]
     pub train_loss: Option<f64>,
     #[serde(with = "real::option")]
@@ -335,6 +341,8 @@ impl RunResult {
         let mut number = |name, value: Option<f64>, unit: &str| {
             rows.extend(value.map(|value| (name, significant(value, 4) + unit)));
         };
+        number("start, float", self.start_float_loss, " nats/token");
+        number("start, rounded", self.start_rounded_loss, " nats/token");
         number("train loss", self.train_loss, " nats/token");
         number("valid loss", self.valid_loss, " nats/token");
         number("perplexity", self.valid_perplexity, "");

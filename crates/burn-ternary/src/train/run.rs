@@ -7,6 +7,7 @@ use super::metrics;
 use super::plot;
 use super::progress::PlainRenderer;
 use super::report::{self, History, MetricsFile, RunResult, write_atomic};
+use super::saved::start_model;
 use super::schedule::Schedule;
 use super::step::TrainPlan;
 use super::strategy::{Outcome, Session, StepStrategy};
@@ -74,7 +75,18 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     write(&run_dir.join("experiment.toml"), experiment.to_toml().as_bytes())?;
 
     let autodiff = device.clone().autodiff();
-    let model = experiment.model.init(&experiment.quant, experiment.run.seed, &autodiff);
+    let Experiment { model, quant, run, .. } = &experiment;
+    let model = match run.start_from.as_str() {
+        // A checkpoint has all weights.
+        path if !path.is_empty() && loaded.is_none() => {
+            let start = start_model(Path::new(path))?;
+            model.init_from(&start, quant, run.seed, &autodiff).map_err(|error| {
+                let origin = format!("run.start_from = \"{path}\"");
+                TrainError::Experiment { origin, message: error.to_string() }
+            })?
+        }
+        _ => model.init(quant, run.seed, &autodiff),
+    };
     let codes = CodeTracker::new(&model.valid());
     let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
     let plan = TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default(), teacher };
@@ -273,6 +285,8 @@ fn summarize(experiment: &Experiment, device: &Device, outcome: &Outcome) -> Run
         tokens: outcome.state.tokens,
         tokens_per_s: outcome.state.tokens as f64 / outcome.state.elapsed_s.max(1e-9),
         peak_rss_bytes: device::peak_rss_bytes(),
+        start_float_loss: outcome.state.start.map(|start| start.float),
+        start_rounded_loss: outcome.state.start.map(|start| start.rounded),
         train_loss: train.map(|report| report.loss),
         valid_loss: valid.map(|report| report.loss),
         valid_bits_per_byte: valid.and_then(|report| report.bits_per_byte),

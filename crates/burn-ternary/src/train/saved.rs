@@ -3,7 +3,7 @@ use super::schedule::Schedule;
 use super::step::TrainPlan;
 use super::{Experiment, TrainError};
 use crate::data::tokenizer;
-use crate::export::{ExportError, export_for_inference};
+use crate::export::{ExportError, export_for_inference, export_latent};
 use crate::nn::DuckQuantized;
 use crate::quant::Dial;
 use burn::module::Module;
@@ -53,12 +53,28 @@ impl SavedRun {
     }
 }
 
+/// The weights that a run may start from: the latent ones of a run folder, or those of a model file of any kind.
+///
+/// # Errors
+/// As [`packed_model`].
+pub(super) fn start_model(path: &Path) -> Result<PackedModel, TrainError> {
+    if !is_run(path) {
+        return packed_model(path);
+    }
+    let run = SavedRun::open(path, &crate::device::device("auto")?)?;
+    Ok(export_latent(&run.model, Some(&run.tokenizer), &run.experiment.run.name)?)
+}
+
+fn is_run(path: &Path) -> bool {
+    path.join("experiment.toml").exists()
+}
+
 /// The model of a run folder, or of a model file of any kind.
 ///
 /// # Errors
 /// As [`SavedRun::open`]. `Model`: a run whose model no file can express, or a file that cannot be read.
 pub fn packed_model(path: &Path) -> Result<PackedModel, TrainError> {
-    if path.join("experiment.toml").exists() {
+    if is_run(path) {
         return Ok(SavedRun::open(path, &crate::device::device("auto")?)?.export()?);
     }
     Ok(read_model(path).map_err(ExportError::from)?)

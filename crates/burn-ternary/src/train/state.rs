@@ -25,9 +25,22 @@ pub struct TrainState {
     /// Nats per token.
     #[serde(with = "exact_option")]
     pub best_valid_loss: Option<f64>,
+    /// Validation losses of the weights that the run started from, where it started from a model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartLoss>,
     /// Wall time over all sessions of the run, seconds.
     #[serde(with = "exact")]
     pub elapsed_s: f64,
+}
+
+/// What rounding alone does to a model, in nats a token.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartLoss {
+    #[serde(with = "exact")]
+    pub float: f64,
+    #[serde(with = "exact")]
+    pub rounded: f64,
 }
 
 /// `f64` as the shortest decimal that the standard library parses back to the same bits (NaN stays NaN);
@@ -88,6 +101,7 @@ mod tests {
                 skipped_steps: 2,
                 rollbacks: 3,
                 best_valid_loss: random.random::<bool>().then_some(value),
+                start: Some(StartLoss { float: value, rounded: 1.0 / 3.0 }),
                 elapsed_s: value,
                 tokens: u64::MAX - 1,
             };

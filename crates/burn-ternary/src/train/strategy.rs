@@ -8,6 +8,7 @@ use super::codes::{CodeStats, CodeTracker};
 use super::metrics::{LmItem, Split, StepReport};
 use super::progress::ProgressLine;
 use super::report::{History, MetricsFile};
+use super::state::StartLoss;
 use super::step::{LanguageModel, QuantizationTrainer, SpikeGuard, TrainPlan};
 use super::{Experiment, TrainError, TrainState};
 use crate::data::window::TokenWindows;
@@ -133,6 +134,9 @@ impl Loop {
         let mut session_steps = 0usize;
         let mut session_stepping = Duration::ZERO;
         self.look_at_codes();
+        if first == 0 && !run.start_from.is_empty() {
+            self.look_at_start(&valid)?;
+        }
         self.events.start_interval(first / run.eval_every + 1, steps.min(run.eval_every));
         for step in first + 1..=steps {
             let mut micro_batches: Vec<LmBatch> = Vec::with_capacity(run.accumulation);
@@ -205,9 +209,8 @@ impl Loop {
         let step = self.trainer.state().step;
         let mut sum = StepReport { step, ..StepReport::default() };
         let batches = valid.num_items();
-        for (index, batch) in valid.iter().enumerate() {
-            let batch = batch.map_err(|error| TrainError::Burn(error.to_string()))?;
-            let LmItem(part) = InferenceStep::step(&model, batch);
+        for (index, part) in losses(&model, valid).enumerate() {
+            let part = part?;
             sum.tokens += part.tokens;
             sum.loss += part.loss * part.tokens as f64;
             sum.accuracy += part.accuracy * part.tokens as f64;
@@ -227,6 +230,28 @@ impl Loop {
             self.best_valid_step = Some(step);
         }
         self.sample(&model.model, step)
+    }
+
+    /// What the weights that the run starts from are worth, in float and rounded.
+    fn look_at_start(&mut self, valid: &ValidLoader<LanguageModel>) -> Result<(), TrainError> {
+        let model = self.trainer.validation_model();
+        let lambda = model.model.lambda();
+        let before = lambda.get();
+        let loss_at = |share: f32| -> Result<f64, TrainError> {
+            lambda.set(share);
+            let (mut sum, mut tokens) = (0.0, 0);
+            for part in losses(&model, valid) {
+                let part = part?;
+                sum += part.loss * part.tokens as f64;
+                tokens += part.tokens;
+            }
+            Ok(sum / tokens.max(1) as f64)
+        };
+        let start = StartLoss { float: loss_at(0.0)?, rounded: loss_at(1.0)? };
+        lambda.set(before);
+        self.trainer.state_mut().start = Some(start);
+        self.print(|| format!("start: valid loss {:.4} in float, {:.4} rounded", start.float, start.rounded));
+        Ok(())
     }
 
     /// Writes what the model says to each prompt of the experiment into `samples.txt`, and prints it.
@@ -309,6 +334,18 @@ impl Loop {
     fn elapsed(&self) -> f64 {
         self.elapsed_before + self.started.elapsed().as_secs_f64()
     }
+}
+
+/// The losses of the validation batches.
+fn losses<'a>(
+    model: &'a LanguageModel,
+    valid: &'a ValidLoader<LanguageModel>,
+) -> impl Iterator<Item = Result<StepReport, TrainError>> + 'a {
+    valid.iter().map(|batch| {
+        let batch = batch.map_err(|error| TrainError::Burn(error.to_string()))?;
+        let LmItem(part) = InferenceStep::step(model, batch);
+        Ok(part)
+    })
 }
 
 /// Burn's metrics and renderer; an interval between evaluations is what Burn calls an epoch.

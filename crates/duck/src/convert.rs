@@ -1,0 +1,90 @@
+//! `duck convert`: a pretrained float model becomes a ternary one, by training on with itself as the teacher.
+
+use crate::{Error, train};
+use burn_ternary::train::{TrainCommand, packed_model};
+use std::path::PathBuf;
+use toml::Value;
+
+const EXAMPLES: &str = "\
+Examples:
+  duck convert --from SmolLM2-135M --data my_texts/ --steps 2000
+  duck convert --from llama.gguf --data my_texts/ --set model.family=bitnet     with norms before two of the products
+  duck convert --from SmolLM2-135M --experiment mine.toml
+  duck export runs/converted-1 converted.gguf
+
+The texts should be like those that the model was trained on. The summary tells the validation loss of the model in float,
+after rounding alone, and at the end.";
+
+/// Make a pretrained float model ternary: round it, and train it on with itself as the teacher.
+///
+/// The shape, the tokenizer, the first weights and the teacher are those of the model; all else is as in `duck train`.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES, mut_arg("experiment", |experiment| {
+    experiment.long("experiment").value_name("FILE").help("Experiment file; without it, the recipe of this command")
+}))]
+pub struct Command {
+    /// Model to convert: a folder of Hugging Face's, a GGUF file, or the folder of a float run
+    #[arg(long, value_name = "MODEL")]
+    from: PathBuf,
+    #[command(flatten)]
+    train: TrainCommand,
+}
+
+/// What an experiment file would say besides the model.
+const RECIPE: [&str; 12] = [
+    "run.name=converted",
+    "distill.weight=0.5",
+    "distill.temperature=1.0",
+    // Weights that are nearly right already move little: lower rates than from nothing, and down to zero.
+    "optim.lr=0.001",
+    "optim.muon_lr=0.005",
+    "optim.weight_decay=0.0",
+    "schedule.shape=cosine",
+    "schedule.warmup_steps=50",
+    "schedule.min_lr_ratio=0.0",
+    "schedule.float_until=0.0",
+    "schedule.ramp_until=0.0",
+    "model.dropout=0.0",
+];
+
+impl Command {
+    pub fn run(mut self) -> Result<(), Error> {
+        if self.train.experiment.is_none() && self.train.data.is_empty() && !self.sets("data.train") {
+            let message = "expected --data FILE_OR_FOLDER or --experiment FILE: the texts to train on".into();
+            return Err(Error::Usage(message));
+        }
+        let spec = packed_model(&self.from)?.spec;
+        let from = Value::from(self.from.display().to_string());
+        let value = |value: Result<Value, _>| {
+            value.unwrap_or_else(|_: toml::ser::Error| unreachable!("names and numbers"))
+        };
+        let recipe = if self.train.experiment.is_none() { &RECIPE[..] } else { &[] };
+        let mut first: Vec<String> = recipe.iter().map(ToString::to_string).collect();
+        first.extend([
+            format!("run.start_from={from}"),
+            format!("distill.teacher={from}"),
+            format!("data.tokenizer={from}"),
+            format!("model.family={}", value(Value::try_from(spec.family))),
+            format!("model.activation={}", value(Value::try_from(spec.activation))),
+            format!("model.vocab_size={}", 0),
+            format!("model.d_model={}", spec.d_model),
+            format!("model.n_layers={}", spec.n_layers),
+            format!("model.n_heads={}", spec.n_heads),
+            format!("model.n_kv_heads={}", spec.n_kv_heads),
+            format!("model.d_ff={}", spec.d_ff),
+            format!("model.tied={}", spec.tied),
+            format!("model.norm_eps={:?}", f64::from(spec.norm_eps)),
+            format!("model.rope_theta={:?}", f64::from(spec.rope_theta)),
+        ]);
+        if self.train.experiment.is_none() {
+            // Longer windows than these cost more than they teach; `--set model.context=` says otherwise.
+            first.push(format!("model.context={}", spec.context.min(256)));
+        }
+        self.train.first = first;
+        train::run(&self.train)
+    }
+
+    fn sets(&self, key: &str) -> bool {
+        self.train.set.iter().any(|assignment| assignment.split('=').next().map(str::trim) == Some(key))
+    }
+}

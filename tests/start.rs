@@ -1,0 +1,219 @@
+//! Promise: a run may start from any model of its shape, and loses nothing but what it rounds.
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_ternary::{
+    ImportError, export_for_inference,
+    nn::{Activation, DuckConfig, DuckQuantized, Family},
+    quant::{Granularity, QuantConfig, ScaleRule},
+    train::{Experiment, RunOptions, TrainError, report::RunResult, run, train_duck_quantized},
+};
+use std::path::Path;
+use ternary_format::{PackedModel, WriteOptions, write_model};
+
+const FAMILIES: [Family; 3] = [Family::Gpt2, Family::Llama, Family::Bitnet];
+
+fn device() -> Device {
+    burn_ternary::device::device("flex").unwrap()
+}
+
+fn shape(family: Family) -> DuckConfig {
+    let gpt2 = family == Family::Gpt2;
+    DuckConfig {
+        family,
+        activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
+        vocab_size: 13,
+        context: 11,
+        d_model: 64,
+        n_layers: 2,
+        n_heads: 4,
+        n_kv_heads: if gpt2 { 4 } else { 2 },
+        d_ff: 96,
+        ..DuckConfig::duck_tiny()
+    }
+}
+
+fn float(config: &DuckConfig) -> PackedModel {
+    let model = config.init(&QuantConfig::default().float(), 5, &device());
+    export_for_inference(&model, None, "duck").unwrap()
+}
+
+/// `[18, vocab]`
+fn logits(model: &DuckQuantized) -> Vec<Vec<f32>> {
+    let ids: Vec<i64> = (0..2 * 9).map(|i| i * 7 % 13).collect();
+    let logits = model.forward(Tensor::<2, Int>::from_data(TensorData::new(ids, [2, 9]), &device()));
+    let logits: Vec<f32> = logits.into_data().iter::<f32>().collect();
+    logits.chunks(model.config().vocab_size).map(<[f32]>::to_vec).collect()
+}
+
+#[test]
+fn a_model_starts_with_the_weights_of_another() {
+    for family in FAMILIES {
+        for tied in [true, false] {
+            let config = DuckConfig { tied, ..shape(family) };
+            let packed = float(&config);
+            let expected = logits(&DuckQuantized::from_packed(&packed, &device()).unwrap());
+            for scale in [ScaleRule::Absmean, ScaleRule::Learned, ScaleRule::Seq] {
+                let quant =
+                    QuantConfig { scale, granularity: Granularity::PerGroup(32), ..QuantConfig::default() };
+                // Neither the seed nor a rotary context matters.
+                let longer = if family == Family::Gpt2 { 10 } else { 20 };
+                let config = DuckConfig { context: longer, ..config.clone() };
+                let model = config.init_from(&packed, &quant, 77, &device()).unwrap();
+                model.lambda().set(0.0);
+                assert_eq!(logits(&model), expected, "{family:?} {tied}");
+                model.lambda().set(1.0);
+                assert_ne!(logits(&model), expected);
+                // Rounded, it is what the same rule makes of the same weights.
+                let twin = config.init_from(&packed, &quant.clone().float(), 1, &device()).unwrap();
+                for ((_, linear), (path, source)) in model.linears().into_iter().zip(twin.linears()) {
+                    let quantizer = linear.quantizer.as_ref().unwrap();
+                    let mean = source.weight.val().abs().mean().into_scalar::<f32>();
+                    let scales = quantizer.scales(linear.weight.val()).mean().into_scalar::<f32>();
+                    let factor = if scale == ScaleRule::Absmean { 1.0 } else { 1.534 };
+                    assert!((scales / mean - factor).abs() < 2e-3, "{path} {scale:?}: {scales} {mean}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn new_ids_are_the_mean_of_the_others() {
+    for tied in [true, false] {
+        let config = DuckConfig { tied, ..shape(Family::Llama) };
+        let packed = float(&config);
+        let known = logits(&DuckQuantized::from_packed(&packed, &device()).unwrap());
+        let config = DuckConfig { vocab_size: 16, ..config };
+        let more = logits(&config.init_from(&packed, &QuantConfig::default().float(), 0, &device()).unwrap());
+        for (known, more) in known.iter().zip(&more) {
+            assert!(known.iter().zip(more).all(|(a, b)| (a - b).abs() < 1e-6), "{known:?} {more:?}");
+            let mean = known.iter().sum::<f32>() / 13.0;
+            assert!(more[13..].iter().all(|new| (new - mean).abs() < 1e-5), "{mean} {more:?}");
+        }
+    }
+}
+
+#[test]
+fn a_llama_becomes_a_bitnet_and_a_tied_head_a_head_of_its_own() {
+    let packed = float(&shape(Family::Llama));
+    let config = DuckConfig { tied: false, ..shape(Family::Bitnet) };
+    let model = config.init_from(&packed, &QuantConfig::default(), 0, &device()).unwrap();
+    let values = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
+    assert_eq!(values(model.head.as_ref().unwrap().val()), values(model.embedding.val()));
+    for block in &model.transformer.blocks {
+        let norm = block.attention.sub_norm.as_ref().unwrap();
+        assert!(norm.weight.val().into_data().iter::<f32>().all(|weight| weight == 1.0));
+    }
+}
+
+#[test]
+fn another_shape_is_refused_by_its_key() {
+    let config = shape(Family::Gpt2);
+    let packed = float(&config);
+    let quant = QuantConfig::default();
+    let changes: [(&str, fn(&mut DuckConfig)); 9] = [
+        ("family", |config| (config.family, config.activation) = (Family::Llama, Activation::Swiglu)),
+        ("vocab_size", |config| config.vocab_size = 12),
+        ("context", |config| config.context = 12),
+        ("d_model", |config| config.d_model = 128),
+        ("n_layers", |config| config.n_layers = 3),
+        ("n_heads", |config| (config.n_heads, config.n_kv_heads) = (2, 2)),
+        ("d_ff", |config| config.d_ff = 128),
+        ("activation", |config| config.activation = Activation::SquaredRelu),
+        ("norm_eps", |config| config.norm_eps = 1e-6),
+    ];
+    for (key, change) in changes {
+        let mut other = config.clone();
+        change(&mut other);
+        let error = other.init_from(&packed, &quant, 0, &device()).unwrap_err();
+        assert!(matches!(&error, ImportError::Shape { key: found, .. } if *found == key), "{key}: {error}");
+    }
+    let untied = float(&DuckConfig { tied: false, ..config.clone() });
+    let error = config.init_from(&untied, &quant, 0, &device()).unwrap_err();
+    assert!(error.to_string().starts_with("model.tied: found true, expected the false"), "{error}");
+}
+
+#[test]
+fn ternary_weights_are_trained_on_by_their_own_scales_only() {
+    let config = shape(Family::Llama);
+    let ternary = config.init(&QuantConfig::default(), 3, &device());
+    let packed = export_for_inference(&ternary, None, "duck").unwrap();
+    let learned = QuantConfig { scale: ScaleRule::Learned, ..QuantConfig::default() };
+    let error = config.init_from(&packed, &QuantConfig::default(), 0, &device()).unwrap_err();
+    assert!(matches!(error, ImportError::Requantized { .. }), "{error}");
+    assert!(error.to_string().contains("quant.granularity = \"per_channel\""), "{error}");
+    let other = QuantConfig { granularity: Granularity::PerTensor, ..learned.clone() };
+    assert!(config.init_from(&packed, &other, 0, &device()).is_err());
+    for quant in [learned.clone(), learned.float()] {
+        let model = config.init_from(&packed, &quant, 0, &device()).unwrap();
+        assert_eq!(logits(&model), logits(&ternary));
+    }
+}
+
+fn experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment {
+    let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
+    let (out, name) = (format!("run.out_dir={}", out.display()), format!("run.name={name}"));
+    let common = [
+        "run.device=flex",
+        "run.steps=30",
+        "run.batch_size=4",
+        "run.eval_every=30",
+        "run.eval_windows=16",
+        "run.checkpoint_every=10",
+        "run.sample_tokens=0",
+        "data.tokenizer=byte",
+        "model.context=48",
+        "model.d_model=32",
+        "model.d_ff=64",
+        "model.n_layers=1",
+        "quant.embedding=float",
+        "schedule.warmup_steps=5",
+    ];
+    for assignment in [&[&*out, &*name], &common[..], assignments].concat() {
+        experiment.set(assignment).unwrap();
+    }
+    experiment
+}
+
+#[test]
+fn a_run_says_what_rounding_did_to_its_start_and_goes_on_when_resumed() {
+    let out = tempfile::tempdir().unwrap();
+    let float = experiment(out.path(), "float", &["quant.enabled=false"]);
+    let before = train_duck_quantized(&float).unwrap();
+    // From the run, and from the file that it left.
+    for (name, place) in [("run", float.run_dir()), ("file", float.run_dir().join("model.gguf"))] {
+        let place = place.display();
+        let start = [format!("run.start_from={place}"), format!("data.tokenizer={place}")];
+        let experiment = experiment(out.path(), name, &[&start[0], &start[1], "schedule.float_until=0.0"]);
+        let result = train_duck_quantized(&experiment).unwrap();
+        let [was, float, rounded, after] =
+            [before.valid_loss, result.start_float_loss, result.start_rounded_loss, result.valid_loss]
+                .map(Option::unwrap);
+        assert!((was - float).abs() < 1e-6, "{was} {float}");
+        assert!(rounded > float + 0.02 && after < rounded, "{float} {rounded} {after}");
+        // Another session of the run still knows where it began.
+        let path = experiment.run_dir().join("result.json");
+        std::fs::remove_dir_all(experiment.run_dir().join("checkpoints/step-00000030")).unwrap();
+        let resumed = run(experiment, &RunOptions { resume: true, ..RunOptions::default() }).unwrap();
+        assert_eq!((resumed.start_float_loss, resumed.valid_loss), (Some(float), Some(after)));
+        let read = RunResult::read(&path).unwrap().start_rounded_loss.unwrap();
+        assert!((read - rounded).abs() < 1e-12, "{read} {rounded}");
+    }
+}
+
+#[test]
+fn a_start_that_is_none_is_named() {
+    let out = tempfile::tempdir().unwrap();
+    let refusal = |assignments: &[&str]| {
+        train_duck_quantized(&experiment(out.path(), "student", assignments)).unwrap_err()
+    };
+    let error = refusal(&["run.start_from=nowhere.gguf"]);
+    assert!(matches!(error, TrainError::Model(_)) && error.to_string().contains("nowhere.gguf"), "{error}");
+    let path = out.path().join("other.gguf");
+    write_model(&float(&shape(Family::Llama)), &path, &WriteOptions::default()).unwrap();
+    let error = refusal(&[&format!("run.start_from={}", path.display())]);
+    assert_eq!(error.exit_code(), 2, "{error}");
+    assert!(error.to_string().contains("model.d_model: found 32, expected the 64"), "{error}");
+    // A refused run leaves nothing that a later one would take for a run.
+    assert!(!out.path().join("student-1/checkpoints/step-00000001").exists());
+}
