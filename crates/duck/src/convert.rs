@@ -1,7 +1,10 @@
 //! `duck convert`: a pretrained float model becomes a ternary one, by training on with itself as the teacher.
 
 use crate::{Error, train};
-use burn_ternary::train::{TrainCommand, packed_model};
+use burn_ternary::{
+    ExportError,
+    train::{TrainCommand, TrainError, packed_model},
+};
 use std::path::PathBuf;
 use toml::Value;
 
@@ -53,7 +56,12 @@ impl Command {
             let message = "expected --data FILE_OR_FOLDER or --experiment FILE: the texts to train on".into();
             return Err(Error::Usage(message));
         }
-        let spec = packed_model(&self.from)?.spec;
+        let spec = match packed_model(&self.from) {
+            Ok(model) => model.spec,
+            // As every other command says it.
+            Err(TrainError::Model(ExportError::Format(error))) => return Err(Error::Model(error)),
+            Err(error) => return Err(error.into()),
+        };
         let from = Value::from(self.from.display().to_string());
         let value = |value: Result<Value, _>| {
             value.unwrap_or_else(|_: toml::ser::Error| unreachable!("names and numbers"))
@@ -66,7 +74,7 @@ impl Command {
             format!("data.tokenizer={from}"),
             format!("model.family={}", value(Value::try_from(spec.family))),
             format!("model.activation={}", value(Value::try_from(spec.activation))),
-            format!("model.vocab_size={}", 0),
+            "model.vocab_size=0".into(),
             format!("model.d_model={}", spec.d_model),
             format!("model.n_layers={}", spec.n_layers),
             format!("model.n_heads={}", spec.n_heads),

@@ -2,6 +2,8 @@
 
 mod broken;
 mod chat;
+#[cfg(feature = "train")]
+mod convert;
 mod eval;
 mod file;
 mod serve;
@@ -12,7 +14,8 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use ternary_format::{
-    Activation, Encoding, Family, ModelSpec, Tokenizer, WriteOptions, chat::TEMPLATE, write_model,
+    Activation, Encoding, Family, ModelSpec, PackedModel, Tokenizer, WriteOptions, chat::TEMPLATE,
+    write_model,
 };
 
 /// The program, in a folder of its own.
@@ -30,6 +33,10 @@ fn home() -> TempDir {
 }
 
 fn write(path: &Path, seed: u64) {
+    write_model(&model(Encoding::Q2_0, Encoding::Q8_0, seed), path, &WriteOptions::default()).unwrap();
+}
+
+fn model(matrices: Encoding, table: Encoding, seed: u64) -> PackedModel {
     let tokenizer = Tokenizer::byte();
     let spec = ModelSpec {
         family: Family::Llama,
@@ -45,10 +52,10 @@ fn write(path: &Path, seed: u64) {
         norm_eps: 1e-5,
         rope_theta: 10_000.0,
     };
-    let mut model = ternary_infer::random::model(&spec, |_| Encoding::Q2_0, Encoding::Q8_0, seed).unwrap();
+    let mut model = ternary_infer::random::model(&spec, |_| matrices, table, seed).unwrap();
     model.tokenizer = Some(tokenizer);
     model.chat_template = Some(TEMPLATE.into());
-    write_model(&model, path, &WriteOptions::default()).unwrap();
+    model
 }
 
 /// Standard output of a command that succeeds.

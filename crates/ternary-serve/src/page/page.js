@@ -83,8 +83,10 @@ const save = () => store.write("duck.turns", turns);
 function send() {
   const text = input.value.trim();
   if (!text || running) return;
-  if (!model.value) return say("No model yet; is the server there?", true);
+  if (!model.value) return loadModels(); // the server may be there by now
   input.value = "";
+  cleared = null;
+  $("undo").hidden = true;
   fit();
   turns.push({ role: "user", content: text });
   save();
@@ -124,7 +126,7 @@ function request(messages) {
 // The response; turns that do not fit into the model's context are left out, the oldest first.
 async function post(signal) {
   const messages = turns.map(({ role, content }) => ({ role, content }));
-  for (let dropped = 0; ; dropped += 2) {
+  for (let dropped = 0; ;) {
     const response = await fetch("/v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json", ...headers() },
@@ -133,8 +135,10 @@ async function post(signal) {
     });
     if (response.ok) return [response, dropped];
     const error = (await response.json().catch(() => ({}))).error ?? {};
-    const long = error.code === "context_length_exceeded" && messages.length - dropped > 2;
+    const next = messages.findIndex(({ role }, i) => i > dropped && role === "user");
+    const long = error.code === "context_length_exceeded" && next > 0;
     if (!long) throw Object.assign(new Error(error.message ?? `status ${response.status}`), { status: response.status });
+    dropped = next;
   }
 }
 
@@ -194,11 +198,11 @@ async function answer() {
     } else {
       why = error instanceof TypeError ? "the server does not answer" : error.message;
       item.classList.add("error");
-      if (error.status === 401) openSettings("key");
+      if (error.status === 401) askForKey();
     }
   }
   const wait = first ? `${((first - begun) / 1000).toFixed(1)} s to the first` : "";
-  const left = dropped ? `without the oldest ${dropped} messages` : "";
+  const left = dropped ? `without the oldest ${dropped > 1 ? `${dropped} messages` : "message"}` : "";
   turn.note = [tokens ? `${tokens} tokens` : "", rate(), wait, left, why].filter(Boolean).join(" · ");
   note.textContent = turn.note;
   $("rate").textContent = "";
@@ -265,12 +269,15 @@ $("undo").addEventListener("click", () => {
 
 // Settings
 
-function openSettings(field) {
+function openSettings(field, why = "") {
+  $("why").textContent = why;
   for (const element of form.elements) if (element.name in settings) element.value = settings[element.name];
   form.elements.key.value = key;
   dialog.showModal();
   if (field) form.elements[field].focus();
 }
+
+const askForKey = () => openSettings("key", key ? "The API key is wrong." : "The server asks for an API key.");
 
 $("open-settings").addEventListener("click", () => openSettings());
 $("reset").addEventListener("click", () => {
@@ -300,10 +307,7 @@ dialog.addEventListener("close", () => {
 async function loadModels() {
   try {
     const response = await fetch("/v1/models", { headers: headers() });
-    if (response.status === 401) {
-      say(key ? "The API key is wrong." : "The server asks for an API key.", true);
-      return openSettings("key");
-    }
+    if (response.status === 401) return askForKey();
     const { data } = await response.json();
     const before = store.read("duck.model", "");
     model.replaceChildren(...data.map(({ id }) => new Option(id, id, false, id === before)));

@@ -115,6 +115,8 @@ def client():
     connection = connect()
     while time.perf_counter() < end and not errors:
         number = next(numbers) % options.questions
+        if options.unequal:
+            connection = connect()  # some servers close connections without a word
         try:
             text, *result = stream(connection, number)
             if text != expected.get(number, text):

@@ -1,0 +1,44 @@
+//! From a float model to a ternary one.
+
+use crate::{failure, home, json, model, output};
+use std::fs;
+use ternary_format::{Encoding, WriteOptions, write_model};
+
+#[test]
+fn a_float_model_becomes_a_ternary_one_and_its_loss_is_told_before_and_after() {
+    let home = home();
+    let float = model(Encoding::F32, Encoding::F32, 3);
+    write_model(&float, &home.path().join("float.gguf"), &WriteOptions::default()).unwrap();
+    fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
+    let convert =
+        ["convert", "--from", "float.gguf", "--data", "text.txt", "--device", "flex", "--steps", "20"];
+    let fast = ["--batch-size", "4", "--set", "run.sample_tokens=0", "--set", "model.context=64", "--quiet"];
+    let summary = output(&home, &[&convert[..], &fast].concat());
+    let number = |name: &str| -> f64 {
+        let line =
+            summary.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("{summary}"));
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    let [before, rounded, after] = ["start, float", "start, rounded", "valid loss"].map(number);
+    assert!(before != rounded && after < before.min(rounded), "{summary}");
+    let report = json(&output(&home, &["inspect", "runs/converted-1", "--json"]));
+    assert_eq!((&report["spec"]["d_model"], &report["tokens"]), (&64.into(), &259.into()));
+    assert!(report["zero_fraction"].as_f64().unwrap() > 0.2, "{report}");
+    let experiment = fs::read_to_string(home.path().join("runs/converted-1/experiment.toml")).unwrap();
+    for line in ["start_from = \"float.gguf\"", "teacher = \"float.gguf\"", "tokenizer = \"float.gguf\""] {
+        assert!(experiment.contains(line), "{experiment}");
+    }
+}
+
+#[test]
+fn a_conversion_that_cannot_be_says_why() {
+    let home = home();
+    fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
+    let error = failure(&home, &["convert", "--from", "model.gguf"], 2);
+    assert!(error.contains("--data") && error.contains("--experiment"), "{error}");
+    let error = failure(&home, &["convert", "--from", "missing.gguf", "--data", "text.txt"], 3);
+    assert!(error.contains("missing.gguf"), "{error}");
+    // This one is ternary already.
+    let error = failure(&home, &["convert", "--from", "model.gguf", "--data", "text.txt", "--quiet"], 2);
+    assert!(error.contains("is ternary") && error.contains("quant.scale"), "{error}");
+}
