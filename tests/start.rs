@@ -111,7 +111,8 @@ fn another_shape_is_refused_by_its_key() {
     let config = shape(Family::Gpt2);
     let packed = float(&config);
     let quant = QuantConfig::default();
-    let changes: [(&str, fn(&mut DuckConfig)); 9] = [
+    type Change = fn(&mut DuckConfig);
+    let changes: [(&str, Change); 9] = [
         ("family", |config| (config.family, config.activation) = (Family::Llama, Activation::Swiglu)),
         ("vocab_size", |config| config.vocab_size = 12),
         ("context", |config| config.context = 12),

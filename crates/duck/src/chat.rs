@@ -2,7 +2,6 @@
 
 use crate::{
     Error,
-    dialogue::{Answer, Dialogue},
     generate::finish_name,
     model::{self, EngineFlags, ModelArgument, SamplingFlags},
     terminal,
@@ -16,8 +15,9 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
-use ternary_infer::EngineError;
+use ternary_infer::{DuckChatQuantized, EngineError};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -59,10 +59,9 @@ impl Command {
     pub fn run(self) -> Result<(), Error> {
         let name = model::name(self.model.path());
         let engine = self.engine.load(self.model.path())?;
-        let stop = engine.tokenizer().map(model::stop).unwrap_or_default();
-        let dialogue = Dialogue::new(Arc::new(engine), self.sampling.options(stop));
+        let dialogue = DuckChatQuantized::new(Arc::new(engine), self.sampling.options(Vec::new()));
         let dialogue = dialogue.map_err(Error::engine(&name))?;
-        let mut chat = Chat { name, dialogue, json: self.json, last: Answer::default(), total: 0 };
+        let mut chat = Chat { name, dialogue, json: self.json, last: Took::default(), total: 0 };
         if let Some(text) = self.system {
             chat.restart(Some(&text))?;
         }
@@ -72,9 +71,9 @@ impl Command {
 
 struct Chat {
     name: String,
-    dialogue: Dialogue,
+    dialogue: DuckChatQuantized,
     json: bool,
-    last: Answer,
+    last: Took,
     /// Tokens of all answers.
     total: usize,
 }
@@ -85,6 +84,13 @@ struct Turn<'a> {
     question: &'a str,
     answer: &'a str,
     finish: &'static str,
+    #[serde(flatten)]
+    took: Took,
+}
+
+/// What an answer took; of the prompt only what was not known from earlier turns.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct Took {
     prompt_tokens: usize,
     tokens: usize,
     prompt_s: f64,
@@ -154,31 +160,32 @@ impl Chat {
 
     fn answer(&mut self, question: &str) -> Result<(), Error> {
         INTERRUPTED.store(false, Ordering::Relaxed);
-        let mut written = Ok(());
-        let answer = self.dialogue.say(question, |piece| {
-            if !self.json && written.is_ok() {
-                written = terminal::stream(piece);
+        let start = Instant::now();
+        let mut answer = self.dialogue.say(question).map_err(Error::engine(&self.name))?;
+        let prompt_s = start.elapsed().as_secs_f64();
+        while !INTERRUPTED.load(Ordering::Relaxed)
+            && let Some(piece) = answer.next()
+        {
+            if !self.json {
+                terminal::stream(&piece)?;
             }
-            written.is_ok() && !INTERRUPTED.load(Ordering::Relaxed)
-        });
-        let answer = answer.map_err(Error::engine(&self.name))?;
-        written?;
-        self.total += answer.tokens;
-        let Answer { text, finish, prompt_tokens, tokens, prompt_s, generate_s } = &answer;
+        }
+        self.last = Took {
+            prompt_tokens: answer.prompt_tokens(),
+            tokens: answer.tokens(),
+            prompt_s,
+            generate_s: start.elapsed().as_secs_f64() - prompt_s,
+        };
+        self.total += self.last.tokens;
         match self.json {
-            false => terminal::print("")?,
+            false => terminal::print(""),
             true => terminal::print_json(&Turn {
                 question,
-                answer: text,
-                finish: finish_name(*finish),
-                prompt_tokens: *prompt_tokens,
-                tokens: *tokens,
-                prompt_s: *prompt_s,
-                generate_s: *generate_s,
-            })?,
+                answer: answer.text(),
+                finish: finish_name(answer.finish()),
+                took: self.last,
+            }),
         }
-        self.last = answer;
-        Ok(())
     }
 
     fn restart(&mut self, system: Option<&str>) -> Result<(), Error> {
@@ -193,7 +200,7 @@ impl Chat {
     fn set(&mut self, assignment: &str) -> Result<(), Error> {
         let (key, value) = assignment.split_once('=').unwrap_or((assignment, ""));
         let (key, value) = (key.trim(), value.trim());
-        let mut options = self.dialogue.options.clone();
+        let mut options = self.dialogue.options().clone();
         let sampling = &mut options.sampling;
         let taken = match key {
             "temperature" => value.parse().map(|number| sampling.temperature = number).is_ok(),
@@ -208,13 +215,12 @@ impl Chat {
         if !taken {
             return Err(Error::Usage(format!("`{key}` is `{value}`, expected a number")));
         }
-        options.sampling.check().map_err(|error: EngineError| Error::Usage(error.to_string()))?;
-        self.dialogue.options = options;
-        Ok(())
+        let set = self.dialogue.set_options(options);
+        set.map_err(|error: EngineError| Error::Usage(error.to_string()))
     }
 
     fn stats(&self) -> String {
-        let Answer { prompt_tokens, tokens, prompt_s, generate_s, .. } = self.last;
+        let Took { prompt_tokens, tokens, prompt_s, generate_s } = self.last;
         let speed = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
         format!(
             "last answer: {prompt_tokens} tokens read at {:.0} a second, {tokens} written at {:.0} a second\n\

@@ -81,8 +81,8 @@ impl Command {
             format!("model.n_kv_heads={}", spec.n_kv_heads),
             format!("model.d_ff={}", spec.d_ff),
             format!("model.tied={}", spec.tied),
-            format!("model.norm_eps={:?}", f64::from(spec.norm_eps)),
-            format!("model.rope_theta={:?}", f64::from(spec.rope_theta)),
+            format!("model.norm_eps={:?}", spec.norm_eps),
+            format!("model.rope_theta={:?}", spec.rope_theta),
         ]);
         if self.train.experiment.is_none() {
             // Longer windows than these cost more than they teach; `--set model.context=` says otherwise.

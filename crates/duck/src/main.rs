@@ -4,7 +4,6 @@ mod bench;
 mod chat;
 #[cfg(feature = "train")]
 mod convert;
-mod dialogue;
 mod error;
 mod eval;
 mod export;
@@ -47,6 +46,7 @@ struct Duck {
 #[derive(Subcommand)]
 enum Command {
     #[cfg(feature = "train")]
+    #[command(after_help = train::EXAMPLES)]
     Train(Box<burn_ternary::train::TrainCommand>),
     #[cfg(feature = "train")]
     Convert(Box<convert::Command>),
@@ -102,7 +102,7 @@ mod tests {
         duck.clone().debug_assert();
         for command in duck.get_subcommands_mut() {
             let help = command.render_long_help().to_string();
-            assert!(help.contains("Examples:"), "{help}");
+            assert!(help.contains(&format!("Examples:\n  duck {}", command.get_name())), "{help}");
         }
     }
 }

@@ -34,16 +34,24 @@ pub fn read(path: Option<&Path>) -> Result<PackedModel, Error> {
     if path.join(RUN_EXPERIMENT).exists() {
         file.push(RUN_MODEL);
         if !file.exists() {
-            return Err(Error::Data {
-                origin: path.display().to_string(),
-                expected: format!("a run folder with {RUN_MODEL}, as a finished run leaves it"),
-                found: "none".into(),
-            });
+            return unfinished(path);
         }
     }
     let bytes = fs::metadata(&file).map_or(0, |file| file.len() as usize);
     let reading = format!("reading {}", path.display());
     terminal::waiting(reading, bytes, || read_model(&file)).map_err(Error::Model)
+}
+
+/// The model of a run that has not ended, or that no GGUF file can hold: that of its last checkpoint.
+fn unfinished(run: &Path) -> Result<PackedModel, Error> {
+    let data =
+        |expected: String, found: String| Error::Data { origin: run.display().to_string(), expected, found };
+    #[cfg(feature = "train")]
+    return burn_ternary::train::packed_model(run).map_err(|error| {
+        data(format!("a run folder with {RUN_MODEL} or a good checkpoint"), error.to_string())
+    });
+    #[cfg(not(feature = "train"))]
+    Err(data(format!("a run folder with {RUN_MODEL}, as a finished run leaves it"), "none".into()))
 }
 
 /// How keys and values are kept.

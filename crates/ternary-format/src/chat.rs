@@ -52,6 +52,12 @@ pub struct Message {
     pub content: String,
 }
 
+impl Message {
+    pub fn new(role: Role, content: impl Into<String>) -> Self {
+        Self { role, content: content.into() }
+    }
+}
+
 /// A part of a rendered dialogue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
@@ -249,10 +255,6 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn message(role: Role, content: &str) -> Message {
-        Message { role, content: content.into() }
-    }
-
     fn text(text: &str) -> Part {
         Part::Text(text.into())
     }
@@ -266,10 +268,10 @@ mod tests {
         let tokenizer = Tokenizer::byte();
         let template = ChatTemplate::new(TEMPLATE).unwrap();
         let messages = [
-            message(Role::System, "be a duck"),
-            message(Role::User, " hi\n"),
-            message(Role::Assistant, "quack "),
-            message(Role::User, "bye"),
+            Message::new(Role::System, "be a duck"),
+            Message::new(Role::User, " hi\n"),
+            Message::new(Role::Assistant, "quack "),
+            Message::new(Role::User, "bye"),
         ];
         let [end, user, assistant] = Special::ALL.map(|s| special(&tokenizer, s));
         assert_eq!(
@@ -297,7 +299,7 @@ mod tests {
             let tokenizer = Tokenizer::byte();
             // Nothing between two messages.
             let template = ChatTemplate::new("{% for m in messages %}{{ m.content | trim }}{% endfor %}").unwrap();
-            let messages: Vec<Message> = contents.iter().map(|c| message(Role::User, c)).collect();
+            let messages: Vec<Message> = contents.iter().map(|c| Message::new(Role::User, c)).collect();
             let expected: String = contents.iter().map(|content| content.trim()).collect();
             let parts = template.parts(&tokenizer, &messages, false).unwrap();
             let expected = if expected.is_empty() { vec![] } else { vec![text(&expected)] };
@@ -319,16 +321,16 @@ mod tests {
                       {% if add_generation_prompt %}\n{{ '<|assistant|>' }}{% endif %}{{ eos_token }}\n";
         let template = ChatTemplate::new(source).unwrap();
         let [end, user, assistant] = Special::ALL.map(|s| special(&tokenizer, s));
-        let parts = template.parts(&tokenizer, &[message(Role::User, " hi ")], true).unwrap();
+        let parts = template.parts(&tokenizer, &[Message::new(Role::User, " hi ")], true).unwrap();
         assert_eq!(parts, [user, text("hi\n"), assistant, end]);
-        let error = template.parts(&tokenizer, &[message(Role::System, "")], true).unwrap_err();
+        let error = template.parts(&tokenizer, &[Message::new(Role::System, "")], true).unwrap_err();
         assert!(error.to_string().contains("no user"), "{error}");
     }
 
     #[test]
     fn hostile_templates_are_errors() {
         let tokenizer = Tokenizer::byte();
-        let messages = [message(Role::User, "hi")];
+        let messages = [Message::new(Role::User, "hi")];
         for source in [
             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
             "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",

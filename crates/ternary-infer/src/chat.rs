@@ -1,6 +1,6 @@
 //! [`DuckChatQuantized`]: a dialogue with a model.
 
-use crate::{Engine, EngineError, EngineOptions, GenerateOptions, Generation, Sequence};
+use crate::{Engine, EngineError, EngineOptions, Finish, GenerateOptions, Generation, Sequence};
 use std::{path::Path, sync::Arc};
 use ternary_format::{
     Decoder, Special, Tokenizer,
@@ -25,9 +25,23 @@ pub struct DuckChatQuantized {
     template: ChatTemplate,
     options: GenerateOptions,
     messages: Vec<Message>,
-    /// The ids of the last turn, and the sequence that holds them.
-    seen: Vec<u32>,
+    /// The ids that `sequence` holds.
+    held: Vec<u32>,
+    /// `None` after an error, and in the middle of an answer.
     sequence: Option<Sequence>,
+}
+
+impl Engine {
+    /// How the model is asked: as its file says, or in our own way where it knows our tokens.
+    ///
+    /// # Errors
+    /// `NoTokenizer`, `NoChatTemplate`; `Format`: a template that is not one.
+    pub fn dialogues(&self) -> Result<(&Tokenizer, ChatTemplate), EngineError> {
+        let tokenizer = self.tokenizer().ok_or(EngineError::NoTokenizer)?;
+        let own = tokenizer.special(Special::User.text()).map(|_| chat::TEMPLATE);
+        let source = self.chat_template().or(own).ok_or(EngineError::NoChatTemplate)?;
+        Ok((tokenizer, ChatTemplate::new(source)?))
+    }
 }
 
 impl DuckChatQuantized {
@@ -50,15 +64,8 @@ impl DuckChatQuantized {
     /// number is out of range.
     pub fn new(engine: Arc<Engine>, options: GenerateOptions) -> Result<Self, EngineError> {
         options.sampling.check()?;
-        let tokenizer = engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
-        // Models of our own are asked in our own way, if their file does not say so.
-        let own = tokenizer.special(Special::User.text()).map(|_| chat::TEMPLATE);
-        let template = engine.chat_template().or(own).ok_or(EngineError::NoChatTemplate)?;
-        let template = ChatTemplate::new(template)?;
-        let mut stop = options.stop;
-        stop.extend(tokenizer.specials().map(|(_, id)| id).chain(tokenizer.ends().eos));
-        let options = GenerateOptions { stop, ..options };
-        Ok(Self { engine, template, options, messages: Vec::new(), seen: Vec::new(), sequence: None })
+        let (_, template) = engine.dialogues()?;
+        Ok(Self { engine, template, options, messages: Vec::new(), held: Vec::new(), sequence: None })
     }
 
     pub fn engine(&self) -> &Arc<Engine> {
@@ -70,9 +77,38 @@ impl DuckChatQuantized {
         &self.messages
     }
 
-    /// Begins a new dialogue, with a system message if there is one.
-    pub fn restart(&mut self, system: Option<&str>) {
-        self.messages = Vec::from_iter(system.map(|text| message(Role::System, text)));
+    /// Tokens that the model holds of it.
+    pub fn tokens(&self) -> usize {
+        self.held.len()
+    }
+
+    pub fn options(&self) -> &GenerateOptions {
+        &self.options
+    }
+
+    /// How the answers from now on are drawn.
+    ///
+    /// # Errors
+    /// `Option`: a sampling number is out of range.
+    pub fn set_options(&mut self, options: GenerateOptions) -> Result<(), EngineError> {
+        options.sampling.check()?;
+        self.options = options;
+        Ok(())
+    }
+
+    /// Begins a new dialogue, with a system message if there is one. Whether the model is told it: many have never seen
+    /// one, and their templates leave it out.
+    ///
+    /// # Errors
+    /// `Format`: the template refuses it. The dialogue is then as before.
+    pub fn restart(&mut self, system: Option<&str>) -> Result<bool, EngineError> {
+        let tokenizer = self.engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
+        let question = Message::new(Role::User, "?");
+        let system = Vec::from_iter(system.map(|text| Message::new(Role::System, text)));
+        let ids = |messages: &[Message]| self.template.ids(tokenizer, messages, true);
+        let told = ids(&[&system[..], std::slice::from_ref(&question)].concat())? != ids(&[question])?;
+        self.messages = system;
+        Ok(told)
     }
 
     /// Says something; the answer comes in pieces of text. An answer that is dropped ends there.
@@ -81,33 +117,36 @@ impl DuckChatQuantized {
     /// `ContextFull`: the message alone is too long. `Format`: it cannot be rendered or encoded. The dialogue is then
     /// as before.
     pub fn say(&mut self, text: &str) -> Result<Answer<'_>, EngineError> {
-        let Self { engine, template, options, messages, seen, sequence } = self;
-        let tokenizer = engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
-        let before = messages.clone();
-        messages.push(message(Role::User, text));
-        let ids = match fit(engine, tokenizer, template, options, messages) {
-            Ok(ids) => ids,
-            Err(error) => {
-                *messages = before;
-                return Err(error);
-            }
-        };
-        // What the sequence already holds need not be computed again, but the last token, for its logits.
-        let same = ids.iter().zip(&*seen).take_while(|(new, old)| new == old).count().min(ids.len() - 1);
-        let mut held = sequence.take().unwrap_or_else(|| engine.sequence());
-        held.truncate(same);
-        let mut options = options.clone();
-        options.sampling.seed = options.sampling.seed.wrapping_add(messages.len() as u64);
-        let generation = engine.resume(held, &ids[same..], options)?;
-        *seen = ids;
-        let text = String::new();
-        let decoder = Some(tokenizer.decoder());
-        Ok(Answer { generation: Some(generation), decoder, text, messages, seen, sequence })
+        let Self { engine, template, options, messages, held, sequence } = self;
+        let (tokenizer, mut stop) =
+            (engine.tokenizer().ok_or(EngineError::NoTokenizer)?, options.stop.clone());
+        stop.extend(tokenizer.specials().map(|(_, id)| id).chain(tokenizer.ends().eos));
+        let mut asked = [&messages[..], &[Message::new(Role::User, text)]].concat();
+        let ids = fit(engine, tokenizer, template, options, &mut asked)?;
+        let mut known = sequence.take().unwrap_or_else(|| {
+            held.clear();
+            engine.sequence()
+        });
+        // What the sequence holds need not be read again, but the last token, for its logits.
+        let same = ids.iter().zip(&*held).take_while(|(new, old)| new == old).count().min(ids.len() - 1);
+        known.truncate(same);
+        let mut options = GenerateOptions { stop, ..options.clone() };
+        options.sampling.seed = options.sampling.seed.wrapping_add(asked.len() as u64);
+        let generation = engine.resume(known, &ids[same..], options)?;
+        let prompt_tokens = ids.len() - same;
+        (*held, *messages) = (ids, asked);
+        Ok(Answer {
+            generation: Some(generation),
+            decoder: Some(tokenizer.decoder()),
+            text: String::new(),
+            prompt_tokens,
+            tokens: 0,
+            finish: None,
+            messages,
+            held,
+            sequence,
+        })
     }
-}
-
-fn message(role: Role, content: &str) -> Message {
-    Message { role, content: content.into() }
 }
 
 /// The ids of the dialogue, without its oldest turns where it would leave no room for an answer.
@@ -145,19 +184,43 @@ pub struct Answer<'a> {
     generation: Option<Generation<'a>>,
     decoder: Option<Decoder<'a>>,
     text: String,
+    prompt_tokens: usize,
+    tokens: usize,
+    finish: Option<Finish>,
     messages: &'a mut Vec<Message>,
-    seen: &'a mut Vec<u32>,
+    held: &'a mut Vec<u32>,
     sequence: &'a mut Option<Sequence>,
 }
 
 impl Answer<'_> {
+    /// What has come so far.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Tokens of the prompt that were read for it; those of earlier turns are known.
+    pub fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens
+    }
+
+    /// Tokens of what has come so far.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Why it ended; `None` before its end.
+    pub fn finish(&self) -> Option<Finish> {
+        self.finish
+    }
+
     /// Puts the answer into the dialogue, once.
     fn end(&mut self) {
         let Some(generation) = self.generation.take() else { return };
+        self.finish = generation.finish();
         let (sequence, _) = generation.into_sequence();
-        self.seen.truncate(sequence.len());
+        self.held.truncate(sequence.len());
         *self.sequence = Some(sequence);
-        self.messages.push(message(Role::Assistant, &self.text));
+        self.messages.push(Message::new(Role::Assistant, &*self.text));
     }
 }
 
@@ -168,7 +231,8 @@ impl Iterator for Answer<'_> {
         loop {
             let piece = match self.generation.as_mut()?.next() {
                 Some(id) => {
-                    self.seen.push(id);
+                    self.held.push(id);
+                    self.tokens += 1;
                     self.decoder.as_mut()?.push(id)
                 }
                 None => {

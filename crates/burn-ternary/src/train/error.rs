@@ -13,9 +13,6 @@ pub enum TrainError {
         path.display()
     )]
     NotEmpty { path: PathBuf },
-    /// What an export would replace.
-    #[error("{}: expected nothing, found a file or folder; --overwrite replaces it", path.display())]
-    Exists { path: PathBuf },
     #[error(transparent)]
     Data(#[from] crate::data::DataError),
     #[error(transparent)]
@@ -58,7 +55,7 @@ impl TrainError {
     /// 6 diverged, 1 anything else. A model that does not fit a file, or a file that holds no model, is data.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Experiment { .. } | Self::NotEmpty { .. } | Self::Exists { .. } => 2,
+            Self::Experiment { .. } | Self::NotEmpty { .. } => 2,
             Self::Data(_) => 3,
             Self::Model(error) if error.is_io() => 5,
             Self::Model(_) | Self::Import(_) => 3,
@@ -84,7 +81,6 @@ mod tests {
         for (error, code, fragment) in [
             (TrainError::Experiment { origin, message: message.clone() }, 2, "x.toml:3: bad"),
             (TrainError::NotEmpty { path: path.clone() }, 2, "runs/x-1: expected an empty run folder"),
-            (TrainError::Exists { path: path.clone() }, 2, "runs/x-1: expected nothing"),
             (crate::ExportError::InputNorm.into(), 3, "input_norm = false"),
             (crate::device::device("abacus").unwrap_err().into(), 4, "flex"),
             (TrainError::MemoryTooSmall { needed: 3 << 30, available: 1 << 30 }, 4, "3072 MiB"),

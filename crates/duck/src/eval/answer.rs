@@ -4,9 +4,9 @@ use super::{
     bleu::{Bleu, Statistics},
     rouge::Rouge,
 };
-use crate::{dialogue::message, model, terminal::Progress};
+use crate::{model, terminal::Progress};
 use std::ops::AddAssign;
-use ternary_format::chat::{ChatTemplate, Role};
+use ternary_format::chat::{ChatTemplate, Message, Role};
 use ternary_infer::{Engine, EngineError, GenerateOptions, Sampling};
 
 /// The likeliest answer, without white space at its ends; `None` where the question leaves no room for one.
@@ -20,7 +20,7 @@ pub fn answer(
     max_tokens: usize,
 ) -> Result<Option<String>, EngineError> {
     let tokenizer = engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
-    let prompt = template.ids(tokenizer, &[message(Role::User, question)], true)?;
+    let prompt = template.ids(tokenizer, &[Message::new(Role::User, question)], true)?;
     let options = GenerateOptions { sampling: Sampling::greedy(), max_tokens, stop: model::stop(tokenizer) };
     match engine.generate(&prompt, options) {
         Ok(generation) => Ok(Some(tokenizer.decode(&generation.collect::<Vec<_>>()).trim().into())),

@@ -1,11 +1,11 @@
 //! How likely a model finds a text: nats, and the choice that it finds likeliest.
 
 use super::document::Document;
-use crate::{dialogue::message, terminal::Progress};
+use crate::terminal::Progress;
 use std::ops::{AddAssign, Range};
 use ternary_format::{
     FormatError, Tokenizer,
-    chat::{ChatTemplate, Role},
+    chat::{ChatTemplate, Message, Role},
 };
 use ternary_infer::{Engine, EngineError};
 
@@ -93,7 +93,7 @@ impl Reader<'_> {
     }
 
     fn answer(&self, template: &ChatTemplate, question: &str, answer: &str) -> Result<Passage, FormatError> {
-        let (asked, answered) = (message(Role::User, question), message(Role::Assistant, answer));
+        let (asked, answered) = (Message::new(Role::User, question), Message::new(Role::Assistant, answer));
         let prompt = template.ids(self.tokenizer, std::slice::from_ref(&asked), true)?;
         let whole = template.ids(self.tokenizer, &[asked, answered], false)?;
         let from = prompt.len();

@@ -12,7 +12,6 @@ mod tokenize;
 
 use crate::{
     Error,
-    dialogue::template,
     model::{self, EngineFlags},
     terminal::{self, Progress},
 };
@@ -205,7 +204,7 @@ impl Command {
     /// Loss and accuracy of the documents, and of the choices.
     fn read_texts(&self, engine: &Engine, file: &File) -> Result<Vec<Measure>, EngineError> {
         let tokenizer = engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
-        let template = match template(engine) {
+        let template = match engine.dialogues() {
             Ok((_, template)) => Some(template),
             Err(EngineError::NoChatTemplate) => None,
             Err(error) => return Err(error),
@@ -245,7 +244,7 @@ impl Command {
     }
 
     fn answer(&self, engine: &Engine, pairs: &[(&str, &str)]) -> Result<Vec<String>, EngineError> {
-        let (_, template) = template(engine)?;
+        let (_, template) = engine.dialogues()?;
         let questions: Vec<&str> = pairs.iter().map(|(question, _)| *question).collect();
         answer::answers(engine, &template, &questions, self.max_tokens)
     }

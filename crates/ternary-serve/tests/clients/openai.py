@@ -1,6 +1,6 @@
 """Talks to a server with OpenAI's own client for Python: `pip install openai`, then
 
-    cargo run --release -p ternary-serve --example serve -- 127.0.0.1:8080 MODEL [KEY]
+    duck serve MODEL --port 8080 [--api-key KEY]
     python openai.py http://127.0.0.1:8080/v1 [KEY]
 """
 
