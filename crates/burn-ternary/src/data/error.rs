@@ -41,8 +41,8 @@ pub enum DataError {
     )]
     BadLine { path: PathBuf, line: usize, found: String },
 
-    /// A tokenizer file that cannot be used.
-    #[error("{}: expected a tokenizer.json, found {found}", path.display())]
+    /// A file without a tokenizer that can be used.
+    #[error("{}: expected a tokenizer.json or a model, found {found}", path.display())]
     Tokenizer { path: PathBuf, found: String },
 
     /// The training of a tokenizer failed.

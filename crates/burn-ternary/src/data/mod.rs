@@ -264,7 +264,7 @@ mod tests {
             (config("embedded", Some(text), "byte"), "the valid text has 13 tokens, but one window needs 65"),
             (config("embedded", Some("embedded:duck"), "byte"), "data.valid: expected `embedded`"),
             (config("embedded", None, missing.to_str().unwrap()), "cannot read"),
-            (config("embedded", None, text), "expected a tokenizer.json, found no JSON"),
+            (config("embedded", None, text), "expected a tokenizer.json or a model, found another file"),
         ] {
             let message = message(&config);
             assert!(message.contains(expected), "{message}");

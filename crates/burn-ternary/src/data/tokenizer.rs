@@ -71,7 +71,7 @@ pub fn load(path: &Path) -> Result<Tokenizer, DataError> {
         error => {
             let found = match error.kind() {
                 FormatError::Tokenizer { why } => why.clone(),
-                other => other.to_string(),
+                other => format!("another file ({other})"),
             };
             DataError::Tokenizer { path: path.into(), found }
         }

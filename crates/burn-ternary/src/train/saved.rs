@@ -3,6 +3,7 @@ use super::schedule::Schedule;
 use super::step::TrainPlan;
 use super::{Experiment, TrainError};
 use crate::data::tokenizer;
+use crate::device::device;
 use crate::export::{ExportError, export_for_inference, export_latent};
 use crate::nn::DuckQuantized;
 use crate::quant::Dial;
@@ -61,8 +62,13 @@ pub(super) fn start_model(path: &Path) -> Result<PackedModel, TrainError> {
     if !is_run(path) {
         return packed_model(path);
     }
-    let run = SavedRun::open(path, &crate::device::device("auto")?)?;
+    let run = SavedRun::open(path, &host()?)?;
     Ok(export_latent(&run.model, Some(&run.tokenizer), &run.experiment.run.name)?)
+}
+
+/// For models that are only written down: no device is begun, and no kernel tuned, for that.
+fn host() -> Result<Device, TrainError> {
+    Ok(device("flex").or_else(|_| device("auto"))?)
 }
 
 fn is_run(path: &Path) -> bool {
@@ -75,7 +81,7 @@ fn is_run(path: &Path) -> bool {
 /// As [`SavedRun::open`]. `Model`: a run whose model no file can express, or a file that cannot be read.
 pub fn packed_model(path: &Path) -> Result<PackedModel, TrainError> {
     if is_run(path) {
-        return Ok(SavedRun::open(path, &crate::device::device("auto")?)?.export()?);
+        return Ok(SavedRun::open(path, &host()?)?.export()?);
     }
     Ok(read_model(path).map_err(ExportError::from)?)
 }
