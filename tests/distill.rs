@@ -1,31 +1,11 @@
 //! Promise: a student learns from its teacher, and a teacher that does not fit is named.
 
+use crate::small_experiment;
 use burn_ternary::train::{Experiment, TrainError, report, train_duck_quantized};
 use std::path::Path;
 
 fn experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment {
-    let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
-    let (out, name) = (format!("run.out_dir={}", out.display()), format!("run.name={name}"));
-    let common = [
-        "run.device=flex",
-        "run.steps=60",
-        "run.batch_size=4",
-        "run.eval_every=60",
-        "run.eval_windows=16",
-        "run.log_every=1",
-        "run.checkpoint_every=60",
-        "run.sample_tokens=0",
-        "data.tokenizer=byte",
-        "model.context=48",
-        "model.d_model=32",
-        "model.d_ff=64",
-        "model.n_layers=1",
-        "schedule.warmup_steps=5",
-    ];
-    for assignment in [&[&*out, &*name], &common[..], assignments].concat() {
-        experiment.set(assignment).unwrap();
-    }
-    experiment
+    small_experiment(out, name, &[&["run.steps=60", "run.eval_every=60"], assignments].concat())
 }
 
 #[test]

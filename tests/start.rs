@@ -1,5 +1,6 @@
 //! Promise: a run may start from any model of its shape, and loses nothing but what it rounds.
 
+use crate::small_experiment;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_ternary::{
     ImportError, export_for_inference,
@@ -152,28 +153,8 @@ fn ternary_weights_are_trained_on_by_their_own_scales_only() {
 }
 
 fn experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment {
-    let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
-    let (out, name) = (format!("run.out_dir={}", out.display()), format!("run.name={name}"));
-    let common = [
-        "run.device=flex",
-        "run.steps=30",
-        "run.batch_size=4",
-        "run.eval_every=30",
-        "run.eval_windows=16",
-        "run.checkpoint_every=10",
-        "run.sample_tokens=0",
-        "data.tokenizer=byte",
-        "model.context=48",
-        "model.d_model=32",
-        "model.d_ff=64",
-        "model.n_layers=1",
-        "quant.embedding=float",
-        "schedule.warmup_steps=5",
-    ];
-    for assignment in [&[&*out, &*name], &common[..], assignments].concat() {
-        experiment.set(assignment).unwrap();
-    }
-    experiment
+    let common = ["run.steps=30", "run.eval_every=30", "run.checkpoint_every=10", "quant.embedding=float"];
+    small_experiment(out, name, &[&common[..], assignments].concat())
 }
 
 #[test]

@@ -10,3 +10,30 @@ mod parity;
 mod resume;
 mod roundtrip;
 mod start;
+
+use burn_ternary::train::Experiment;
+use std::path::Path;
+
+/// The default experiment, small enough for a run in a second.
+fn small_experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment {
+    let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
+    let (out, name) = (format!("run.out_dir={}", out.display()), format!("run.name={name}"));
+    let common = [
+        "run.device=flex",
+        "run.batch_size=4",
+        "run.eval_windows=16",
+        "run.log_every=1",
+        "run.checkpoint_every=60",
+        "run.sample_tokens=0",
+        "data.tokenizer=byte",
+        "model.context=48",
+        "model.d_model=32",
+        "model.d_ff=64",
+        "model.n_layers=1",
+        "schedule.warmup_steps=5",
+    ];
+    for assignment in [&[&*out, &*name], &common[..], assignments].concat() {
+        experiment.set(assignment).unwrap();
+    }
+    experiment
+}
