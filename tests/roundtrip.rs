@@ -1,12 +1,13 @@
 //! Promise: a model file holds what was trained, code for code and scale for scale.
 
+use crate::shape;
 use burn::{
     module::{Module, ModuleMapper, Param},
     tensor::{Device, Int, Tensor, TensorData},
 };
 use burn_ternary::{
     ExportError, ImportError, export_for_inference,
-    nn::{Activation, DuckConfig, DuckQuantized, Family},
+    nn::{DuckConfig, DuckQuantized, Family},
     quant::{ActivationPrecision, Granularity, QuantConfig, ScaleRule, TablePrecision},
     train::{Experiment, SavedRun, TrainCommand, packed_model, report::RunResult, train_duck_quantized},
 };
@@ -42,22 +43,6 @@ impl ModuleMapper for Noise {
             let noise = Tensor::from_data(TensorData::new(noise, shape), &tensor.device());
             if D == 3 { tensor.clone() * (noise + 2.0) } else { tensor + noise }
         })
-    }
-}
-
-fn shape(family: Family) -> DuckConfig {
-    let gpt2 = family == Family::Gpt2;
-    DuckConfig {
-        family,
-        activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
-        vocab_size: 13,
-        context: 11,
-        d_model: 64,
-        n_layers: 2,
-        n_heads: 4,
-        n_kv_heads: if gpt2 { 4 } else { 2 },
-        d_ff: 96,
-        ..DuckConfig::duck_tiny()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Promise: a run may start from any model of its shape, and loses nothing but what it rounds.
 
-use crate::small_experiment;
+use crate::{shape, small_experiment};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_ternary::{
     ImportError, export_for_inference,
@@ -15,22 +15,6 @@ const FAMILIES: [Family; 3] = [Family::Gpt2, Family::Llama, Family::Bitnet];
 
 fn device() -> Device {
     burn_ternary::device::device("flex").unwrap()
-}
-
-fn shape(family: Family) -> DuckConfig {
-    let gpt2 = family == Family::Gpt2;
-    DuckConfig {
-        family,
-        activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
-        vocab_size: 13,
-        context: 11,
-        d_model: 64,
-        n_layers: 2,
-        n_heads: 4,
-        n_kv_heads: if gpt2 { 4 } else { 2 },
-        d_ff: 96,
-        ..DuckConfig::duck_tiny()
-    }
 }
 
 fn float(config: &DuckConfig) -> PackedModel {

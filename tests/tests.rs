@@ -11,6 +11,7 @@ mod resume;
 mod roundtrip;
 mod start;
 
+use burn_ternary::nn::{Activation, DuckConfig, Family};
 use burn_ternary::train::Experiment;
 use std::path::Path;
 
@@ -36,4 +37,21 @@ fn small_experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment 
         experiment.set(assignment).unwrap();
     }
     experiment
+}
+
+/// A small shape with every part of its family.
+fn shape(family: Family) -> DuckConfig {
+    let gpt2 = family == Family::Gpt2;
+    DuckConfig {
+        family,
+        activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
+        vocab_size: 13,
+        context: 11,
+        d_model: 64,
+        n_layers: 2,
+        n_heads: 4,
+        n_kv_heads: if gpt2 { 4 } else { 2 },
+        d_ff: 96,
+        ..DuckConfig::duck_tiny()
+    }
 }

@@ -5,7 +5,7 @@ use burn_ternary::{
     ExportError,
     train::{TrainCommand, TrainError, packed_model},
 };
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use toml::Value;
 
 const EXAMPLES: &str = "\
@@ -62,7 +62,10 @@ impl Command {
             Err(TrainError::Model(ExportError::Format(error))) => return Err(Error::Model(error)),
             Err(error) => return Err(error.into()),
         };
-        let from = Value::from(self.from.display().to_string());
+        let path = |path: &Path| Value::from(path.display().to_string());
+        let from = path(&self.from);
+        // The bare name of a folder would be taken for a kind of tokenizer.
+        let tokenizer = if self.from.is_dir() { self.from.join("tokenizer.json") } else { self.from.clone() };
         let value = |value: Result<Value, _>| {
             value.unwrap_or_else(|_: toml::ser::Error| unreachable!("names and numbers"))
         };
@@ -71,7 +74,7 @@ impl Command {
         first.extend([
             format!("run.start_from={from}"),
             format!("distill.teacher={from}"),
-            format!("data.tokenizer={from}"),
+            format!("data.tokenizer={}", path(&tokenizer)),
             format!("model.family={}", value(Value::try_from(spec.family))),
             format!("model.activation={}", value(Value::try_from(spec.activation))),
             "model.vocab_size=0".into(),

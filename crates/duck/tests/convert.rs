@@ -31,6 +31,18 @@ fn a_float_model_becomes_a_ternary_one_and_its_loss_is_told_before_and_after() {
 }
 
 #[test]
+fn a_folder_is_named_without_a_slash() {
+    let home = home();
+    let float = model(Encoding::F32, Encoding::F32, 3);
+    let options = WriteOptions { weights: Some("F32".parse().unwrap()), embedding: None };
+    write_model(&float, &home.path().join("float"), &options).unwrap();
+    fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
+    let convert =
+        ["convert", "--from", "float", "--data", "text.txt", "--device", "flex", "--steps", "1", "--quiet"];
+    assert!(output(&home, &convert).contains("start, rounded"));
+}
+
+#[test]
 fn a_conversion_that_cannot_be_says_why() {
     let home = home();
     fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
