@@ -125,8 +125,11 @@ fn main() {
 
 fn random_batch(vocab: usize, seq: usize, batch: usize, pair: usize, device: &Device) -> LmBatch {
     let id = |index: usize| ((index * 7919 + pair * 104_729) % vocab) as u32;
-    let window =
-        |row: usize| Window { ids: (0..=seq).map(|i| id(row * seq + i)).collect(), mask: vec![true; seq] };
+    let window = |row: usize| Window {
+        start: 0,
+        ids: (0..=seq).map(|i| id(row * seq + i)).collect(),
+        mask: vec![true; seq],
+    };
     LmBatcher.batch(&(0..batch).map(window).collect::<Vec<_>>(), device)
 }
 

@@ -293,6 +293,7 @@ fn train(matrices: MatrixOptimizer, device: &Device) -> Vec<f64> {
             let next: Vec<i32> = first.iter().map(|id| (id + 3) % 11).collect();
             let first: Vec<i32> = first.iter().map(|id| id % 11).collect();
             let batch = LmBatch {
+                starts: vec![0; dims[0]],
                 inputs: ids(&first, dims, &device),
                 targets: ids(&next, dims, &device),
                 mask: Tensor::ones(dims, &device),

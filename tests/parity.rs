@@ -224,7 +224,7 @@ fn the_layers_of_a_trained_gpt2_give_their_reference_activations() {
     let future = Tensor::<2, Bool>::tril_mask([11, 11], 0, &device()).unsqueeze();
     for (name, found) in [
         ("ln1", block.attention_norm.forward(at("x"))),
-        ("yProj", block.attention.forward(at("ln1"), None, future)),
+        ("yProj", block.attention.attend(block.attention.project(at("ln1")), None, future)),
         ("ln2", block.feed_forward_norm.forward(at("attnResid"))),
         ("fc", block.feed_forward.up.forward(at("ln2"))),
         ("mlp", block.feed_forward.forward(at("ln2"))),

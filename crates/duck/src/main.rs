@@ -4,6 +4,8 @@ mod bench;
 mod chat;
 #[cfg(feature = "train")]
 mod convert;
+#[cfg(feature = "train")]
+mod distill_logits;
 mod error;
 mod eval;
 mod export;
@@ -50,6 +52,8 @@ enum Command {
     Train(Box<burn_ternary::train::TrainCommand>),
     #[cfg(feature = "train")]
     Convert(Box<convert::Command>),
+    #[cfg(feature = "train")]
+    DistillLogits(Box<distill_logits::Command>),
     New(new::Command),
     Export(export::Command),
     Inspect(inspect::Command),
@@ -69,6 +73,8 @@ impl Command {
             Self::Train(command) => train::run(&command),
             #[cfg(feature = "train")]
             Self::Convert(command) => command.run(),
+            #[cfg(feature = "train")]
+            Self::DistillLogits(command) => command.run(),
             Self::New(command) => command.run(),
             Self::Export(command) => command.run(),
             Self::Inspect(command) => command.run(),

@@ -78,7 +78,7 @@ fn experiment(name: &str) -> String {
 }
 
 /// Section, key, what it means.
-const COMMENTS: [(&str, &str, &str); 70] = [
+const COMMENTS: [(&str, &str, &str); 74] = [
     (
         "data",
         "train",
@@ -150,6 +150,18 @@ const COMMENTS: [(&str, &str, &str); 70] = [
         "divergence",
         "Kullback-Leibler divergence: \"forward\", \"reverse\" or \"mean\", half of each.",
     ),
+    (
+        "distill",
+        "hidden_weight",
+        "Weight in the loss of the distance between hidden states; wants equal widths.",
+    ),
+    (
+        "distill",
+        "relation_weight",
+        "The same for how the positions' queries, keys and values relate to each other; any widths.",
+    ),
+    ("distill", "relation_heads", "Parts of queries, keys and values for that; a divisor of their widths."),
+    ("distill", "layer", "Block that these two look at, from 1; 0: the last."),
     ("optim", "matrices", "\"muon\" for the matrices and AdamW for the rest, or \"adamw\" for all."),
     ("optim", "lr", "Peak learning rate of AdamW."),
     ("optim", "muon_lr", "Peak learning rate of Muon."),

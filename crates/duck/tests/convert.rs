@@ -54,3 +54,27 @@ fn a_conversion_that_cannot_be_says_why() {
     let error = failure(&home, &["convert", "--from", "model.gguf", "--data", "text.txt", "--quiet"], 2);
     assert!(error.contains("is ternary") && error.contains("quant.scale"), "{error}");
 }
+
+#[test]
+fn a_teacher_is_written_down_once_and_a_run_reads_it() {
+    let home = home();
+    let float = model(Encoding::F32, Encoding::F32, 3);
+    write_model(&float, &home.path().join("float.gguf"), &WriteOptions::default()).unwrap();
+    fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
+    let flags = ["--data", "text.txt", "--tokenizer", "byte", "--device", "flex", "--set", "model.context=64"];
+    let record = |teacher: &[&str], more: &[&str]| [&["distill-logits"], teacher, more, &flags].concat();
+    output(&home, &record(&["--teacher", "float.gguf"], &["--top", "5"]));
+    let recording = fs::metadata(home.path().join("runs/00-default-1/teacher.logits")).unwrap();
+    let tokens = fs::metadata(home.path().join("runs/00-default-1/train.tokens")).unwrap();
+    // Five tokens of 6 bytes for each word of 4, behind headers of 96 and 72.
+    assert_eq!(recording.len() - 96, (tokens.len() - 72) / 4 * 30);
+    let train = ["train", "--quiet", "--steps", "2", "--batch-size", "2", "--set", "run.sample_tokens=0"];
+    let teacher = ["--set", "distill.teacher=runs/00-default-1/teacher.logits"];
+    output(&home, &[&train[..], &flags, &teacher].concat());
+    let metrics = fs::read_to_string(home.path().join("runs/00-default-1/metrics.jsonl")).unwrap();
+    assert!(metrics.contains("\"divergence\":"), "{metrics}");
+
+    let error = failure(&home, &record(&[], &["--to", "other.logits"]), 2);
+    assert!(error.contains("expected a run folder or a model file"), "{error}");
+    assert!(!home.path().join("other.logits").exists());
+}

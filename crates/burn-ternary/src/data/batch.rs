@@ -13,6 +13,8 @@ use std::{ops::Range, sync::Arc};
 /// What a model is trained or evaluated on at once; every tensor is `[batch, seq]`.
 #[derive(Clone, Debug)]
 pub struct LmBatch {
+    /// Index of each window's first token in the corpus.
+    pub starts: Vec<usize>,
     /// Token ids.
     pub inputs: Tensor<2, Int>,
     /// The id that follows each input.
@@ -49,6 +51,7 @@ impl LmBatcher {
             windows.iter().flat_map(|w| &w.mask).map(|&learned| f32::from(u8::from(learned))).collect();
         let tokens = mask.iter().filter(|&&m| m == 1.0).count();
         LmBatch {
+            starts: windows.iter().map(|window| window.start).collect(),
             inputs: ids(0),
             targets: ids(1),
             mask: Tensor::from_data(TensorData::new(mask, shape), device),

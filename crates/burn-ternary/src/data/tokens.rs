@@ -227,7 +227,7 @@ fn seal(source: &[u8; 32], counts: Counts, words: &[u8]) -> [u8; 32] {
 }
 
 /// Writes a file under a scratch name and renames it to `path`, so that nobody ever sees half of it.
-pub(super) fn replace(
+pub(crate) fn replace(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> Result<(), DataError> {
@@ -250,7 +250,7 @@ pub(super) fn replace(
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::data::{chat::Special, tokenizer};
     use std::sync::Arc;

@@ -6,6 +6,8 @@ use std::sync::Arc;
 /// A run of tokens: inputs `ids[..seq_len]`, targets `ids[1..]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Window {
+    /// Index of its first token in the corpus.
+    pub start: usize,
     /// `seq_len + 1` token ids.
     pub ids: Vec<u32>,
     /// Whether the target `ids[i + 1]` carries loss; `seq_len` of them.
@@ -67,15 +69,19 @@ impl TokenWindows {
     }
 
     /// The corpus that is cut into windows.
-    pub fn tokens(&self) -> &TokenFile {
+    pub fn tokens(&self) -> &Arc<TokenFile> {
         &self.tokens
     }
 
     /// Window `index`. Index `e * per_epoch + i` is window `i` of epoch `e`; without end.
     pub fn get(&self, index: usize) -> Window {
-        let start = self.start(index);
+        self.at(self.start(index))
+    }
+
+    /// The window whose first token is `start`.
+    pub(crate) fn at(&self, start: usize) -> Window {
         let ids = (start..=start + self.seq_len).map(|i| self.tokens.id(i)).collect();
-        Window { ids, mask: self.mask(start).collect() }
+        Window { start, ids, mask: self.mask(start).collect() }
     }
 
     /// How many targets of window `index` carry loss.

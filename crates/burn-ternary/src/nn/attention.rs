@@ -8,6 +8,24 @@ use rand::Rng;
 
 use super::transformer::LayerFactory;
 
+/// What attention is computed from, before positions turn queries and keys; heads lie side by side.
+#[derive(Clone, Debug)]
+pub struct Projections {
+    /// `[batch, seq, n_heads * head_dim]`
+    pub query: Tensor<3>,
+    /// `[batch, seq, n_kv_heads * head_dim]`
+    pub key: Tensor<3>,
+    /// As `key`.
+    pub value: Tensor<3>,
+}
+
+impl Projections {
+    /// `f` of each.
+    pub fn map(self, f: impl Fn(Tensor<3>) -> Tensor<3>) -> Self {
+        Self { query: f(self.query), key: f(self.key), value: f(self.value) }
+    }
+}
+
 /// Queries, keys, values and output are quantized linear layers.
 #[derive(Module, Debug)]
 pub struct CausalAttention {
@@ -36,15 +54,28 @@ impl CausalAttention {
         }
     }
 
-    /// `output(attention(query(x), key(x), value(x)))`; see [`causal_attention`].
+    /// # Shapes
+    /// input: `[batch, seq, d_model]`
+    pub fn project(&self, input: Tensor<3>) -> Projections {
+        Projections {
+            query: self.query.forward(input.clone()),
+            key: self.key.forward(input.clone()),
+            value: self.value.forward(input),
+        }
+    }
+
+    /// `output(attention(query, key, value))`; see [`causal_attention`].
     ///
     /// # Shapes
-    /// - input: `[batch, seq, d_model]` to the same
     /// - future: `[seq, seq]`, true where a position may not look
-    pub fn forward(&self, input: Tensor<3>, rotary: Option<&Rotary>, future: Tensor<2, Bool>) -> Tensor<3> {
-        let mut query = self.query.forward(input.clone());
-        let mut key = self.key.forward(input.clone());
-        let value = self.value.forward(input);
+    /// - output: `[batch, seq, d_model]`
+    pub fn attend(
+        &self,
+        projections: Projections,
+        rotary: Option<&Rotary>,
+        future: Tensor<2, Bool>,
+    ) -> Tensor<3> {
+        let Projections { mut query, mut key, value } = projections;
         if let Some(rotary) = rotary {
             query = turn(rotary, query, self.heads.queries);
             key = turn(rotary, key, self.heads.keys);

@@ -1,6 +1,6 @@
 //! [`DuckQuantized`]: the language model, from token ids to logits.
 
-use super::transformer::{INIT_STD, LayerFactory, QuantizedTransformer};
+use super::transformer::{BlockStates, INIT_STD, LayerFactory, QuantizedTransformer};
 use super::{Compute, DuckConfig, Family, QuantizedLinear, linear::normal};
 use crate::ops::project;
 use crate::quant::{Dial, QuantConfig, TablePrecision};
@@ -76,6 +76,18 @@ impl DuckQuantized {
     /// # Panics
     /// When `seq` exceeds the context.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        self.forward_showing(ids, None).0
+    }
+
+    /// [`Self::forward`], and what block `shown` (from 0) computed on the way.
+    ///
+    /// # Panics
+    /// When `seq` exceeds the context.
+    pub fn forward_showing(
+        &self,
+        ids: Tensor<2, Int>,
+        shown: Option<usize>,
+    ) -> (Tensor<3>, Option<BlockStates>) {
         let [batch, seq] = ids.dims();
         assert!(seq <= self.config.context, "{seq} tokens exceed the context of {}", self.config.context);
         let table = self.table(&self.embedding, self.quant.embedding);
@@ -84,14 +96,14 @@ impl DuckQuantized {
             hidden = hidden + positions.val().narrow(0, 0, seq).unsqueeze();
         }
         let hidden = self.config.compute.cast(self.dropout.forward(hidden));
-        let hidden = self.transformer.forward(hidden);
+        let (hidden, states) = self.transformer.forward(hidden, shown);
         let head = match &self.head {
             Some(head) => self.table(head, self.quant.head),
             None => table,
         };
         let hidden: Tensor<2> = hidden.reshape([batch * seq, self.config.d_model]);
         let logits = project(hidden, self.config.compute.cast(head));
-        logits.cast(FloatDType::F32).reshape([batch, seq, self.config.vocab_size])
+        (logits.cast(FloatDType::F32).reshape([batch, seq, self.config.vocab_size]), states)
     }
 
     pub fn config(&self) -> &DuckConfig {

@@ -10,11 +10,11 @@ mod position;
 mod sample;
 mod transformer;
 
-pub use attention::CausalAttention;
+pub use attention::{CausalAttention, Projections};
 pub use config::*;
 pub use duck::{DuckQuantized, ModelSize};
 pub use feed_forward::FeedForward;
 pub use linear::{QuantizedLinear, QuantizedLinearConfig};
 pub use norm::{MixedLayerNorm, Norm, RmsNorm, rms_normalize};
 pub use position::Rotary;
-pub use transformer::{QuantizedTransformer, TransformerBlock};
+pub use transformer::{BlockStates, QuantizedTransformer, TransformerBlock};

@@ -1,7 +1,10 @@
 //! [`QuantizedTransformer`]: the stack of blocks between embedding and head.
 
 use super::{
-    DuckConfig, Family, attention::CausalAttention, feed_forward::FeedForward, linear::QuantizedLinearConfig,
+    DuckConfig, Family,
+    attention::{CausalAttention, Projections},
+    feed_forward::FeedForward,
+    linear::QuantizedLinearConfig,
 };
 use super::{MixedLayerNorm, Norm, RmsNorm, position::Rotary};
 use crate::quant::{Dial, QuantConfig};
@@ -69,12 +72,30 @@ impl TransformerBlock {
         }
     }
 
-    fn forward(&self, input: Tensor<3>, rotary: Option<&Rotary>, future: Tensor<2, Bool>) -> Tensor<3> {
-        let attended = self.attention.forward(self.attention_norm.forward(input.clone()), rotary, future);
+    /// The output; with `show`, the projections of its attention too.
+    fn forward(
+        &self,
+        input: Tensor<3>,
+        rotary: Option<&Rotary>,
+        future: Tensor<2, Bool>,
+        show: bool,
+    ) -> (Tensor<3>, Option<Projections>) {
+        let projections = self.attention.project(self.attention_norm.forward(input.clone()));
+        // A copy that nobody needs would keep the backend from working in place.
+        let shown = show.then(|| projections.clone());
+        let attended = self.attention.attend(projections, rotary, future);
         let hidden = input + self.dropout.forward(attended);
         let fed = self.feed_forward.forward(self.feed_forward_norm.forward(hidden.clone()));
-        hidden + self.dropout.forward(fed)
+        (hidden + self.dropout.forward(fed), shown)
     }
+}
+
+/// What one block of a forward pass computed.
+#[derive(Clone, Debug)]
+pub struct BlockStates {
+    pub projections: Projections,
+    /// The block's output, `[batch, seq, d_model]`.
+    pub hidden: Tensor<3>,
 }
 
 /// Blocks and the final norm; positions of the rotary kind live here, learned ones with the embedding.
@@ -97,15 +118,22 @@ impl QuantizedTransformer {
         }
     }
 
+    /// The output, and what block `shown` (from 0) computed on the way.
+    ///
     /// # Shapes
     /// `[batch, seq, d_model]` to the same
-    pub fn forward(&self, input: Tensor<3>) -> Tensor<3> {
+    pub fn forward(&self, input: Tensor<3>, shown: Option<usize>) -> (Tensor<3>, Option<BlockStates>) {
         let [_, seq, _] = input.dims();
         let future = Tensor::<2, Bool>::tril_mask([seq, seq], 0, &input.device());
-        let hidden = self
-            .blocks
-            .iter()
-            .fold(input, |hidden, block| block.forward(hidden, self.rotary.as_ref(), future.clone()));
-        self.norm.forward(hidden)
+        let (mut hidden, mut states) = (input, None);
+        for (index, block) in self.blocks.iter().enumerate() {
+            let show = shown == Some(index);
+            let (output, projections) = block.forward(hidden, self.rotary.as_ref(), future.clone(), show);
+            hidden = output;
+            if let Some(projections) = projections {
+                states = Some(BlockStates { projections, hidden: hidden.clone() });
+            }
+        }
+        (self.norm.forward(hidden), states)
     }
 }

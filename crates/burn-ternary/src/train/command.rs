@@ -11,8 +11,11 @@ use toml::Value;
 /// What is trained when no file is named.
 const DEFAULT: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/experiments/00-default.toml"));
 
-/// What preparing the texts leaves in a run folder.
-const PREPARED: [&str; 3] = ["tokenizer.json", "train.tokens", "valid.tokens"];
+/// What `duck distill-logits` leaves in a run folder.
+pub const RECORDING: &str = "teacher.logits";
+
+/// What preparing the texts leaves there before a run.
+const PREPARED: [&str; 4] = ["tokenizer.json", "train.tokens", "valid.tokens", RECORDING];
 
 const EXAMPLES: &str = "\
 Examples:

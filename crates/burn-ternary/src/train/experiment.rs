@@ -153,7 +153,7 @@ impl Experiment {
         check_data(&self.data)?;
         self.model.validate().map_err(|e| InvalidValue { key: format!("model.{}", e.key), ..e })?;
         check_quant(&self.quant, &self.model)?;
-        check_distill(&self.distill)?;
+        check_distill(&self.distill, &self.model)?;
         check_optim(&self.optim)?;
         check_schedule(&self.schedule)?;
         check_run(&self.run, self.model.context)
@@ -281,9 +281,25 @@ fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidVal
     not_negative("quant.scale_penalty", quant.scale_penalty)
 }
 
-fn check_distill(distill: &DistillConfig) -> Result<(), InvalidValue> {
+fn check_distill(distill: &DistillConfig, model: &DuckConfig) -> Result<(), InvalidValue> {
     fraction("distill.weight", distill.weight)?;
-    positive("distill.temperature", distill.temperature)
+    positive("distill.temperature", distill.temperature)?;
+    not_negative("distill.hidden_weight", distill.hidden_weight)?;
+    not_negative("distill.relation_weight", distill.relation_weight)?;
+    // Whatever divides the keys' width divides the queries'.
+    let keys = model.n_kv_heads * model.head_dim();
+    require(
+        distill.relation_heads > 0 && keys.is_multiple_of(distill.relation_heads),
+        "distill.relation_heads",
+        distill.relation_heads,
+        format!("a divisor of the width of keys, n_kv_heads * d_model / n_heads = {keys}"),
+    )?;
+    require(
+        distill.layer <= model.n_layers,
+        "distill.layer",
+        distill.layer,
+        format!("1 to n_layers = {}, or 0 for the last", model.n_layers),
+    )
 }
 
 fn check_optim(optim: &OptimConfig) -> Result<(), InvalidValue> {

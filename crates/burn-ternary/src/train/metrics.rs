@@ -38,6 +38,12 @@ pub struct StepReport {
     /// Divergence from the teacher, in nats a token.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub divergence: Option<f64>,
+    /// Mean squared distance of normalized hidden states from the teacher's.
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
+    pub hidden: Option<f64>,
+    /// Divergence of the relations between positions from the teacher's, in nats a position.
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
+    pub relation: Option<f64>,
     /// Cross entropy in bits a byte of text, which does not depend on the tokenizer.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,

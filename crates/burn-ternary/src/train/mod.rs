@@ -19,7 +19,7 @@ mod state;
 mod step;
 mod strategy;
 
-pub use command::TrainCommand;
+pub use command::{RECORDING, TrainCommand};
 pub use error::TrainError;
 pub use experiment::Experiment;
 pub use run::{RunOptions, run, train_duck_quantized};

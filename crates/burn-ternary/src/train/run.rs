@@ -65,7 +65,8 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     resolve(&mut experiment, options, &data)?;
     let experiment_sha256 = sha256(experiment.to_toml().as_bytes());
     preflight(&experiment, &device, options)?;
-    let teacher = Teacher::load(&experiment.distill, &data.tokenizer, &experiment.model, &device)?;
+    let text = data.train.tokens();
+    let teacher = Teacher::load(&experiment.distill, &data.tokenizer, text, &experiment.model, &device)?;
 
     let checkpoints = Checkpoints::open(run_dir.join("checkpoints"), experiment.run.keep_checkpoints)?;
     let loaded = match options.resume {
@@ -188,7 +189,11 @@ fn check_products(experiment: &Experiment, device: &Device) -> Result<(), TrainE
 }
 
 /// Puts in what only the data can tell: the vocabulary, and the steps of so many epochs.
-fn resolve(experiment: &mut Experiment, options: &RunOptions, data: &Dataset) -> Result<(), TrainError> {
+pub(super) fn resolve(
+    experiment: &mut Experiment,
+    options: &RunOptions,
+    data: &Dataset,
+) -> Result<(), TrainError> {
     let found = data.tokenizer.vocab_size();
     let vocab_size = &mut experiment.model.vocab_size;
     if *vocab_size == 0 {

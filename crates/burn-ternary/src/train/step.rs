@@ -60,14 +60,13 @@ impl LanguageModel {
     /// Total loss (with a gradient) and what is reported of it.
     fn loss(&self, batch: LmBatch, teacher: Option<&Teacher>) -> (Tensor<1>, StepReport) {
         let tokens = batch.tokens;
-        let logits = self.model.forward(batch.inputs.clone());
-        let divergence = teacher
-            .map(|teacher| teacher.divergence(batch.inputs, logits.clone(), batch.mask.clone(), tokens));
+        let block = teacher.and_then(Teacher::block);
+        let (logits, states) = self.model.forward_showing(batch.inputs.clone(), block);
+        let compared = teacher.map(|teacher| (teacher, teacher.compare(&batch, logits.clone(), states)));
         let loss = language_model_loss(logits, batch.targets, batch.mask, tokens);
         let mut total = loss.cross_entropy.clone();
-        if let (Some(teacher), Some(divergence)) = (teacher, &divergence) {
-            let weight = teacher.weight();
-            total = total.mul_scalar(1.0 - weight) + divergence.clone().mul_scalar(weight);
+        if let Some((teacher, distances)) = &compared {
+            total = teacher.blend(total, distances);
         }
         if self.objective.z_loss > 0.0 {
             total = total + loss.z.clone().mul_scalar(self.objective.z_loss);
@@ -76,16 +75,25 @@ impl LanguageModel {
             total = total + penalty;
         }
         // One read for all numbers: a read waits for the device.
-        let mut read = vec![loss.cross_entropy, loss.z, loss.correct];
-        read.extend(divergence);
-        let read = Tensor::cat(read.into_iter().map(Tensor::detach).collect(), 0);
-        let read: Vec<f64> = read.into_data().iter::<f64>().collect();
+        let [divergence, hidden, relation] = match compared {
+            Some((_, distances)) => [Some(distances.divergence), distances.hidden, distances.relation],
+            None => [None, None, None],
+        };
+        let parts =
+            [Some(loss.cross_entropy), Some(loss.z), Some(loss.correct), divergence, hidden, relation];
+        let read = Tensor::cat(parts.iter().flatten().cloned().map(Tensor::detach).collect(), 0);
+        let data = read.into_data();
+        let mut numbers = data.iter::<f64>();
+        let [nats, z_loss, correct, divergence, hidden, relation] =
+            parts.map(|part| part.and_then(|_| numbers.next()));
         let report = StepReport {
             tokens,
-            loss: read[0],
-            z_loss: Some(read[1]),
-            divergence: read.get(3).copied(),
-            accuracy: read[2] / tokens.max(1) as f64,
+            loss: nats.unwrap_or(f64::NAN),
+            z_loss,
+            divergence,
+            hidden,
+            relation,
+            accuracy: correct.unwrap_or(0.0) / tokens.max(1) as f64,
             ..StepReport::default()
         };
         (total, report)
@@ -255,10 +263,16 @@ impl QuantizationTrainer {
             let LmItem(part) = output.item;
             report.tokens += part.tokens;
             report.loss += part.loss * weight;
-            report.z_loss = Some(report.z_loss.unwrap_or(0.0) + part.z_loss.unwrap_or(0.0) * weight);
             report.accuracy += part.accuracy * weight;
-            if let Some(divergence) = part.divergence {
-                report.divergence = Some(report.divergence.unwrap_or(0.0) + divergence * weight);
+            for (sum, part) in [
+                (&mut report.z_loss, part.z_loss),
+                (&mut report.divergence, part.divergence),
+                (&mut report.hidden, part.hidden),
+                (&mut report.relation, part.relation),
+            ] {
+                if let Some(part) = part {
+                    *sum = Some(sum.unwrap_or(0.0) + part * weight);
+                }
             }
             grads = Some(accumulate(grads, output.grads, &model));
         }

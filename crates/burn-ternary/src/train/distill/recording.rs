@@ -1,0 +1,309 @@
+//! What a teacher thinks of a training text, written down once: the likeliest next tokens at every position.
+//!
+//! The file, all numbers little endian:
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 8 | magic and version |
+//! | 3 x 8 | positions, tokens kept a position, vocabulary |
+//! | 32 | SHA-256 of the ids of the text |
+//! | 32 | seal: SHA-256 of the header before it and of the rows |
+//! | 6 x kept x positions | rows: the ids (4 bytes each), then their log probabilities (f16), likeliest first |
+
+use super::super::TrainError;
+use crate::data::{
+    LmBatcher,
+    tokens::{TokenFile, replace},
+    window::{TokenWindows, Window},
+};
+use crate::nn::DuckQuantized;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use half::f16;
+use memmap2::Mmap;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use std::{fs::File, io::Write, ops::Range, path::Path, sync::Arc};
+
+const MAGIC: [u8; 8] = *b"BTLOGIT1";
+const TEXT: Range<usize> = 32..64;
+const SEAL: Range<usize> = 64..96;
+const HEADER: usize = 96;
+/// An id and its log probability.
+const ENTRY: usize = 6;
+/// Windows that the teacher reads at once.
+const BATCH: usize = 8;
+
+/// A recorded teacher: memory-mapped, checked, and unable to fail from here on.
+#[derive(Debug)]
+pub struct Recording {
+    map: Mmap,
+    kept: usize,
+    vocab: usize,
+}
+
+impl Recording {
+    /// Whether the file at `path` begins as a recording does.
+    pub fn is_at(path: &Path) -> bool {
+        let mut magic = [0; MAGIC.len()];
+        let read = File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut magic));
+        read.is_ok() && magic == MAGIC
+    }
+
+    /// Opens the recording at `path` of the text in `tokens`.
+    ///
+    /// # Errors
+    /// `Read`: it cannot be read. `Experiment`: it is damaged, or of another text; `origin` is the setting that names it.
+    pub fn open(path: &Path, tokens: &TokenFile, origin: &str) -> Result<Self, TrainError> {
+        let at_path = |source| TrainError::Read { path: path.into(), source };
+        let file = File::open(path).map_err(at_path)?;
+        // SAFETY: the map is only read, as bytes, and the file is only ever replaced by a rename, as a token file is.
+        #[allow(unsafe_code)]
+        let map = unsafe { Mmap::map(&file) }.map_err(at_path)?;
+        let misfit =
+            |message: &str| TrainError::Experiment { origin: origin.into(), message: message.into() };
+        let damaged = || misfit("the recording is damaged; `duck distill-logits` writes it again");
+        if map.len() < HEADER || map[..8] != MAGIC {
+            return Err(damaged());
+        }
+        let number = |at: usize| {
+            let bytes = map[at..at + 8].try_into().expect("eight bytes");
+            usize::try_from(u64::from_le_bytes(bytes)).ok()
+        };
+        let (Some(positions), Some(kept), Some(vocab)) = (number(8), number(16), number(24)) else {
+            return Err(damaged());
+        };
+        let rows = positions.checked_mul(kept).and_then(|n| n.checked_mul(ENTRY));
+        let whole = rows.and_then(|n| n.checked_add(HEADER)) == Some(map.len()) && kept > 0;
+        if !whole || map[SEAL] != seal(&map[..SEAL.start], &map[HEADER..]) {
+            return Err(damaged());
+        }
+        if map[TEXT] != digest(tokens) || positions != tokens.len() {
+            return Err(misfit(
+                "the recording is of another text or tokenizer; expected that of this run (data.train, data.tokenizer)",
+            ));
+        }
+        Ok(Self { map, kept, vocab })
+    }
+
+    /// Ids that the teacher knew.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab
+    }
+
+    /// The recorded ids and log probabilities of the `seq` positions from each of `starts` on.
+    ///
+    /// # Shapes
+    /// Both `[batch, seq, kept]`.
+    ///
+    /// # Panics
+    /// A position beyond the text.
+    pub fn rows(&self, starts: &[usize], seq: usize, device: &Device) -> (Tensor<3, Int>, Tensor<3>) {
+        let shape = [starts.len(), seq, self.kept];
+        let count = shape.iter().product();
+        let (mut ids, mut logs) = (Vec::<i32>::with_capacity(count), Vec::<f32>::with_capacity(count));
+        for position in starts.iter().flat_map(|start| *start..start + seq) {
+            let at = HEADER + position * self.kept * ENTRY;
+            let (row, logarithms) = self.map[at..at + self.kept * ENTRY].split_at(self.kept * 4);
+            ids.extend(row.chunks_exact(4).map(|id| i32::from_le_bytes(id.try_into().expect("four bytes"))));
+            logs.extend(
+                logarithms
+                    .chunks_exact(2)
+                    .map(|log| f16::from_le_bytes(log.try_into().expect("two bytes")).to_f32()),
+            );
+        }
+        (
+            Tensor::from_data(TensorData::new(ids, shape), device),
+            Tensor::from_data(TensorData::new(logs, shape), device),
+        )
+    }
+}
+
+/// Writes what `teacher` thinks of the text in `tokens` to `path`: at every position the `kept` likeliest next tokens.
+/// The teacher reads windows of `seq_len` tokens, each half over the one before, so that it has seen at least half a
+/// window before all positions but the first. `advance` is told how many positions are done more.
+///
+/// # Errors
+/// `Data`: a text shorter than a window, or a file that cannot be written.
+pub fn record(
+    teacher: &DuckQuantized,
+    tokens: &Arc<TokenFile>,
+    seq_len: usize,
+    kept: usize,
+    path: &Path,
+    mut advance: impl FnMut(usize),
+) -> Result<(), TrainError> {
+    let vocab = teacher.config().vocab_size;
+    let kept = kept.clamp(1, vocab);
+    // A text shorter than a window is refused as a training does.
+    let windows = TokenWindows::sequential(tokens.clone(), seq_len)?;
+    let mut rows = Vec::with_capacity(tokens.len() * kept * ENTRY);
+    let device = teacher.embedding.device();
+    let readings: Vec<Reading> = readings(tokens.len(), seq_len).collect();
+    for batch in readings.chunks(BATCH) {
+        let read: Vec<Window> = batch.iter().map(|reading| windows.at(reading.start)).collect();
+        let logits = teacher.forward(LmBatcher.batch(&read, &device).inputs).into_data();
+        let logits: Vec<f32> = logits.iter::<f32>().collect();
+        for (reading, logits) in batch.iter().zip(logits.chunks(seq_len * vocab)) {
+            let new = logits.par_chunks(vocab).skip(reading.keeps.start);
+            let likeliest: Vec<Vec<u8>> = new.map(|row| entry(row, kept)).collect();
+            rows.extend(likeliest.into_iter().flatten());
+            advance(reading.keeps.len());
+        }
+    }
+    // Nothing follows the last token.
+    rows.resize(tokens.len() * kept * ENTRY, 0);
+    let mut header = MAGIC.to_vec();
+    header.extend([tokens.len(), kept, vocab].iter().flat_map(|n| (*n as u64).to_le_bytes()));
+    header.extend(digest(tokens));
+    let seal = seal(&header, &rows);
+    Ok(replace(path, |file| {
+        file.write_all(&header)?;
+        file.write_all(&seal)?;
+        file.write_all(&rows)
+    })?)
+}
+
+/// A window that the teacher reads, and the positions of it that are kept.
+#[derive(Debug, PartialEq, Eq)]
+struct Reading {
+    start: usize,
+    keeps: Range<usize>,
+}
+
+/// Windows of `seq_len` that begin half a window apart, and the last one at the end of the text; together they keep
+/// every position that has a successor once.
+fn readings(tokens: usize, seq_len: usize) -> impl Iterator<Item = Reading> {
+    let last = tokens - 1 - seq_len;
+    let step = (seq_len / 2).max(1);
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        (done < tokens - 1).then(|| {
+            let start = (done + step).saturating_sub(seq_len).min(last);
+            let keeps = done - start..seq_len;
+            done = start + seq_len;
+            Reading { start, keeps }
+        })
+    })
+}
+
+/// The `kept` likeliest ids of a row of logits and their log probabilities.
+fn entry(logits: &[f32], kept: usize) -> Vec<u8> {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let partition: f64 = logits.iter().map(|x| f64::from(x - largest).exp()).sum();
+    let partition = partition.ln() + f64::from(largest);
+    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    if kept < ids.len() {
+        ids.select_nth_unstable_by(kept, order);
+        ids.truncate(kept);
+    }
+    ids.sort_unstable_by(order);
+    let logs =
+        ids.iter().flat_map(|id| f16::from_f64(f64::from(logits[*id as usize]) - partition).to_le_bytes());
+    ids.iter().flat_map(|id| id.to_le_bytes()).chain(logs).collect()
+}
+
+fn digest(tokens: &TokenFile) -> [u8; 32] {
+    let mut digest = Sha256::new();
+    (0..tokens.len()).for_each(|i| digest.update(tokens.id(i).to_le_bytes()));
+    digest.finalize().into()
+}
+
+fn seal(header: &[u8], rows: &[u8]) -> [u8; 32] {
+    Sha256::new().chain_update(header).chain_update(rows).finalize().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{corpus::Document, tokens::tests::byte_tokens};
+    use crate::nn::DuckConfig;
+    use crate::quant::QuantConfig;
+
+    #[test]
+    fn readings_keep_every_position_once_after_half_a_window() {
+        for (tokens, seq_len) in [(9, 8), (10, 8), (13, 8), (40, 8), (41, 7), (5, 1), (300, 64)] {
+            let mut next = 0;
+            for Reading { start, keeps } in readings(tokens, seq_len) {
+                assert_eq!(start + keeps.start, next, "{tokens} by {seq_len}");
+                assert!(start + seq_len < tokens, "the last position has a successor");
+                assert!(start == 0 || keeps.start >= seq_len / 2);
+                next = start + keeps.end;
+            }
+            assert_eq!(next, tokens - 1, "{tokens} by {seq_len}");
+        }
+    }
+
+    #[test]
+    fn a_recording_holds_the_likeliest_tokens_of_the_teacher() {
+        let device = crate::device::device("flex").unwrap();
+        let text: String = (0..50).map(|i| char::from(b'a' + (i * i % 23) as u8)).collect();
+        let tokens = byte_tokens(&[Document::Text(text)]);
+        let (vocab, seq, kept) = (259, 12, 5);
+        let config = DuckConfig { vocab_size: vocab, context: 20, ..DuckConfig::duck_tiny() };
+        let teacher = config.init(&QuantConfig::default().float(), 1, &device);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("teacher.logits");
+        let mut done = 0;
+        record(&teacher, &tokens, seq, kept, &path, |positions| done += positions).unwrap();
+        assert_eq!(done, tokens.len() - 1);
+        assert!(Recording::is_at(&path));
+        let recording = Recording::open(&path, &tokens, "").unwrap();
+        assert_eq!(recording.vocab_size(), vocab);
+
+        let windows = TokenWindows::sequential(tokens.clone(), seq).unwrap();
+        // The first window is kept whole, the second from its middle on.
+        for (start, from) in [(0, 0), (6, 6)] {
+            let inputs = LmBatcher.batch(&[windows.at(start)], &device).inputs;
+            let logits: Vec<f64> = teacher.forward(inputs).into_data().iter::<f64>().collect();
+            let (ids, logs) = recording.rows(&[start], seq, &device);
+            assert_eq!((ids.dims(), logs.dims()), ([1, seq, kept], [1, seq, kept]));
+            let ids: Vec<usize> = ids.into_data().iter::<i64>().map(|id| id as usize).collect();
+            let logs: Vec<f64> = logs.into_data().iter::<f64>().collect();
+            for position in from..seq {
+                let row = &logits[position * vocab..(position + 1) * vocab];
+                let partition = row.iter().map(|x| x.exp()).sum::<f64>().ln();
+                let mut order: Vec<usize> = (0..vocab).collect();
+                order.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
+                for rank in 0..kept {
+                    let (id, log) = (ids[position * kept + rank], logs[position * kept + rank]);
+                    assert_eq!(id, order[rank], "position {position}");
+                    assert!((log - (row[id] - partition)).abs() < 3e-3, "{log}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_recording_of_another_text_or_a_damaged_one_is_refused() {
+        let device = crate::device::device("flex").unwrap();
+        let text = |end: &str| byte_tokens(&[Document::Text("quack ".repeat(9) + end)]);
+        let tokens = text("a");
+        let config = DuckConfig { vocab_size: 259, context: 8, ..DuckConfig::duck_tiny() };
+        let teacher = config.init(&QuantConfig::default(), 1, &device);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("teacher.logits");
+        record(&teacher, &tokens, 8, 3, &path, |_| ()).unwrap();
+        let message = |tokens: &TokenFile| Recording::open(&path, tokens, "here").unwrap_err().to_string();
+        let error = message(&text("b"));
+        assert!(error.contains("here: the recording is of another text"), "{error}");
+
+        let whole = std::fs::read(&path).unwrap();
+        for (at, size) in
+            [(20, whole.len()), (70, whole.len()), (200, whole.len()), (0, 95), (0, whole.len() - 1)]
+        {
+            let mut bytes = whole[..size].to_vec();
+            if size == whole.len() {
+                bytes[at] ^= 1;
+            }
+            std::fs::write(&path, bytes).unwrap();
+            let error = message(&tokens);
+            assert!(error.contains("damaged"), "{at}, {size}: {error}");
+        }
+        // A length that would overflow.
+        let mut bytes = whole;
+        bytes[8..24].fill(255);
+        std::fs::write(&path, bytes).unwrap();
+        assert!(message(&tokens).contains("damaged"));
+    }
+}
