@@ -61,9 +61,10 @@ fn a_teacher_is_written_down_once_and_a_run_reads_it() {
     let float = model(Encoding::F32, Encoding::F32, 3);
     write_model(&float, &home.path().join("float.gguf"), &WriteOptions::default()).unwrap();
     fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
-    let flags = ["--data", "text.txt", "--tokenizer", "byte", "--device", "flex", "--set", "model.context=64"];
-    let record = |teacher: &[&str], more: &[&str]| [&["distill-logits"], teacher, more, &flags].concat();
-    output(&home, &record(&["--teacher", "float.gguf"], &["--top", "5"]));
+    let flags =
+        ["--data", "text.txt", "--tokenizer", "byte", "--device", "flex", "--set", "model.context=64"];
+    let record = [&["distill-logits"], &flags[..]].concat();
+    output(&home, &[&record[..], &["--teacher", "float.gguf", "--top", "5"]].concat());
     let recording = fs::metadata(home.path().join("runs/00-default-1/teacher.logits")).unwrap();
     let tokens = fs::metadata(home.path().join("runs/00-default-1/train.tokens")).unwrap();
     // Five tokens of 6 bytes for each word of 4, behind headers of 96 and 72.
@@ -74,7 +75,7 @@ fn a_teacher_is_written_down_once_and_a_run_reads_it() {
     let metrics = fs::read_to_string(home.path().join("runs/00-default-1/metrics.jsonl")).unwrap();
     assert!(metrics.contains("\"divergence\":"), "{metrics}");
 
-    let error = failure(&home, &record(&[], &["--to", "other.logits"]), 2);
+    let error = failure(&home, &[&record[..], &["--to", "other.logits"]].concat(), 2);
     assert!(error.contains("expected a run folder or a model file"), "{error}");
     assert!(!home.path().join("other.logits").exists());
 }
