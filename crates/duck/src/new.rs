@@ -78,7 +78,7 @@ fn experiment(name: &str) -> String {
 }
 
 /// Section, key, what it means.
-const COMMENTS: [(&str, &str, &str); 70] = [
+const COMMENTS: [(&str, &str, &str); 73] = [
     (
         "data",
         "train",
@@ -149,6 +149,17 @@ const COMMENTS: [(&str, &str, &str); 70] = [
         "distill",
         "divergence",
         "Kullback-Leibler divergence: \"forward\", \"reverse\" or \"mean\", half of each.",
+    ),
+    (
+        "lora",
+        "rank",
+        "Rank of the products beside a frozen model, that of run.start_from; 0: the model itself is trained.",
+    ),
+    ("lora", "alpha", "The products are multiplied by alpha / rank."),
+    (
+        "lora",
+        "targets",
+        "\"all\", or layers that have one: \"query\", \"key\", \"value\", \"output\", \"gate\", \"up\", \"down\".",
     ),
     ("optim", "matrices", "\"muon\" for the matrices and AdamW for the rest, or \"adamw\" for all."),
     ("optim", "lr", "Peak learning rate of AdamW."),
