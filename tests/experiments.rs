@@ -149,6 +149,18 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         ),
         ("quant.quantization_penalty=-1", "`quant.quantization_penalty`"),
         ("quant.scale_penalty=inf", "`quant.scale_penalty`"),
+        ("lora.rank=129", "`lora.rank` is 129, expected 0 (off) to d_model = 128"),
+        (
+            "lora.rank=8",
+            "`run.start_from` is \"\", expected a run folder or a model file, whose weights lora.rank = 8",
+        ),
+        ("lora.alpha=0", "`lora.alpha` is 0.0, expected a finite number above 0"),
+        ("lora.alpha=inf", "`lora.alpha`"),
+        (
+            "lora.targets=[]",
+            "`lora.targets` is [], expected some of all, query, key, value, output, gate, up, down",
+        ),
+        ("lora.targets=[\"q_proj\"]", "[\"q_proj\"], expected some of all, query"),
         ("optim.lr=0", "`optim.lr` is 0.0, expected a finite number above 0"),
         ("optim.lr=nan", "`optim.lr` is nan"),
         ("optim.muon_lr=-1", "`optim.muon_lr`"),
@@ -199,6 +211,26 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         integer.set(wrong).unwrap();
         assert!(integer.validate("").unwrap_err().to_string().contains("quant.compute"), "{wrong}");
     }
+    let mut frozen = default();
+    for assignment in ["lora.rank=8", "run.start_from=base.gguf"] {
+        frozen.set(assignment).unwrap();
+    }
+    frozen.validate("with a base").unwrap();
+    for key in ["schedule.float_until", "schedule.ramp_until"] {
+        let mut blended = frozen.clone();
+        blended.set(&format!("{key}=0.5")).unwrap();
+        let message = blended.validate("").unwrap_err().to_string();
+        assert!(
+            message.contains(&format!("`{key}` is 0.5, expected 0.0, as lora.rank = 8 freezes")),
+            "{message}"
+        );
+    }
+    let mut gpt2 = default();
+    for assignment in ["model.family=gpt2", "model.activation=gelu", "lora.targets=[\"gate\"]"] {
+        gpt2.set(assignment).unwrap();
+    }
+    let refusal = gpt2.validate("").unwrap_err().to_string();
+    assert!(refusal.contains("some of all, query, key, value, output, up, down"), "{refusal}");
     let mut ramp = default();
     ramp.set("schedule.float_until=0.5").unwrap();
     ramp.validate("0 is a switch").unwrap();

@@ -60,7 +60,7 @@ fn losses(run_dir: &Path) -> Vec<(String, u64, String)> {
 }
 
 /// Parameter values by path and optimizer state by name, without the random ids that the files carry.
-fn tensors(checkpoint: &Path) -> Vec<(String, Vec<u8>)> {
+pub(crate) fn tensors(checkpoint: &Path) -> Vec<(String, Vec<u8>)> {
     let mut tensors = Vec::new();
     let mut names = std::collections::HashMap::new();
     for file in ["model.bpk", "optimizer.bpk"] {

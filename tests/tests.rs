@@ -5,6 +5,7 @@ mod experiments;
 mod gradients;
 mod hostile;
 mod learns;
+mod lora;
 mod oracle;
 mod parity;
 mod resume;

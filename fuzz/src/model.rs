@@ -41,6 +41,7 @@ pub fn small(family: Family, d_model: usize, tokenizer: Tokenizer) -> PackedMode
         tensors: spec.tensors().map(tensor).collect(),
         tokenizer: Some(tokenizer),
         chat_template: Some(chat::TEMPLATE.into()),
+        adapter: None,
         spec,
     }
 }

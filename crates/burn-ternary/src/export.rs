@@ -34,7 +34,7 @@ impl ExportError {
 }
 
 /// The model as a [`PackedModel`]: ternary matrices and tables with the codes and scales of the forward pass,
-/// everything else in f32. A float twin is f32 throughout. With a tokenizer comes the chat template of the training
+/// everything else in f32, and adapters beside them. A float twin is f32 throughout. With a tokenizer comes the chat template of the training
 /// texts.
 ///
 /// # Errors
@@ -49,11 +49,7 @@ pub fn export_for_inference(
     if quant.input_norm {
         return Err(ExportError::InputNorm);
     }
-    let lambda = model.lambda().get();
-    if quant.enabled && lambda < 1.0 {
-        return Err(ExportError::Blend { lambda });
-    }
-    write_down(model, quant.enabled, tokenizer, name)
+    export_frozen(model, tokenizer, name)
 }
 
 /// The weights that are trained, in f32; what they are rounded to is left out.
@@ -66,6 +62,22 @@ pub(crate) fn export_latent(
     name: &str,
 ) -> Result<PackedModel, ExportError> {
     write_down(model, false, tokenizer, name)
+}
+
+/// What the forward pass multiplies, whether or not a norm that no file can express stands before it.
+///
+/// # Errors
+/// As [`export_for_inference`], but for `InputNorm`.
+pub(crate) fn export_frozen(
+    model: &DuckQuantized,
+    tokenizer: Option<&Tokenizer>,
+    name: &str,
+) -> Result<PackedModel, ExportError> {
+    let (enabled, lambda) = (model.quant().enabled, model.lambda().get());
+    if enabled && lambda < 1.0 {
+        return Err(ExportError::Blend { lambda });
+    }
+    write_down(model, enabled, tokenizer, name)
 }
 
 fn write_down(
@@ -99,6 +111,7 @@ fn write_down(
         tensors: rest.tensors,
         tokenizer: tokenizer.cloned(),
         chat_template: tokenizer.map(|_| chat::TEMPLATE.into()),
+        adapter: model.adapter()?,
     })
 }
 
@@ -148,8 +161,9 @@ impl ModuleVisitor for Floats {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let name = tensor_name(&self.path.join("."));
-        // Scales are part of their matrix.
-        if self.tensors.contains_key(&name) || name.ends_with(".quantizer.scale") {
+        // Scales are part of their matrix, adapters a part of their own.
+        let apart = name.ends_with(".quantizer.scale") || self.path.iter().any(|part| part == "adapter");
+        if apart || self.tensors.contains_key(&name) {
             return;
         }
         let value = param.val();

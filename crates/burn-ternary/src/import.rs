@@ -38,8 +38,8 @@ impl DuckConfig {
     /// as the embedding. New ids get the mean of the rows that are there; learned positions may be fewer.
     ///
     /// # Errors
-    /// `Shape`: another shape than the file's. `Requantized`: a rule that spoils ternary weights. `Format`, `Mixed`,
-    /// `Scale`: see [`from_packed`](DuckQuantized::from_packed).
+    /// `Shape`: another shape than the file's. `Requantized`: a rule that spoils ternary weights. `Format`: an adapter
+    /// that cannot be merged. `Format`, `Mixed`, `Scale`: see [`from_packed`](DuckQuantized::from_packed).
     pub fn init_from(
         &self,
         model: &PackedModel,
@@ -48,6 +48,7 @@ impl DuckConfig {
         device: &Device,
     ) -> Result<DuckQuantized, ImportError> {
         model.validate()?;
+        let model = &*model.merged()?;
         self.check_start(&model.spec)?;
         if let Some(own) = granularity(model)?
             && quant.enabled
@@ -161,7 +162,9 @@ impl DuckQuantized {
             ..QuantConfig::default()
         };
         let config = DuckConfig { vocab_size, ..DuckConfig::from_spec(&model.spec) };
-        config.init_from(model, &quant, 0, device)
+        let (base, adapter) = (PackedModel { adapter: None, ..model.clone() }, &model.adapter);
+        let model = config.init_from(&base, &quant, 0, device)?;
+        Ok(adapter.iter().fold(model, DuckQuantized::with_adapter))
     }
 }
 

@@ -1,6 +1,10 @@
 //! `duck export`: writes a model as another kind of file.
 
-use crate::{Error, model, terminal};
+use crate::{
+    Error,
+    model::{self, AdapterFlag},
+    terminal,
+};
 use std::path::PathBuf;
 use ternary_format::{Encoding, SizeReport, WeightType, WriteOptions, write_model};
 
@@ -9,9 +13,11 @@ Examples:
   duck export runs/mine-1 mine.gguf --type Q2_0
   duck export runs/mine-1 mine.onnx
   duck export mine.gguf folder/ --type F32     a folder of Hugging Face's
+  duck export float.gguf merged.gguf --adapter runs/lora-1/adapter
 
 What OUT ends in decides: .gguf, .onnx, .ternary (the smallest, for shipping), anything else a folder. Codes and scales
-are those of the model; nothing is rounded a second time, and a model that the kind of file cannot hold is an error.";
+are those of the model; nothing is rounded a second time, and a model that the kind of file cannot hold is an error. An
+adapter becomes part of float weights; with ternary ones its sum is not ternary, and it stays beside them.";
 
 /// Write a model as GGUF, ONNX or a Hugging Face folder.
 #[derive(clap::Args)]
@@ -27,6 +33,8 @@ pub struct Command {
     /// Token embedding and untied head: F32, F16, Q8_0 and so on; without it, as they were trained
     #[arg(long, value_name = "TYPE")]
     embedding: Option<Encoding>,
+    #[command(flatten)]
+    adapter: AdapterFlag,
     /// Replace OUT if it is there
     #[arg(long)]
     overwrite: bool,
@@ -37,14 +45,14 @@ pub struct Command {
 
 impl Command {
     pub fn run(self) -> Result<(), Error> {
-        let Self { model, out, weights, embedding, overwrite, json } = self;
+        let Self { model, out, weights, embedding, adapter, overwrite, json } = self;
         if out.exists() && !overwrite {
             let path = out.display();
             return Err(Error::Usage(format!(
                 "{path}: expected nothing, found a file or folder; --overwrite replaces it"
             )));
         }
-        let model = model::read(Some(&model))?;
+        let model = adapter.read(Some(&model))?;
         let options = WriteOptions { weights, embedding };
         let write = || write_model(&model, &out, &options);
         terminal::waiting(format!("writing {}", out.display()), model::bytes(&model), write)

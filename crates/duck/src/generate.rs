@@ -17,6 +17,7 @@ const EXAMPLES: &str = "\
 Examples:
   duck generate --prompt 'One day'
   duck generate model.gguf --prompt '<|user|>Who are you?' --temperature 0
+  duck generate base.gguf --adapter runs/lora-1/adapter --prompt 'One day'
   echo 'The little duck' | duck generate model.gguf --seed 1 --json";
 
 /// Go on with a text: writes what follows it.

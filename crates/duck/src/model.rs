@@ -7,7 +7,7 @@ use std::{
     hash::{BuildHasher, Hasher, RandomState},
     path::{Path, PathBuf},
 };
-use ternary_format::{PackedModel, Tokenizer, gguf, read_model};
+use ternary_format::{PackedModel, Tokenizer, gguf, huggingface, read_model};
 use ternary_infer::{ActivationMode, CacheType, Engine, EngineOptions, GenerateOptions, Sampling};
 
 /// The Duck of this program.
@@ -83,6 +83,33 @@ pub struct EngineFlags {
     /// Activations: int8, or f32, which is exact and slow
     #[arg(long, value_enum, value_name = "TYPE", default_value = "int8")]
     pub activations: Activations,
+    #[command(flatten)]
+    pub adapter: AdapterFlag,
+}
+
+/// What stands beside the matrices of a model.
+#[derive(Args, Clone, Debug)]
+pub struct AdapterFlag {
+    /// LoRA adapter of the model: the folder `adapter` of a run, or one of PEFT's
+    #[arg(long, value_name = "FOLDER")]
+    pub adapter: Option<PathBuf>,
+}
+
+impl AdapterFlag {
+    /// Reads a model, and its adapter beside it.
+    pub fn read(&self, path: Option<&Path>) -> Result<PackedModel, Error> {
+        let mut model = read(path)?;
+        if let Some(folder) = &self.adapter {
+            if model.adapter.is_some() {
+                let name = name(path);
+                return Err(Error::Usage(format!(
+                    "{name}: has an adapter of its own; expected the model that it started from for --adapter"
+                )));
+            }
+            model.adapter = Some(huggingface::read_adapter(folder, &model.spec).map_err(Error::Model)?);
+        }
+        Ok(model)
+    }
 }
 
 impl EngineFlags {
@@ -103,7 +130,7 @@ impl EngineFlags {
 
     /// Reads a model and makes it ready to run.
     pub fn load(&self, path: Option<&Path>) -> Result<Engine, Error> {
-        let (model, name) = (read(path)?, name(path));
+        let (model, name) = (self.adapter.read(path)?, name(path));
         let bytes = bytes(&model);
         let pack = || Engine::from_model(model, self.options());
         terminal::waiting(format!("loading {name}"), bytes, pack).map_err(Error::engine(&name))

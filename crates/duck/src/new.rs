@@ -78,7 +78,7 @@ fn experiment(name: &str) -> String {
 }
 
 /// Section, key, what it means.
-const COMMENTS: [(&str, &str, &str); 74] = [
+const COMMENTS: [(&str, &str, &str); 77] = [
     (
         "data",
         "train",
@@ -162,6 +162,17 @@ const COMMENTS: [(&str, &str, &str); 74] = [
     ),
     ("distill", "relation_heads", "Parts of queries, keys and values for that; a divisor of their widths."),
     ("distill", "layer", "Block that these two look at, from 1; 0: the last."),
+    (
+        "lora",
+        "rank",
+        "Rank of the products beside a frozen model, that of run.start_from; 0: the model itself is trained.",
+    ),
+    ("lora", "alpha", "The products are multiplied by alpha / rank."),
+    (
+        "lora",
+        "targets",
+        "\"all\", or layers that have one: \"query\", \"key\", \"value\", \"output\", \"gate\", \"up\", \"down\".",
+    ),
     ("optim", "matrices", "\"muon\" for the matrices and AdamW for the rest, or \"adamw\" for all."),
     ("optim", "lr", "Peak learning rate of AdamW."),
     ("optim", "muon_lr", "Peak learning rate of Muon."),

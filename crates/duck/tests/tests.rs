@@ -1,5 +1,6 @@
 //! What scripts and people may rely on: outputs, exit codes, and errors of one line.
 
+mod adapter;
 mod broken;
 mod chat;
 #[cfg(feature = "train")]

@@ -70,8 +70,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         tensors.insert(name, tensor);
     }
     let chat_template = Some(chat::TEMPLATE.into());
-    let model =
-        PackedModel { name: "random".into(), spec, tensors, tokenizer: Some(tokenizer), chat_template };
+    let model = PackedModel {
+        name: "random".into(),
+        spec,
+        tensors,
+        tokenizer: Some(tokenizer),
+        chat_template,
+        adapter: None,
+    };
     let weights = rest.first().map(|name| name.parse()).transpose()?;
     write_model(&model, Path::new(out), &WriteOptions { weights, embedding: None })?;
     println!("{out}");

@@ -97,6 +97,11 @@ pub enum FormatError {
          train with granularity \"per_tensor\", \"per_channel\" or groups of a multiple of {block}"
     )]
     ScalesDiffer { encoding: Encoding, row: usize, block: usize },
+    #[error(
+        "an adapter cannot be merged into {encoding} weights, as their sum would be none of these: keep it beside the \
+         model (`--adapter` of duck), or merge it into a float model"
+    )]
+    Unmergeable { encoding: Encoding },
     #[error("{encoding} is read, never written")]
     ReadOnly { encoding: Encoding },
 

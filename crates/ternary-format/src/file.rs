@@ -78,12 +78,13 @@ pub fn read_model(path: &Path) -> Result<PackedModel, FormatError> {
 }
 
 /// Writes a model: GGUF to `*.gguf`, ONNX to `*.onnx`, an [archive] to `*.ternary`, otherwise a folder of Hugging
-/// Face's.
+/// Face's. An adapter is merged into float matrices.
 ///
 /// # Errors
-/// Those of [`huggingface::write`], [`onnx::write`], [`archive::write()`] and [`gguf::write()`]. `WeightType`: a type of
+/// `Unmergeable`: an adapter beside matrices that are not float. Those of [`huggingface::write`], [`onnx::write`], [`archive::write()`] and [`gguf::write()`]. `WeightType`: a type of
 /// another kind of file.
 pub fn write_model(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
+    let model = &*model.merged()?;
     match extension(path) {
         Some("gguf") => write_gguf(model, path, options),
         Some("onnx") => onnx::write(model, path, options),

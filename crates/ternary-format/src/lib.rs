@@ -3,6 +3,7 @@
 //!
 //! No deep-learning framework and no arithmetic beyond decoding: training and inference meet here only.
 
+mod adapter;
 pub mod archive;
 mod block;
 pub mod chat;
@@ -22,6 +23,7 @@ mod tensor;
 mod ternary;
 mod tokenizer;
 
+pub use adapter::{Adapter, LowRank};
 pub use encoding::Encoding;
 pub use error::FormatError;
 pub use file::{WeightType, WriteOptions, read_model, write_model};

@@ -1,6 +1,6 @@
 //! [`PackedModel`]: what a model file holds.
 
-use crate::{FormatError, ModelSpec, Tensor, Tokenizer};
+use crate::{Adapter, FormatError, ModelSpec, Tensor, Tokenizer};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A model in memory, or mapped from a file.
@@ -20,10 +20,13 @@ pub struct PackedModel {
     pub tokenizer: Option<Tokenizer>,
     /// Jinja; see the `chat` module.
     pub chat_template: Option<String>,
+    /// Beside the matrices. No model file holds one: see [`merged`](Self::merged), and
+    /// [`huggingface::write_adapter`](crate::huggingface::write_adapter) for a file of its own.
+    pub adapter: Option<Adapter>,
 }
 
 impl PackedModel {
-    /// Checks that the tensors are those of the spec: no fewer, no others, of their shapes.
+    /// Checks that the tensors, and those of an adapter, are those of the spec: no fewer, no others, of their shapes.
     ///
     /// # Errors
     /// `Spec`: no model has such a shape. `Vocabulary`: ids without a row of the embedding.
@@ -50,7 +53,7 @@ impl PackedModel {
             let tensor = self.tensors.keys().find(|name| !known.contains(*name)).cloned().unwrap_or_default();
             return Err(FormatError::UnknownTensor { tensor });
         }
-        Ok(())
+        self.adapter.as_ref().map_or(Ok(()), |adapter| adapter.validate(&self.spec))
     }
 }
 
@@ -98,6 +101,7 @@ pub(crate) fn random(family: crate::Family, scales_a_row: Option<usize>) -> Pack
         tensors: tensors.collect(),
         tokenizer: None,
         chat_template: None,
+        adapter: None,
         spec,
     }
 }

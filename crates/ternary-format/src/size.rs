@@ -245,6 +245,7 @@ mod tests {
             spec: spec.clone(),
             tokenizer: None,
             chat_template: None,
+            adapter: None,
         };
         let folder = tempfile::tempdir().unwrap();
         // Codes at two bits; scales a row of 128 or 256 weights; the embedding is f32.
@@ -337,6 +338,7 @@ mod tests {
             tensors: tensors.collect(),
             tokenizer: None,
             chat_template: None,
+            adapter: None,
             spec: spec.clone(),
         };
         let ternary = Encoding::Ternary { group: 64 };

@@ -50,6 +50,7 @@ fn model(spec: ModelSpec, mut tensor: impl FnMut(&str, Vec<usize>) -> Tensor) ->
         tensors: spec.tensors().map(|(name, shape)| (name.clone(), tensor(&name, shape))).collect(),
         tokenizer: Some(Tokenizer::byte()),
         chat_template: Some(chat::TEMPLATE.into()),
+        adapter: None,
         spec,
     }
 }

@@ -47,6 +47,7 @@ fn random(spec: ModelSpec, seed: u64) -> PackedModel {
         tensors,
         tokenizer: None,
         chat_template: Some("{{ messages }}".into()),
+        adapter: None,
     }
 }
 

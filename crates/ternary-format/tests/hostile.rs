@@ -490,6 +490,7 @@ fn archived() -> Vec<u8> {
         tensors: spec.tensors().map(tensor).collect(),
         tokenizer: Some(Tokenizer::from_characters(vec!['a', 'b', 'c']).unwrap()),
         chat_template: None,
+        adapter: None,
         spec,
     };
     let mut file = Vec::new();

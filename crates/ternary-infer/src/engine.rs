@@ -119,7 +119,7 @@ impl Engine {
         Self::from_model(read_model(path.as_ref())?, options)
     }
 
-    /// Packs the weights for this CPU; the model, and the file that it is mapped from, are then let go.
+    /// Packs the weights, and those of an adapter, for this CPU; the model, and the file that it is mapped from, are then let go.
     ///
     /// # Errors
     /// `Format`: the tensors are not those of the spec. `Option`: no context.

@@ -3,7 +3,7 @@
 use crate::{
     ActivationMode, Sequence,
     cache::Scores,
-    model::{Block, Linear, Model, Norm},
+    model::{Block, Linear, Model, Norm, Pair},
 };
 use std::sync::Mutex;
 use ternary_format::Activation;
@@ -65,6 +65,7 @@ pub(crate) struct Work {
     /// Input of matrices, `[rows, d_model or d_ff]`
     input: Vec<f32>,
     quantized: Quantized,
+    low_rank: LowRank,
     query: Vec<f32>,
     key: Vec<f32>,
     value: Vec<f32>,
@@ -75,6 +76,27 @@ pub(crate) struct Work {
     logits: Vec<f32>,
     /// One a thread.
     scratch: Vec<Mutex<Scratch>>,
+}
+
+/// Room for the products of adapters.
+#[derive(Debug, Default)]
+struct LowRank {
+    /// What a matrix multiplies, `[rows, in]`
+    input: Vec<f32>,
+    /// `[rows, rank]`
+    inner: Vec<f32>,
+}
+
+impl LowRank {
+    /// Adds to `out` what an adapter has beside the matrix of `linear`, if anything.
+    fn add(&mut self, pool: &Pool, x: &Input, linear: &Linear, out: &mut [f32]) {
+        let Some(Pair { a, b }) = &linear.pair else { return };
+        let input = x.multiplied(&linear.matrix, &mut self.input);
+        self.inner.resize(x.tokens() * a.rows(), 0.0);
+        multiply(pool, &Input::exact(input, a.cols()), &mut [Product::new(a, &mut self.inner)]);
+        let product = Product { add: true, ..Product::new(b, out) };
+        multiply(pool, &Input::exact(&self.inner, b.cols()), &mut [product]);
+    }
 }
 
 /// What a thread needs for attention.
@@ -100,6 +122,7 @@ impl Work {
             hidden: Vec::new(),
             input: Vec::new(),
             quantized: Quantized::default(),
+            low_rank: LowRank::default(),
             query: Vec::new(),
             key: Vec::new(),
             value: Vec::new(),
@@ -189,7 +212,7 @@ impl Work {
     /// `hidden += output(attention(norm(hidden)))`
     fn attention<S: Segment>(&mut self, model: &Model, layer: usize, block: &Block, segments: &mut [S]) {
         let Self { pool, activations, rows, cos, sin, hidden, input, quantized: buffer, .. } = self;
-        let Self { query, key, value, mixed, scratch, .. } = self;
+        let Self { low_rank, query, key, value, mixed, scratch, .. } = self;
         let spec = &model.spec;
         let (d, head_dim, isa) = (spec.d_model, spec.head_dim(), pool.isa());
         let kv_width = spec.n_kv_heads * head_dim;
@@ -201,6 +224,9 @@ impl Work {
         let mut products =
             [product(&block.query, query), product(&block.key, key), product(&block.value, value)];
         multiply(pool, &x, &mut products);
+        low_rank.add(pool, &x, &block.query, query);
+        low_rank.add(pool, &x, &block.key, key);
+        low_rank.add(pool, &x, &block.value, value);
 
         let half = head_dim / 2;
         let rotary = model.positions.is_none();
@@ -261,11 +287,12 @@ impl Work {
         };
         let x = quantized(pool, *activations, input, d, buffer);
         multiply(pool, &x, &mut [Product { add: true, ..product(&block.output, hidden) }]);
+        low_rank.add(pool, &x, &block.output, hidden);
     }
 
     /// `hidden += feed_forward(norm(hidden))`
     fn feed_forward(&mut self, activation: Activation, block: &Block) {
-        let Self { pool, activations, rows, hidden, input, quantized: buffer, gate, up, .. } = self;
+        let Self { pool, activations, rows, hidden, input, quantized: buffer, low_rank, gate, up, .. } = self;
         let (d, d_ff, isa) = (block.up.matrix.cols(), block.up.matrix.rows(), pool.isa());
         norm(pool, &block.feed_forward_norm, hidden, d, input);
         let x = quantized(pool, *activations, input, d, buffer);
@@ -274,6 +301,8 @@ impl Work {
             Some(linear) => {
                 gate.resize(rows.len() * d_ff, 0.0);
                 multiply(pool, &x, &mut [product(linear, gate), product(&block.up, up)]);
+                low_rank.add(pool, &x, linear, gate);
+                low_rank.add(pool, &x, &block.up, up);
                 pool.chunks(gate, d_ff, |row, _, gate| {
                     let up = &up[row * d_ff..(row + 1) * d_ff];
                     match activation {
@@ -285,6 +314,7 @@ impl Work {
             }
             None => {
                 multiply(pool, &x, &mut [product(&block.up, up)]);
+                low_rank.add(pool, &x, &block.up, up);
                 pool.chunks(up, d_ff, |_, _, up| match activation {
                     Activation::SquaredRelu => isa.relu2(up),
                     _ => isa.gelu(up),
@@ -301,6 +331,7 @@ impl Work {
         };
         let x = quantized(pool, *activations, inner, d_ff, buffer);
         multiply(pool, &x, &mut [Product { add: true, ..product(&block.down, hidden) }]);
+        low_rank.add(pool, &x, &block.down, hidden);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{ActivationMode, EngineError};
 use half::f16;
-use ternary_format::{Encoding, Family, ModelSpec, PackedModel, Tensor};
+use ternary_format::{Encoding, Family, LowRank, ModelSpec, PackedModel, Tensor};
 use ternary_kernels::{Arena, ByteMatrix, FloatMatrix, Isa, Matrix, SixBitMatrix, TernaryMatrix};
 
 /// All weights of a model.
@@ -37,6 +37,16 @@ pub(crate) struct Block {
 pub(crate) struct Linear {
     pub matrix: Matrix,
     pub bias: Option<Vec<f32>>,
+    pub pair: Option<Pair>,
+}
+
+/// What an adapter adds to a linear layer, `b (a x)`, of the `x` that the matrix multiplies.
+#[derive(Debug)]
+pub(crate) struct Pair {
+    /// `[rank, in]`
+    pub a: Matrix,
+    /// `[out, rank]`, times the scale of the pair.
+    pub b: Matrix,
 }
 
 /// RMS norm, or layer norm where there is a bias.
@@ -69,7 +79,12 @@ impl Model {
             tensor.release();
             bytes
         };
-        let bytes = matrices.map(measure).sum();
+        let pairs = model.adapter.iter().flat_map(|adapter| adapter.pairs.values());
+        let pair_bytes = |pair: &LowRank| {
+            let [out, inputs] = pair.shape();
+            FloatMatrix::bytes(pair.rank(), inputs) + FloatMatrix::bytes(out, pair.rank())
+        };
+        let bytes = matrices.map(measure).sum::<usize>() + pairs.map(pair_bytes).sum::<usize>();
         let mut packer = Packer { model, activations, arena: Arena::new(bytes) };
         let (embedding, head) = if spec.tied {
             (None, "token_embd.weight")
@@ -115,7 +130,25 @@ impl Packer<'_> {
     }
 
     fn linear(&mut self, name: &str) -> Linear {
-        Linear { matrix: self.matrix(&format!("{name}.weight")), bias: self.vector(&format!("{name}.bias")) }
+        let weight = format!("{name}.weight");
+        Linear {
+            matrix: self.matrix(&weight),
+            bias: self.vector(&format!("{name}.bias")),
+            pair: self.pair(&weight),
+        }
+    }
+
+    fn pair(&mut self, weight: &str) -> Option<Pair> {
+        let pair = self.model.adapter.as_ref()?.pairs.get(weight)?;
+        let ([out, inputs], rank, scale) = (pair.shape(), pair.rank(), pair.scale());
+        let a = FloatMatrix::pack(&mut self.arena, rank, inputs, |row, values| {
+            values.copy_from_slice(&pair.a()[row * inputs..(row + 1) * inputs]);
+        });
+        let b = FloatMatrix::pack(&mut self.arena, out, rank, |row, values| {
+            let row = &pair.b()[row * rank..(row + 1) * rank];
+            values.iter_mut().zip(row).for_each(|(to, value)| *to = value * scale);
+        });
+        Some(Pair { a: a.into(), b: b.into() })
     }
 
     fn norm(&self, name: &str) -> Norm {

@@ -58,6 +58,7 @@ pub fn model(
         tensors: random.tensors,
         tokenizer: None,
         chat_template: None,
+        adapter: None,
     })
 }
 

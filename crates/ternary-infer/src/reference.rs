@@ -64,11 +64,29 @@ impl Slow<'_> {
 
     /// `x W^T + b`
     fn linear(&self, input: &Rows, name: &str) -> Rows {
-        let output = multiply(&self.model.tensors[&format!("{name}.weight")], input);
+        let weight = format!("{name}.weight");
+        let output = self.adapted(multiply(&self.model.tensors[&weight], input), input, &weight);
         match self.vector(&format!("{name}.bias")) {
             Some(bias) => add(&output, &vec![bias; input.len()]),
             None => output,
         }
+    }
+
+    /// `y + scale B (A x)`
+    fn adapted(&self, output: Rows, input: &Rows, weight: &str) -> Rows {
+        let Some(pair) = self.model.adapter.as_ref().and_then(|adapter| adapter.pairs.get(weight)) else {
+            return output;
+        };
+        let rows = |factor: &[f32], width: usize| -> Rows {
+            factor.chunks(width).map(|row| row.iter().map(|value| f64::from(*value)).collect()).collect()
+        };
+        let [_, inputs] = pair.shape();
+        let (a, b) = (rows(pair.a(), inputs), rows(pair.b(), pair.rank()));
+        let product = |input: &Vec<f64>| -> Vec<f64> {
+            let inner: Vec<f64> = a.iter().map(|row| dot(row, input)).collect();
+            b.iter().map(|row| pair.alpha() / pair.rank() as f64 * dot(row, &inner)).collect()
+        };
+        add(&output, &input.iter().map(product).collect())
     }
 
     fn attention(&self, input: &Rows, layer: usize) -> Rows {

@@ -1,7 +1,11 @@
 //! Promise: the engine computes what the float64 reference computes, whatever the chunks, the batch and the threads.
 
 use crate::{divergence, error};
-use ternary_format::{Activation, Encoding, Family, ModelSpec, PackedModel};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+use ternary_format::{Activation, Adapter, Encoding, Family, LowRank, ModelSpec, PackedModel};
 use ternary_infer::{
     ActivationMode, CacheType, Engine, EngineOptions, GenerateOptions, Sampling, random, reference,
 };
@@ -52,11 +56,30 @@ fn models() -> Vec<(String, PackedModel)> {
             ("by 7", random::model(&odd, |_| Encoding::Ternary { group: 7 }, Encoding::F16, 8)),
             ("float", random::model(&odd, |_| Encoding::F16, Encoding::F16, 9)),
         ];
-        for (kind, model) in kinds {
-            models.push((format!("{family:?} {activation:?} {kind}"), model.unwrap()));
+        for (index, (kind, model)) in kinds.into_iter().enumerate() {
+            let model = model.unwrap();
+            let adapter = adapter(&model.spec, 1 + 4 * index);
+            let adapted = PackedModel { adapter: Some(adapter), ..model.clone() };
+            models.push((format!("{family:?} {activation:?} {kind}"), model));
+            models.push((format!("{family:?} {activation:?} {kind}, adapted"), adapted));
         }
     }
     models
+}
+
+/// Pairs beside two of three matrices, which change their products as much as these are.
+fn adapter(spec: &ModelSpec, rank: usize) -> Adapter {
+    let rng = &mut ChaCha8Rng::seed_from_u64(rank as u64);
+    let mut number = |spread: f32| rng.next_u32() as i32 as f32 / i32::MAX as f32 * spread;
+    let matrices = spec.tensors().filter(|(name, shape)| name.starts_with("blk.") && shape.len() == 2);
+    let chosen = matrices.enumerate().filter(|(index, _)| index % 3 < 2);
+    let pairs = chosen.map(|(_, (name, shape))| {
+        let [out, inputs] = [shape[0], shape[1]];
+        let a = (0..rank * inputs).map(|_| number(1.0 / (inputs as f32).sqrt())).collect();
+        let b = (0..out * rank).map(|_| number(1.0)).collect();
+        (name, LowRank::new(rank, (rank as f64).sqrt() * 0.5, a, b).unwrap())
+    });
+    Adapter { pairs: pairs.collect() }
 }
 
 const EXACT: EngineOptions =
@@ -152,7 +175,7 @@ fn chunks_tokens_batches_and_threads_give_the_same_bits() {
 #[test]
 fn generation_ends_for_a_reason() {
     use ternary_infer::{EngineError, Finish};
-    let (_, model) = models().swap_remove(8);
+    let (_, model) = models().swap_remove(16);
     let engine = engine(&model, EngineOptions { threads: 1, ..INT8 });
     let prompt = ids(5, 3);
     let sampling = Sampling { seed: 4, ..Sampling::default() };
@@ -186,7 +209,7 @@ fn generation_ends_for_a_reason() {
 
 #[test]
 fn a_resumed_sequence_goes_on_where_it_was() {
-    let (_, model) = models().swap_remove(8);
+    let (_, model) = models().swap_remove(16);
     let engine = engine(&model, INT8);
     let prompt = ids(9, 5);
     let options =
@@ -205,7 +228,7 @@ fn a_resumed_sequence_goes_on_where_it_was() {
 
 #[test]
 fn misfits_are_named() {
-    let (_, model) = models().swap_remove(8);
+    let (_, model) = models().swap_remove(16);
     let error =
         |model: PackedModel| Engine::from_model(model, EngineOptions::default()).unwrap_err().to_string();
     let spec = &model.spec;

@@ -44,7 +44,14 @@ fn size(config: &Value, key: &str) -> usize {
 
 /// GGUF's names for the parts of the origin's blocks, joined to a model.
 fn model(spec: ModelSpec, tensors: BTreeMap<String, Tensor>) -> PackedModel {
-    PackedModel { name: "reference".into(), spec, tensors, tokenizer: None, chat_template: None }
+    PackedModel {
+        name: "reference".into(),
+        spec,
+        tensors,
+        tokenizer: None,
+        chat_template: None,
+        adapter: None,
+    }
 }
 
 fn stories260k(reference: &Reference) -> PackedModel {

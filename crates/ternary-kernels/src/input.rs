@@ -1,7 +1,7 @@
 //! [`Input`]: the activations of one or many tokens.
 
 use crate::{
-    Pool,
+    Matrix, Pool,
     elementwise::load,
     pool::Disjoint,
     simd::{Kernel, LANES, Simd},
@@ -65,6 +65,24 @@ impl<'a> Input<'a> {
 
     pub fn tokens(&self) -> usize {
         self.tokens
+    }
+
+    /// What `matrix` multiplies of this input, as floats `[tokens, cols]`: the int8 codes times their scales if it takes
+    /// those, which `buffer` then holds; else the floats.
+    pub fn multiplied<'b>(&self, matrix: &Matrix, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        let Some(int8) = self.int8.filter(|_| matrix.is_integer()) else {
+            return self.floats;
+        };
+        buffer.resize(self.tokens * self.cols, 0.0);
+        let tokens = buffer.chunks_exact_mut(self.cols).zip(int8.codes.chunks_exact(int8.blocks));
+        for ((values, codes), scale) in tokens.zip(&int8.scales) {
+            let codes = codes.as_flattened();
+            values.iter_mut().zip(codes).for_each(|(value, code)| *value = f32::from(*code) * scale);
+        }
+        buffer
     }
 }
 

@@ -140,6 +140,25 @@ impl DuckQuantized {
         linears
     }
 
+    /// The same, to be changed.
+    pub(super) fn linears_mut(&mut self) -> Vec<(String, &mut QuantizedLinear)> {
+        let paths: Vec<String> = self.linears().into_iter().map(|(path, _)| path).collect();
+        let linears = self.transformer.blocks.iter_mut().flat_map(|block| {
+            let (attention, feed_forward) = (&mut block.attention, &mut block.feed_forward);
+            let all = [
+                Some(&mut attention.query),
+                Some(&mut attention.key),
+                Some(&mut attention.value),
+                Some(&mut attention.output),
+                feed_forward.gate.as_mut(),
+                Some(&mut feed_forward.up),
+                Some(&mut feed_forward.down),
+            ];
+            all.into_iter().flatten()
+        });
+        paths.into_iter().zip(linears).collect()
+    }
+
     /// Bytes of the packed tensors, by part.
     pub fn size(&self) -> ModelSize {
         let linears = self.linears();
@@ -156,13 +175,16 @@ impl DuckQuantized {
             .filter_map(|(_, linear)| linear.quantizer.as_ref()?.scale.as_ref())
             .map(|scale| scale.shape().num_elements())
             .sum();
-        let parameters = self.num_params() - scales;
+        let pairs = linears.iter().filter_map(|(_, linear)| linear.adapter.as_ref());
+        let adapters = pairs.map(|pair| pair.num_params()).sum::<usize>();
+        let parameters = self.num_params() - scales - adapters;
         ModelSize {
             parameters,
             matrix_weights: matrices,
             matrix_bytes: linears.iter().map(|(_, linear)| linear.packed_bytes()).sum(),
             table_bytes: tables,
             other_bytes: (parameters - matrices - table_weights) * 4,
+            adapter_bytes: adapters * 4,
         }
     }
 
@@ -179,7 +201,7 @@ impl DuckQuantized {
 /// Bytes of a model's packed tensors, computed from their shapes; a model file adds its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModelSize {
-    /// Weights of the float model, without learned scales.
+    /// Weights of the float model, without learned scales and adapters.
     pub parameters: usize,
     /// Weights in linear layers.
     pub matrix_weights: usize,
@@ -189,6 +211,8 @@ pub struct ModelSize {
     pub table_bytes: usize,
     /// Norms, biases, positions, in f32.
     pub other_bytes: usize,
+    /// Adapters, in f32.
+    pub adapter_bytes: usize,
 }
 
 impl ModelSize {
@@ -197,7 +221,7 @@ impl ModelSize {
     }
 
     pub fn packed_bytes(&self) -> usize {
-        self.matrix_bytes + self.table_bytes + self.other_bytes
+        self.matrix_bytes + self.table_bytes + self.other_bytes + self.adapter_bytes
     }
 
     /// Bits a weight of the linear layers takes, scales included.

@@ -1,6 +1,6 @@
 //! [`QuantizedLinear`]: a linear layer whose latent weight is multiplied as ternary.
 
-use super::{Compute, norm::rms_normalize};
+use super::{Compute, LowRank, norm::rms_normalize};
 use crate::ops::{RowScale, absmax_quantize, float_linear, ternary_linear};
 use crate::quant::{
     ActivationPrecision, Dial, Products, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig,
@@ -26,7 +26,8 @@ pub struct QuantizedLinearConfig {
     pub lambda: Dial,
 }
 
-/// `y = x~ W~ + b`: ternary `W~` when quantization is enabled, float `W` otherwise.
+/// `y = x~ W~ + b`: ternary `W~` when quantization is enabled, float `W` otherwise; and `alpha / rank x~ A B` where
+/// there is an adapter.
 ///
 /// # Example
 /// ```
@@ -51,6 +52,7 @@ pub struct QuantizedLinear {
     pub bias: Option<Param<Tensor<1>>>,
     /// `None` in a float twin.
     pub quantizer: Option<TernaryQuantizer>,
+    pub adapter: Option<LowRank>,
     #[module(skip)]
     config: QuantizedLinearConfig,
 }
@@ -65,6 +67,7 @@ impl QuantizedLinearConfig {
             weight: Param::from_tensor(weight),
             bias: self.bias.then(|| Param::from_tensor(Tensor::zeros([self.d_output], device))),
             quantizer,
+            adapter: None,
             config: self.clone(),
         }
     }
@@ -78,27 +81,39 @@ impl QuantizedLinear {
         let input = if quant.input_norm { rms_normalize(input, INPUT_NORM_EPS) } else { input };
         let mut shape = input.dims();
         let tokens = shape[..D - 1].iter().product::<usize>();
-        if quant.compute == Products::Int8 && self.quantizer.is_some() && self.config.lambda.get() >= 1.0 {
-            let input = input.reshape([tokens, self.config.d_input]);
-            let bias = self.bias.as_ref().map(|bias| bias.val());
-            let output = ternary_linear(input, self.effective_weight(), bias);
-            shape[D - 1] = self.config.d_output;
-            return output.reshape(shape);
-        }
-        let input = match (self.is_ternary(), quant.activations) {
+        // One matrix product for all tokens: [tokens, d_input] x [d_input, d_output].
+        let input: Tensor<2> = input.reshape([tokens, self.config.d_input]);
+        shape[D - 1] = self.config.d_output;
+        let compute = self.config.compute;
+        let bias = self.bias.as_ref().map(|bias| compute.cast(bias.val()));
+        let integer =
+            quant.compute == Products::Int8 && self.quantizer.is_some() && self.config.lambda.get() >= 1.0;
+        let (output, multiplied) = if integer {
+            // The op rounds its input itself; only an adapter has to be given the result.
+            let multiplied = self.adapter.is_some().then(|| self.multiplied(input.clone()));
+            (ternary_linear(input, self.effective_weight(), bias), multiplied)
+        } else {
+            let input = self.multiplied(input);
+            let output = float_linear(input.clone(), compute.cast(self.effective_weight()), bias);
+            (output, Some(input))
+        };
+        let output = match (&self.adapter, multiplied) {
+            (Some(adapter), Some(input)) => output + adapter.forward(input, compute),
+            _ => output,
+        };
+        output.reshape(shape)
+    }
+
+    /// What the weight multiplies of an input after its norm, and an adapter with it.
+    fn multiplied(&self, input: Tensor<2>) -> Tensor<2> {
+        let input = match (self.is_ternary(), self.config.quant.activations) {
             // In f32: a scale in half precision would not be the one that an engine computes.
             (true, ActivationPrecision::Int8) => {
                 absmax_quantize(input.cast(FloatDType::F32), 127.0, RowScale::F32)
             }
             _ => input,
         };
-        let input = self.config.compute.cast(input);
-        // One matrix product for all tokens: [tokens, d_input] x [d_input, d_output].
-        let input: Tensor<2> = input.reshape([tokens, self.config.d_input]);
-        let bias = self.bias.as_ref().map(|bias| self.config.compute.cast(bias.val()));
-        let output = float_linear(input, self.config.compute.cast(self.effective_weight()), bias);
-        shape[D - 1] = self.config.d_output;
-        output.reshape(shape)
+        self.config.compute.cast(input)
     }
 
     /// The weight that the forward pass multiplies, `[d_input, d_output]`.

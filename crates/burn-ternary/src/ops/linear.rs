@@ -57,12 +57,27 @@ pub(super) fn track_float<B: TernaryBackend, C: CheckpointStrategy>(
 ) -> FloatTensor<Autodiff<B, C>> {
     node::track::<B, C, 3>(inputs, |[input, weight, bias]| {
         let output = B::float_linear(input.clone(), weight.clone(), bias);
-        let gradient = node::Gradient::new(move |grad: FloatTensor<B>| {
-            let (dinput, dweight) = B::float_product_backward(input.clone(), weight.clone(), grad.clone());
-            [dinput, dweight, B::bias_gradient(grad)]
+        let gradient = node::Gradient::of_wanted(move |grad: FloatTensor<B>, [_, weight_too, bias_too]| {
+            let dbias = bias_too.then(|| B::bias_gradient(grad.clone()));
+            let (dinput, dweight) = product_gradients::<B>(&input, &weight, grad, weight_too);
+            [Some(dinput), dweight, dbias]
         });
         (output, gradient)
     })
+}
+
+/// A frozen weight saves one of the two products.
+fn product_gradients<B: TernaryBackend>(
+    input: &FloatTensor<B>,
+    weight: &FloatTensor<B>,
+    grad: FloatTensor<B>,
+    weight_too: bool,
+) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
+    if !weight_too {
+        return (B::project(grad, weight.clone()), None);
+    }
+    let (dinput, dweight) = B::float_product_backward(input.clone(), weight.clone(), grad);
+    (dinput, Some(dweight))
 }
 
 pub(super) fn track_product<B: TernaryBackend, C: CheckpointStrategy>(
@@ -70,8 +85,9 @@ pub(super) fn track_product<B: TernaryBackend, C: CheckpointStrategy>(
 ) -> FloatTensor<Autodiff<B, C>> {
     node::track::<B, C, 2>(inputs, |[input, weight]| {
         let output = B::float_product(input.clone(), weight.clone());
-        let gradient = node::Gradient::new(move |grad| {
-            B::float_product_backward(input.clone(), weight.clone(), grad).into()
+        let gradient = node::Gradient::of_wanted(move |grad, [_, weight_too]| {
+            let (dinput, dweight) = product_gradients::<B>(&input, &weight, grad, weight_too);
+            [Some(dinput), dweight]
         });
         (output, gradient)
     })
@@ -95,8 +111,13 @@ pub(super) fn track_project<B: TernaryBackend, C: CheckpointStrategy>(
 ) -> FloatTensor<Autodiff<B, C>> {
     node::track::<B, C, 2>(inputs, |[hidden, table]| {
         let output = B::project(hidden.clone(), table.clone());
-        let gradient =
-            node::Gradient::new(move |grad| B::project_backward(hidden.clone(), table.clone(), grad).into());
+        let gradient = node::Gradient::of_wanted(move |grad, [_, table_too]| {
+            if !table_too {
+                return [Some(B::float_product(grad, table.clone())), None];
+            }
+            let (dhidden, dtable) = B::project_backward(hidden.clone(), table.clone(), grad);
+            [Some(dhidden), Some(dtable)]
+        });
         (output, gradient)
     })
 }
@@ -140,8 +161,12 @@ pub(super) fn track<B: TernaryBackend, C: CheckpointStrategy>(
 ) -> FloatTensor<Autodiff<B, C>> {
     node::track::<B, C, 3>(inputs, |[input, weight, bias]| {
         let (output, input, weight) = B::ternary_linear(input, weight, bias);
-        let gradient = node::Gradient::new(move |grad| {
-            B::ternary_linear_backward(input.clone(), weight.clone(), grad).into()
+        let gradient = node::Gradient::of_wanted(move |grad, [_, weight_too, bias_too]| {
+            if !(weight_too || bias_too) {
+                return [Some(B::ternary_linear_input_backward(weight.clone(), grad)), None, None];
+            }
+            let (dinput, dweight, dbias) = B::ternary_linear_backward(input.clone(), weight.clone(), grad);
+            [Some(dinput), Some(dweight), Some(dbias)]
         });
         (output, gradient)
     })

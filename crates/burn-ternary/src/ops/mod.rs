@@ -267,6 +267,15 @@ pub trait TernaryBackend: Backend {
         linear::backward::<Self>(input, weight, grad)
     }
 
+    /// The gradient of the input alone, for a frozen layer.
+    #[fusion(default)]
+    fn ternary_linear_input_backward(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        Self::float_matmul(grad, Self::float_transpose(weight))
+    }
+
     /// See [`adamw`].
     #[fusion(default)]
     fn adamw_step(

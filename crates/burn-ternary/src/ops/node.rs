@@ -11,13 +11,21 @@ use std::{fmt, sync::Arc};
 /// A tensor in the graph of gradients.
 pub(super) type Tracked<B, C> = FloatTensor<Autodiff<B, C>>;
 
-/// From the gradient of the output to those of the `N` inputs.
-pub(super) struct Gradient<B: Backend, const N: usize>(
-    Arc<dyn Fn(FloatTensor<B>) -> [FloatTensor<B>; N] + Send + Sync>,
-);
+/// From the gradient of the output, and which inputs want one, to those of the `N` inputs.
+pub(super) struct Gradient<B: Backend, const N: usize>(Arc<Backpropagate<B, N>>);
+
+type Backpropagate<B, const N: usize> =
+    dyn Fn(FloatTensor<B>, [bool; N]) -> [Option<FloatTensor<B>>; N] + Send + Sync;
 
 impl<B: Backend, const N: usize> Gradient<B, N> {
     pub fn new(gradient: impl Fn(FloatTensor<B>) -> [FloatTensor<B>; N] + Send + Sync + 'static) -> Self {
+        Self::of_wanted(move |grad, _| gradient(grad).map(Some))
+    }
+
+    /// Where an input that is frozen saves work.
+    pub fn of_wanted(
+        gradient: impl Fn(FloatTensor<B>, [bool; N]) -> [Option<FloatTensor<B>>; N] + Send + Sync + 'static,
+    ) -> Self {
         Self(Arc::new(gradient))
     }
 }
@@ -42,8 +50,9 @@ impl<B: Backend, const N: usize> Backward<B, N> for Node<N> {
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        for (node, grad) in ops.parents.into_iter().zip((ops.state.0)(grad)) {
-            if let Some(node) = node {
+        let wanted = ops.parents.each_ref().map(Option::is_some);
+        for (node, grad) in ops.parents.into_iter().zip((ops.state.0)(grad, wanted)) {
+            if let (Some(node), Some(grad)) = (node, grad) {
                 grads.register::<B>(node.id, grad);
             }
         }

@@ -8,7 +8,7 @@ use std::{
 use crate::{
     data::DataConfig,
     nn::Compute,
-    nn::{DuckConfig, InvalidValue, require},
+    nn::{DuckConfig, InvalidValue, LoraConfig, require},
     quant::{ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule},
     train::{TrainError, distill::DistillConfig, optim::OptimConfig, schedule::ScheduleConfig},
 };
@@ -23,6 +23,7 @@ pub struct Experiment {
     pub model: DuckConfig,
     pub quant: QuantConfig,
     pub distill: DistillConfig,
+    pub lora: LoraConfig,
     pub optim: OptimConfig,
     pub schedule: ScheduleConfig,
     pub run: RunConfig,
@@ -154,9 +155,34 @@ impl Experiment {
         self.model.validate().map_err(|e| InvalidValue { key: format!("model.{}", e.key), ..e })?;
         check_quant(&self.quant, &self.model)?;
         check_distill(&self.distill, &self.model)?;
+        self.lora.check(&self.model)?;
+        if self.lora.is_on() {
+            self.check_frozen()?;
+        }
         check_optim(&self.optim)?;
         check_schedule(&self.schedule)?;
         check_run(&self.run, self.model.context)
+    }
+}
+
+impl Experiment {
+    /// What the frozen model beside adapters has to be.
+    fn check_frozen(&self) -> Result<(), InvalidValue> {
+        let rank = self.lora.rank;
+        require(
+            !self.run.start_from.is_empty(),
+            "run.start_from",
+            &self.run.start_from,
+            format!("a run folder or a model file, whose weights lora.rank = {rank} freezes"),
+        )?;
+        let ternary = format!("0.0, as lora.rank = {rank} freezes the weights as they are");
+        for (key, until) in [
+            ("schedule.float_until", self.schedule.float_until),
+            ("schedule.ramp_until", self.schedule.ramp_until),
+        ] {
+            require(until == 0.0, key, until, ternary.as_str())?;
+        }
+        Ok(())
     }
 }
 

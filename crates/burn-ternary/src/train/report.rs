@@ -249,6 +249,9 @@ pub struct RunResult {
     pub file_bytes: Option<u64>,
     /// Why there is no such file, otherwise.
     pub no_file: Option<String>,
+    /// Size of the factors of the adapters in `adapter/`, where `[lora]` is on.
+    #[serde(default)]
+    pub adapter_bytes: Option<u64>,
     /// Size of the same model in f32.
     pub fp32_bytes: u64,
     /// Size of the packed tensors, computed from their shapes; a model file adds its header.
@@ -358,6 +361,12 @@ impl RunResult {
         };
         rows.push(("size", size));
         rows.extend(self.no_file.as_ref().map(|why| ("no model file", why.clone())));
+        rows.extend(self.adapter_bytes.map(|bytes| {
+            (
+                "adapter",
+                format!("{}, in `adapter` of the run folder: for --adapter beside the base", mib(bytes)),
+            )
+        }));
         rows.extend(self.peak_rss_bytes.map(|bytes| ("peak memory", mib(bytes))));
         let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
         rows.iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()

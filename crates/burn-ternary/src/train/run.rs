@@ -7,16 +7,16 @@ use super::metrics;
 use super::plot;
 use super::progress::PlainRenderer;
 use super::report::{self, History, MetricsFile, RunResult, write_atomic};
-use super::saved::start_model;
+use super::saved::{check_frozen, frozen_model, start_model};
 use super::schedule::Schedule;
 use super::step::TrainPlan;
 use super::strategy::{Outcome, Session, StepStrategy};
 use super::{Experiment, TrainError, TrainState};
 use crate::data::{Dataset, LmLoader};
 use crate::device;
-use crate::export_for_inference;
-use crate::nn::{DuckConfig, DuckQuantized};
+use crate::nn::DuckQuantized;
 use crate::quant::{Dial, Products};
+use crate::{ExportError, export_for_inference};
 use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::logger::InMemoryMetricLogger;
@@ -26,7 +26,7 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
-use ternary_format::{Tokenizer, WriteOptions, write_model};
+use ternary_format::{Tokenizer, WriteOptions, huggingface::write_adapter, write_model};
 
 /// How a run is run; what it computes is the experiment's alone.
 #[derive(Clone, Copy, Debug, Default)]
@@ -50,7 +50,8 @@ pub fn train_duck_quantized(experiment: &Experiment) -> Result<RunResult, TrainE
 /// Runs an experiment, or goes on with it.
 ///
 /// Leaves in the run folder: `experiment.toml` (resolved), `tokenizer.json`, token files, `metrics.jsonl`,
-/// `samples.txt`, `checkpoints/`, `model.gguf` (where a model file can hold the model), `loss.svg`, `codes.svg` (not for
+/// `samples.txt`, `checkpoints/`, `model.gguf` (where a model file can hold the model), `adapter/` (where `[lora]` is
+/// on), `loss.svg`, `codes.svg` (not for
 /// a float twin) and `result.json`; the last three also when the run stops with an error after its first step.
 ///
 /// # Errors
@@ -76,18 +77,12 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     write(&run_dir.join("experiment.toml"), experiment.to_toml().as_bytes())?;
 
     let autodiff = device.clone().autodiff();
-    let Experiment { model, quant, run, .. } = &experiment;
-    let model = match run.start_from.as_str() {
-        // A checkpoint has all weights.
-        path if !path.is_empty() && loaded.is_none() => {
-            let start = start_model(Path::new(path))?;
-            model.init_from(&start, quant, run.seed, &autodiff).map_err(|error| {
-                let origin = format!("run.start_from = \"{path}\"");
-                TrainError::Experiment { origin, message: error.to_string() }
-            })?
-        }
-        _ => model.init(quant, run.seed, &autodiff),
+    // A checkpoint has all weights.
+    let model = match experiment.run.start_from.is_empty() || loaded.is_some() {
+        true => experiment.model.init(&experiment.quant, experiment.run.seed, &autodiff),
+        false => begun(&experiment, &autodiff)?,
     };
+    let model = model.with_lora(&experiment.lora, experiment.run.seed);
     let codes = CodeTracker::new(&model.valid());
     let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
     let plan = TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default(), teacher };
@@ -152,27 +147,49 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     let learned = training.launch(learner);
     drop(learned.renderer);
 
-    let outcome = outcome.lock().expect("held for one line").take().expect("the strategy leaves an outcome");
+    let mut outcome =
+        outcome.lock().expect("held for one line").take().expect("the strategy leaves an outcome");
     let mut result = summarize(&experiment, &device, &outcome);
     result.wall_s = started.elapsed().as_secs_f64();
-    result.error = outcome.error.as_ref().map(ToString::to_string);
     let size = learned.model.model.size();
     result.parameters = size.parameters as u64;
     result.fp32_bytes = size.fp32_bytes() as u64;
     result.packed_bytes = size.packed_bytes() as u64;
-    if outcome.error.is_none() && learned.error.is_none() {
-        export(&learned.model.model.valid(), &tokenizer, &run_dir, &mut result);
+    let mut failed = outcome.error.take();
+    if failed.is_none() && learned.error.is_none() {
+        let model = learned.model.model.valid();
+        export(&model, &tokenizer, &run_dir, &mut result);
+        failed = export_adapter(&model, &experiment.run.start_from, &run_dir, &mut result).err();
     }
+    result.error = failed.as_ref().map(ToString::to_string);
     let bytes = result.file_bytes.unwrap_or(result.packed_bytes);
     result.compression = Some(result.fp32_bytes as f64 / bytes as f64);
     illustrate(&run_dir, &result, &outcome)?;
     let path = run_dir.join("result.json");
     result.write(&path).map_err(|source| TrainError::Write { path, source })?;
-    match (outcome.error, learned.error) {
+    match (failed, learned.error) {
         (Some(error), _) => Err(error),
         (None, Some(error)) => Err(TrainError::Burn(error.to_string())),
         (None, None) => Ok(result),
     }
+}
+
+/// The model that `run.start_from` names.
+fn begun(experiment: &Experiment, device: &Device) -> Result<DuckQuantized, TrainError> {
+    let Experiment { model, quant, run, lora, .. } = experiment;
+    let path = Path::new(&run.start_from);
+    let start = match lora.is_on() {
+        true => frozen_model(path, quant)?,
+        false => start_model(path)?,
+    };
+    let begun = model.init_from(&start, quant, run.seed, device).map_err(|error| {
+        let origin = format!("run.start_from = \"{}\"", run.start_from);
+        TrainError::Experiment { origin, message: error.to_string() }
+    })?;
+    if lora.is_on() {
+        check_frozen(&begun.valid(), &start)?;
+    }
+    Ok(begun)
 }
 
 /// Integer products are there on flex only, yet.
@@ -217,12 +234,16 @@ pub(super) fn resolve(
 
 /// Says what is about to happen, and refuses what cannot fit into memory.
 fn preflight(experiment: &Experiment, device: &Device, options: &RunOptions) -> Result<(), TrainError> {
-    let needed = memory_estimate(&experiment.model, &experiment.run);
+    let needed = memory_estimate(experiment);
     let run = &experiment.run;
     let tokens = run.steps * run.batch_size * run.accumulation * experiment.model.context;
     if !options.quiet {
+        let trained = match experiment.lora.is_on() {
+            true => format!(", {} of adapters trained", experiment.lora.num_params(&experiment.model)),
+            false => String::new(),
+        };
         let mut line = format!(
-            "{}: {} parameters, {} steps, {:.2} M tokens, about {} MiB, on {}",
+            "{}: {} parameters{trained}, {} steps, {:.2} M tokens, about {} MiB, on {}",
             run.name,
             experiment.model.num_params(),
             run.steps,
@@ -244,9 +265,12 @@ fn preflight(experiment: &Experiment, device: &Device, options: &RunOptions) -> 
 }
 
 /// Bytes that training takes, roughly: latent and fake quantized weights, gradients, two optimizer moments and one
-/// temporary; and the activations that the backward pass reads.
-fn memory_estimate(model: &DuckConfig, run: &super::experiment::RunConfig) -> u64 {
-    let weights = 6 * model.num_params();
+/// temporary, of which a frozen model has the first two; and the activations that the backward pass reads.
+fn memory_estimate(Experiment { model, run, lora, .. }: &Experiment) -> u64 {
+    let weights = match lora.is_on() {
+        true => 2 * model.num_params() + 6 * lora.num_params(model),
+        false => 6 * model.num_params(),
+    };
     let tokens = run.batch_size * model.context;
     let layer = 16 * model.d_model + 8 * model.d_ff + 4 * model.n_heads * model.context;
     let activations = tokens * (model.n_layers * layer + 6 * model.vocab_size);
@@ -318,6 +342,26 @@ fn export(model: &DuckQuantized, tokenizer: &Tokenizer, run_dir: &Path, result: 
         Ok(()) => result.file_bytes = fs::metadata(&path).ok().map(|file| file.len()),
         Err(error) => result.no_file = Some(error.to_string()),
     }
+}
+
+/// Leaves the adapters in the run folder, as PEFT loads them beside `base`.
+fn export_adapter(
+    model: &DuckQuantized,
+    base: &str,
+    run_dir: &Path,
+    result: &mut RunResult,
+) -> Result<(), TrainError> {
+    let Some(adapter) = model.adapter().map_err(ExportError::from)? else {
+        return Ok(());
+    };
+    let path = run_dir.join("adapter");
+    if path.exists() {
+        // Of a session of this run that ended here too.
+        fs::remove_dir_all(&path).map_err(|source| TrainError::Write { path: path.clone(), source })?;
+    }
+    write_adapter(&adapter, &model.config().spec(), base, &path).map_err(ExportError::from)?;
+    result.adapter_bytes = Some(adapter.bytes() as u64);
+    Ok(())
 }
 
 /// The pictures of a run.

@@ -4,13 +4,13 @@ use super::step::TrainPlan;
 use super::{Experiment, TrainError};
 use crate::data::tokenizer;
 use crate::device::device;
-use crate::export::{ExportError, export_for_inference, export_latent};
+use crate::export::{ExportError, export_for_inference, export_frozen, export_latent};
 use crate::nn::DuckQuantized;
-use crate::quant::Dial;
+use crate::quant::{Dial, QuantConfig};
 use burn::module::Module;
 use burn::tensor::Device;
 use std::path::Path;
-use ternary_format::{PackedModel, Tokenizer, read_model};
+use ternary_format::{PackedModel, Tensor, Tokenizer, read_model};
 
 /// What a run folder holds, for use after the run.
 pub struct SavedRun {
@@ -38,7 +38,9 @@ impl SavedRun {
         let plan =
             TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default(), teacher: None };
         let lambda = plan.schedule.lambda(loaded.state.step.saturating_sub(1));
-        let model = experiment.model.init(&experiment.quant, experiment.run.seed, &device.clone().autodiff());
+        let seed = experiment.run.seed;
+        let model = experiment.model.init(&experiment.quant, seed, &device.clone().autodiff());
+        let model = model.with_lora(&experiment.lora, seed);
         let (learner, _) = plan.resume(model, loaded)?;
         let model = learner.model().model.valid();
         model.lambda().set(lambda as f32);
@@ -64,6 +66,58 @@ pub(super) fn start_model(path: &Path) -> Result<PackedModel, TrainError> {
     }
     let run = SavedRun::open(path, &host()?)?;
     Ok(export_latent(&run.model, Some(&run.tokenizer), &run.experiment.run.name)?)
+}
+
+/// The model that stands still beside adapters: what the run folder or the model file computes, ternary where it is.
+///
+/// # Errors
+/// As [`packed_model`]. `Experiment`: `quant` has another norm before each layer. `Model`: ternary weights with an
+/// adapter of their own.
+pub(super) fn frozen_model(path: &Path, quant: &QuantConfig) -> Result<PackedModel, TrainError> {
+    let (model, input_norm) = if is_run(path) {
+        let SavedRun { experiment, tokenizer, model } = SavedRun::open(path, &host()?)?;
+        let packed = export_frozen(&model, Some(&tokenizer), &experiment.run.name)?;
+        (packed, experiment.quant.input_norm)
+    } else {
+        (packed_model(path)?, false)
+    };
+    if quant.input_norm != input_norm {
+        let message = format!(
+            "quant.input_norm is {}, expected {input_norm} as the model to start from has it",
+            quant.input_norm
+        );
+        return Err(TrainError::Experiment { origin: path.display().to_string(), message });
+    }
+    Ok(model.merged().map_err(ExportError::from)?.into_owned())
+}
+
+/// Whether `model` computes with the weights of `start` as they are: its adapters are of use beside no others.
+///
+/// # Errors
+/// `Experiment`: the first tensor that [model] or [quant] make another of.
+pub(super) fn check_frozen(model: &DuckQuantized, start: &PackedModel) -> Result<(), TrainError> {
+    let own = export_frozen(model, None, "")?;
+    let keeps = |name: &str, own: &Tensor| {
+        let Some(start) = start.tensors.get(name) else { return false };
+        let (mut found, mut expected) = (vec![0.0; own.cols()], vec![0.0; start.cols()]);
+        // Of learned positions a shorter context needs the first ones.
+        let rows = own.rows() == start.rows() || name == "position_embd.weight";
+        rows && (0..own.rows()).all(|row| {
+            own.read_row(row, &mut found);
+            start.read_row(row, &mut expected);
+            found == expected
+        })
+    };
+    let Some((name, _)) = own.tensors.iter().find(|(name, own)| !keeps(name, own)) else {
+        return Ok(());
+    };
+    let ternary = start.tensors.values().any(|tensor| tensor.encoding().is_ternary());
+    let kind = if ternary { "quant.scale = \"learned\"" } else { "quant.enabled = false" };
+    let message = format!(
+        "[model] and [quant] change tensor `{name}` of the model to start from, which lora.rank freezes as it is: \
+         expected its own shape, {kind}, and tables as it has them or \"float\""
+    );
+    Err(TrainError::Experiment { origin: "run.start_from".into(), message })
 }
 
 /// For models that are only written down: no device is begun, and no kernel tuned, for that.

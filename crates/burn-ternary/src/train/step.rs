@@ -374,6 +374,9 @@ impl TrainPlan {
     pub fn learner(&self, model: DuckQuantized, step: usize) -> Learner<LanguageModel> {
         let weights = model.linears().iter().map(|(_, linear)| linear.weight.id).collect::<Vec<_>>();
         let mut decayed = weights.clone();
+        for pair in model.linears().iter().filter_map(|(_, linear)| linear.adapter.as_ref()) {
+            decayed.extend([pair.a.id, pair.b.id]);
+        }
         decayed.push(model.embedding.id);
         decayed.extend(model.head.as_ref().map(|head| head.id));
         let matrices = ParamGroup::from_ids(weights);

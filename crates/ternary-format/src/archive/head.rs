@@ -165,5 +165,5 @@ fn read_fields(source: &mut Source<impl Read>) -> Result<PackedModel, FormatErro
     {
         return Err(FormatError::Vocabulary { tokens, rows: spec.vocab_size });
     }
-    Ok(PackedModel { name, spec, tensors: Default::default(), tokenizer, chat_template })
+    Ok(PackedModel { name, spec, tensors: Default::default(), tokenizer, chat_template, adapter: None })
 }

@@ -215,9 +215,10 @@ pub(crate) fn sizes(path: &Path) -> Result<Vec<(String, usize)>, FormatError> {
 /// Writes a model, its tensors in their own encodings, replacing what was there once the file is whole.
 ///
 /// # Errors
-/// As [`PackedModel::validate`]. `Io`.
+/// As [`PackedModel::validate`] and [`PackedModel::merged`]. `Io`.
 pub fn write(model: &PackedModel, path: &Path) -> Result<(), FormatError> {
     model.validate()?;
+    let model = &*model.merged()?;
     scratch::replace(path, |file| write_to(model, file, path))
 }
 
@@ -227,6 +228,7 @@ pub fn write(model: &PackedModel, path: &Path) -> Result<(), FormatError> {
 /// As [`write()`].
 pub fn write_to(model: &PackedModel, writer: impl Write, path: &Path) -> Result<(), FormatError> {
     model.validate()?;
+    let model = &*model.merged()?;
     let mut sink = Sink::new(writer, path);
     head::write(model, &mut sink)?;
     let names: Vec<String> = model.spec.tensors().map(|(name, _)| name).collect();

@@ -43,6 +43,7 @@ pub fn parse(file: Bytes) -> Result<PackedModel, FormatError> {
         name: container.metadata.get("general.name").and_then(Value::as_text).unwrap_or("model").into(),
         tokenizer: vocabulary::read(&container, spec.vocab_size)?,
         tensors: Default::default(),
+        adapter: None,
         chat_template: container
             .metadata
             .get("tokenizer.chat_template")
@@ -77,9 +78,10 @@ pub fn parse(file: Bytes) -> Result<PackedModel, FormatError> {
 ///
 /// # Errors
 /// As [`PackedModel::validate`]. `Width`, `ScalesDiffer`, `NotTernary`, `ReadOnly`: a tensor does not fit its encoding.
-/// `NotInGguf`: stock programs cannot run the model. `Io`.
+/// `NotInGguf`: stock programs cannot run the model. As [`PackedModel::merged`]. `Io`.
 pub fn write(model: &PackedModel, path: &Path, options: &GgufOptions) -> Result<(), FormatError> {
     model.validate()?;
+    let model = &*model.merged()?;
     write_with(model, path, options, |name| Ok(model.tensors[name].clone()))
 }
 

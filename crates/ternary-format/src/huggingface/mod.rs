@@ -1,5 +1,7 @@
 //! Folders as Hugging Face transformers reads and writes them: `config.json`, `tokenizer.json`, safetensors.
 //!
+//! Adapters are read and written as PEFT does it.
+//!
 //! Read are `GPT2LMHeadModel`, `LlamaForCausalLM` and `BitNetForCausalLM`, in one file or in shards, floats or BitNet's
 //! packed codes. Written are floats, exact for ternary weights even in f16, and packed codes where a matrix has one
 //! scale.
@@ -8,10 +10,12 @@
 //! transformers: `models/{gpt2,llama,bitnet}`, `integrations/bitnet.py`.
 
 mod config;
+mod peft;
 mod read;
 mod tokenizer;
 mod write;
 
+pub use peft::{read as read_adapter, write as write_adapter};
 pub use read::read;
 pub use write::write;
 

@@ -46,13 +46,14 @@ pub fn read(folder: &Path) -> Result<PackedModel, FormatError> {
     let name = fs::canonicalize(folder).map_err(FormatError::io(folder))?;
     let name = name.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
     let tokenizer = tokenizer(folder)?;
-    let model = PackedModel { name, spec, tensors, tokenizer, chat_template: chat_template(folder)? };
+    let chat_template = chat_template(folder)?;
+    let model = PackedModel { name, spec, tensors, tokenizer, chat_template, adapter: None };
     model.validate().map_err(|error| error.in_file(folder))?;
     Ok(model)
 }
 
 /// A file of a sane length.
-fn read_text(path: &Path) -> Result<Vec<u8>, FormatError> {
+pub(super) fn read_text(path: &Path) -> Result<Vec<u8>, FormatError> {
     let length = fs::metadata(path).map_err(FormatError::io(path))?.len();
     if length > LONGEST_TEXT {
         return Err(FormatError::TooLong { expected: LONGEST_TEXT, found: length }.in_file(path));
@@ -61,7 +62,7 @@ fn read_text(path: &Path) -> Result<Vec<u8>, FormatError> {
 }
 
 /// A JSON file of the folder.
-fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, FormatError> {
+pub(super) fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, FormatError> {
     serde_json::from_slice(&read_text(path)?).map_err(|error| FormatError::from(error).in_file(path))
 }
 
@@ -193,7 +194,7 @@ fn read_shards(folder: &Path, index: &Path) -> Result<BTreeMap<String, Stored>, 
     }
 }
 
-fn expect_shape(expected: &[usize], found: &[usize]) -> Result<(), FormatError> {
+pub(super) fn expect_shape(expected: &[usize], found: &[usize]) -> Result<(), FormatError> {
     if expected == found {
         return Ok(());
     }

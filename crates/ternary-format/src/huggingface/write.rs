@@ -14,9 +14,11 @@ use std::{fs, io::Write, path::Path};
 ///
 /// # Errors
 /// `Io`; an `Io` of kind `AlreadyExists` where the folder is not new. `WeightType`: not F32, F16 or BITNET.
-/// `NotPerTensor`, `NotTernary`, `RowCount`, `Unpackable`: weights or models that cannot be packed.
+/// `NotPerTensor`, `NotTernary`, `RowCount`, `Unpackable`: weights or models that cannot be packed. As
+/// [`PackedModel::merged`].
 pub fn write(model: &PackedModel, folder: &Path, options: &WriteOptions) -> Result<(), FormatError> {
     model.validate()?;
+    let model = &*model.merged()?;
     let weights = options.weights.unwrap_or(WeightType::Bitnet);
     let tables = options.table(&model.tensors["token_embd.weight"], &[Encoding::F16]);
     float_type(tables, "F32 or F16")?;

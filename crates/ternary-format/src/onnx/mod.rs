@@ -30,7 +30,7 @@ use std::{io::Write, path::Path};
 ///
 /// # Errors
 /// As [`PackedModel::validate`]. `NotTernary`, `Group`, `RowLength`, `WeightType`: weights that do not fit the form.
-/// `OnnxSize`: over 2 GiB. `Io`.
+/// `OnnxSize`: over 2 GiB. As [`PackedModel::merged`]. `Io`.
 pub fn write(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
     let bytes = encode(model, options)?;
     scratch::replace(path, |file| file.write_all(&bytes).map_err(FormatError::io(path)))
@@ -42,6 +42,7 @@ pub fn write(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result
 /// As [`write()`], but for `Io`.
 pub fn encode(model: &PackedModel, options: &WriteOptions) -> Result<Vec<u8>, FormatError> {
     model.validate()?;
+    let model = &*model.merged()?;
     let form = options.weights.unwrap_or(WeightType::Int2);
     if let WeightType::Bitnet | WeightType::Encoded(Encoding::Tq2_0 | Encoding::Tq1_0 | Encoding::Q2_0) = form
     {

@@ -51,6 +51,7 @@ impl Shape {
             // Stock programs load no model without one.
             tokenizer: Some(Tokenizer::byte()),
             chat_template: None,
+            adapter: None,
         }
     }
 }

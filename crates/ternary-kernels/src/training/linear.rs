@@ -101,12 +101,8 @@ impl TernaryLinear {
         let d_input = saved.weight.len() / d_output;
         let stride = d_input.next_multiple_of(LANES);
         assert_eq!(saved.input.len(), tokens * stride, "activations of {tokens} tokens");
-        assert!(grad.len() == tokens * d_output && dx.len() == tokens * d_input, "gradients");
-
-        self.tokens.quantize(pool, grad, d_output, Some(saved.weight_scales), GRADIENT_MIN);
-        self.matrix.pack(pool, saved.weight, Order::Rows, &vec![1.0; d_input], true);
-        let input = Input::codes(&self.tokens, d_output);
-        with_matrix(&mut self.matrix, |matrix| multiply(pool, &input, &mut [Product::new(matrix, dx)]));
+        assert!(grad.len() == tokens * d_output, "gradients");
+        self.input_backward(pool, saved.weight, saved.weight_scales, grad, dx);
 
         let (maxima, sums) = column_maxima(pool, grad, d_output, Some(saved.input_scales));
         let scales: Vec<f32> = maxima.iter().map(|max| max.max(GRADIENT_MIN) / 127.0).collect();
@@ -116,6 +112,31 @@ impl TernaryLinear {
         let input = Input::codes(&self.tokens, tokens);
         with_matrix(&mut self.matrix, |matrix| multiply(pool, &input, &mut [Product::new(matrix, dweight)]));
         sums
+    }
+
+    /// The gradient for the input alone, as [`backward`](Self::backward) has it: that of a layer that is frozen.
+    ///
+    /// # Shapes
+    /// weight (-1, 0, +1) `[d_input, d_output]`, weight_scales `[d_output]`, grad `[tokens, d_output]`, dx
+    /// `[tokens, d_input]`
+    ///
+    /// # Panics
+    /// When shapes do not fit.
+    pub fn input_backward(
+        &mut self,
+        pool: &Pool,
+        weight: &[i8],
+        weight_scales: &[f32],
+        grad: &[f32],
+        dx: &mut [f32],
+    ) {
+        let d_output = weight_scales.len();
+        let d_input = weight.len() / d_output;
+        assert!(grad.len() / d_output * d_input == dx.len(), "gradients");
+        self.tokens.quantize(pool, grad, d_output, Some(weight_scales), GRADIENT_MIN);
+        self.matrix.pack(pool, weight, Order::Rows, &vec![1.0; d_input], true);
+        let input = Input::codes(&self.tokens, d_output);
+        with_matrix(&mut self.matrix, |matrix| multiply(pool, &input, &mut [Product::new(matrix, dx)]));
     }
 }
 

@@ -178,6 +178,13 @@ impl TernaryBackend for Flex {
         training::ternary_linear_backward(input, weight, grad)
     }
 
+    fn ternary_linear_input_backward(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        training::ternary_linear_input_backward(weight, grad)
+    }
+
     fn adamw_step(
         weight: FloatTensor<Self>,
         grad: FloatTensor<Self>,

@@ -364,6 +364,17 @@ pub(super) fn ternary_linear_backward(
     )
 }
 
+pub(super) fn ternary_linear_input_backward(weight: FlexTensor, grad: FlexTensor) -> FlexTensor {
+    let grad = dense(grad);
+    let [tokens, d_output] = shape(&grad).dims();
+    let (weight, scales) = unsealed(&weight, d_output);
+    let d_input = weight.len() / d_output;
+    let mut dx = kernels::zeros(&POOL, tokens * d_input);
+    let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
+    layer.input_backward(&POOL, weight, &scales, values(&grad), &mut dx);
+    tensor(dx, Shape::new([tokens, d_input]))
+}
+
 pub(super) fn adamw_step(
     weight: FlexTensor,
     grad: FlexTensor,

@@ -1,0 +1,450 @@
+//! LoRA: low-rank products beside the linear layers of a frozen model.
+
+use super::{Compute, DuckConfig, DuckQuantized, InvalidValue, linear::normal, require};
+use crate::ops::float_linear;
+use crate::seed::mix;
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Tensor, TensorData};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use ternary_format::{Adapter, FormatError};
+
+/// The `[lora]` section of an experiment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraConfig {
+    /// Of the products; 0: none, the model itself is trained.
+    pub rank: usize,
+    /// The products are multiplied by `alpha / rank`.
+    pub alpha: f64,
+    /// The layers that have one, by the last part of their path, or `all`.
+    pub targets: Vec<String>,
+}
+
+/// What `lora.targets` may say for every layer.
+const ALL: &str = "all";
+
+/// The linear layers of a block in the order of the forward pass, by the last part of their path.
+const LINEARS: [&str; 7] = ["query", "key", "value", "output", "gate", "up", "down"];
+
+impl LoraConfig {
+    /// Whether a model is frozen and gets adapters.
+    pub fn is_on(&self) -> bool {
+        self.rank > 0
+    }
+
+    /// Whether the linear layer at `path` gets an adapter.
+    pub fn targets(&self, path: &str) -> bool {
+        let name = path.rsplit('.').next().unwrap_or(path);
+        self.targets.iter().any(|target| target == ALL || target == name)
+    }
+
+    /// Parameters of the adapters of a model, by arithmetic.
+    pub fn num_params(&self, model: &DuckConfig) -> usize {
+        let (d, d_ff, kv) = (model.d_model, model.d_ff, model.n_kv_heads * model.head_dim());
+        let widths = [2 * d, d + kv, d + kv, 2 * d, d + d_ff, d + d_ff, d + d_ff];
+        let named = LINEARS.into_iter().zip(widths).filter(|(name, _)| model.is_gated() || *name != "gate");
+        let of_block: usize = named.filter(|(name, _)| self.targets(name)).map(|(_, width)| width).sum();
+        self.rank * of_block * model.n_layers
+    }
+
+    pub(crate) fn check(&self, model: &DuckConfig) -> Result<(), InvalidValue> {
+        let widest = model.d_model;
+        require(self.rank <= widest, "lora.rank", self.rank, format!("0 (off) to d_model = {widest}"))?;
+        let alpha = self.alpha > 0.0 && self.alpha.is_finite();
+        require(alpha, "lora.alpha", self.alpha, "a finite number above 0")?;
+        let has = |name: &&str| model.is_gated() || *name != "gate";
+        let names: Vec<&str> = [ALL].into_iter().chain(LINEARS.into_iter().filter(has)).collect();
+        let known = self.targets.iter().all(|target| names.contains(&target.as_str()));
+        let expected = format!("some of {}", names.join(", "));
+        require(known && !self.targets.is_empty(), "lora.targets", &self.targets, expected)
+    }
+}
+
+/// `scale x A B`, beside a linear layer.
+#[derive(Module, Debug)]
+pub struct LowRank {
+    /// `[d_input, rank]`
+    pub a: Param<Tensor<2>>,
+    /// `[rank, d_output]`
+    pub b: Param<Tensor<2>>,
+    #[module(skip)]
+    alpha: f64,
+}
+
+impl LowRank {
+    /// A is drawn on the host, with the deviation that gives `x A` the size of `x`; B is zero, so that the layer
+    /// starts as it was.
+    fn init([d_input, d_output]: [usize; 2], lora: &LoraConfig, seed: u64, device: &Device) -> Self {
+        let rng = &mut ChaCha8Rng::seed_from_u64(seed);
+        let std = 1.0 / (d_input as f64).sqrt();
+        Self {
+            a: Param::from_tensor(normal(rng, [d_input, lora.rank], std, device)),
+            b: Param::from_tensor(Tensor::zeros([lora.rank, d_output], device)),
+            alpha: lora.alpha,
+        }
+    }
+
+    /// # Shapes
+    /// `[tokens, d_input]` to `[tokens, d_output]`
+    pub(super) fn forward(&self, input: Tensor<2>, compute: Compute) -> Tensor<2> {
+        let inner = float_linear(compute.cast(input), compute.cast(self.a.val()), None);
+        float_linear(inner, compute.cast(self.b.val()), None).mul_scalar(self.scale())
+    }
+
+    fn rank(&self) -> usize {
+        self.a.dims()[1]
+    }
+
+    fn scale(&self) -> f64 {
+        self.alpha / self.rank() as f64
+    }
+
+    /// As files have it: Burn's `[in, out]` factors as `[out, in]`.
+    pub(crate) fn write_down(&self) -> Result<ternary_format::LowRank, FormatError> {
+        let values = |factor: &Param<Tensor<2>>| factor.val().transpose().into_data().iter::<f32>().collect();
+        ternary_format::LowRank::new(self.rank(), self.alpha, values(&self.a), values(&self.b))
+    }
+
+    fn from_file(pair: &ternary_format::LowRank, device: &Device) -> Self {
+        let ([d_output, d_input], rank) = (pair.shape(), pair.rank());
+        let factor = |values: &[f32], [rows, cols]: [usize; 2]| {
+            let data = TensorData::new(values.to_vec(), [rows, cols]);
+            Tensor::<2>::from_data(data, device).transpose()
+        };
+        Self {
+            a: Param::from_tensor(factor(pair.a(), [rank, d_input])),
+            b: Param::from_tensor(factor(pair.b(), [d_output, rank])),
+            alpha: pair.alpha(),
+        }
+    }
+}
+
+impl DuckQuantized {
+    /// The model frozen, with adapters drawn from `seed` beside the layers that `lora` targets; as it is where that
+    /// is off.
+    pub fn with_lora(self, lora: &LoraConfig, seed: u64) -> Self {
+        if !lora.is_on() {
+            return self;
+        }
+        let mut model = self.no_grad();
+        let device = model.embedding.val().device();
+        for (index, (path, linear)) in model.linears_mut().into_iter().enumerate() {
+            linear.adapter = lora.targets(&path).then(|| {
+                // Apart from the seeds of steps, which count from 0.
+                LowRank::init(linear.weight.dims(), lora, mix(seed, u64::MAX - index as u64), &device)
+            });
+        }
+        model
+    }
+
+    /// The model with the pairs of an adapter file, which fit it.
+    pub(crate) fn with_adapter(mut self, adapter: &Adapter) -> Self {
+        let device = self.embedding.val().device();
+        for (path, linear) in self.linears_mut() {
+            let pair = adapter.pairs.get(&crate::export::tensor_name(&format!("{path}.weight")));
+            linear.adapter = pair.map(|pair| LowRank::from_file(pair, &device));
+        }
+        self
+    }
+
+    /// The adapters as files have them; `None`: no layer has one.
+    ///
+    /// # Errors
+    /// `Value`: weights that no training leaves.
+    pub fn adapter(&self) -> Result<Option<Adapter>, FormatError> {
+        let mut adapter = Adapter::default();
+        for (path, linear) in self.linears() {
+            if let Some(pair) = &linear.adapter {
+                let name = crate::export::tensor_name(&format!("{path}.weight"));
+                adapter.pairs.insert(name, pair.write_down()?);
+            }
+        }
+        Ok(Some(adapter).filter(|adapter| !adapter.pairs.is_empty()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::{Activation, Family, QuantizedLinear, QuantizedLinearConfig};
+    use crate::quant::{ActivationPrecision, Dial, Products, QuantConfig, ScaleRule};
+    use burn::module::ModuleVisitor;
+    use burn::tensor::Int;
+
+    const FAMILIES: [Family; 3] = [Family::Gpt2, Family::Llama, Family::Bitnet];
+    /// Tokens, inputs, rank, outputs.
+    const SIZES: [usize; 4] = [5, 13, 3, 7];
+
+    fn device() -> Device {
+        crate::device::device("flex").unwrap()
+    }
+
+    fn random(rng: &mut ChaCha8Rng, shape: [usize; 2], device: &Device) -> Tensor<2> {
+        normal(rng, shape, 1.0, device)
+    }
+
+    fn values(tensor: Tensor<2>) -> Vec<f64> {
+        tensor.into_data().iter::<f64>().collect()
+    }
+
+    fn lora(rank: usize, targets: &[&str]) -> LoraConfig {
+        LoraConfig { rank, alpha: 5.0, targets: targets.iter().map(ToString::to_string).collect() }
+    }
+
+    /// Every quantizer that decides what an adapter sees, the float twin first.
+    fn quants() -> Vec<QuantConfig> {
+        let mut quants = vec![QuantConfig::default().float()];
+        for input_norm in [false, true] {
+            for (activations, compute) in [
+                (ActivationPrecision::Float, Products::Float),
+                (ActivationPrecision::Int8, Products::Float),
+                (ActivationPrecision::Int8, Products::Int8),
+            ] {
+                quants.push(QuantConfig { input_norm, activations, compute, ..QuantConfig::default() });
+            }
+        }
+        quants
+    }
+
+    fn layer(quant: &QuantConfig, device: &Device) -> QuantizedLinear {
+        let [_, d_input, rank, d_output] = SIZES;
+        let config = QuantizedLinearConfig {
+            d_input,
+            d_output,
+            bias: true,
+            std: 0.3,
+            compute: Compute::F32,
+            quant: quant.clone(),
+            lambda: Dial::default(),
+        };
+        let rng = &mut ChaCha8Rng::seed_from_u64(3);
+        let mut layer = config.init(rng, device).no_grad();
+        let mut pair = LowRank::init([d_input, d_output], &lora(rank, &["all"]), 4, device);
+        pair.b = Param::from_tensor(random(rng, [rank, d_output], device));
+        layer.adapter = Some(pair);
+        layer
+    }
+
+    /// The rows that the weight multiplies, by the definitions of norm and rounding.
+    fn multiplied(input: &[f64], quant: &QuantConfig) -> Vec<f64> {
+        let prepare = |row: &[f64]| {
+            let mut row = row.to_vec();
+            if quant.input_norm {
+                let root = (row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64 + 1e-6).sqrt();
+                row.iter_mut().for_each(|x| *x /= root);
+            }
+            if quant.enabled && quant.activations == ActivationPrecision::Int8 {
+                let scale = row.iter().fold(0f64, |max, x| max.max(x.abs())) / 127.0;
+                row.iter_mut().for_each(|x| *x = (*x / scale).round_ties_even() * scale);
+            }
+            row
+        };
+        input.chunks(SIZES[1]).flat_map(prepare).collect()
+    }
+
+    /// `left right`, of `[rows, inner]` and `[inner, columns]`.
+    fn product(left: &[f64], right: &[f64], inner: usize) -> Vec<f64> {
+        let columns = right.len() / inner;
+        let row = |row: &[f64]| -> Vec<f64> {
+            (0..columns).map(|c| (0..inner).map(|k| row[k] * right[k * columns + c]).sum()).collect()
+        };
+        left.chunks(inner).flat_map(row).collect()
+    }
+
+    /// What the adapter adds, of the rows that the weight multiplies.
+    fn added(x: &[f64], a: &[f64], b: &[f64]) -> Vec<f64> {
+        let [_, d_input, rank, _] = SIZES;
+        product(&product(x, a, d_input), b, rank).iter().map(|y| y * 5.0 / rank as f64).collect()
+    }
+
+    #[test]
+    fn an_adapter_sees_what_the_weight_multiplies_and_its_gradients_are_central_differences() {
+        let [tokens, d_input, rank, d_output] = SIZES;
+        let device = device().autodiff();
+        for quant in quants() {
+            let rng = &mut ChaCha8Rng::seed_from_u64(11);
+            let layer = layer(&quant, &device);
+            let input = random(rng, [tokens, d_input], &device).mul_scalar(3.0).require_grad();
+            let upstream = random(rng, [tokens, d_output], &device);
+            let output = layer.forward(input.clone());
+
+            let pair = layer.adapter.as_ref().unwrap();
+            let (a, b) = (values(pair.a.val()), values(pair.b.val()));
+            let x = multiplied(&values(input.clone()), &quant);
+            let weight = values(layer.effective_weight());
+            let base = product(&x, &weight, d_input);
+            for ((found, base), added) in values(output.clone()).iter().zip(base).zip(added(&x, &a, &b)) {
+                assert!((found - base - added).abs() < 1e-4, "{found} for {base} + {added}: {quant:?}");
+            }
+
+            let grads = (output * upstream.clone()).sum().backward();
+            let upstream = values(upstream);
+            let loss = |x: &[f64], a: &[f64], b: &[f64]| -> f64 {
+                let outputs = product(x, &weight, d_input).into_iter().zip(added(x, a, b));
+                outputs.zip(&upstream).map(|((base, added), up)| (base + added) * up).sum()
+            };
+            // The loss is linear in each: the step may be large.
+            let slope = |values: &[f64], loss: &dyn Fn(&[f64]) -> f64, index: usize| {
+                let mut moved = values.to_vec();
+                moved[index] += 0.5;
+                let above = loss(&moved);
+                moved[index] -= 1.0;
+                above - loss(&moved)
+            };
+            for (index, found) in values(pair.a.val().grad(&grads).unwrap()).iter().enumerate() {
+                let expected = slope(&a, &|a: &[f64]| loss(&x, a, &b), index);
+                assert!((found - expected).abs() < 2e-4 * expected.abs().max(1.0), "a: {found} {expected}");
+            }
+            for (index, found) in values(pair.b.val().grad(&grads).unwrap()).iter().enumerate() {
+                let expected = slope(&b, &|b: &[f64]| loss(&x, &a, b), index);
+                assert!((found - expected).abs() < 2e-4 * expected.abs().max(1.0), "b: {found} {expected}");
+            }
+            // Rounding passes straight through; a norm does not. Integer products round the gradient of the base.
+            let bound = if quant.compute == Products::Int8 { 0.05 } else { 2e-4 };
+            if !quant.input_norm {
+                for (index, found) in values(input.grad(&grads).unwrap()).iter().enumerate() {
+                    let expected = slope(&x, &|x: &[f64]| loss(x, &a, &b), index);
+                    assert!(
+                        (found - expected).abs() < bound * expected.abs().max(1.0),
+                        "x: {found} {expected}"
+                    );
+                }
+            }
+            // Frozen.
+            assert!(layer.weight.val().grad(&grads).is_none());
+            assert!(layer.bias.as_ref().unwrap().val().grad(&grads).is_none());
+            assert_eq!(rank, pair.rank());
+        }
+    }
+
+    fn tiny(family: Family) -> DuckConfig {
+        DuckConfig {
+            family,
+            vocab_size: 11,
+            context: 9,
+            d_model: 16,
+            n_layers: 2,
+            n_heads: 4,
+            n_kv_heads: if family == Family::Gpt2 { 4 } else { 2 },
+            d_ff: 24,
+            activation: if family == Family::Gpt2 { Activation::Gelu } else { Activation::Swiglu },
+            ..DuckConfig::duck_tiny()
+        }
+    }
+
+    fn logits(model: &DuckQuantized) -> Vec<f32> {
+        let ids: Vec<i64> = (0..2 * 9).map(|i| i * 7 % 11).collect();
+        let device = model.embedding.val().device();
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [2, 9]), &device);
+        model.forward(ids).into_data().iter::<f32>().collect()
+    }
+
+    #[test]
+    fn a_new_adapter_changes_no_bit_and_a_seed_gives_the_same_one() {
+        for family in FAMILIES {
+            for quant in quants() {
+                let model = tiny(family).init(&quant, 1, &device());
+                let before = logits(&model);
+                let adapted = model.clone().with_lora(&lora(3, &["all"]), 2);
+                assert_eq!(logits(&adapted), before, "{family:?} {quant:?}");
+                let again = model.clone().with_lora(&lora(3, &["all"]), 2);
+                assert_eq!(adapted.adapter().unwrap(), again.adapter().unwrap());
+                let other = model.clone().with_lora(&lora(3, &["all"]), 3);
+                assert_ne!(adapted.adapter().unwrap(), other.adapter().unwrap());
+                assert!(model.clone().with_lora(&lora(0, &["all"]), 2).adapter().unwrap().is_none());
+            }
+        }
+        // No two layers begin alike, and A keeps the size of what it multiplies.
+        let config = DuckConfig { d_model: 256, ..tiny(Family::Llama) };
+        let model = config.init(&QuantConfig::default(), 1, &device()).with_lora(&lora(16, &["query"]), 1);
+        let adapter = model.adapter().unwrap().unwrap();
+        let all: Vec<&[f32]> = adapter.pairs.values().map(|pair| pair.a()).collect();
+        assert!(all.len() == 2 && all[0] != all[1]);
+        let square = all[0].iter().map(|a| a * a).sum::<f32>() / 16.0;
+        assert!((square - 1.0).abs() < 0.1, "{square}");
+    }
+
+    /// Counts parameters by whether they are trained.
+    #[derive(Default)]
+    struct Count([usize; 2]);
+
+    impl ModuleVisitor for Count {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0[usize::from(param.is_require_grad())] += param.shape().num_elements();
+        }
+    }
+
+    #[test]
+    fn all_but_the_adapters_is_frozen_and_their_size_is_arithmetic() {
+        for family in FAMILIES {
+            for (rank, targets) in
+                [(1, &["all"][..]), (3, &["query", "value"]), (4, &["key", "down", "up"]), (2, &["output"])]
+            {
+                let (config, lora) = (tiny(family), lora(rank, targets));
+                lora.check(&config).unwrap();
+                let quant = QuantConfig { scale: ScaleRule::Learned, ..QuantConfig::default() };
+                let model = config.init(&quant, 1, &device().autodiff());
+                let before = (model.num_params(), model.size());
+                let model = model.with_lora(&lora, 1);
+                let mut count = Count::default();
+                model.visit(&mut count);
+                assert_eq!(count.0, [before.0, lora.num_params(&config)], "{family:?} {targets:?}");
+                let size = model.size();
+                assert_eq!(size.adapter_bytes, 4 * lora.num_params(&config));
+                assert_eq!(size.packed_bytes() - size.adapter_bytes, before.1.packed_bytes());
+                assert_eq!(size.fp32_bytes(), before.1.fp32_bytes());
+                // Also after a validation, from which training goes on.
+                let mut count = Count::default();
+                model.valid().train().visit(&mut count);
+                assert_eq!(count.0[1], lora.num_params(&config));
+                let with: Vec<String> = model
+                    .linears()
+                    .into_iter()
+                    .filter_map(|(path, linear)| linear.adapter.as_ref().map(|_| path))
+                    .collect();
+                assert!(
+                    with.iter().all(|path| targets[0] == ALL || targets.iter().any(|t| path.ends_with(t)))
+                );
+            }
+        }
+    }
+
+    /// The bits of the gradients of all adapters, and how many other parameters have one.
+    fn adapter_gradients(model: &DuckQuantized) -> (Vec<u32>, usize) {
+        let ids: Vec<i64> = (0..2 * 9).map(|i| i * 5 % 11).collect();
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [2, 9]), &device().autodiff());
+        let grads = model.forward(ids).square().mean().backward();
+        let bits =
+            model.linears().into_iter().filter_map(|(_, linear)| linear.adapter.as_ref()).flat_map(|pair| {
+                [&pair.a, &pair.b].map(|factor| factor.val().grad(&grads).expect("a gradient of each factor"))
+            });
+        let bits = bits.flat_map(|grad| grad.into_data().iter::<f32>().map(f32::to_bits).collect::<Vec<_>>());
+        let tables = [Some(&model.embedding), model.head.as_ref()].into_iter().flatten();
+        let weights = model.linears().into_iter().map(|(_, linear)| &linear.weight).chain(tables);
+        let others = weights.filter(|weight| weight.val().grad(&grads).is_some()).count();
+        (bits.collect(), others)
+    }
+
+    #[test]
+    fn freezing_the_base_saves_its_gradients_and_changes_no_bit_of_the_others() {
+        for family in FAMILIES {
+            for quant in quants() {
+                let config = DuckConfig { tied: family == Family::Gpt2, ..tiny(family) };
+                let model = config.init(&quant, 1, &device().autodiff());
+                let mut frozen = model.with_lora(&lora(3, &["all"]), 2);
+                // B is not zero, so that A has a gradient.
+                let rng = &mut ChaCha8Rng::seed_from_u64(9);
+                for (_, linear) in frozen.linears_mut() {
+                    let b = &mut linear.adapter.as_mut().unwrap().b;
+                    *b = Param::from_tensor(random(rng, b.dims(), &device().autodiff()));
+                }
+                let (expected, all) = adapter_gradients(&frozen.clone().set_require_grad(true));
+                let (found, none) = adapter_gradients(&frozen);
+                assert!(found == expected && found.iter().any(|bits| *bits != 0), "{family:?} {quant:?}");
+                assert_eq!((none, all > 0), (0, true));
+            }
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! [`Adapter`]: low-rank products beside the matrices of a model.
+
+use crate::{Encoding, FormatError, ModelSpec, PackedModel, Tensor};
+use std::{borrow::Cow, collections::BTreeMap};
+
+/// What fine-tuning adds to a frozen model (LoRA): beside some of its matrices `W`, a pair that makes a layer
+/// `W x + alpha / rank B (A x)`.
+///
+/// # Source
+/// Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, equation 3.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Adapter {
+    /// By the matrix that each stands beside, such as `blk.0.attn_q.weight`.
+    pub pairs: BTreeMap<String, LowRank>,
+}
+
+/// `alpha / rank B A`, which has the shape of a matrix `[out, in]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LowRank {
+    rank: usize,
+    alpha: f64,
+    a: Vec<f32>,
+    b: Vec<f32>,
+}
+
+impl LowRank {
+    /// # Shapes
+    /// a `[rank, in]`, b `[out, rank]`
+    ///
+    /// # Errors
+    /// `Value`: no rank, or an alpha that is not finite. `WrongShape`: a factor that is no whole number of ranks.
+    pub fn new(rank: usize, alpha: f64, a: Vec<f32>, b: Vec<f32>) -> Result<Self, FormatError> {
+        check(rank > 0, "r", rank, "at least 1")?;
+        check(alpha.is_finite(), "lora_alpha", alpha, "a finite number")?;
+        for factor in [&a, &b] {
+            if factor.is_empty() || !factor.len().is_multiple_of(rank) {
+                let expected = vec![rank, factor.len() / rank];
+                return Err(FormatError::WrongShape { expected, found: vec![factor.len()] });
+            }
+        }
+        Ok(Self { rank, alpha, a, b })
+    }
+
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub fn alpha(&self) -> f64 {
+        self.alpha
+    }
+
+    /// `alpha / rank`
+    pub fn scale(&self) -> f32 {
+        (self.alpha / self.rank as f64) as f32
+    }
+
+    /// `[rank, in]`
+    pub fn a(&self) -> &[f32] {
+        &self.a
+    }
+
+    /// `[out, rank]`
+    pub fn b(&self) -> &[f32] {
+        &self.b
+    }
+
+    /// `[out, in]`
+    pub fn shape(&self) -> [usize; 2] {
+        [self.b.len() / self.rank, self.a.len() / self.rank]
+    }
+
+    /// Whether it adds nothing, as before its first step.
+    pub fn is_zero(&self) -> bool {
+        let zero = |factor: &[f32]| factor.iter().all(|value| *value == 0.0);
+        self.alpha == 0.0 || zero(&self.a) || zero(&self.b)
+    }
+
+    /// Without the ranks to which `b` gives nothing; `None` where that is all of them.
+    pub(crate) fn trimmed(self) -> Option<Self> {
+        let used = |rank: &usize| self.b.iter().skip(*rank).step_by(self.rank).any(|value| *value != 0.0);
+        let kept: Vec<usize> = (0..self.rank).filter(used).collect();
+        if kept.is_empty() {
+            return None;
+        }
+        let width = self.a.len() / self.rank;
+        let a = kept.iter().flat_map(|rank| &self.a[rank * width..(rank + 1) * width]).copied().collect();
+        let b = self.b.chunks_exact(self.rank).flat_map(|row| kept.iter().map(|rank| row[*rank])).collect();
+        let alpha = self.alpha * kept.len() as f64 / self.rank as f64;
+        Some(Self { rank: kept.len(), alpha, a, b })
+    }
+
+    /// Adds row `row` of the product to `values`, `[in]`.
+    fn add_row(&self, row: usize, values: &mut [f32]) {
+        let (scale, b) = (self.scale(), &self.b[row * self.rank..(row + 1) * self.rank]);
+        for (a, b) in self.a.chunks_exact(values.len()).zip(b) {
+            let factor = b * scale;
+            values.iter_mut().zip(a).for_each(|(value, a)| *value += factor * a);
+        }
+    }
+}
+
+/// `Value` unless it holds.
+pub(crate) fn check(
+    holds: bool,
+    key: &str,
+    found: impl ToString,
+    expected: impl Into<String>,
+) -> Result<(), FormatError> {
+    if holds {
+        return Ok(());
+    }
+    Err(FormatError::Value { key: key.into(), found: found.to_string(), expected: expected.into() })
+}
+
+impl Adapter {
+    /// Checks that each pair stands beside a matrix of a block, and has its shape.
+    ///
+    /// # Errors
+    /// `UnknownTensor`, `WrongShape`
+    pub fn validate(&self, spec: &ModelSpec) -> Result<(), FormatError> {
+        let mut known = 0;
+        for (name, shape) in matrices(spec) {
+            let Some(pair) = self.pairs.get(&name) else { continue };
+            if shape != pair.shape() {
+                let found = pair.shape().into();
+                return Err(FormatError::WrongShape { expected: shape.into(), found }.in_tensor(&name));
+            }
+            known += 1;
+        }
+        if known == self.pairs.len() {
+            return Ok(());
+        }
+        let is_known = |name: &String| matrices(spec).any(|(known, _)| known == *name);
+        let tensor = self.pairs.keys().find(|name| !is_known(name)).cloned().unwrap_or_default();
+        Err(FormatError::UnknownTensor { tensor })
+    }
+
+    /// Bytes of all factors in f32.
+    pub fn bytes(&self) -> usize {
+        self.pairs.values().map(|pair| 4 * (pair.a.len() + pair.b.len())).sum()
+    }
+}
+
+/// The matrices of the blocks with their shapes, `[out, in]`.
+pub(crate) fn matrices(spec: &ModelSpec) -> impl Iterator<Item = (String, [usize; 2])> + use<> {
+    spec.tensors().filter_map(|(name, shape)| match shape[..] {
+        [out, inputs] if name.starts_with("blk.") => Some((name, [out, inputs])),
+        _ => None,
+    })
+}
+
+impl PackedModel {
+    /// The model without an adapter beside it: `W + alpha / rank B A` in place of a float matrix, in F16 where it is, else in F32.
+    ///
+    /// The sum of a ternary matrix and a pair is not ternary; only a pair that is zero can be left out.
+    ///
+    /// # Errors
+    /// `Unmergeable`: the matrix beside a pair is not one of floats.
+    pub fn merged(&self) -> Result<Cow<'_, Self>, FormatError> {
+        let Some(adapter) = &self.adapter else {
+            return Ok(Cow::Borrowed(self));
+        };
+        adapter.validate(&self.spec)?;
+        let mut model = Self { adapter: None, ..self.clone() };
+        for (name, pair) in adapter.pairs.iter().filter(|(_, pair)| !pair.is_zero()) {
+            let tensor = model.tensors.get_mut(name);
+            let tensor = tensor.ok_or_else(|| FormatError::MissingTensor { tensor: name.clone() })?;
+            *tensor = merge(tensor, pair).map_err(|error| error.in_tensor(name))?;
+        }
+        Ok(Cow::Owned(model))
+    }
+}
+
+fn merge(tensor: &Tensor, pair: &LowRank) -> Result<Tensor, FormatError> {
+    let encoding = tensor.encoding();
+    if !matches!(encoding, Encoding::F32 | Encoding::F16 | Encoding::Bf16) {
+        return Err(FormatError::Unmergeable { encoding });
+    }
+    let mut values = vec![0.0; tensor.rows() * tensor.cols()];
+    for (row, values) in values.chunks_exact_mut(tensor.cols()).enumerate() {
+        tensor.read_row(row, values);
+        pair.add_row(row, values);
+    }
+    let merged = Tensor::f32(tensor.shape(), &values)?;
+    if encoding == Encoding::F16 { merged.encode(encoding) } else { Ok(merged) }
+}
