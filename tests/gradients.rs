@@ -6,7 +6,7 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use burn_ternary::nn::{Activation, Compute, DuckConfig, DuckQuantized, Family};
 use burn_ternary::ops::{RowScale, StraightThrough, absmax_quantize, round_scale, ternary_quantize};
-use burn_ternary::quant::{Dial, Estimator, Granularity, QuantConfig, ScaleRule, TernaryQuantizerConfig};
+use burn_ternary::quant::{Dials, Estimator, Granularity, QuantConfig, ScaleRule, TernaryQuantizerConfig};
 use burn_ternary::train::loss::language_model_loss;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -171,7 +171,9 @@ fn quantizer_grads(
 ) -> (Vec<f32>, Option<Vec<f32>>) {
     let device = cpu().autodiff();
     let weight = tensor(weight, dims, &device).require_grad();
-    let mut quantizer = TernaryQuantizerConfig::new(config, &Dial::new(lambda)).init(&weight);
+    let dials = Dials::default();
+    dials.lambda.set(lambda);
+    let mut quantizer = TernaryQuantizerConfig::new(config, &dials).init(&weight);
     if let Some(parameter) = parameter {
         let dims = quantizer.scale.as_ref().unwrap().dims();
         quantizer.scale = Some(Param::from_tensor(tensor(&parameter, dims, &device)));

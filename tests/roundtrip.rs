@@ -8,7 +8,7 @@ use burn::{
 use burn_ternary::{
     ExportError, ImportError, export_for_inference,
     nn::{DuckConfig, DuckQuantized, Family},
-    quant::{ActivationPrecision, Granularity, QuantConfig, ScaleRule, TablePrecision},
+    quant::{ActivationPrecision, Granularity, QuantConfig, ScaleRule, Sparsity, TablePrecision},
     train::{Experiment, SavedRun, TrainCommand, packed_model, report::RunResult, train_duck_quantized},
 };
 use clap::Parser;
@@ -67,8 +67,10 @@ fn models() -> impl Iterator<Item = (String, DuckQuantized)> {
         let scale = rules[i % rules.len()];
         let tied = i % 2 == 0;
         let head = TABLES[(i + i / 4) % 4];
-        let quant = QuantConfig { scale, granularity, embedding, head, ..QuantConfig::default() };
-        let name = format!("{family:?} {scale:?} {granularity:?} {embedding:?} tied {tied} {head:?}");
+        let sparsity = [Sparsity::None, Sparsity::ZeroFraction(0.9), Sparsity::NOfM([2, 8])][i % 7 % 3];
+        let quant = QuantConfig { scale, granularity, sparsity, embedding, head, ..QuantConfig::default() };
+        let name =
+            format!("{family:?} {scale:?} {granularity:?} {sparsity:?} {embedding:?} tied {tied} {head:?}");
         (name, trained(&DuckConfig { tied, ..shape(family) }, &quant, i as u64))
     })
 }
@@ -188,7 +190,7 @@ fn a_model_that_no_file_can_express_is_refused_with_the_setting_to_change() {
         assert!(error.to_string().contains("`input_norm = false` in [quant]"), "{error}");
     }
     let blended = trained(&config, &QuantConfig::default(), 0);
-    blended.lambda().set(0.5);
+    blended.dials().lambda.set(0.5);
     let error = export_for_inference(&blended, None, "duck").unwrap_err();
     assert!(
         error.to_string().contains("lambda = 0.5") && error.to_string().contains("ramp_until"),

@@ -44,9 +44,9 @@ fn a_model_starts_with_the_weights_of_another() {
                 let longer = if family == Family::Gpt2 { 10 } else { 20 };
                 let config = DuckConfig { context: longer, ..config.clone() };
                 let model = config.init_from(&packed, &quant, 77, &device()).unwrap();
-                model.lambda().set(0.0);
+                model.dials().lambda.set(0.0);
                 assert_eq!(logits(&model), expected, "{family:?} {tied}");
-                model.lambda().set(1.0);
+                model.dials().lambda.set(1.0);
                 assert_ne!(logits(&model), expected);
                 // Rounded, it is what the same rule makes of the same weights.
                 let twin = config.init_from(&packed, &quant.clone().float(), 1, &device()).unwrap();

@@ -49,7 +49,7 @@ pub fn export_for_inference(
     if quant.input_norm {
         return Err(ExportError::InputNorm);
     }
-    let lambda = model.lambda().get();
+    let lambda = model.dials().lambda.get();
     if quant.enabled && lambda < 1.0 {
         return Err(ExportError::Blend { lambda });
     }

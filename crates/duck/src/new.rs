@@ -78,7 +78,7 @@ fn experiment(name: &str) -> String {
 }
 
 /// Section, key, what it means.
-const COMMENTS: [(&str, &str, &str); 70] = [
+const COMMENTS: [(&str, &str, &str); 72] = [
     (
         "data",
         "train",
@@ -121,7 +121,16 @@ const COMMENTS: [(&str, &str, &str); 70] = [
     ("quant", "enabled", "false: the float twin, the same model without a quantizer."),
     ("quant", "scale", "\"absmean\", \"absmedian\", \"twn\"; \"learned\" and \"seq\" are trained."),
     ("quant", "granularity", "Who shares a scale: \"per_tensor\", \"per_channel\" or { per_group = N }."),
-    ("quant", "threshold", "Weights of at most this share of the scale become 0; twn ignores it."),
+    (
+        "quant",
+        "threshold",
+        "Weights of at most this share of the scale become 0; twn and sparsity ignore it.",
+    ),
+    (
+        "quant",
+        "sparsity",
+        "Zeros by rank: \"none\", { zero_fraction = 0.9 }, or { n_of_m = [N, M] }: N codes in each M inputs.",
+    ),
     (
         "quant",
         "estimator",
@@ -175,6 +184,7 @@ const COMMENTS: [(&str, &str, &str); 70] = [
         "Share of the steps before weights become ternary; 0: ternary from the start.",
     ),
     ("schedule", "ramp_until", "Until here they blend from float to ternary; at most float_until: at once."),
+    ("schedule", "sparse_until", "Until here quant.sparsity grows from float_until; at most that: at once."),
     ("run", "name", "The run folder is out_dir/name-seed."),
     ("run", "out_dir", "Folder of run folders."),
     ("run", "start_from", "A run folder or model file with the first weights; empty: they are random."),

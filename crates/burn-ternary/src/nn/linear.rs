@@ -3,7 +3,7 @@
 use super::{Compute, norm::rms_normalize};
 use crate::ops::{RowScale, absmax_quantize, float_linear, ternary_linear};
 use crate::quant::{
-    ActivationPrecision, Dial, Products, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig,
+    ActivationPrecision, Dials, Products, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig,
 };
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Tensor};
@@ -23,19 +23,19 @@ pub struct QuantizedLinearConfig {
     pub std: f64,
     pub compute: Compute,
     pub quant: QuantConfig,
-    pub lambda: Dial,
+    pub dials: Dials,
 }
 
 /// `y = x~ W~ + b`: ternary `W~` when quantization is enabled, float `W` otherwise.
 ///
 /// # Example
 /// ```
-/// # use burn_ternary::{nn::{Compute, QuantizedLinearConfig}, quant::{Dial, QuantConfig}};
+/// # use burn_ternary::{nn::{Compute, QuantizedLinearConfig}, quant::{Dials, QuantConfig}};
 /// # use burn::tensor::{Device, Tensor};
 /// # use rand::SeedableRng;
 /// let config = QuantizedLinearConfig {
 ///     d_input: 64, d_output: 32, bias: true, std: 0.02,
-///     compute: Compute::F32, quant: QuantConfig::default(), lambda: Dial::default(),
+///     compute: Compute::F32, quant: QuantConfig::default(), dials: Dials::default(),
 /// };
 /// let device = Device::default();
 /// let layer = config.init(&mut rand_chacha::ChaCha8Rng::seed_from_u64(0), &device);
@@ -60,7 +60,7 @@ impl QuantizedLinearConfig {
     pub fn init(&self, rng: &mut impl Rng, device: &Device) -> QuantizedLinear {
         let weight = normal(rng, [self.d_input, self.d_output], self.std, device);
         let quantizer =
-            self.quant.enabled.then(|| TernaryQuantizerConfig::new(&self.quant, &self.lambda).init(&weight));
+            self.quant.enabled.then(|| TernaryQuantizerConfig::new(&self.quant, &self.dials).init(&weight));
         QuantizedLinear {
             weight: Param::from_tensor(weight),
             bias: self.bias.then(|| Param::from_tensor(Tensor::zeros([self.d_output], device))),
@@ -78,7 +78,10 @@ impl QuantizedLinear {
         let input = if quant.input_norm { rms_normalize(input, INPUT_NORM_EPS) } else { input };
         let mut shape = input.dims();
         let tokens = shape[..D - 1].iter().product::<usize>();
-        if quant.compute == Products::Int8 && self.quantizer.is_some() && self.config.lambda.get() >= 1.0 {
+        if quant.compute == Products::Int8
+            && self.quantizer.is_some()
+            && self.config.dials.lambda.get() >= 1.0
+        {
             let input = input.reshape([tokens, self.config.d_input]);
             let bias = self.bias.as_ref().map(|bias| bias.val());
             let output = ternary_linear(input, self.effective_weight(), bias);
@@ -146,7 +149,7 @@ impl QuantizedLinear {
 
     /// False in a float twin, and while a float-first schedule still trains the latent weight.
     fn is_ternary(&self) -> bool {
-        self.quantizer.is_some() && self.config.lambda.get() > 0.0
+        self.quantizer.is_some() && self.config.dials.lambda.get() > 0.0
     }
 }
 
@@ -177,7 +180,7 @@ mod tests {
         tensor.into_data().iter::<f64>().collect()
     }
 
-    fn layer(dims: [usize; 2], quant: QuantConfig, lambda: &Dial) -> QuantizedLinear {
+    fn layer(dims: [usize; 2], quant: QuantConfig, dials: &Dials) -> QuantizedLinear {
         let [d_input, d_output] = dims;
         let compute = Compute::F32;
         let config = QuantizedLinearConfig {
@@ -187,7 +190,7 @@ mod tests {
             std: 0.3,
             compute,
             quant,
-            lambda: lambda.clone(),
+            dials: dials.clone(),
         };
         let mut layer = config.init(&mut ChaCha8Rng::seed_from_u64(3), &device());
         layer.bias = Some(Param::from_tensor(random([d_output])));
@@ -234,7 +237,7 @@ mod tests {
             }
         }
         for quant in quants {
-            let layer = layer([d_input, d_output], quant.clone(), &Dial::default());
+            let layer = layer([d_input, d_output], quant.clone(), &Dials::default());
             let input = random([3, 5, d_input]).mul_scalar(2.5);
             let output = layer.forward(input.clone());
             assert_eq!(output.dims(), [3, 5, d_output]);
@@ -263,7 +266,7 @@ mod tests {
             (Granularity::PerGroup(4), |input, channel| input / 4 * 6 + channel),
         ];
         for (granularity, group) in groups {
-            let layer = layer(dims, with(granularity), &Dial::default());
+            let layer = layer(dims, with(granularity), &Dials::default());
             let latent = values(layer.weight.val());
             let group = |index: usize| group(index / dims[1], index % dims[1]);
             let effective = values(layer.effective_weight());
@@ -289,7 +292,7 @@ mod tests {
         for (granularity, scales) in
             [(Granularity::PerChannel, 64), (Granularity::PerGroup(64), 2 * 64), (Granularity::PerTensor, 1)]
         {
-            let layer = layer([128, 64], with(granularity), &Dial::default());
+            let layer = layer([128, 64], with(granularity), &Dials::default());
             let bytes = codes + 2 * scales;
             assert_eq!(layer.packed_bytes(), bytes);
             let bits = bytes as f64 * 8.0 / (128.0 * 64.0);
@@ -297,7 +300,7 @@ mod tests {
             assert!((layer.compression_ratio() - (128.0 * 64.0 * 4.0) / bytes as f64).abs() < 1e-12);
             assert!(layer.compression_ratio() < 32.0 / 3f64.log2());
         }
-        let float = layer([128, 64], QuantConfig::default().float(), &Dial::default());
+        let float = layer([128, 64], QuantConfig::default().float(), &Dials::default());
         assert_eq!((float.packed_bytes(), float.bits_per_weight()), (128 * 64 * 4, 32.0));
         assert_eq!(float.compression_ratio(), 1.0);
         assert!(float.codes().is_none() && float.zero_fraction().is_none());
@@ -306,15 +309,15 @@ mod tests {
     #[test]
     fn the_dial_goes_from_the_float_layer_to_the_ternary_one() {
         let quant = QuantConfig { activations: ActivationPrecision::Int8, ..QuantConfig::default() };
-        let dial = Dial::default();
-        let ternary = layer([24, 7], quant.clone(), &dial);
-        let mut float = layer([24, 7], quant.float(), &dial);
+        let dials = Dials::default();
+        let ternary = layer([24, 7], quant.clone(), &dials);
+        let mut float = layer([24, 7], quant.float(), &dials);
         float.bias = ternary.bias.clone();
         let input = random([4, 24]);
         let full = values(ternary.effective_weight());
-        dial.set(0.0);
+        dials.lambda.set(0.0);
         assert_eq!(values(ternary.forward(input.clone())), values(float.forward(input)));
-        dial.set(0.25);
+        dials.lambda.set(0.25);
         let latent = values(float.weight.val());
         for ((found, latent), full) in values(ternary.effective_weight()).iter().zip(latent).zip(full) {
             assert!((found - (0.75 * latent + 0.25 * full)).abs() < 1e-6);

@@ -30,6 +30,22 @@ pub enum ScaleRule {
     Seq,
 }
 
+/// Which weights are zero, where it is not the threshold of the scale that decides.
+///
+/// The weights of the smallest magnitude are zero, and all that are as small as the largest of them: more than asked
+/// only where magnitudes tie. All others have the code of their sign, so that no code depends on the scale; computed
+/// scales are those of the kept weights alone.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sparsity {
+    /// The threshold decides.
+    None,
+    /// This share of the `n` weights that share a scale: `round(fraction n)`, at most `n - 1`. In (0, 1).
+    ZeroFraction(f64),
+    /// All but the `N` largest of each `M` consecutive inputs of an output channel, `[N, M]`.
+    NOfM([usize; 2]),
+}
+
 /// What the straight-through estimator does outside the clipping range of a learned scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -79,8 +95,9 @@ pub struct QuantConfig {
     pub enabled: bool,
     pub scale: ScaleRule,
     pub granularity: Granularity,
-    /// Dead zone in units of the scale: `|w| <= threshold * scale` becomes 0. Ignored by `twn`. In (0, 1).
+    /// Dead zone in units of the scale: `|w| <= threshold * scale` becomes 0. Ignored by `twn` and under sparsity. In (0, 1).
     pub threshold: f64,
+    pub sparsity: Sparsity,
     pub estimator: Estimator,
     pub activations: ActivationPrecision,
     /// `int8` wants `activations = "int8"`, a scale a tensor or a channel, and the device flex.
@@ -105,6 +122,7 @@ impl Default for QuantConfig {
             scale: ScaleRule::Absmean,
             granularity: Granularity::PerChannel,
             threshold: 0.5,
+            sparsity: Sparsity::None,
             estimator: Estimator::Identity,
             activations: ActivationPrecision::Float,
             compute: Products::Float,

@@ -1,6 +1,6 @@
 //! [`TernaryQuantizer`]: from a latent weight to codes, scales and the fake quantized weight.
 
-use super::{Dial, Estimator, Granularity, QuantConfig, ScaleRule};
+use super::{Dials, Estimator, Granularity, QuantConfig, ScaleRule, Sparsity};
 use crate::ops::{StraightThrough, mean_abs, round_scale, ternary_codes, ternary_quantize};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
@@ -19,19 +19,20 @@ pub struct TernaryQuantizerConfig {
     pub granularity: Granularity,
     /// Dead zone in units of the scale; `twn` has its own.
     pub threshold: f32,
+    pub sparsity: Sparsity,
     pub estimator: Estimator,
-    /// The share of the ternary weight in the fake quantized one; 1 but for float-first schedules.
-    pub lambda: Dial,
+    pub dials: Dials,
 }
 
 impl TernaryQuantizerConfig {
-    pub fn new(config: &QuantConfig, lambda: &Dial) -> Self {
+    pub fn new(config: &QuantConfig, dials: &Dials) -> Self {
         Self {
             rule: config.scale,
             granularity: config.granularity,
             threshold: config.threshold as f32,
+            sparsity: config.sparsity,
             estimator: config.estimator,
-            lambda: lambda.clone(),
+            dials: dials.clone(),
         }
     }
 
@@ -40,17 +41,28 @@ impl TernaryQuantizerConfig {
     /// # Shapes
     /// weight: `[d_input, d_output]`
     pub fn init(&self, weight: &Tensor<2>) -> TernaryQuantizer {
-        let start = match self.rule {
-            ScaleRule::Learned => Some(GAUSSIAN_SCALE),
+        let weight = weight.clone().detach();
+        let start = || match self.own_threshold(&weight) {
+            Some(threshold) => mean_kept(self.granularity.view(weight.clone()), threshold),
+            None => mean_abs(self.granularity.view(weight.clone())).mul_scalar(GAUSSIAN_SCALE),
+        };
+        let scale = match self.rule {
+            ScaleRule::Learned => Some(start()),
             // The parameter is a; its levels are at 2a / 3.
-            ScaleRule::Seq => Some(GAUSSIAN_SCALE * 1.5),
+            ScaleRule::Seq => Some(start().mul_scalar(1.5)),
             _ => None,
         };
-        let scale = start.map(|factor| {
-            let mean = mean_abs(self.granularity.view(weight.clone().detach()));
-            Param::from_tensor(mean.mul_scalar(factor))
-        });
-        TernaryQuantizer { scale, config: self.clone() }
+        TernaryQuantizer { scale: scale.map(Param::from_tensor), config: self.clone() }
+    }
+
+    /// The threshold of rules whose codes do not depend on the scale; see [`Sparsity::threshold`] for its shape.
+    fn own_threshold(&self, weight: &Tensor<2>) -> Option<Tensor<3>> {
+        let view = self.granularity.shape(weight.dims());
+        let sparse = self.sparsity.threshold(weight.clone(), view, self.dials.sparsity.get());
+        sparse.or_else(|| match self.rule {
+            ScaleRule::Twn => Some(mean_abs(weight.clone().reshape(view)).mul_scalar(TWN_THRESHOLD)),
+            _ => None,
+        })
     }
 }
 
@@ -58,10 +70,10 @@ impl TernaryQuantizerConfig {
 ///
 /// # Example
 /// ```
-/// # use burn_ternary::quant::{Dial, QuantConfig, TernaryQuantizerConfig};
+/// # use burn_ternary::quant::{Dials, QuantConfig, TernaryQuantizerConfig};
 /// # use burn::tensor::{Device, Tensor};
 /// let weight = Tensor::<2>::from_data([[0.9, -0.05], [-1.1, 0.3]], &Device::default());
-/// let quantizer = TernaryQuantizerConfig::new(&QuantConfig::default(), &Dial::default()).init(&weight);
+/// let quantizer = TernaryQuantizerConfig::new(&QuantConfig::default(), &Dials::default()).init(&weight);
 /// assert_eq!(quantizer.codes(weight).into_data().try_to_vec::<f32>().unwrap(), [1.0, 0.0, -1.0, 1.0]);
 /// ```
 #[derive(Module, Debug)]
@@ -82,7 +94,7 @@ impl TernaryQuantizer {
     /// # Shapes
     /// weight `[d_input, d_output]` to `[groups, 1, channels]`
     pub fn scales(&self, weight: Tensor<2>) -> Tensor<3> {
-        self.scale_and_threshold(&self.config.granularity.view(weight)).0.detach()
+        self.scale_and_threshold(&weight).0.detach()
     }
 
     /// The trained scale of the rules `learned` and `seq` in units of the codes, with its gradient, before rounding.
@@ -97,9 +109,8 @@ impl TernaryQuantizer {
     /// `[d_input, d_output]` to the same
     pub fn codes(&self, weight: Tensor<2>) -> Tensor<2> {
         let dims = weight.dims();
-        let weight = self.config.granularity.view(weight.detach());
         let (_, threshold) = self.scale_and_threshold(&weight);
-        ternary_codes(weight, threshold, None).reshape(dims)
+        ternary_codes(self.config.granularity.view(weight.detach()), threshold, None).reshape(dims)
     }
 
     /// `scale * codes`, blended with the latent weight while lambda is below 1.
@@ -107,13 +118,13 @@ impl TernaryQuantizer {
     /// # Shapes
     /// `[d_input, d_output]` to the same
     pub fn fake_quantize(&self, weight: Tensor<2>) -> Tensor<2> {
-        let lambda = self.config.lambda.get();
+        let lambda = self.config.dials.lambda.get();
         if lambda <= 0.0 {
             return weight;
         }
         let dims = weight.dims();
+        let (scale, threshold) = self.scale_and_threshold(&weight);
         let latent = self.config.granularity.view(weight);
-        let (scale, threshold) = self.scale_and_threshold(&latent);
         let ternary = ternary_quantize(latent.clone(), scale, threshold, None, self.estimator());
         let blended = match lambda < 1.0 {
             true => latent.clone() + (ternary - latent).mul_scalar(lambda),
@@ -122,39 +133,65 @@ impl TernaryQuantizer {
         blended.reshape(dims)
     }
 
-    /// Scale (with the gradient of a learned one) and threshold (without), both `[groups, 1, channels]`.
-    fn scale_and_threshold(&self, weight: &Tensor<3>) -> (Tensor<3>, Tensor<3>) {
-        let latent = weight.clone().detach();
-        let scale = match (self.learned_scale(), self.config.rule) {
-            (Some(scale), _) => scale,
-            (None, ScaleRule::Absmedian) => median_abs(latent),
-            (None, ScaleRule::Twn) => {
-                let threshold = mean_abs(latent.clone()).mul_scalar(TWN_THRESHOLD);
-                let kept = ternary_codes(latent.clone(), threshold.clone(), None);
-                let count = kept.clone().abs().sum_dim(1).clamp_min(1.0);
-                return (round_scale((kept * latent).sum_dim(1) / count), threshold);
-            }
-            (None, _) => mean_abs(latent),
+    /// The scale with the least squared error: for the codes where they do not depend on it, of all scales otherwise.
+    ///
+    /// # Shapes
+    /// weight `[d_input, d_output]` to `[groups, 1, channels]`
+    pub fn optimal_scale(&self, weight: Tensor<2>) -> Tensor<3> {
+        match self.config.own_threshold(&weight) {
+            Some(threshold) => mean_kept(self.config.granularity.view(weight), threshold),
+            None => compute_optimal_scale(weight, self.config.granularity, None),
+        }
+    }
+
+    /// Scale (with the gradient of a learned one), `[groups, 1, channels]`, and threshold (without), the same or one a
+    /// weight.
+    fn scale_and_threshold(&self, weight: &Tensor<2>) -> (Tensor<3>, Tensor<3>) {
+        let weight = weight.clone().detach();
+        let own = self.config.own_threshold(&weight);
+        let latent = self.config.granularity.view(weight);
+        let scale = match (self.learned_scale(), self.config.rule, own.clone()) {
+            (Some(scale), _, _) => scale,
+            (None, ScaleRule::Absmedian, threshold) => self.median_kept(latent, threshold),
+            (None, _, Some(threshold)) => mean_kept(latent, threshold),
+            (None, _, None) => mean_abs(latent),
         };
         let scale = round_scale(scale);
-        let threshold = scale.clone().detach().mul_scalar(self.config.threshold);
+        let threshold = own.unwrap_or_else(|| scale.clone().detach().mul_scalar(self.config.threshold));
         (scale, threshold)
     }
 
+    /// `median |w|` along dimension 1 of the weights beyond a threshold; of an even number, the mean of the middle two.
+    fn median_kept(&self, weight: Tensor<3>, threshold: Option<Tensor<3>>) -> Tensor<3> {
+        let n = weight.dims()[1];
+        let zeros = self.config.sparsity.zeros(n, self.config.dials.sparsity.get());
+        let kept = match threshold {
+            // The others come first when sorted.
+            Some(threshold) => ternary_codes(weight.clone(), threshold, None) * weight,
+            None => weight.abs(),
+        };
+        let sorted = kept.sort(1);
+        let [lower, upper] =
+            [n - zeros - 1, n - zeros].map(|twice| sorted.clone().narrow(1, zeros + twice / 2, 1));
+        (lower + upper).mul_scalar(0.5)
+    }
+
     fn estimator(&self) -> StraightThrough {
-        StraightThrough {
-            clip: if self.config.rule == ScaleRule::Seq { SEQ_CLIP } else { 1.0 },
-            masked: self.config.estimator == Estimator::Masked,
-        }
+        let clip = match (self.config.sparsity, self.config.rule) {
+            (Sparsity::None, ScaleRule::Seq) => SEQ_CLIP,
+            (Sparsity::None, _) => 1.0,
+            // Codes by rank do not depend on the scale, which then has the exact gradient.
+            _ => 0.0,
+        };
+        StraightThrough { clip, masked: self.config.estimator == Estimator::Masked }
     }
 }
 
-/// `median |w|` along dimension 1; of an even number, the mean of the middle two.
-fn median_abs(weight: Tensor<3>) -> Tensor<3> {
-    let n = weight.dims()[1];
-    let sorted = weight.abs().sort(1);
-    let upper = sorted.clone().narrow(1, n / 2, 1);
-    if n % 2 == 1 { upper } else { (upper + sorted.narrow(1, n / 2 - 1, 1)).mul_scalar(0.5) }
+/// `mean |w|` along dimension 1 of the weights beyond a threshold, 0 without one: the least-squares scale of these codes.
+fn mean_kept(weight: Tensor<3>, threshold: Tensor<3>) -> Tensor<3> {
+    let codes = ternary_codes(weight.clone(), threshold, None);
+    let count = codes.clone().abs().sum_dim(1).clamp_min(1.0);
+    (codes * weight).sum_dim(1) / count
 }
 
 /// The scale that minimizes `sum h (w - scale * code(w))^2` with the best codes for it: exact, not iterated.

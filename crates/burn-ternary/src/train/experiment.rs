@@ -9,7 +9,7 @@ use crate::{
     data::DataConfig,
     nn::Compute,
     nn::{DuckConfig, InvalidValue, require},
-    quant::{ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule},
+    quant::{ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity},
     train::{TrainError, distill::DistillConfig, optim::OptimConfig, schedule::ScheduleConfig},
 };
 use serde::{Deserialize, Serialize};
@@ -254,6 +254,7 @@ fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidVal
             format!("a per_group that divides d_model = {d_model} and d_ff = {d_ff}"),
         )?;
     }
+    check_sparsity(quant, model)?;
     let open = quant.threshold > 0.0 && quant.threshold < 1.0;
     require(open, "quant.threshold", quant.threshold, "above 0 and below 1")?;
     let learned = matches!(quant.scale, ScaleRule::Learned | ScaleRule::Seq);
@@ -279,6 +280,30 @@ fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidVal
     }
     not_negative("quant.quantization_penalty", quant.quantization_penalty)?;
     not_negative("quant.scale_penalty", quant.scale_penalty)
+}
+
+fn check_sparsity(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidValue> {
+    let (d_model, d_ff) = (model.d_model, model.d_ff);
+    let (holds, expected) = match quant.sparsity {
+        Sparsity::None => return Ok(()),
+        Sparsity::ZeroFraction(share) => {
+            (share > 0.0 && share < 1.0, "a zero_fraction above 0 and below 1".into())
+        }
+        // The inputs of all quantized linear layers are as wide as one of these two.
+        Sparsity::NOfM([n, m]) => (
+            0 < n && n < m && d_model.is_multiple_of(m) && d_ff.is_multiple_of(m),
+            format!(
+                "n_of_m = [N, M] with 0 < N < M, and M a divisor of d_model = {d_model} and d_ff = {d_ff}"
+            ),
+        ),
+    };
+    require(holds, "quant.sparsity", quant.sparsity, expected)?;
+    require(
+        quant.estimator != Estimator::Masked,
+        "quant.estimator",
+        quant.estimator,
+        "identity, for under quant.sparsity no code depends on a clipping range",
+    )
 }
 
 fn check_distill(distill: &DistillConfig) -> Result<(), InvalidValue> {
@@ -311,6 +336,13 @@ fn check_schedule(schedule: &ScheduleConfig) -> Result<(), InvalidValue> {
         "schedule.ramp_until",
         to,
         format!("0 (a switch) or at least float_until = {from}"),
+    )?;
+    let to = schedule.sparse_until;
+    require(
+        to == 0.0 || (to >= from && to < 1.0),
+        "schedule.sparse_until",
+        to,
+        format!("0 (at once), or at least float_until = {from} and below 1"),
     )
 }
 

@@ -14,14 +14,33 @@ use ternary_kernels::training as kernels;
 /// Weights a task has; below it threads cost more than they give.
 const BLOCK: usize = 1 << 14;
 
-pub(super) fn ternary_quantize(weight: FlexTensor, scale: FlexTensor, threshold: FlexTensor) -> FlexTensor {
-    let fused =
-        is_f32(&[&weight, &scale, &threshold]) && threshold.layout().shape() == scale.layout().shape();
-    if !fused {
+/// Columns that are gathered at once to select in: a cache line of a row.
+const COLUMNS: usize = 16;
+
+pub(super) fn ternary_codes(weight: FlexTensor, threshold: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&weight, &threshold]) {
+        return ternary::codes::<Flex>(weight, threshold);
+    }
+    let shape = threshold.layout().shape().clone();
+    let ones = tensor(vec![1.0; shape.num_elements()], shape);
+    ternary_quantize(weight, ones, threshold)
+}
+
+pub(super) fn ternary_quantize(
+    weight: FlexTensor,
+    mut scale: FlexTensor,
+    threshold: FlexTensor,
+) -> FlexTensor {
+    if !is_f32(&[&weight, &scale, &threshold]) {
         return Flex::float_mul(ternary::codes::<Flex>(weight, threshold), scale);
     }
     let shape = weight.layout().shape().clone();
-    let [_, n, channels] = shape.dims();
+    let [_, mut n, mut channels] = shape.dims();
+    if *threshold.layout().shape() == shape {
+        // A threshold a weight: then a scale a weight, in rows as long as they come.
+        scale = Flex::float_expand(scale, shape.clone());
+        (n, channels) = (1, if channels == 1 { n } else { channels });
+    }
     let (weight, scale, threshold) = (dense(weight), dense(scale), dense(threshold));
     let (weight, scale, threshold) = (values(&weight), values(&scale), values(&threshold));
     let mut output = kernels::zeros(&POOL, weight.len());
@@ -55,6 +74,33 @@ pub(super) fn mean_abs(weight: FlexTensor) -> FlexTensor {
         .collect();
     group_sums.into_iter().for_each(|sums| means.extend(sums));
     tensor(means, Shape::new([groups, 1, channels]))
+}
+
+pub(super) fn kth_magnitude(weight: FlexTensor, k: usize) -> FlexTensor {
+    if k == 0 || !is_f32(&[&weight]) {
+        return scale::kth::<Flex>(weight, k);
+    }
+    let [groups, n, channels] = weight.layout().shape().dims();
+    let weight = dense(weight);
+    let weight = values(&weight);
+    let mut found = vec![0f32; groups * channels];
+    let groups_of = found.par_chunks_mut(channels).zip(weight.par_chunks(n * channels));
+    groups_of.for_each(|(found, group)| {
+        found.par_chunks_mut(COLUMNS).enumerate().for_each_init(Vec::new, |columns, (index, found)| {
+            let width = found.len();
+            // Magnitudes are ordered as their bits are.
+            columns.resize(n * width, 0);
+            for (row, weights) in group.chunks_exact(channels).enumerate() {
+                for (column, weight) in weights[index * COLUMNS..][..width].iter().enumerate() {
+                    columns[column * n + row] = weight.abs().to_bits();
+                }
+            }
+            for (found, column) in found.iter_mut().zip(columns.chunks_exact_mut(n)) {
+                *found = f32::from_bits(*column.select_nth_unstable(k - 1).1);
+            }
+        });
+    });
+    tensor(found, Shape::new([groups, 1, channels]))
 }
 
 pub(super) fn round_scale(input: FlexTensor) -> FlexTensor {
