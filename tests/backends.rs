@@ -13,8 +13,8 @@ use burn_ternary::ops::{
     square_sum, ternary_codes, ternary_linear, ternary_quantize,
 };
 use burn_ternary::quant::{
-    ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity,
-    compute_optimal_scale,
+    ActivationPrecision, Dials, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity,
+    TernaryQuantizerConfig, compute_optimal_scale,
 };
 use burn_ternary::train::QuantizationTrainer;
 use burn_ternary::train::optim::{MatrixOptimizer, OptimConfig};
@@ -191,9 +191,14 @@ fn absmax_quantization_agrees() {
 fn quantizers_agree() {
     let values = normal(&mut ChaCha8Rng::seed_from_u64(4), 26 * 7, 0.02);
     for (name, device) in others() {
-        for rule in
-            [ScaleRule::Absmean, ScaleRule::Absmedian, ScaleRule::Twn, ScaleRule::Learned, ScaleRule::Seq]
-        {
+        for rule in [
+            ScaleRule::Absmean,
+            ScaleRule::Absmedian,
+            ScaleRule::Twn,
+            ScaleRule::Learned,
+            ScaleRule::Seq,
+            ScaleRule::Ttq,
+        ] {
             let granularities = [Granularity::PerTensor, Granularity::PerChannel, Granularity::PerGroup(13)];
             let sparsities = [Sparsity::None, Sparsity::ZeroFraction(0.8), Sparsity::NOfM([5, 13])];
             for (granularity, sparsity) in granularities.into_iter().flat_map(|g| sparsities.map(|s| (g, s)))
@@ -215,6 +220,28 @@ fn quantizers_agree() {
                     ]
                 };
                 assert_eq!(run(&device), run(&cpu()), "{name} {rule:?} {granularity:?} {sparsity:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn soft_weights_agree() {
+    let values = normal(&mut ChaCha8Rng::seed_from_u64(9), 26 * 7, 0.02);
+    for (name, device) in others() {
+        for sparsity in [Sparsity::None, Sparsity::NOfM([5, 13])] {
+            let config = QuantConfig { sparsity, estimator: Estimator::Annealed, ..Default::default() };
+            let dials = Dials::default();
+            dials.lambda.set(0.5);
+            let run = |device: &Device| {
+                let weight = tensor(&values, [26, 7], &device.clone().autodiff()).require_grad();
+                let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&weight);
+                let output = quantizer.fake_quantize(weight.clone());
+                let grads = output.clone().square().sum().backward();
+                [floats(output), floats(weight.grad(&grads).unwrap())]
+            };
+            for (got, expected) in run(&device).iter().zip(&run(&cpu())) {
+                assert_close(&format!("{name} {sparsity:?}"), got, expected, 1e-4);
             }
         }
     }

@@ -159,6 +159,12 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         ("quant.sparsity={n_of_m=[0,0]}", "`quant.sparsity`"),
         ("quant.estimator=masked", "`quant.estimator` is \"masked\", expected identity"),
         (
+            "quant.estimator=annealed",
+            "`quant.estimator` is \"annealed\", expected identity, unless schedule.ramp_until is above float_until",
+        ),
+        ("quant.dead_bias=-1", "`quant.dead_bias` is -1.0, expected a finite number, at least 0"),
+        ("quant.dead_bias=0.001", "for only layers of model.family = \"gpt2\" have biases in files"),
+        (
             "quant.compute=int8",
             "`quant.compute` is \"int8\", expected float, as quant.compute = \"int8\" wants",
         ),
@@ -219,6 +225,25 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         integer.set(wrong).unwrap();
         assert!(integer.validate("").unwrap_err().to_string().contains("quant.compute"), "{wrong}");
     }
+    integer.set("quant.scale=ttq").unwrap();
+    assert!(integer.validate("").unwrap_err().to_string().contains("ttq, which has two"));
+    let mut annealed = default();
+    for assignment in ["quant.estimator=annealed", "schedule.ramp_until=0.5"] {
+        annealed.set(assignment).unwrap();
+    }
+    annealed.validate("weights harden").unwrap();
+    for wrong in ["quant.scale=learned", "quant.scale=seq", "quant.scale=ttq"] {
+        let mut annealed = annealed.clone();
+        annealed.set(wrong).unwrap();
+        assert!(annealed.validate("").unwrap_err().to_string().contains("a computed scale"), "{wrong}");
+    }
+    let mut dead = default();
+    for assignment in ["quant.dead_bias=0.001", "model.family=gpt2", "model.activation=gelu"] {
+        dead.set(assignment).unwrap();
+    }
+    dead.validate("biases").unwrap();
+    dead.set("quant.sparsity={zero_fraction=0.5}").unwrap();
+    assert!(dead.validate("").unwrap_err().to_string().contains("the zeros of quant.sparsity are wanted"));
     let mut sparse = default();
     for assignment in ["quant.sparsity={n_of_m=[2,8]}", "quant.scale=learned"] {
         sparse.set(assignment).unwrap();
@@ -289,8 +314,18 @@ fn value() -> impl Strategy<Value = Value> {
         prop::sample::select(vec![f64::NAN, f64::INFINITY, -0.0, f64::MIN_POSITIVE]).prop_map(Value::from),
         any::<bool>().prop_map(Value::from),
         any::<String>().prop_map(Value::from),
-        prop::sample::select(vec!["gpt2", "bitnet", "seq", "none", "per_tensor", "squared_relu", "byte"])
-            .prop_map(Value::from),
+        prop::sample::select(vec![
+            "gpt2",
+            "bitnet",
+            "seq",
+            "ttq",
+            "annealed",
+            "none",
+            "per_tensor",
+            "squared_relu",
+            "byte"
+        ])
+        .prop_map(Value::from),
     ];
     leaf.prop_recursive(2, 4, 2, |inner| {
         prop_oneof![

@@ -120,6 +120,7 @@ fn reference_scales(rule: ScaleRule, magnitudes: &[f64]) -> Vec<f64> {
             .collect(),
         // The least-squares scale of a Gaussian; a of seq is 1.5 times that, its levels are at 2a / 3.
         ScaleRule::Learned | ScaleRule::Seq => vec![1.534 * mean(magnitudes)],
+        ScaleRule::Ttq => unreachable!("it has two; see `gradients`"),
     }
 }
 

@@ -1,12 +1,12 @@
 //! A trained model as the container of model files: codes and scales exactly as the training forward has them.
 
 use crate::nn::{DuckQuantized, QuantizedLinear};
-use crate::quant::{TablePrecision, TernaryQuantizer};
+use crate::quant::{ScaleRule, TablePrecision, TernaryQuantizer};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use half::f16;
 use std::collections::BTreeMap;
-use ternary_format::{Encoding, FormatError, PackedModel, Tokenizer, chat};
+use ternary_format::{Encoding, Family, FormatError, PackedModel, Tokenizer, chat};
 
 /// Why a model cannot become a model file.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +22,16 @@ pub enum ExportError {
          [schedule] has passed"
     )]
     Blend { lambda: f32 },
+    #[error(
+        "the matrices have one scale for positive and one for negative weights, which no file type can express: train \
+         with another `scale` than \"ttq\" in [quant]"
+    )]
+    TwoScales,
+    #[error(
+        "the weights of code 0 add to a bias, which only layers of the gpt2 family have in files: train with \
+         `dead_bias = 0.0` in [quant], or with `family = \"gpt2\"` in [model]"
+    )]
+    DeadBias,
     #[error(transparent)]
     Format(#[from] FormatError),
 }
@@ -38,7 +48,7 @@ impl ExportError {
 /// texts.
 ///
 /// # Errors
-/// `InputNorm`, `Blend`: the model is not one that a file can hold. `Format`: rows of a table that do not fit the
+/// `InputNorm`, `Blend`, `TwoScales`, `DeadBias`: the model is not one that a file can hold. `Format`: rows of a table that do not fit the
 /// blocks of its precision.
 pub fn export_for_inference(
     model: &DuckQuantized,
@@ -52,6 +62,12 @@ pub fn export_for_inference(
     let lambda = model.dials().lambda.get();
     if quant.enabled && lambda < 1.0 {
         return Err(ExportError::Blend { lambda });
+    }
+    if quant.enabled && quant.scale == ScaleRule::Ttq {
+        return Err(ExportError::TwoScales);
+    }
+    if quant.enabled && quant.dead_bias > 0.0 && model.config().family != Family::Gpt2 {
+        return Err(ExportError::DeadBias);
     }
     write_down(model, quant.enabled, tokenizer, name)
 }
@@ -85,6 +101,9 @@ fn write_down(
     };
     for (path, linear) in model.linears() {
         add(&format!("{path}.weight"), matrix(linear, rounded))?;
+        if let (true, Some(bias)) = (rounded, linear.effective_bias()) {
+            add(&format!("{path}.bias"), ternary_format::Tensor::f32(&bias.dims(), &host(bias)))?;
+        }
     }
     add("embedding", table(&model.embedding, precision(quant.embedding)))?;
     if let Some(head) = &model.head {
@@ -148,7 +167,7 @@ impl ModuleVisitor for Floats {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let name = tensor_name(&self.path.join("."));
-        // Scales are part of their matrix.
+        // Scales are part of their matrix; a bias may have been written with more than its parameter.
         if self.tensors.contains_key(&name) || name.ends_with(".quantizer.scale") {
             return;
         }

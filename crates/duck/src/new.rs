@@ -78,7 +78,7 @@ fn experiment(name: &str) -> String {
 }
 
 /// Section, key, what it means.
-const COMMENTS: [(&str, &str, &str); 72] = [
+const COMMENTS: [(&str, &str, &str); 73] = [
     (
         "data",
         "train",
@@ -119,7 +119,7 @@ const COMMENTS: [(&str, &str, &str); 72] = [
     ("model", "rope_theta", "Base of the rotary frequencies; gpt2 ignores it."),
     ("model", "compute", "\"f32\", or the matrix products in \"bf16\" or \"f16\"."),
     ("quant", "enabled", "false: the float twin, the same model without a quantizer."),
-    ("quant", "scale", "\"absmean\", \"absmedian\", \"twn\"; \"learned\" and \"seq\" are trained."),
+    ("quant", "scale", "\"absmean\", \"absmedian\", \"twn\"; \"learned\", \"seq\" and \"ttq\" are trained."),
     ("quant", "granularity", "Who shares a scale: \"per_tensor\", \"per_channel\" or { per_group = N }."),
     (
         "quant",
@@ -134,13 +134,18 @@ const COMMENTS: [(&str, &str, &str); 72] = [
     (
         "quant",
         "estimator",
-        "Gradient outside of a learned scale's range: \"identity\" passes it, \"masked\" does not.",
+        "Gradient: \"identity\", \"masked\" (none outside of a learned scale's range), \"annealed\" (soft until ramp_until).",
     ),
     ("quant", "activations", "\"float\", or \"int8\" with a scale a token."),
     (
         "quant",
         "compute",
         "Matrix products in \"float\" or \"int8\"; int8 wants int8 activations and the device flex.",
+    ),
+    (
+        "quant",
+        "dead_bias",
+        "Weight of the sums of zeroed weights as a bias; 0: none. For gpt2; 0.001 is usual.",
     ),
     ("quant", "input_norm", "A norm without parameters before each ternary layer; no file type can hold it."),
     ("quant", "embedding", "The token embedding: \"float\", \"int8\", \"int4\" or \"ternary\"."),

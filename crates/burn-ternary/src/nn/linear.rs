@@ -3,7 +3,7 @@
 use super::{Compute, norm::rms_normalize};
 use crate::ops::{RowScale, absmax_quantize, float_linear, ternary_linear};
 use crate::quant::{
-    ActivationPrecision, Dials, Products, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig,
+    ActivationPrecision, Dials, Products, QuantConfig, ScaleRule, TernaryQuantizer, TernaryQuantizerConfig,
 };
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Tensor};
@@ -83,8 +83,7 @@ impl QuantizedLinear {
             && self.config.dials.lambda.get() >= 1.0
         {
             let input = input.reshape([tokens, self.config.d_input]);
-            let bias = self.bias.as_ref().map(|bias| bias.val());
-            let output = ternary_linear(input, self.effective_weight(), bias);
+            let output = ternary_linear(input, self.effective_weight(), self.effective_bias());
             shape[D - 1] = self.config.d_output;
             return output.reshape(shape);
         }
@@ -98,7 +97,7 @@ impl QuantizedLinear {
         let input = self.config.compute.cast(input);
         // One matrix product for all tokens: [tokens, d_input] x [d_input, d_output].
         let input: Tensor<2> = input.reshape([tokens, self.config.d_input]);
-        let bias = self.bias.as_ref().map(|bias| self.config.compute.cast(bias.val()));
+        let bias = self.effective_bias().map(|bias| self.config.compute.cast(bias));
         let output = float_linear(input, self.config.compute.cast(self.effective_weight()), bias);
         shape[D - 1] = self.config.d_output;
         output.reshape(shape)
@@ -109,6 +108,16 @@ impl QuantizedLinear {
         match &self.quantizer {
             Some(quantizer) => quantizer.fake_quantize(self.weight.val()),
             None => self.weight.val(),
+        }
+    }
+
+    /// The bias that the forward pass adds, `[d_output]`: the parameter, and what weights of code 0 give.
+    pub fn effective_bias(&self) -> Option<Tensor<1>> {
+        let bias = self.bias.as_ref().map(|bias| bias.val());
+        let dead = self.quantizer.as_ref().and_then(|quantizer| quantizer.dead_bias(self.weight.val()));
+        match (bias, dead) {
+            (Some(bias), Some(dead)) => Some(bias + dead),
+            (bias, dead) => bias.or(dead),
         }
     }
 
@@ -130,8 +139,9 @@ impl QuantizedLinear {
         let weights = self.config.d_input * self.config.d_output;
         match &self.quantizer {
             Some(quantizer) => {
-                weights.div_ceil(5)
-                    + 2 * quantizer.granularity().scales([self.config.d_input, self.config.d_output])
+                let scales = quantizer.granularity().scales([self.config.d_input, self.config.d_output]);
+                let signs = if self.config.quant.scale == ScaleRule::Ttq { 2 } else { 1 };
+                weights.div_ceil(5) + 2 * signs * scales
             }
             None => weights * 4,
         }
