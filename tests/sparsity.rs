@@ -34,7 +34,10 @@ fn reference_codes(weight: &[f32], rivals: &[usize], zeros: impl Fn(usize) -> us
     codes
 }
 
-fn sparsities() -> Vec<(Sparsity, fn(usize) -> usize)> {
+/// How many of so many rivals are zero.
+type Zeros = fn(usize) -> usize;
+
+fn sparsities() -> Vec<(Sparsity, Zeros)> {
     vec![
         (Sparsity::ZeroFraction(0.5), |n| ((0.5 * n as f64).round() as usize).min(n - 1)),
         (Sparsity::ZeroFraction(0.93), |n| ((0.93 * n as f64).round() as usize).min(n - 1)),
