@@ -7,7 +7,7 @@ use burn::tensor::{Device, Distribution, Tensor};
 use burn_ternary::data::{LmBatch, LmBatcher, window::Window};
 use burn_ternary::device::{describe, device, peak_rss_bytes};
 use burn_ternary::nn::DuckConfig;
-use burn_ternary::quant::{ActivationPrecision, Products, QuantConfig};
+use burn_ternary::quant::{ActivationPrecision, Products, QuantConfig, Sparsity};
 use burn_ternary::train::{Experiment, QuantizationTrainer, optim::MatrixOptimizer};
 use clap::{Parser, ValueEnum};
 use std::time::Instant;
@@ -45,6 +45,10 @@ enum Variant {
     Float,
     /// Fake quantized weights, float activations
     Ternary,
+    /// The same, of which nine in ten are zero
+    Sparse,
+    /// The same, two of each eight inputs not zero
+    TwoOfEight,
     /// Fake quantized weights and activations
     Bitlinear,
     /// Ternary weights and int8 activations, integer products forward and backward
@@ -58,6 +62,8 @@ impl Variant {
         match self {
             Self::Float => ternary.float(),
             Self::Ternary => ternary,
+            Self::Sparse => QuantConfig { sparsity: Sparsity::ZeroFraction(0.9), ..ternary },
+            Self::TwoOfEight => QuantConfig { sparsity: Sparsity::NOfM([2, 8]), ..ternary },
             Self::Bitlinear => bitlinear,
             Self::Int8 => QuantConfig { compute: Products::Int8, ..bitlinear },
         }

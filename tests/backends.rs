@@ -9,11 +9,12 @@ use burn_ternary::device;
 use burn_ternary::nn::{DuckQuantized, Family};
 use burn_ternary::ops::{
     AdamWStep, Heads, RowScale, StraightThrough, absmax_quantize, adamw, causal_attention, float_linear,
-    gelu, layer_norm, log_likelihood, mean_abs, project, rms_norm, round_scale, silu_mul, square_sum,
-    ternary_codes, ternary_linear, ternary_quantize,
+    gelu, kth_magnitude, layer_norm, log_likelihood, mean_abs, project, rms_norm, round_scale, silu_mul,
+    square_sum, ternary_codes, ternary_linear, ternary_quantize,
 };
 use burn_ternary::quant::{
-    ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule, compute_optimal_scale,
+    ActivationPrecision, Dials, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity,
+    TernaryQuantizerConfig, compute_optimal_scale,
 };
 use burn_ternary::train::QuantizationTrainer;
 use burn_ternary::train::optim::{MatrixOptimizer, OptimConfig};
@@ -132,6 +133,11 @@ fn scales_agree() {
             let means = |device: &Device| floats(mean_abs(tensor(&weight, shape, device)));
             assert_close(&format!("mean_abs {name} {shape:?}"), &means(&device), &means(&cpu()), 1e-5);
 
+            for k in [0, 1, shape[1] / 2, shape[1]] {
+                let found = |device: &Device| floats(kth_magnitude(tensor(&weight, shape, device), k));
+                assert_eq!(found(&device), found(&cpu()), "kth_magnitude {name} {shape:?} {k}");
+            }
+
             let scales: Vec<f32> = (0..count).map(|_| rng.random_range(-18f32..18.0).exp2()).collect();
             let rounded = |device: &Device| floats(round_scale(tensor(&scales, [count, 1, 1], device)));
             let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
@@ -185,13 +191,22 @@ fn absmax_quantization_agrees() {
 fn quantizers_agree() {
     let values = normal(&mut ChaCha8Rng::seed_from_u64(4), 26 * 7, 0.02);
     for (name, device) in others() {
-        for rule in
-            [ScaleRule::Absmean, ScaleRule::Absmedian, ScaleRule::Twn, ScaleRule::Learned, ScaleRule::Seq]
-        {
-            for granularity in [Granularity::PerTensor, Granularity::PerChannel, Granularity::PerGroup(13)] {
+        for rule in [
+            ScaleRule::Absmean,
+            ScaleRule::Absmedian,
+            ScaleRule::Twn,
+            ScaleRule::Learned,
+            ScaleRule::Seq,
+            ScaleRule::Ttq,
+        ] {
+            let granularities = [Granularity::PerTensor, Granularity::PerChannel, Granularity::PerGroup(13)];
+            let sparsities = [Sparsity::None, Sparsity::ZeroFraction(0.8), Sparsity::NOfM([5, 13])];
+            for (granularity, sparsity) in granularities.into_iter().flat_map(|g| sparsities.map(|s| (g, s)))
+            {
                 let config = QuantConfig {
                     scale: rule,
                     granularity,
+                    sparsity,
                     estimator: Estimator::Masked,
                     ..Default::default()
                 };
@@ -204,7 +219,29 @@ fn quantizers_agree() {
                         floats(quantizer.fake_quantize(weight)),
                     ]
                 };
-                assert_eq!(run(&device), run(&cpu()), "{name} {rule:?} {granularity:?}");
+                assert_eq!(run(&device), run(&cpu()), "{name} {rule:?} {granularity:?} {sparsity:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn soft_weights_agree() {
+    let values = normal(&mut ChaCha8Rng::seed_from_u64(9), 26 * 7, 0.02);
+    for (name, device) in others() {
+        for sparsity in [Sparsity::None, Sparsity::NOfM([5, 13])] {
+            let config = QuantConfig { sparsity, estimator: Estimator::Annealed, ..Default::default() };
+            let dials = Dials::default();
+            dials.lambda.set(0.5);
+            let run = |device: &Device| {
+                let weight = tensor(&values, [26, 7], &device.clone().autodiff()).require_grad();
+                let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&weight);
+                let output = quantizer.fake_quantize(weight.clone());
+                let grads = output.clone().square().sum().backward();
+                [floats(output), floats(weight.grad(&grads).unwrap())]
+            };
+            for (got, expected) in run(&device).iter().zip(&run(&cpu())) {
+                assert_close(&format!("{name} {sparsity:?}"), got, expected, 1e-4);
             }
         }
     }
@@ -280,6 +317,7 @@ fn train(matrices: MatrixOptimizer, device: &Device) -> Vec<f64> {
         weight_decay_until: 1.0,
         float_until: 0.0,
         ramp_until: 0.0,
+        sparse_until: 0.0,
     };
     let device = device.clone().autodiff();
     let model = tiny(Family::Llama).init(&QuantConfig::default(), 6, &device);
@@ -358,6 +396,12 @@ fn fused_ops_give_what_the_default_bodies_give() {
             let rounded =
                 |weight: Tensor<3>| floats(round_scale(weight.slice([0..groups, 0..1, 0..channels])));
             assert_eq!(rounded(fused.clone()), rounded(default.clone()), "{shape:?}");
+            let n = fused.dims()[1];
+            for k in [1, n.div_ceil(3), n] {
+                let [fused, default] =
+                    [&fused, &default].map(|weight| floats(kth_magnitude(weight.clone(), k)));
+                assert_eq!(fused, default, "{shape:?} {k}");
+            }
 
             for (levels, scale) in [127.0, 7.0].into_iter().flat_map(|levels| SCALES.map(|s| (levels, s))) {
                 let [fused, default] =

@@ -94,6 +94,9 @@ fn a_group_size_survives_the_resolved_form() {
     experiment.set("quant.granularity = { per_group = 64 }").unwrap();
     experiment.validate("").unwrap();
     assert_eq!(Experiment::parse(&experiment.to_toml(), "").unwrap(), experiment);
+    experiment.set("quant.sparsity = { n_of_m = [2, 4] }").unwrap();
+    experiment.validate("").unwrap();
+    assert_eq!(Experiment::parse(&experiment.to_toml(), "").unwrap(), experiment);
 }
 
 #[test]
@@ -142,7 +145,25 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         ("quant.granularity={per_group=256}", "`quant.granularity`"),
         ("quant.threshold=1", "`quant.threshold` is 1.0, expected above 0 and below 1"),
         ("quant.threshold=0", "`quant.threshold`"),
+        (
+            "quant.sparsity={zero_fraction=1}",
+            "{ zero_fraction = 1.0 }, expected a zero_fraction above 0 and below 1",
+        ),
+        ("quant.sparsity={zero_fraction=nan}", "`quant.sparsity`"),
+        ("quant.sparsity={n_of_m=[2,5]}", "M a divisor of d_model = 128 and d_ff = 384"),
+        (
+            "quant.sparsity={n_of_m=[4,4]}",
+            "`quant.sparsity` is { n_of_m = [4, 4] }, expected n_of_m = [N, M] with 0 < N < M",
+        ),
+        ("quant.sparsity={n_of_m=[0,4]}", "`quant.sparsity`"),
+        ("quant.sparsity={n_of_m=[0,0]}", "`quant.sparsity`"),
         ("quant.estimator=masked", "`quant.estimator` is \"masked\", expected identity"),
+        (
+            "quant.estimator=annealed",
+            "`quant.estimator` is \"annealed\", expected identity, unless schedule.ramp_until is above float_until",
+        ),
+        ("quant.dead_bias=-1", "`quant.dead_bias` is -1.0, expected a finite number, at least 0"),
+        ("quant.dead_bias=0.001", "for only layers of model.family = \"gpt2\" have biases in files"),
         (
             "quant.compute=int8",
             "`quant.compute` is \"int8\", expected float, as quant.compute = \"int8\" wants",
@@ -177,6 +198,11 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         ("schedule.weight_decay_until=-1", "`schedule.weight_decay_until`"),
         ("schedule.float_until=1.5", "`schedule.float_until`"),
         ("schedule.ramp_until=1.5", "`schedule.ramp_until`"),
+        (
+            "schedule.sparse_until=1",
+            "`schedule.sparse_until` is 1.0, expected 0 (at once), or at least float_until",
+        ),
+        ("schedule.sparse_until=nan", "`schedule.sparse_until`"),
         ("run.name=a/b", "`run.name` is \"a/b\", expected a plain file name"),
         ("run.name=\"\"", "`run.name`"),
         ("run.name=..", "`run.name`"),
@@ -231,6 +257,32 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
     }
     let refusal = gpt2.validate("").unwrap_err().to_string();
     assert!(refusal.contains("some of all, query, key, value, output, up, down"), "{refusal}");
+    integer.set("quant.scale=ttq").unwrap();
+    assert!(integer.validate("").unwrap_err().to_string().contains("ttq, which has two"));
+    let mut annealed = default();
+    for assignment in ["quant.estimator=annealed", "schedule.ramp_until=0.5"] {
+        annealed.set(assignment).unwrap();
+    }
+    annealed.validate("weights harden").unwrap();
+    for wrong in ["quant.scale=learned", "quant.scale=seq", "quant.scale=ttq"] {
+        let mut annealed = annealed.clone();
+        annealed.set(wrong).unwrap();
+        assert!(annealed.validate("").unwrap_err().to_string().contains("a computed scale"), "{wrong}");
+    }
+    let mut dead = default();
+    for assignment in ["quant.dead_bias=0.001", "model.family=gpt2", "model.activation=gelu"] {
+        dead.set(assignment).unwrap();
+    }
+    dead.validate("biases").unwrap();
+    dead.set("quant.sparsity={zero_fraction=0.5}").unwrap();
+    assert!(dead.validate("").unwrap_err().to_string().contains("the zeros of quant.sparsity are wanted"));
+    let mut sparse = default();
+    for assignment in ["quant.sparsity={n_of_m=[2,8]}", "quant.scale=learned"] {
+        sparse.set(assignment).unwrap();
+    }
+    sparse.validate("two of eight").unwrap();
+    sparse.set("quant.estimator=masked").unwrap();
+    assert!(sparse.validate("").unwrap_err().to_string().contains("under quant.sparsity"));
     let mut ramp = default();
     ramp.set("schedule.float_until=0.5").unwrap();
     ramp.validate("0 is a switch").unwrap();
@@ -294,13 +346,24 @@ fn value() -> impl Strategy<Value = Value> {
         prop::sample::select(vec![f64::NAN, f64::INFINITY, -0.0, f64::MIN_POSITIVE]).prop_map(Value::from),
         any::<bool>().prop_map(Value::from),
         any::<String>().prop_map(Value::from),
-        prop::sample::select(vec!["gpt2", "bitnet", "seq", "per_tensor", "squared_relu", "byte"])
-            .prop_map(Value::from),
+        prop::sample::select(vec![
+            "gpt2",
+            "bitnet",
+            "seq",
+            "ttq",
+            "annealed",
+            "none",
+            "per_tensor",
+            "squared_relu",
+            "byte"
+        ])
+        .prop_map(Value::from),
     ];
     leaf.prop_recursive(2, 4, 2, |inner| {
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
-            inner.prop_map(|value| Value::Table(Table::from_iter([("per_group".to_string(), value)]))),
+            (prop::sample::select(vec!["per_group", "zero_fraction", "n_of_m"]), inner)
+                .prop_map(|(key, value)| Value::Table(Table::from_iter([(key.to_string(), value)]))),
         ]
     })
 }

@@ -4,9 +4,11 @@ use crate::oracle::{cpu, floats, granularities, normal, owners, quantizer, tenso
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
-use burn_ternary::nn::{Activation, Compute, DuckConfig, DuckQuantized, Family};
+use burn_ternary::nn::{Activation, Compute, DuckConfig, DuckQuantized, Family, QuantizedLinearConfig};
 use burn_ternary::ops::{RowScale, StraightThrough, absmax_quantize, round_scale, ternary_quantize};
-use burn_ternary::quant::{Dial, Estimator, Granularity, QuantConfig, ScaleRule, TernaryQuantizerConfig};
+use burn_ternary::quant::{
+    Dials, Estimator, Granularity, QuantConfig, ScaleRule, Sparsity, TernaryQuantizerConfig,
+};
 use burn_ternary::train::loss::language_model_loss;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -171,7 +173,9 @@ fn quantizer_grads(
 ) -> (Vec<f32>, Option<Vec<f32>>) {
     let device = cpu().autodiff();
     let weight = tensor(weight, dims, &device).require_grad();
-    let mut quantizer = TernaryQuantizerConfig::new(config, &Dial::new(lambda)).init(&weight);
+    let dials = Dials::default();
+    dials.lambda.set(lambda);
+    let mut quantizer = TernaryQuantizerConfig::new(config, &dials).init(&weight);
     if let Some(parameter) = parameter {
         let dims = quantizer.scale.as_ref().unwrap().dims();
         quantizer.scale = Some(Param::from_tensor(tensor(&parameter, dims, &device)));
@@ -280,6 +284,173 @@ fn computed_scales_let_the_gradient_straight_through() {
     }
 }
 
+/// The codes do not depend on the scales, so their gradients are those of the forward pass itself, no surrogate.
+#[test]
+fn two_scales_have_the_gradients_of_the_forward_pass() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(24);
+    let dims = [26, 7];
+    for granularity in granularities(dims) {
+        for sparsity in [Sparsity::None, Sparsity::ZeroFraction(0.8)] {
+            let case = format!("{granularity:?} {sparsity:?}");
+            let (values, upstream) = (normal(rng, 182, 1.0), normal(rng, 182, 1.0));
+            let config = QuantConfig { scale: ScaleRule::Ttq, granularity, sparsity, ..Default::default() };
+            let count = owners(granularity, dims).iter().max().unwrap() + 1;
+            // f16 holds them and the next ones a step away.
+            let step = 1.0 / 64.0;
+            let scales: Vec<f32> = (0..2 * count).map(|_| step * rng.random_range(16..200) as f32).collect();
+            let with_scales = |device: &Device, scales: &[f32]| {
+                let weight = tensor(&values, dims, device);
+                let mut quantizer = quantizer(&config, &weight);
+                let dims = quantizer.scale.as_ref().unwrap().dims();
+                assert_eq!(dims[1], 2);
+                quantizer.scale = Some(Param::from_tensor(tensor(scales, dims, device)));
+                quantizer
+            };
+            let loss = |moved: usize, by: f32| -> f64 {
+                let mut scales = scales.clone();
+                scales[moved] += by;
+                let output = with_scales(&cpu(), &scales).fake_quantize(tensor(&values, dims, &cpu()));
+                floats(output).iter().zip(&upstream).map(|(y, g)| f64::from(*y) * f64::from(*g)).sum()
+            };
+            let device = cpu().autodiff();
+            let weight = tensor(&values, dims, &device).require_grad();
+            let quantizer = with_scales(&device, &scales);
+            let output = quantizer.fake_quantize(weight.clone());
+            let grads = (output * tensor(&upstream, dims, &device)).sum().backward();
+            assert_eq!(floats(weight.grad(&grads).unwrap()), upstream, "{case}");
+            let n = (values.len() / count) as f64;
+            let found = floats(quantizer.scale.as_ref().unwrap().val().grad(&grads).unwrap());
+            for (index, found) in found.iter().enumerate() {
+                let slope = (loss(index, step) - loss(index, -step)) / f64::from(2.0 * step);
+                let expected = slope / n.sqrt();
+                assert!((f64::from(*found) - expected).abs() < 1e-4, "{case}: {found}, {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn two_scales_begin_as_the_means_of_their_weights() {
+    let weight = tensor(&[0.8, -0.05, 1.0, -3.0, 0.1, -1.0], [6, 1], &cpu());
+    let config = QuantConfig { scale: ScaleRule::Ttq, ..Default::default() };
+    let quantizer = quantizer(&config, &weight);
+    assert_eq!(floats(quantizer.codes(weight.clone())), [1.0, 0.0, 1.0, -1.0, 0.0, -1.0]);
+    let [positive, negative] = [half::f16::from_f32(0.9).to_f32(), 2.0];
+    assert_eq!(floats(quantizer.scales(weight.clone())), [positive, negative]);
+    let expected = [positive, 0.0, positive, -negative, 0.0, -negative];
+    assert_eq!(floats(quantizer.fake_quantize(weight)), expected);
+}
+
+#[test]
+fn soft_weights_have_their_own_gradient_and_end_hard() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(25);
+    let dims = [26, 7];
+    for (granularity, threshold) in granularities(dims).into_iter().flat_map(|g| [(g, 0.5), (g, 0.3)]) {
+        let (values, upstream) = (normal(rng, 182, 0.1), normal(rng, 182, 1.0));
+        let config =
+            QuantConfig { granularity, threshold, estimator: Estimator::Annealed, ..Default::default() };
+        let dials = Dials::default();
+        let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&tensor(&values, dims, &cpu()));
+        let scales = floats(quantizer.scales(tensor(&values, dims, &cpu())));
+        let hard: Vec<f32> = floats(quantizer.codes(tensor(&values, dims, &cpu())))
+            .iter()
+            .zip(owners(granularity, dims))
+            .map(|(code, owner)| code * scales[owner])
+            .collect();
+        for lambda in [0.05f32, 0.5, 0.95, 1.0] {
+            dials.lambda.set(lambda);
+            // Outside of training, always.
+            assert_eq!(floats(quantizer.fake_quantize(tensor(&values, dims, &cpu()))), hard, "{lambda}");
+            let device = cpu().autodiff();
+            let weight = tensor(&values, dims, &device).require_grad();
+            let output = quantizer.fake_quantize(weight.clone());
+            let found = floats(output.clone());
+            let grads = (output * tensor(&upstream, dims, &device)).sum().backward();
+            let grad = floats(weight.grad(&grads).unwrap());
+            if lambda == 1.0 {
+                assert_eq!((found, grad), (hard.clone(), upstream.clone()));
+                continue;
+            }
+            let temperature = 0.5 * 0.1f64.powf(f64::from(lambda));
+            for (index, owner) in owners(granularity, dims).into_iter().enumerate() {
+                let scale = f64::from(scales[owner]);
+                // A logistic step at each threshold: not the formula with tanh again.
+                let step = |x: f64| 1.0 / (1.0 + (-x / (temperature * scale)).exp());
+                let edge = threshold * scale;
+                let soft = |w: f64| scale * (step(w - edge) - step(-w - edge));
+                let w = f64::from(values[index]);
+                let h = 1e-4 * temperature * scale;
+                let slope = (soft(w + h) - soft(w - h)) / (2.0 * h);
+                assert!((f64::from(found[index]) - soft(w)).abs() < 1e-6 * scale, "{lambda} {w}");
+                let expected = slope * f64::from(upstream[index]);
+                let error = 1e-4 * (f64::from(upstream[index]).abs() / temperature);
+                assert!(
+                    (f64::from(grad[index]) - expected).abs() < error,
+                    "{lambda}: {}, {expected}",
+                    grad[index]
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn dead_weights_have_the_gradient_of_the_bias_that_they_feed() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(26);
+    let (tokens, [d_input, d_output]) = (5, [26, 7]);
+    for (scale, lambda) in [(ScaleRule::Absmean, 1.0), (ScaleRule::Twn, 1.0), (ScaleRule::Absmean, 0.25)] {
+        let dials = Dials::default();
+        dials.lambda.set(lambda);
+        let config = QuantizedLinearConfig {
+            d_input,
+            d_output,
+            bias: true,
+            std: 0.3,
+            compute: Compute::F32,
+            quant: QuantConfig { scale, dead_bias: 0.125, ..Default::default() },
+            dials,
+        };
+        let device = cpu().autodiff();
+        let layer = config.init(rng, &device);
+        let (input, upstream) = (normal(rng, tokens * d_input, 1.0), normal(rng, tokens * d_output, 1.0));
+        let output = layer.forward(tensor(&input, [tokens, d_input], &device));
+        let found = floats(output.clone());
+        let grads = (output * tensor(&upstream, [tokens, d_output], &device)).sum().backward();
+        let grad = floats(layer.weight.val().grad(&grads).unwrap());
+        let [latent, effective, codes] =
+            [layer.weight.val(), layer.effective_weight(), layer.codes().unwrap()].map(floats);
+        let strength = 0.125 * f64::from(lambda);
+        for channel in 0..d_output {
+            let of_channel = |index: &usize| index % d_output == channel;
+            let dead = |index: usize| if codes[index] == 0.0 { strength } else { 0.0 };
+            let bias: f64 = (0..latent.len())
+                .filter(of_channel)
+                .map(|index| dead(index) * f64::from(latent[index]))
+                .sum();
+            let gradients = (0..tokens).map(|token| f64::from(upstream[token * d_output + channel]));
+            let sum: f64 = gradients.clone().sum();
+            for index in (0..latent.len()).filter(of_channel) {
+                let row = index / d_output;
+                let product: f64 = gradients
+                    .clone()
+                    .enumerate()
+                    .map(|(token, g)| g * f64::from(input[token * d_input + row]))
+                    .sum();
+                let expected = product + dead(index) * sum;
+                assert!((f64::from(grad[index]) - expected).abs() < 1e-4, "{scale:?}: {}", grad[index]);
+            }
+            for token in 0..tokens {
+                let products = (0..d_input).map(|i| {
+                    f64::from(input[token * d_input + i]) * f64::from(effective[i * d_output + channel])
+                });
+                let expected = products.sum::<f64>() + bias;
+                let found = found[token * d_output + channel];
+                assert!((f64::from(found) - expected).abs() < 1e-4, "{scale:?}: {found}, {expected}");
+            }
+        }
+    }
+}
+
 #[test]
 fn rounding_lets_the_gradient_straight_through() {
     let device = cpu().autodiff();
@@ -302,8 +473,14 @@ fn rounding_lets_the_gradient_straight_through() {
 #[test]
 fn a_quantizer_under_autodiff_gives_the_values_it_gives_without() {
     let values = normal(&mut ChaCha8Rng::seed_from_u64(23), 130, 0.02);
-    for rule in [ScaleRule::Absmean, ScaleRule::Absmedian, ScaleRule::Twn, ScaleRule::Learned, ScaleRule::Seq]
-    {
+    for rule in [
+        ScaleRule::Absmean,
+        ScaleRule::Absmedian,
+        ScaleRule::Twn,
+        ScaleRule::Learned,
+        ScaleRule::Seq,
+        ScaleRule::Ttq,
+    ] {
         let config = QuantConfig { scale: rule, ..Default::default() };
         let [plain, tracked] = [cpu(), cpu().autodiff()].map(|device| {
             let weight = tensor(&values, [26, 5], &device);

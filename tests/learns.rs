@@ -1,5 +1,6 @@
 //! A ternary model learns, and knows what it has learned.
 
+use crate::small_experiment;
 use burn_ternary::train::{Experiment, SavedRun, report, train_duck_quantized};
 use std::path::Path;
 
@@ -26,6 +27,19 @@ fn experiment(out: &Path) -> Experiment {
         experiment.set(&assignment).unwrap();
     }
     experiment
+}
+
+#[test]
+fn a_run_with_soft_weights_ends_with_hard_ones() {
+    let out = tempfile::tempdir().unwrap();
+    let annealed =
+        ["run.steps=40", "run.eval_every=40", "quant.estimator=annealed", "schedule.ramp_until=0.8"];
+    let experiment = small_experiment(out.path(), "annealed", &annealed);
+    experiment.validate("annealed").unwrap();
+    let result = train_duck_quantized(&experiment).unwrap();
+    assert!(result.valid_loss.unwrap() < 3.5, "{:?}", result.valid_loss);
+    let device = burn_ternary::device::device("flex").unwrap();
+    SavedRun::open(&experiment.run_dir(), &device).unwrap().export().unwrap();
 }
 
 #[test]

@@ -15,7 +15,7 @@ use burn_ternary::ops::{
     ternary_codes, ternary_quantize,
 };
 use burn_ternary::quant::{
-    Dial, Granularity, QuantConfig, ScaleRule, TablePrecision, TernaryQuantizer, TernaryQuantizerConfig,
+    Dials, Granularity, QuantConfig, ScaleRule, TablePrecision, TernaryQuantizer, TernaryQuantizerConfig,
     compute_optimal_scale, prepare,
 };
 use half::f16;
@@ -65,7 +65,7 @@ pub fn granularities([d_input, _]: [usize; 2]) -> Vec<Granularity> {
 }
 
 pub fn quantizer(config: &QuantConfig, weight: &Tensor<2>) -> TernaryQuantizer {
-    TernaryQuantizerConfig::new(config, &Dial::default()).init(weight)
+    TernaryQuantizerConfig::new(config, &Dials::default()).init(weight)
 }
 
 /// Weights of many kinds: what training has, and what it should never have.
@@ -85,7 +85,7 @@ fn kinds(rng: &mut ChaCha8Rng, count: usize) -> Vec<(&'static str, Vec<f32>)> {
 }
 
 /// The nearest f16 in [2^-14, 65504], ties to even, by its definition: eleven bits of significand.
-fn nearest_f16(value: f64) -> f64 {
+pub fn nearest_f16(value: f64) -> f64 {
     let value = value.clamp(2f64.powi(-14), 65504.0);
     let mut power = 2f64.powi(-14);
     while 2.0 * power <= value {
@@ -95,7 +95,7 @@ fn nearest_f16(value: f64) -> f64 {
     (value / step).round_ties_even() * step
 }
 
-fn mean(values: &[f64]) -> f64 {
+pub fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
@@ -120,6 +120,7 @@ fn reference_scales(rule: ScaleRule, magnitudes: &[f64]) -> Vec<f64> {
             .collect(),
         // The least-squares scale of a Gaussian; a of seq is 1.5 times that, its levels are at 2a / 3.
         ScaleRule::Learned | ScaleRule::Seq => vec![1.534 * mean(magnitudes)],
+        ScaleRule::Ttq => unreachable!("it has two; see `gradients`"),
     }
 }
 
@@ -595,9 +596,10 @@ fn lambda_blends_latent_and_ternary_weights() {
     let values = normal(&mut ChaCha8Rng::seed_from_u64(11), 33 * 20, 0.02);
     let weight = tensor(&values, [33, 20], &device);
     for rule in RULES {
-        let lambda = Dial::default();
+        let dials = Dials::default();
+        let lambda = &dials.lambda;
         let config = QuantConfig { scale: rule, ..Default::default() };
-        let quantizer = TernaryQuantizerConfig::new(&config, &lambda).init(&weight);
+        let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&weight);
         let scale = quantizer.scales(weight.clone()).reshape([1, 20]);
         let ternary = floats(quantizer.codes(weight.clone()) * scale);
         for share in [0.0, 0.25, 1.0] {

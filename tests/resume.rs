@@ -143,6 +143,24 @@ fn compare(whole: &Path, killed: &Path) {
 fn altered_checkpoints_are_passed_over_and_the_last_good_one_is_used() {
     let out = tempfile::tempdir().unwrap();
     let short = experiment(out.path());
+    comes_back(short.clone());
+    // Two scales, and zeros that grow: neither is in the state but by the parameters and the step.
+    let mut other = short;
+    for assignment in [
+        "run.name=two-scales",
+        "quant.compute=float",
+        "quant.scale=ttq",
+        "quant.sparsity={zero_fraction=0.8}",
+        "schedule.sparse_until=0.99",
+    ] {
+        other.set(assignment).unwrap();
+    }
+    comes_back(other);
+}
+
+/// Runs it, damages its last checkpoint, and runs it on from the one before.
+fn comes_back(short: Experiment) {
+    short.validate("").unwrap();
     run(short.clone(), &RunOptions { quiet: true, ..RunOptions::default() }).unwrap();
     let run_dir = short.run_dir();
     let before = (losses(&run_dir), tensors(&last_checkpoint(&run_dir)));

@@ -8,7 +8,7 @@ use burn::{
 use burn_ternary::{
     ExportError, ImportError, export_for_inference,
     nn::{DuckConfig, DuckQuantized, Family},
-    quant::{ActivationPrecision, Granularity, QuantConfig, ScaleRule, TablePrecision},
+    quant::{ActivationPrecision, Granularity, QuantConfig, ScaleRule, Sparsity, TablePrecision},
     train::{Experiment, SavedRun, TrainCommand, packed_model, report::RunResult, train_duck_quantized},
 };
 use clap::Parser;
@@ -67,8 +67,20 @@ fn models() -> impl Iterator<Item = (String, DuckQuantized)> {
         let scale = rules[i % rules.len()];
         let tied = i % 2 == 0;
         let head = TABLES[(i + i / 4) % 4];
-        let quant = QuantConfig { scale, granularity, embedding, head, ..QuantConfig::default() };
-        let name = format!("{family:?} {scale:?} {granularity:?} {embedding:?} tied {tied} {head:?}");
+        let sparsity = [Sparsity::None, Sparsity::ZeroFraction(0.9), Sparsity::NOfM([2, 8])][i % 7 % 3];
+        // Only the gpt2 family has biases.
+        let dead_bias = if family == Family::Gpt2 && i % 3 > 0 { 0.1 } else { 0.0 };
+        let quant = QuantConfig {
+            scale,
+            granularity,
+            sparsity,
+            dead_bias,
+            embedding,
+            head,
+            ..QuantConfig::default()
+        };
+        let name =
+            format!("{family:?} {scale:?} {granularity:?} {sparsity:?} {embedding:?} tied {tied} {head:?}");
         (name, trained(&DuckConfig { tied, ..shape(family) }, &quant, i as u64))
     })
 }
@@ -133,6 +145,32 @@ fn an_exported_matrix_has_the_codes_and_scales_of_the_forward_pass() {
 }
 
 #[test]
+fn what_dead_weights_give_is_in_the_bias_of_the_file() {
+    let quant = QuantConfig { dead_bias: 0.1, ..QuantConfig::default() };
+    let model = trained(&shape(Family::Gpt2), &quant, 3);
+    let packed = export_for_inference(&model, None, "duck").unwrap();
+    for (path, linear) in model.linears() {
+        let [cols, rows] = linear.weight.dims();
+        let [latent, codes] = [linear.weight.val(), linear.codes().unwrap()].map(floats);
+        let bias = floats(linear.bias.as_ref().unwrap().val());
+        let name = file_name(&path).replace(".weight", ".bias");
+        let mut found = vec![0.0; rows];
+        packed.tensors[&name].read_row(0, &mut found);
+        for row in 0..rows {
+            let dead = (0..cols).map(|col| col * rows + row).filter(|index| codes[*index] == 0.0);
+            let sum: f64 = dead.map(|index| f64::from(latent[index])).sum();
+            let expected = f64::from(bias[row]) + 0.1 * sum;
+            assert!(
+                (f64::from(found[row]) - expected).abs() < 1e-6,
+                "{name} {row}: {}, {expected}",
+                found[row]
+            );
+            assert!(sum.abs() > 1e-4, "{name} {row}");
+        }
+    }
+}
+
+#[test]
 fn an_exported_table_has_the_values_of_the_forward_pass() {
     for (name, model) in models() {
         let packed = export_for_inference(&model, None, "duck").unwrap();
@@ -188,10 +226,23 @@ fn a_model_that_no_file_can_express_is_refused_with_the_setting_to_change() {
         assert!(error.to_string().contains("`input_norm = false` in [quant]"), "{error}");
     }
     let blended = trained(&config, &QuantConfig::default(), 0);
-    blended.lambda().set(0.5);
+    blended.dials().lambda.set(0.5);
     let error = export_for_inference(&blended, None, "duck").unwrap_err();
     assert!(
         error.to_string().contains("lambda = 0.5") && error.to_string().contains("ramp_until"),
+        "{error}"
+    );
+    let two = QuantConfig { scale: ScaleRule::Ttq, ..QuantConfig::default() };
+    let error = export_for_inference(&trained(&config, &two, 0), None, "duck").unwrap_err();
+    assert!(
+        matches!(error, ExportError::TwoScales) && error.to_string().contains("\"ttq\" in [quant]"),
+        "{error}"
+    );
+    export_for_inference(&trained(&config, &two.float(), 0), None, "duck").unwrap();
+    let dead = QuantConfig { dead_bias: 1e-3, ..QuantConfig::default() };
+    let error = export_for_inference(&trained(&config, &dead, 0), None, "duck").unwrap_err();
+    assert!(
+        matches!(error, ExportError::DeadBias) && error.to_string().contains("`dead_bias = 0.0`"),
         "{error}"
     );
     // A row that does not fit the blocks of its precision.
@@ -453,6 +504,8 @@ fn a_model_that_fits_no_file_is_no_error_of_its_run() {
     let why = result.no_file.unwrap();
     assert!(why.contains("d_model") && why.contains("64"), "{why}");
     assert!(!run_dir.join("model.gguf").exists());
+    let (_, result) = run(out.path(), 64, &["--set", "quant.scale=ttq", "--seed", "3"]);
+    assert!(result.finished && result.no_file.is_some_and(|why| why.contains("ttq")));
     // A float twin fits always.
     let (_, result) = run(out.path(), 24, &["--set", "quant.enabled=false", "--seed", "2"]);
     assert!(result.file_bytes.unwrap() > result.fp32_bytes);

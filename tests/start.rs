@@ -5,7 +5,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_ternary::{
     ImportError, export_for_inference,
     nn::{Activation, DuckConfig, DuckQuantized, Family},
-    quant::{Granularity, QuantConfig, ScaleRule},
+    quant::{Granularity, QuantConfig, ScaleRule, Sparsity},
     train::{Experiment, RunOptions, TrainError, report::RunResult, run, train_duck_quantized},
 };
 use std::path::Path;
@@ -44,9 +44,9 @@ fn a_model_starts_with_the_weights_of_another() {
                 let longer = if family == Family::Gpt2 { 10 } else { 20 };
                 let config = DuckConfig { context: longer, ..config.clone() };
                 let model = config.init_from(&packed, &quant, 77, &device()).unwrap();
-                model.lambda().set(0.0);
+                model.dials().lambda.set(0.0);
                 assert_eq!(logits(&model), expected, "{family:?} {tied}");
-                model.lambda().set(1.0);
+                model.dials().lambda.set(1.0);
                 assert_ne!(logits(&model), expected);
                 // Rounded, it is what the same rule makes of the same weights.
                 let twin = config.init_from(&packed, &quant.clone().float(), 1, &device()).unwrap();
@@ -130,6 +130,9 @@ fn ternary_weights_are_trained_on_by_their_own_scales_only() {
     assert!(error.to_string().contains("quant.granularity = \"per_channel\""), "{error}");
     let other = QuantConfig { granularity: Granularity::PerTensor, ..learned.clone() };
     assert!(config.init_from(&packed, &other, 0, &device()).is_err());
+    let sparse = QuantConfig { sparsity: Sparsity::ZeroFraction(0.9), ..learned.clone() };
+    let error = config.init_from(&packed, &sparse, 0, &device()).unwrap_err();
+    assert!(error.to_string().contains("quant.sparsity = \"none\""), "{error}");
     for quant in [learned.clone(), learned.float()] {
         let model = config.init_from(&packed, &quant, 0, &device()).unwrap();
         assert_eq!(logits(&model), logits(&ternary));

@@ -10,6 +10,7 @@ mod oracle;
 mod parity;
 mod resume;
 mod roundtrip;
+mod sparsity;
 mod start;
 
 use burn_ternary::nn::{Activation, DuckConfig, Family};

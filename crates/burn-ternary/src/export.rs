@@ -1,12 +1,12 @@
 //! A trained model as the container of model files: codes and scales exactly as the training forward has them.
 
 use crate::nn::{DuckQuantized, QuantizedLinear};
-use crate::quant::{TablePrecision, TernaryQuantizer};
+use crate::quant::{ScaleRule, TablePrecision, TernaryQuantizer};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use half::f16;
 use std::collections::BTreeMap;
-use ternary_format::{Encoding, FormatError, PackedModel, Tokenizer, chat};
+use ternary_format::{Encoding, Family, FormatError, PackedModel, Tokenizer, chat};
 
 /// Why a model cannot become a model file.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +22,16 @@ pub enum ExportError {
          [schedule] has passed"
     )]
     Blend { lambda: f32 },
+    #[error(
+        "the matrices have one scale for positive and one for negative weights, which no file type can express: train \
+         with another `scale` than \"ttq\" in [quant]"
+    )]
+    TwoScales,
+    #[error(
+        "the weights of code 0 add to a bias, which only layers of the gpt2 family have in files: train with \
+         `dead_bias = 0.0` in [quant], or with `family = \"gpt2\"` in [model]"
+    )]
+    DeadBias,
     #[error(transparent)]
     Format(#[from] FormatError),
 }
@@ -34,19 +44,18 @@ impl ExportError {
 }
 
 /// The model as a [`PackedModel`]: ternary matrices and tables with the codes and scales of the forward pass,
-/// everything else in f32, and adapters beside them. A float twin is f32 throughout. With a tokenizer comes the chat template of the training
-/// texts.
+/// everything else in f32, and adapters beside them. A float twin is f32 throughout. With a tokenizer comes the chat
+/// template of the training texts.
 ///
 /// # Errors
-/// `InputNorm`, `Blend`: the model is not one that a file can hold. `Format`: rows of a table that do not fit the
-/// blocks of its precision.
+/// `InputNorm`, `Blend`, `TwoScales`, `DeadBias`: the model is not one that a file can hold. `Format`: rows of a table
+/// that do not fit the blocks of its precision.
 pub fn export_for_inference(
     model: &DuckQuantized,
     tokenizer: Option<&Tokenizer>,
     name: &str,
 ) -> Result<PackedModel, ExportError> {
-    let quant = model.quant();
-    if quant.input_norm {
+    if model.quant().input_norm {
         return Err(ExportError::InputNorm);
     }
     export_frozen(model, tokenizer, name)
@@ -73,11 +82,18 @@ pub(crate) fn export_frozen(
     tokenizer: Option<&Tokenizer>,
     name: &str,
 ) -> Result<PackedModel, ExportError> {
-    let (enabled, lambda) = (model.quant().enabled, model.lambda().get());
-    if enabled && lambda < 1.0 {
+    let quant = model.quant();
+    let lambda = model.dials().lambda.get();
+    if quant.enabled && lambda < 1.0 {
         return Err(ExportError::Blend { lambda });
     }
-    write_down(model, enabled, tokenizer, name)
+    if quant.enabled && quant.scale == ScaleRule::Ttq {
+        return Err(ExportError::TwoScales);
+    }
+    if quant.enabled && quant.dead_bias > 0.0 && model.config().family != Family::Gpt2 {
+        return Err(ExportError::DeadBias);
+    }
+    write_down(model, quant.enabled, tokenizer, name)
 }
 
 fn write_down(
@@ -97,6 +113,9 @@ fn write_down(
     };
     for (path, linear) in model.linears() {
         add(&format!("{path}.weight"), matrix(linear, rounded))?;
+        if let (true, Some(bias)) = (rounded, linear.effective_bias()) {
+            add(&format!("{path}.bias"), ternary_format::Tensor::f32(&bias.dims(), &host(bias)))?;
+        }
     }
     add("embedding", table(&model.embedding, precision(quant.embedding)))?;
     if let Some(head) = &model.head {
@@ -161,7 +180,8 @@ impl ModuleVisitor for Floats {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let name = tensor_name(&self.path.join("."));
-        // Scales are part of their matrix, adapters a part of their own.
+        // Scales are part of their matrix, adapters a part of their own; a bias may have been written with more than its
+        // parameter.
         let apart = name.ends_with(".quantizer.scale") || self.path.iter().any(|part| part == "adapter");
         if apart || self.tensors.contains_key(&name) {
             return;

@@ -3,7 +3,7 @@
 use crate::export::tensor_name;
 use crate::nn::{DuckConfig, DuckQuantized};
 use crate::ops::SCALE_MIN;
-use crate::quant::{Dial, Granularity, QuantConfig, ScaleRule, TernaryQuantizerConfig};
+use crate::quant::{Dials, Granularity, QuantConfig, ScaleRule, Sparsity, TernaryQuantizerConfig};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use half::f16;
@@ -22,7 +22,7 @@ pub enum ImportError {
     Shape { key: &'static str, found: String, expected: String },
     #[error(
         "the model to start from is ternary, and any other rule would shrink its scales again: expected quant.scale = \
-         \"learned\" with quant.granularity = {granularity}, or quant.enabled = false"
+         \"learned\" with quant.granularity = {granularity} and quant.sparsity = \"none\", or quant.enabled = false"
     )]
     Requantized { granularity: String },
     #[error(transparent)]
@@ -52,7 +52,9 @@ impl DuckConfig {
         self.check_start(&model.spec)?;
         if let Some(own) = granularity(model)?
             && quant.enabled
-            && (quant.scale != ScaleRule::Learned || quant.granularity != own)
+            && (quant.scale != ScaleRule::Learned
+                || quant.granularity != own
+                || quant.sparsity != Sparsity::None)
         {
             let granularity =
                 toml::Value::try_from(own).map_or_else(|_| format!("{own:?}"), |own| own.to_string());
@@ -249,7 +251,7 @@ impl ModuleMapper for Fill<'_> {
             let matrix = tensor(&format!("{linear}.weight")).expect("the matrix was filled");
             match (matrix.ternary_group(), self.weight.take()) {
                 (None, Some(weight)) => {
-                    let quantizer = TernaryQuantizerConfig::new(self.quant, &Dial::default()).init(&weight);
+                    let quantizer = TernaryQuantizerConfig::new(self.quant, &Dials::default()).init(&weight);
                     let scale = quantizer.scale.expect("the rule has a scale").val();
                     scale.into_data().iter::<f32>().collect()
                 }

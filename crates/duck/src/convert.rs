@@ -34,7 +34,7 @@ pub struct Command {
 }
 
 /// What an experiment file would say besides the model.
-const RECIPE: [&str; 12] = [
+const RECIPE: [&str; 13] = [
     "run.name=converted",
     "distill.weight=0.5",
     "distill.temperature=1.0",
@@ -47,6 +47,7 @@ const RECIPE: [&str; 12] = [
     "schedule.min_lr_ratio=0.0",
     "schedule.float_until=0.0",
     "schedule.ramp_until=0.0",
+    "schedule.sparse_until=0.0",
     "model.dropout=0.0",
 ];
 

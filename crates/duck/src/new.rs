@@ -78,7 +78,7 @@ fn experiment(name: &str) -> String {
 }
 
 /// Section, key, what it means.
-const COMMENTS: [(&str, &str, &str); 77] = [
+const COMMENTS: [(&str, &str, &str); 80] = [
     (
         "data",
         "train",
@@ -119,19 +119,33 @@ const COMMENTS: [(&str, &str, &str); 77] = [
     ("model", "rope_theta", "Base of the rotary frequencies; gpt2 ignores it."),
     ("model", "compute", "\"f32\", or the matrix products in \"bf16\" or \"f16\"."),
     ("quant", "enabled", "false: the float twin, the same model without a quantizer."),
-    ("quant", "scale", "\"absmean\", \"absmedian\", \"twn\"; \"learned\" and \"seq\" are trained."),
+    ("quant", "scale", "\"absmean\", \"absmedian\", \"twn\"; \"learned\", \"seq\" and \"ttq\" are trained."),
     ("quant", "granularity", "Who shares a scale: \"per_tensor\", \"per_channel\" or { per_group = N }."),
-    ("quant", "threshold", "Weights of at most this share of the scale become 0; twn ignores it."),
+    (
+        "quant",
+        "threshold",
+        "Weights of at most this share of the scale become 0; twn and sparsity ignore it.",
+    ),
+    (
+        "quant",
+        "sparsity",
+        "Zeros by rank: \"none\", { zero_fraction = 0.9 }, or { n_of_m = [N, M] }: N codes in each M inputs.",
+    ),
     (
         "quant",
         "estimator",
-        "Gradient outside of a learned scale's range: \"identity\" passes it, \"masked\" does not.",
+        "Gradient: \"identity\", \"masked\" (none outside of a learned scale's range), \"annealed\" (soft until ramp_until).",
     ),
     ("quant", "activations", "\"float\", or \"int8\" with a scale a token."),
     (
         "quant",
         "compute",
         "Matrix products in \"float\" or \"int8\"; int8 wants int8 activations and the device flex.",
+    ),
+    (
+        "quant",
+        "dead_bias",
+        "Weight of the sums of zeroed weights as a bias; 0: none. For gpt2; 0.001 is usual.",
     ),
     ("quant", "input_norm", "A norm without parameters before each ternary layer; no file type can hold it."),
     ("quant", "embedding", "The token embedding: \"float\", \"int8\", \"int4\" or \"ternary\"."),
@@ -198,6 +212,7 @@ const COMMENTS: [(&str, &str, &str); 77] = [
         "Share of the steps before weights become ternary; 0: ternary from the start.",
     ),
     ("schedule", "ramp_until", "Until here they blend from float to ternary; at most float_until: at once."),
+    ("schedule", "sparse_until", "Until here quant.sparsity grows from float_until; at most that: at once."),
     ("run", "name", "The run folder is out_dir/name-seed."),
     ("run", "out_dir", "Folder of run folders."),
     ("run", "start_from", "A run folder or model file with the first weights; empty: they are random."),

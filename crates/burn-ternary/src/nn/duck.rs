@@ -3,7 +3,7 @@
 use super::transformer::{BlockStates, INIT_STD, LayerFactory, QuantizedTransformer};
 use super::{Compute, DuckConfig, Family, QuantizedLinear, linear::normal};
 use crate::ops::project;
-use crate::quant::{Dial, QuantConfig, TablePrecision};
+use crate::quant::{Dials, QuantConfig, TablePrecision};
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Device, FloatDType, Int, Tensor, module::embedding};
@@ -37,7 +37,7 @@ pub struct DuckQuantized {
     #[module(skip)]
     quant: QuantConfig,
     #[module(skip)]
-    lambda: Dial,
+    dials: Dials,
 }
 
 impl DuckConfig {
@@ -50,8 +50,8 @@ impl DuckConfig {
     pub fn init(&self, quant: &QuantConfig, seed: u64, device: &Device) -> DuckQuantized {
         assert!(self.vocab_size > 0, "the vocabulary size must be known before the model is made");
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
-        let lambda = Dial::default();
-        let factory = LayerFactory { config: self, quant, lambda: &lambda };
+        let dials = Dials::default();
+        let factory = LayerFactory { config: self, quant, dials: &dials };
         let table = [self.vocab_size, self.d_model];
         DuckQuantized {
             embedding: Param::from_tensor(normal(rng, table, INIT_STD, device)),
@@ -62,7 +62,7 @@ impl DuckConfig {
             dropout: DropoutConfig::new(self.dropout).init(),
             config: self.clone(),
             quant: quant.clone(),
-            lambda,
+            dials,
         }
     }
 }
@@ -114,9 +114,9 @@ impl DuckQuantized {
         &self.quant
     }
 
-    /// The share of the ternary weight, for a float-first schedule to turn.
-    pub fn lambda(&self) -> &Dial {
-        &self.lambda
+    /// What a schedule turns.
+    pub fn dials(&self) -> &Dials {
+        &self.dials
     }
 
     /// The linear layers with their parameter paths, in the order of the forward pass.

@@ -3,7 +3,7 @@
 use super::{Compute, LowRank, norm::rms_normalize};
 use crate::ops::{RowScale, absmax_quantize, float_linear, ternary_linear};
 use crate::quant::{
-    ActivationPrecision, Dial, Products, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig,
+    ActivationPrecision, Dials, Products, QuantConfig, ScaleRule, TernaryQuantizer, TernaryQuantizerConfig,
 };
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Tensor};
@@ -23,7 +23,7 @@ pub struct QuantizedLinearConfig {
     pub std: f64,
     pub compute: Compute,
     pub quant: QuantConfig,
-    pub lambda: Dial,
+    pub dials: Dials,
 }
 
 /// `y = x~ W~ + b`: ternary `W~` when quantization is enabled, float `W` otherwise; and `alpha / rank x~ A B` where
@@ -31,12 +31,12 @@ pub struct QuantizedLinearConfig {
 ///
 /// # Example
 /// ```
-/// # use burn_ternary::{nn::{Compute, QuantizedLinearConfig}, quant::{Dial, QuantConfig}};
+/// # use burn_ternary::{nn::{Compute, QuantizedLinearConfig}, quant::{Dials, QuantConfig}};
 /// # use burn::tensor::{Device, Tensor};
 /// # use rand::SeedableRng;
 /// let config = QuantizedLinearConfig {
 ///     d_input: 64, d_output: 32, bias: true, std: 0.02,
-///     compute: Compute::F32, quant: QuantConfig::default(), lambda: Dial::default(),
+///     compute: Compute::F32, quant: QuantConfig::default(), dials: Dials::default(),
 /// };
 /// let device = Device::default();
 /// let layer = config.init(&mut rand_chacha::ChaCha8Rng::seed_from_u64(0), &device);
@@ -62,7 +62,7 @@ impl QuantizedLinearConfig {
     pub fn init(&self, rng: &mut impl Rng, device: &Device) -> QuantizedLinear {
         let weight = normal(rng, [self.d_input, self.d_output], self.std, device);
         let quantizer =
-            self.quant.enabled.then(|| TernaryQuantizerConfig::new(&self.quant, &self.lambda).init(&weight));
+            self.quant.enabled.then(|| TernaryQuantizerConfig::new(&self.quant, &self.dials).init(&weight));
         QuantizedLinear {
             weight: Param::from_tensor(weight),
             bias: self.bias.then(|| Param::from_tensor(Tensor::zeros([self.d_output], device))),
@@ -85,9 +85,10 @@ impl QuantizedLinear {
         let input: Tensor<2> = input.reshape([tokens, self.config.d_input]);
         shape[D - 1] = self.config.d_output;
         let compute = self.config.compute;
-        let bias = self.bias.as_ref().map(|bias| compute.cast(bias.val()));
-        let integer =
-            quant.compute == Products::Int8 && self.quantizer.is_some() && self.config.lambda.get() >= 1.0;
+        let bias = self.effective_bias().map(|bias| compute.cast(bias));
+        let integer = quant.compute == Products::Int8
+            && self.quantizer.is_some()
+            && self.config.dials.lambda.get() >= 1.0;
         let (output, multiplied) = if integer {
             // The op rounds its input itself; only an adapter has to be given the result.
             let multiplied = self.adapter.is_some().then(|| self.multiplied(input.clone()));
@@ -124,6 +125,16 @@ impl QuantizedLinear {
         }
     }
 
+    /// The bias that the forward pass adds, `[d_output]`: the parameter, and what weights of code 0 give.
+    pub fn effective_bias(&self) -> Option<Tensor<1>> {
+        let bias = self.bias.as_ref().map(|bias| bias.val());
+        let dead = self.quantizer.as_ref().and_then(|quantizer| quantizer.dead_bias(self.weight.val()));
+        match (bias, dead) {
+            (Some(bias), Some(dead)) => Some(bias + dead),
+            (bias, dead) => bias.or(dead),
+        }
+    }
+
     /// The codes -1, 0, +1 as floats, `[d_input, d_output]`; none in a float twin.
     pub fn codes(&self) -> Option<Tensor<2>> {
         self.quantizer.as_ref().map(|quantizer| quantizer.codes(self.weight.val()))
@@ -142,8 +153,9 @@ impl QuantizedLinear {
         let weights = self.config.d_input * self.config.d_output;
         match &self.quantizer {
             Some(quantizer) => {
-                weights.div_ceil(5)
-                    + 2 * quantizer.granularity().scales([self.config.d_input, self.config.d_output])
+                let scales = quantizer.granularity().scales([self.config.d_input, self.config.d_output]);
+                let signs = if self.config.quant.scale == ScaleRule::Ttq { 2 } else { 1 };
+                weights.div_ceil(5) + 2 * signs * scales
             }
             None => weights * 4,
         }
@@ -161,7 +173,7 @@ impl QuantizedLinear {
 
     /// False in a float twin, and while a float-first schedule still trains the latent weight.
     fn is_ternary(&self) -> bool {
-        self.quantizer.is_some() && self.config.lambda.get() > 0.0
+        self.quantizer.is_some() && self.config.dials.lambda.get() > 0.0
     }
 }
 
@@ -192,7 +204,7 @@ mod tests {
         tensor.into_data().iter::<f64>().collect()
     }
 
-    fn layer(dims: [usize; 2], quant: QuantConfig, lambda: &Dial) -> QuantizedLinear {
+    fn layer(dims: [usize; 2], quant: QuantConfig, dials: &Dials) -> QuantizedLinear {
         let [d_input, d_output] = dims;
         let compute = Compute::F32;
         let config = QuantizedLinearConfig {
@@ -202,7 +214,7 @@ mod tests {
             std: 0.3,
             compute,
             quant,
-            lambda: lambda.clone(),
+            dials: dials.clone(),
         };
         let mut layer = config.init(&mut ChaCha8Rng::seed_from_u64(3), &device());
         layer.bias = Some(Param::from_tensor(random([d_output])));
@@ -249,7 +261,7 @@ mod tests {
             }
         }
         for quant in quants {
-            let layer = layer([d_input, d_output], quant.clone(), &Dial::default());
+            let layer = layer([d_input, d_output], quant.clone(), &Dials::default());
             let input = random([3, 5, d_input]).mul_scalar(2.5);
             let output = layer.forward(input.clone());
             assert_eq!(output.dims(), [3, 5, d_output]);
@@ -278,7 +290,7 @@ mod tests {
             (Granularity::PerGroup(4), |input, channel| input / 4 * 6 + channel),
         ];
         for (granularity, group) in groups {
-            let layer = layer(dims, with(granularity), &Dial::default());
+            let layer = layer(dims, with(granularity), &Dials::default());
             let latent = values(layer.weight.val());
             let group = |index: usize| group(index / dims[1], index % dims[1]);
             let effective = values(layer.effective_weight());
@@ -304,7 +316,7 @@ mod tests {
         for (granularity, scales) in
             [(Granularity::PerChannel, 64), (Granularity::PerGroup(64), 2 * 64), (Granularity::PerTensor, 1)]
         {
-            let layer = layer([128, 64], with(granularity), &Dial::default());
+            let layer = layer([128, 64], with(granularity), &Dials::default());
             let bytes = codes + 2 * scales;
             assert_eq!(layer.packed_bytes(), bytes);
             let bits = bytes as f64 * 8.0 / (128.0 * 64.0);
@@ -312,7 +324,7 @@ mod tests {
             assert!((layer.compression_ratio() - (128.0 * 64.0 * 4.0) / bytes as f64).abs() < 1e-12);
             assert!(layer.compression_ratio() < 32.0 / 3f64.log2());
         }
-        let float = layer([128, 64], QuantConfig::default().float(), &Dial::default());
+        let float = layer([128, 64], QuantConfig::default().float(), &Dials::default());
         assert_eq!((float.packed_bytes(), float.bits_per_weight()), (128 * 64 * 4, 32.0));
         assert_eq!(float.compression_ratio(), 1.0);
         assert!(float.codes().is_none() && float.zero_fraction().is_none());
@@ -321,15 +333,15 @@ mod tests {
     #[test]
     fn the_dial_goes_from_the_float_layer_to_the_ternary_one() {
         let quant = QuantConfig { activations: ActivationPrecision::Int8, ..QuantConfig::default() };
-        let dial = Dial::default();
-        let ternary = layer([24, 7], quant.clone(), &dial);
-        let mut float = layer([24, 7], quant.float(), &dial);
+        let dials = Dials::default();
+        let ternary = layer([24, 7], quant.clone(), &dials);
+        let mut float = layer([24, 7], quant.float(), &dials);
         float.bias = ternary.bias.clone();
         let input = random([4, 24]);
         let full = values(ternary.effective_weight());
-        dial.set(0.0);
+        dials.lambda.set(0.0);
         assert_eq!(values(ternary.forward(input.clone())), values(float.forward(input)));
-        dial.set(0.25);
+        dials.lambda.set(0.25);
         let latent = values(float.weight.val());
         for ((found, latent), full) in values(ternary.effective_weight()).iter().zip(latent).zip(full) {
             assert!((found - (0.75 * latent + 0.25 * full)).abs() < 1e-6);

@@ -169,7 +169,7 @@ impl DuckQuantized {
 mod tests {
     use super::*;
     use crate::nn::{Activation, Family, QuantizedLinear, QuantizedLinearConfig};
-    use crate::quant::{ActivationPrecision, Dial, Products, QuantConfig, ScaleRule};
+    use crate::quant::{ActivationPrecision, Dials, Products, QuantConfig, ScaleRule};
     use burn::module::ModuleVisitor;
     use burn::tensor::Int;
 
@@ -217,7 +217,7 @@ mod tests {
             std: 0.3,
             compute: Compute::F32,
             quant: quant.clone(),
-            lambda: Dial::default(),
+            dials: Dials::default(),
         };
         let rng = &mut ChaCha8Rng::seed_from_u64(3);
         let mut layer = config.init(rng, device).no_grad();

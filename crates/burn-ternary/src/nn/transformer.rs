@@ -7,7 +7,7 @@ use super::{
     linear::QuantizedLinearConfig,
 };
 use super::{MixedLayerNorm, Norm, RmsNorm, position::Rotary};
-use crate::quant::{Dial, QuantConfig};
+use crate::quant::{Dials, QuantConfig};
 use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Bool, Device, Tensor};
@@ -20,7 +20,7 @@ pub(super) const INIT_STD: f64 = 0.02;
 pub(super) struct LayerFactory<'a> {
     pub config: &'a DuckConfig,
     pub quant: &'a QuantConfig,
-    pub lambda: &'a Dial,
+    pub dials: &'a Dials,
 }
 
 impl LayerFactory<'_> {
@@ -32,7 +32,7 @@ impl LayerFactory<'_> {
             std: INIT_STD,
             compute: self.config.compute,
             quant: self.quant.clone(),
-            lambda: self.lambda.clone(),
+            dials: self.dials.clone(),
         }
     }
 

@@ -29,7 +29,7 @@ pub use linear::{float_linear, project, ternary_linear};
 pub use loss::log_likelihood;
 pub use norm::{layer_norm, rms_norm};
 pub use optimizer::{AdamWStep, adamw, square_sum};
-pub use scale::{SCALE_MAX, SCALE_MIN, mean_abs, round_scale};
+pub use scale::{SCALE_MAX, SCALE_MIN, kth_magnitude, mean_abs, round_scale};
 pub use ternary::{StraightThrough, ternary_codes, ternary_quantize};
 
 use burn::backend::{
@@ -72,6 +72,12 @@ pub trait TernaryBackend: Backend {
     #[fusion(default)]
     fn mean_abs(weight: FloatTensor<Self>) -> FloatTensor<Self> {
         Self::float_mean_dim(Self::float_abs(weight), 1)
+    }
+
+    /// See [`kth_magnitude`].
+    #[fusion(default)]
+    fn kth_magnitude(weight: FloatTensor<Self>, k: usize) -> FloatTensor<Self> {
+        scale::kth::<Self>(weight, k)
     }
 
     /// See [`round_scale`].
@@ -311,6 +317,10 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
 
     fn mean_abs(weight: FloatTensor<Self>) -> FloatTensor<Self> {
         Self::from_inner(B::mean_abs(Self::inner(weight)))
+    }
+
+    fn kth_magnitude(weight: FloatTensor<Self>, k: usize) -> FloatTensor<Self> {
+        Self::from_inner(B::kth_magnitude(Self::inner(weight), k))
     }
 
     fn round_scale(scale: FloatTensor<Self>) -> FloatTensor<Self> {

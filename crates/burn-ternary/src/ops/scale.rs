@@ -17,6 +17,21 @@ pub fn mean_abs(weight: Tensor<3>) -> Tensor<3> {
     Tensor::from_dispatch(Dispatch::mean_abs(weight.into_dispatch()))
 }
 
+/// The `k`-th smallest `|w|` along dimension 1, counted from 1; 0 for `k = 0`. No gradient.
+///
+/// A selection, no arithmetic: the same bits on every backend.
+///
+/// # Shapes
+/// `[groups, n, channels]` to `[groups, 1, channels]`
+///
+/// # Panics
+/// When `k` exceeds `n`.
+pub fn kth_magnitude(weight: Tensor<3>, k: usize) -> Tensor<3> {
+    let n = weight.dims()[1];
+    assert!(k <= n, "the {k}-th of {n} weights");
+    Tensor::from_dispatch(Dispatch::kth_magnitude(weight.into_dispatch(), k))
+}
+
 /// The nearest f16 in [[`SCALE_MIN`], [`SCALE_MAX`]], ties to even, as f32. The gradient passes straight through.
 ///
 /// A file whose blocks hold f16 scales then reproduces the training forward exactly.
@@ -25,6 +40,16 @@ pub fn mean_abs(weight: Tensor<3>) -> Tensor<3> {
 /// `[groups, 1, channels]` to the same
 pub fn round_scale(scale: Tensor<3>) -> Tensor<3> {
     Tensor::from_dispatch(Dispatch::round_scale(scale.into_dispatch()))
+}
+
+pub(super) fn kth<B: Backend>(weight: FloatTensor<B>, k: usize) -> FloatTensor<B> {
+    let [groups, _, channels] = weight.shape().dims();
+    if k == 0 {
+        let dtype = weight.dtype();
+        return B::float_zeros(Shape::new([groups, 1, channels]), &weight.device(), dtype.into());
+    }
+    let sorted = B::float_sort(B::float_abs(weight), 1, false);
+    B::float_slice(sorted, &[(0..groups).into(), (k - 1..k).into(), (0..channels).into()])
 }
 
 /// Rounds in float ops that no compiler's rearrangement changes: with `2^e <= x < 2^(e+1)`, found by comparing with a

@@ -15,7 +15,8 @@ use half::{bf16, f16};
 /// `v = weight / scale` is inside when `|v| <= clip`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StraightThrough {
-    /// Where the quantizer saturates: 1 for LSQ-style scales, 1.485 for SEQ (`0.99 a` with `scale = 2a / 3`).
+    /// Where the quantizer saturates: 1 for LSQ-style scales, 1.485 for SEQ (`0.99 a` with `scale = 2a / 3`), 0 for codes
+    /// that do not depend on the scale.
     pub clip: f32,
     /// `true`: `dw = G` inside and 0 outside. `false`: `dw = G` everywhere.
     pub masked: bool,
@@ -46,7 +47,7 @@ pub fn ternary_codes(weight: Tensor<3>, threshold: Tensor<3>, mask: Option<Tenso
 ///
 /// With `G` the gradient of the output, `v = w / scale`, codes `t` and `n` the weights that share a scale:
 /// `dw = G` (inside the clip range only, when masked), and
-/// `dscale = 1/sqrt(n) * sum G * (t - v inside, sign(v) outside)`. Masked weights give the scale nothing.
+/// `dscale = 1/sqrt(n) * sum G * (t - v inside, t outside)`. Masked weights give the scale nothing.
 ///
 /// # Shapes
 /// - weight and mask (0 or 1): `[groups, n, channels]`
@@ -127,8 +128,8 @@ impl<B: TernaryBackend> Backward<B, 2> for TernaryQuantize {
         if let Some(node) = scale_node {
             let n = weight.shape()[1] as f32;
             let ratio = B::float_div(weight.clone(), scale);
-            let saturated = B::float_mul(B::float_sign(weight.clone()), outside);
             let codes = B::ternary_codes(weight, threshold.clone());
+            let saturated = B::float_mul(codes.clone(), outside);
             let slope = B::float_add(B::float_mul(B::float_sub(codes, ratio), inside.clone()), saturated);
             let pruned = pruned(threshold.dtype());
             let kept = B::float_clamp_min(

@@ -28,16 +28,39 @@ pub enum ScaleRule {
     Learned,
     /// A parameter, balanced levels `{-2/3, 0, 2/3} a` (stretched elastic quantization, ParetoQ).
     Seq,
+    /// Two parameters, one for positive and one for negative weights, with the codes of absmean: zero where
+    /// `|w| <= threshold mean |w|` (trained ternary quantization). No file can hold them.
+    Ttq,
 }
 
-/// What the straight-through estimator does outside the clipping range of a learned scale.
+/// Which weights are zero, where it is not the threshold of the scale that decides.
+///
+/// The weights of the smallest magnitude are zero, and all that are as small as the largest of them: more than asked
+/// only where magnitudes tie. All others have the code of their sign, so that no code depends on the scale; computed
+/// scales are those of the kept weights alone.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sparsity {
+    /// The threshold decides.
+    None,
+    /// This share of the `n` weights that share a scale: `round(fraction n)`, at most `n - 1`. In (0, 1).
+    ZeroFraction(f64),
+    /// All but the `N` largest of each `M` consecutive inputs of an output channel, `[N, M]`.
+    NOfM([usize; 2]),
+}
+
+/// What the gradient of the weight is, where rounding has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Estimator {
     /// `dw = G` everywhere.
     Identity,
-    /// `dw = G` inside the clipping range, 0 outside.
+    /// `dw = G` inside the clipping range of a learned scale, 0 outside.
     Masked,
+    /// While the schedule blends, training multiplies soft weights instead of a blend, with their own gradient:
+    /// `scale / 2 (tanh((w - threshold) / 2Ts) + tanh((w + threshold) / 2Ts))`, where `s` is the scale and
+    /// `T = 0.5 * 10^-lambda`. They are hard outside of training, and from `ramp_until` on, with `dw = G`.
+    Annealed,
 }
 
 /// Precision of the activations that a quantized linear layer multiplies.
@@ -79,12 +102,16 @@ pub struct QuantConfig {
     pub enabled: bool,
     pub scale: ScaleRule,
     pub granularity: Granularity,
-    /// Dead zone in units of the scale: `|w| <= threshold * scale` becomes 0. Ignored by `twn`. In (0, 1).
+    /// Dead zone in units of the scale: `|w| <= threshold * scale` becomes 0. Ignored by `twn` and under sparsity. In (0, 1).
     pub threshold: f64,
+    pub sparsity: Sparsity,
     pub estimator: Estimator,
     pub activations: ActivationPrecision,
     /// `int8` wants `activations = "int8"`, a scale a tensor or a channel, and the device flex.
     pub compute: Products,
+    /// Adds this multiple of the sum of the weights of code 0 to the bias of each output channel, so that they have a
+    /// gradient of their own (Tequila, 1e-3 there); 0: off. Exported as the bias.
+    pub dead_bias: f64,
     /// An RMS norm without parameters right before every quantized linear layer.
     pub input_norm: bool,
     /// Precision of the token embedding (and of the head when they are tied).
@@ -105,9 +132,11 @@ impl Default for QuantConfig {
             scale: ScaleRule::Absmean,
             granularity: Granularity::PerChannel,
             threshold: 0.5,
+            sparsity: Sparsity::None,
             estimator: Estimator::Identity,
             activations: ActivationPrecision::Float,
             compute: Products::Float,
+            dead_bias: 0.0,
             input_norm: false,
             embedding: TablePrecision::Float,
             head: TablePrecision::Float,

@@ -29,6 +29,15 @@ impl Default for Dial {
     }
 }
 
+/// What the schedule turns in all quantizers of a model; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Dials {
+    /// The share of the ternary weight in the fake quantized one; 1 but for float-first schedules.
+    pub lambda: Dial,
+    /// How far a sparsity that grows has come, from 0 to 1.
+    pub sparsity: Dial,
+}
+
 impl std::fmt::Debug for Dial {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Dial({})", self.get())

@@ -5,9 +5,10 @@ mod dial;
 mod granularity;
 mod prepare;
 mod quantizer;
+mod sparsity;
 mod table;
 
 pub use config::*;
-pub use dial::Dial;
+pub use dial::{Dial, Dials};
 pub use prepare::{TernaryReparameterization, prepare};
 pub use quantizer::{GAUSSIAN_SCALE, TernaryQuantizer, TernaryQuantizerConfig, compute_optimal_scale};

@@ -1,6 +1,6 @@
 //! Makes anybody's Burn model ternary: installs a [`TernaryQuantizer`] on chosen parameters.
 
-use super::{Dial, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig};
+use super::{Dials, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig};
 use burn::module::{Module, Param, Reparameterization, Reparameterizer};
 use burn::tensor::Tensor;
 
@@ -59,6 +59,6 @@ impl<F: FnMut(&str) -> bool> Reparameterizer for Prepare<F> {
 /// assert!(weight.iter().any(|w| *w == 0.0));
 /// ```
 pub fn prepare<M: Module>(model: M, config: &QuantConfig, chosen: impl FnMut(&str) -> bool) -> M {
-    let config = TernaryQuantizerConfig::new(config, &Dial::default());
+    let config = TernaryQuantizerConfig::new(config, &Dials::default());
     model.apply_reparameterization(Prepare { config, chosen })
 }

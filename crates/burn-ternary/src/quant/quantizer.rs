@@ -1,6 +1,6 @@
 //! [`TernaryQuantizer`]: from a latent weight to codes, scales and the fake quantized weight.
 
-use super::{Dial, Estimator, Granularity, QuantConfig, ScaleRule};
+use super::{Dials, Estimator, Granularity, QuantConfig, ScaleRule, Sparsity};
 use crate::ops::{StraightThrough, mean_abs, round_scale, ternary_codes, ternary_quantize};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
@@ -9,6 +9,8 @@ use burn::tensor::Tensor;
 pub const GAUSSIAN_SCALE: f32 = 1.534;
 /// Zero where `|w| <= TWN_THRESHOLD * mean |w|`. Li et al., Ternary Weight Networks, equation 6.
 const TWN_THRESHOLD: f32 = 0.7;
+/// Temperature at which an annealed weight begins, in units of the scale; it ends at a tenth of this.
+const HOTTEST: f32 = 0.5;
 /// SEQ clips at `0.99 a`, which is `1.485` scales, since its outer levels are at `2a / 3`.
 const SEQ_CLIP: f32 = 1.485;
 
@@ -19,19 +21,22 @@ pub struct TernaryQuantizerConfig {
     pub granularity: Granularity,
     /// Dead zone in units of the scale; `twn` has its own.
     pub threshold: f32,
+    pub sparsity: Sparsity,
+    pub dead_bias: f32,
     pub estimator: Estimator,
-    /// The share of the ternary weight in the fake quantized one; 1 but for float-first schedules.
-    pub lambda: Dial,
+    pub dials: Dials,
 }
 
 impl TernaryQuantizerConfig {
-    pub fn new(config: &QuantConfig, lambda: &Dial) -> Self {
+    pub fn new(config: &QuantConfig, dials: &Dials) -> Self {
         Self {
             rule: config.scale,
             granularity: config.granularity,
             threshold: config.threshold as f32,
+            sparsity: config.sparsity,
+            dead_bias: config.dead_bias as f32,
             estimator: config.estimator,
-            lambda: lambda.clone(),
+            dials: dials.clone(),
         }
     }
 
@@ -40,17 +45,44 @@ impl TernaryQuantizerConfig {
     /// # Shapes
     /// weight: `[d_input, d_output]`
     pub fn init(&self, weight: &Tensor<2>) -> TernaryQuantizer {
-        let start = match self.rule {
-            ScaleRule::Learned => Some(GAUSSIAN_SCALE),
+        let weight = weight.clone().detach();
+        let start = || match self.own_threshold(&weight) {
+            Some(threshold) => self.least_squares(weight.clone(), threshold),
+            None => mean_abs(self.granularity.view(weight.clone())).mul_scalar(GAUSSIAN_SCALE),
+        };
+        let scale = match self.rule {
+            ScaleRule::Learned | ScaleRule::Ttq => Some(start()),
             // The parameter is a; its levels are at 2a / 3.
-            ScaleRule::Seq => Some(GAUSSIAN_SCALE * 1.5),
+            ScaleRule::Seq => Some(start().mul_scalar(1.5)),
             _ => None,
         };
-        let scale = start.map(|factor| {
-            let mean = mean_abs(self.granularity.view(weight.clone().detach()));
-            Param::from_tensor(mean.mul_scalar(factor))
-        });
+        // A parameter must be a leaf.
+        let scale = scale.map(|scale| Param::from_tensor(scale.detach()));
         TernaryQuantizer { scale, config: self.clone() }
+    }
+
+    /// The threshold of rules whose codes do not depend on the scale; see [`Sparsity::threshold`] for its shape.
+    fn own_threshold(&self, weight: &Tensor<2>) -> Option<Tensor<3>> {
+        let view = self.granularity.shape(weight.dims());
+        let sparse = self.sparsity.threshold(weight.clone(), view, self.dials.sparsity.get());
+        sparse.or_else(|| match self.rule {
+            ScaleRule::Twn => Some(mean_abs(weight.clone().reshape(view)).mul_scalar(TWN_THRESHOLD)),
+            ScaleRule::Ttq => Some(mean_abs(weight.clone().reshape(view)).mul_scalar(self.threshold)),
+            _ => None,
+        })
+    }
+
+    /// The scale with the least squared error for the codes of a threshold: `mean |w|` of the kept, for `ttq` by sign.
+    fn least_squares(&self, weight: Tensor<2>, threshold: Tensor<3>) -> Tensor<3> {
+        let weight = self.granularity.view(weight);
+        let codes = ternary_codes(weight.clone(), threshold, None);
+        match self.rule {
+            ScaleRule::Ttq => {
+                let signs = [codes.clone().clamp_min(0.0), codes.clamp_max(0.0)];
+                Tensor::cat(signs.map(|codes| mean_kept(weight.clone(), codes)).into(), 1)
+            }
+            _ => mean_kept(weight, codes),
+        }
     }
 }
 
@@ -58,15 +90,16 @@ impl TernaryQuantizerConfig {
 ///
 /// # Example
 /// ```
-/// # use burn_ternary::quant::{Dial, QuantConfig, TernaryQuantizerConfig};
+/// # use burn_ternary::quant::{Dials, QuantConfig, TernaryQuantizerConfig};
 /// # use burn::tensor::{Device, Tensor};
 /// let weight = Tensor::<2>::from_data([[0.9, -0.05], [-1.1, 0.3]], &Device::default());
-/// let quantizer = TernaryQuantizerConfig::new(&QuantConfig::default(), &Dial::default()).init(&weight);
+/// let quantizer = TernaryQuantizerConfig::new(&QuantConfig::default(), &Dials::default()).init(&weight);
 /// assert_eq!(quantizer.codes(weight).into_data().try_to_vec::<f32>().unwrap(), [1.0, 0.0, -1.0, 1.0]);
 /// ```
 #[derive(Module, Debug)]
 pub struct TernaryQuantizer {
-    /// The trained scale of the rules `learned` and `seq`, `[groups, 1, channels]`.
+    /// The trained scale of the rules `learned` and `seq`, `[groups, 1, channels]`; of `ttq`, those of positive and of
+    /// negative weights, `[groups, 2, channels]`.
     pub scale: Option<Param<Tensor<3>>>,
     #[module(skip)]
     config: TernaryQuantizerConfig,
@@ -80,12 +113,12 @@ impl TernaryQuantizer {
     /// The scale that the forward pass multiplies codes with: a positive value that f16 holds exactly.
     ///
     /// # Shapes
-    /// weight `[d_input, d_output]` to `[groups, 1, channels]`
+    /// weight `[d_input, d_output]` to `[groups, 1, channels]`, for `ttq` `[groups, 2, channels]`
     pub fn scales(&self, weight: Tensor<2>) -> Tensor<3> {
-        self.scale_and_threshold(&self.config.granularity.view(weight)).0.detach()
+        self.scale_and_threshold(&weight).0.detach()
     }
 
-    /// The trained scale of the rules `learned` and `seq` in units of the codes, with its gradient, before rounding.
+    /// The trained scale, or scales, in units of the codes, with its gradient, before rounding.
     pub fn learned_scale(&self) -> Option<Tensor<3>> {
         let scale = self.scale.as_ref()?.val();
         Some(if self.config.rule == ScaleRule::Seq { scale.mul_scalar(2.0 / 3.0) } else { scale })
@@ -97,64 +130,143 @@ impl TernaryQuantizer {
     /// `[d_input, d_output]` to the same
     pub fn codes(&self, weight: Tensor<2>) -> Tensor<2> {
         let dims = weight.dims();
-        let weight = self.config.granularity.view(weight.detach());
         let (_, threshold) = self.scale_and_threshold(&weight);
-        ternary_codes(weight, threshold, None).reshape(dims)
+        ternary_codes(self.config.granularity.view(weight.detach()), threshold, None).reshape(dims)
     }
 
-    /// `scale * codes`, blended with the latent weight while lambda is below 1.
+    /// `scale * codes`, blended with the latent weight, or softened, while lambda is below 1.
     ///
     /// # Shapes
     /// `[d_input, d_output]` to the same
     pub fn fake_quantize(&self, weight: Tensor<2>) -> Tensor<2> {
-        let lambda = self.config.lambda.get();
+        let lambda = self.config.dials.lambda.get();
         if lambda <= 0.0 {
             return weight;
         }
         let dims = weight.dims();
+        let (scale, threshold) = self.scale_and_threshold(&weight);
         let latent = self.config.granularity.view(weight);
-        let (scale, threshold) = self.scale_and_threshold(&latent);
-        let ternary = ternary_quantize(latent.clone(), scale, threshold, None, self.estimator());
-        let blended = match lambda < 1.0 {
+        let annealed = self.config.estimator == Estimator::Annealed;
+        if annealed && lambda < 1.0 && latent.is_autodiff() {
+            let temperature = HOTTEST * 0.1f32.powf(lambda);
+            return soften(latent, scale, threshold, temperature).reshape(dims);
+        }
+        let ternary = match self.config.rule {
+            ScaleRule::Ttq => two_scales(latent.clone(), scale, threshold),
+            _ => ternary_quantize(latent.clone(), scale, threshold, None, self.estimator()),
+        };
+        let blended = match lambda < 1.0 && !annealed {
             true => latent.clone() + (ternary - latent).mul_scalar(lambda),
             false => ternary,
         };
         blended.reshape(dims)
     }
 
-    /// Scale (with the gradient of a learned one) and threshold (without), both `[groups, 1, channels]`.
-    fn scale_and_threshold(&self, weight: &Tensor<3>) -> (Tensor<3>, Tensor<3>) {
-        let latent = weight.clone().detach();
-        let scale = match (self.learned_scale(), self.config.rule) {
-            (Some(scale), _) => scale,
-            (None, ScaleRule::Absmedian) => median_abs(latent),
-            (None, ScaleRule::Twn) => {
-                let threshold = mean_abs(latent.clone()).mul_scalar(TWN_THRESHOLD);
-                let kept = ternary_codes(latent.clone(), threshold.clone(), None);
-                let count = kept.clone().abs().sum_dim(1).clamp_min(1.0);
-                return (round_scale((kept * latent).sum_dim(1) / count), threshold);
-            }
-            (None, _) => mean_abs(latent),
+    /// The scale with the least squared error: for the codes where they do not depend on it, of all scales otherwise.
+    ///
+    /// # Shapes
+    /// As [`scales`](Self::scales).
+    pub fn optimal_scale(&self, weight: Tensor<2>) -> Tensor<3> {
+        match self.config.own_threshold(&weight) {
+            Some(threshold) => self.config.least_squares(weight, threshold),
+            None => compute_optimal_scale(weight, self.config.granularity, None),
+        }
+    }
+
+    /// `dead_bias * sum of w` over the weights of code 0 of each output channel, with the gradient of these weights;
+    /// none when it is off or the weight still float.
+    ///
+    /// # Shapes
+    /// weight `[d_input, d_output]` to `[d_output]`
+    ///
+    /// # Source
+    /// Huang et al., Tequila: Trapping-free Ternary Quantization for Large Language Models, 2025.
+    pub fn dead_bias(&self, weight: Tensor<2>) -> Option<Tensor<1>> {
+        let strength = self.config.dead_bias * self.config.dials.lambda.get();
+        (strength > 0.0).then(|| {
+            let dead = self.codes(weight.clone()).abs().neg().add_scalar(1.0);
+            (weight * dead).sum_dim(0).squeeze_dim(0).mul_scalar(strength)
+        })
+    }
+
+    /// Scale (with the gradient of a learned one), see [`scales`](Self::scales), and threshold (without),
+    /// `[groups, 1, channels]` or one a weight.
+    fn scale_and_threshold(&self, weight: &Tensor<2>) -> (Tensor<3>, Tensor<3>) {
+        let weight = weight.clone().detach();
+        let own = self.config.own_threshold(&weight);
+        let scale = match (self.learned_scale(), self.config.rule, own.clone()) {
+            (Some(scale), _, _) => scale,
+            (None, ScaleRule::Absmedian, threshold) => self.median_kept(weight, threshold),
+            (None, _, Some(threshold)) => self.config.least_squares(weight, threshold),
+            (None, _, None) => mean_abs(self.config.granularity.view(weight)),
         };
         let scale = round_scale(scale);
-        let threshold = scale.clone().detach().mul_scalar(self.config.threshold);
+        let threshold = own.unwrap_or_else(|| scale.clone().detach().mul_scalar(self.config.threshold));
         (scale, threshold)
     }
 
+    /// `median |w|` along dimension 1 of the weights beyond a threshold; of an even number, the mean of the middle two.
+    fn median_kept(&self, weight: Tensor<2>, threshold: Option<Tensor<3>>) -> Tensor<3> {
+        let weight = self.config.granularity.view(weight);
+        let n = weight.dims()[1];
+        let zeros = self.config.sparsity.zeros(n, self.config.dials.sparsity.get());
+        let kept = match threshold {
+            // The others come first when sorted.
+            Some(threshold) => ternary_codes(weight.clone(), threshold, None) * weight,
+            None => weight.abs(),
+        };
+        let sorted = kept.sort(1);
+        let [lower, upper] =
+            [n - zeros - 1, n - zeros].map(|twice| sorted.clone().narrow(1, zeros + twice / 2, 1));
+        (lower + upper).mul_scalar(0.5)
+    }
+
     fn estimator(&self) -> StraightThrough {
-        StraightThrough {
-            clip: if self.config.rule == ScaleRule::Seq { SEQ_CLIP } else { 1.0 },
-            masked: self.config.estimator == Estimator::Masked,
-        }
+        let clip = match (self.config.sparsity, self.config.rule) {
+            (Sparsity::None, ScaleRule::Seq) => SEQ_CLIP,
+            (Sparsity::None, _) => 1.0,
+            // Codes by rank do not depend on the scale, which then has the exact gradient.
+            _ => 0.0,
+        };
+        StraightThrough { clip, masked: self.config.estimator == Estimator::Masked }
     }
 }
 
-/// `median |w|` along dimension 1; of an even number, the mean of the middle two.
-fn median_abs(weight: Tensor<3>) -> Tensor<3> {
-    let n = weight.dims()[1];
-    let sorted = weight.abs().sort(1);
-    let upper = sorted.clone().narrow(1, n / 2, 1);
-    if n % 2 == 1 { upper } else { (upper + sorted.narrow(1, n / 2 - 1, 1)).mul_scalar(0.5) }
+/// `mean |w|` along dimension 1 of the weights that have a code, 0 where none has.
+fn mean_kept(weight: Tensor<3>, codes: Tensor<3>) -> Tensor<3> {
+    let count = codes.clone().abs().sum_dim(1).clamp_min(1.0);
+    (codes * weight).sum_dim(1) / count
+}
+
+/// `s+` where the code is 1, `-s-` where it is -1.
+///
+/// With `G` the gradient of the output: `dw = G`, `ds+ = 1/sqrt(n) sum G` over the positive codes and
+/// `ds- = -1/sqrt(n) sum G` over the negative ones. The factor is that of learned scales; the paper has none, and
+/// multiplies `dw` by the scale of its code, which suits latent weights that are normalized to 1, as ours are not.
+///
+/// # Shapes
+/// - latent: `[groups, n, channels]`
+/// - scale: `[groups, 2, channels]`, of positive and of negative codes
+///
+/// # Source
+/// Zhu et al., Trained Ternary Quantization, 2017, equations 6 to 8.
+fn two_scales(latent: Tensor<3>, scale: Tensor<3>, threshold: Tensor<3>) -> Tensor<3> {
+    let codes = ternary_codes(latent.clone().detach(), threshold, None);
+    let share = (latent.dims()[1] as f64).sqrt().recip();
+    // A difference of equals is 0: it has no value, only a gradient.
+    let value = scale.clone().detach();
+    let scale = value.clone() + (scale - value).mul_scalar(share);
+    let [positive, negative] = [0, 1].map(|sign| scale.clone().narrow(1, sign, 1));
+    let ternary = codes.clone().clamp_min(0.0) * positive + codes.clamp_max(0.0) * negative;
+    ternary + (latent.clone() - latent.detach())
+}
+
+/// The ternary weight at a temperature; see [`Estimator::Annealed`]. Neither scale nor threshold has a gradient.
+fn soften(latent: Tensor<3>, scale: Tensor<3>, threshold: Tensor<3>, temperature: f32) -> Tensor<3> {
+    let width = scale.clone().mul_scalar(2.0 * temperature);
+    let edges = [latent.clone() - threshold.clone(), latent + threshold];
+    let [upper, lower] = edges.map(|distance| (distance / width.clone()).tanh());
+    (upper + lower) * scale.mul_scalar(0.5)
 }
 
 /// The scale that minimizes `sum h (w - scale * code(w))^2` with the best codes for it: exact, not iterated.

@@ -8,8 +8,8 @@ use std::{
 use crate::{
     data::DataConfig,
     nn::Compute,
-    nn::{DuckConfig, InvalidValue, LoraConfig, require},
-    quant::{ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule},
+    nn::{DuckConfig, Family, InvalidValue, LoraConfig, require},
+    quant::{ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity},
     train::{TrainError, distill::DistillConfig, optim::OptimConfig, schedule::ScheduleConfig},
 };
 use serde::{Deserialize, Serialize};
@@ -153,7 +153,6 @@ impl Experiment {
     fn check(&self) -> Result<(), InvalidValue> {
         check_data(&self.data)?;
         self.model.validate().map_err(|e| InvalidValue { key: format!("model.{}", e.key), ..e })?;
-        check_quant(&self.quant, &self.model)?;
         check_distill(&self.distill, &self.model)?;
         self.lora.check(&self.model)?;
         if self.lora.is_on() {
@@ -161,6 +160,7 @@ impl Experiment {
         }
         check_optim(&self.optim)?;
         check_schedule(&self.schedule)?;
+        check_quant(&self.quant, &self.model, &self.schedule)?;
         check_run(&self.run, self.model.context)
     }
 }
@@ -269,7 +269,11 @@ fn check_data(data: &DataConfig) -> Result<(), InvalidValue> {
     )
 }
 
-fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidValue> {
+fn check_quant(
+    quant: &QuantConfig,
+    model: &DuckConfig,
+    schedule: &ScheduleConfig,
+) -> Result<(), InvalidValue> {
     if let Granularity::PerGroup(size) = quant.granularity {
         // The inputs of all quantized linear layers are as wide as one of these two.
         let (d_model, d_ff) = (model.d_model, model.d_ff);
@@ -280,15 +284,30 @@ fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidVal
             format!("a per_group that divides d_model = {d_model} and d_ff = {d_ff}"),
         )?;
     }
+    check_sparsity(quant, model)?;
     let open = quant.threshold > 0.0 && quant.threshold < 1.0;
     require(open, "quant.threshold", quant.threshold, "above 0 and below 1")?;
     let learned = matches!(quant.scale, ScaleRule::Learned | ScaleRule::Seq);
-    require(
-        learned || quant.estimator == Estimator::Identity,
-        "quant.estimator",
-        quant.estimator,
-        "identity, for only the scales learned and seq have a clipping range",
-    )?;
+    let (holds, expected) = match quant.estimator {
+        Estimator::Identity => (true, ""),
+        Estimator::Masked => (learned, "identity, for only the scales learned and seq have a clipping range"),
+        Estimator::Annealed if schedule.ramp_until <= schedule.float_until => (
+            false,
+            "identity, unless schedule.ramp_until is above float_until and weights can harden between them",
+        ),
+        Estimator::Annealed => {
+            let computed = !learned && quant.scale != ScaleRule::Ttq;
+            (computed, "identity, for soft weights want a computed scale: absmean, absmedian or twn")
+        }
+    };
+    require(holds, "quant.estimator", quant.estimator, expected)?;
+    not_negative("quant.dead_bias", quant.dead_bias)?;
+    if quant.dead_bias > 0.0 {
+        let expected = "0 (off), as the zeros of quant.sparsity are wanted";
+        require(quant.sparsity == Sparsity::None, "quant.dead_bias", quant.dead_bias, expected)?;
+        let expected = "0 (off), for only layers of model.family = \"gpt2\" have biases in files";
+        require(model.family == Family::Gpt2, "quant.dead_bias", quant.dead_bias, expected)?;
+    }
     if quant.compute == Products::Int8 {
         let integer = "float, as quant.compute = \"int8\" wants ";
         let activations = quant.activations == ActivationPrecision::Int8;
@@ -300,11 +319,42 @@ fn check_quant(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidVal
         )?;
         let whole = !matches!(quant.granularity, Granularity::PerGroup(_));
         require(whole, "quant.compute", quant.compute, format!("{integer}a scale a tensor or a channel"))?;
+        let one = quant.scale != ScaleRule::Ttq;
+        require(
+            one,
+            "quant.compute",
+            quant.compute,
+            format!("{integer}another scale than ttq, which has two"),
+        )?;
         let single = model.compute == Compute::F32;
         require(single, "quant.compute", quant.compute, format!("{integer}model.compute = \"f32\""))?;
     }
     not_negative("quant.quantization_penalty", quant.quantization_penalty)?;
     not_negative("quant.scale_penalty", quant.scale_penalty)
+}
+
+fn check_sparsity(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidValue> {
+    let (d_model, d_ff) = (model.d_model, model.d_ff);
+    let (holds, expected) = match quant.sparsity {
+        Sparsity::None => return Ok(()),
+        Sparsity::ZeroFraction(share) => {
+            (share > 0.0 && share < 1.0, "a zero_fraction above 0 and below 1".into())
+        }
+        // The inputs of all quantized linear layers are as wide as one of these two.
+        Sparsity::NOfM([n, m]) => (
+            0 < n && n < m && d_model.is_multiple_of(m) && d_ff.is_multiple_of(m),
+            format!(
+                "n_of_m = [N, M] with 0 < N < M, and M a divisor of d_model = {d_model} and d_ff = {d_ff}"
+            ),
+        ),
+    };
+    require(holds, "quant.sparsity", quant.sparsity, expected)?;
+    require(
+        quant.estimator != Estimator::Masked,
+        "quant.estimator",
+        quant.estimator,
+        "identity, for under quant.sparsity no code depends on a clipping range",
+    )
 }
 
 fn check_distill(distill: &DistillConfig, model: &DuckConfig) -> Result<(), InvalidValue> {
@@ -353,6 +403,13 @@ fn check_schedule(schedule: &ScheduleConfig) -> Result<(), InvalidValue> {
         "schedule.ramp_until",
         to,
         format!("0 (a switch) or at least float_until = {from}"),
+    )?;
+    let to = schedule.sparse_until;
+    require(
+        to == 0.0 || (to >= from && to < 1.0),
+        "schedule.sparse_until",
+        to,
+        format!("0 (at once), or at least float_until = {from} and below 1"),
     )
 }
 

@@ -391,6 +391,7 @@ mod tests {
             weight_decay_until: 1.0,
             float_until: 0.0,
             ramp_until: 0.0,
+            sparse_until: 0.0,
         };
         Schedule::new(&config, total_steps)
     }

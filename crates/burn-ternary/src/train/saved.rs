@@ -37,13 +37,13 @@ impl SavedRun {
         let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
         let plan =
             TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default(), teacher: None };
-        let lambda = plan.schedule.lambda(loaded.state.step.saturating_sub(1));
+        let last_step = loaded.state.step.saturating_sub(1);
         let seed = experiment.run.seed;
         let model = experiment.model.init(&experiment.quant, seed, &device.clone().autodiff());
         let model = model.with_lora(&experiment.lora, seed);
         let (learner, _) = plan.resume(model, loaded)?;
         let model = learner.model().model.valid();
-        model.lambda().set(lambda as f32);
+        plan.schedule.turn(last_step, model.dials());
         Ok(Self { experiment, tokenizer, model })
     }
 

@@ -1,9 +1,10 @@
-//! What changes with the step: learning rate, weight decay, and the share of the ternary weight.
+//! What changes with the step: learning rate, weight decay, the share of the ternary weight, and sparsity.
 //!
 //! Steps count from 0: step `k` is the `k`-th optimizer update, and the last of `total` is `total - 1`.
 
 use std::f64::consts::PI;
 
+use crate::quant::Dials;
 use burn::{
     lr_scheduler::{LrScheduler, LrSchedulerRecord},
     optim::LearningRate,
@@ -39,6 +40,8 @@ pub struct ScheduleConfig {
     /// The share of the ternary weight (lambda) rises linearly from `float_until` to here; at most
     /// `float_until` means a switch.
     pub ramp_until: f64,
+    /// `quant.sparsity` grows from `float_until` to here, below 1; at most `float_until`: it is there at once.
+    pub sparse_until: f64,
 }
 
 /// The factors of each step of a run: pure functions of the step, so that a resumed run needs nothing but its step.
@@ -56,6 +59,7 @@ pub struct Schedule {
     weight_decay_until: usize,
     float_until: usize,
     ramp_until: usize,
+    sparse_until: usize,
 }
 
 impl Schedule {
@@ -78,6 +82,7 @@ impl Schedule {
             weight_decay_until: at(config.weight_decay_until),
             float_until: at(config.float_until),
             ramp_until: at(config.ramp_until),
+            sparse_until: at(config.sparse_until),
         }
     }
 
@@ -116,6 +121,21 @@ impl Schedule {
     /// of `float_until` and `ramp_until`; 0 is the float model, 1 the ternary one.
     pub fn lambda(&self, step: usize) -> f64 {
         ramp(step, self.float_until, self.ramp_until)
+    }
+
+    /// How far a sparsity that grows has come, in [0, 1]: `1 - (1 - ramp(k, f, s))^3` with `f` and `s` the steps of
+    /// `float_until` and `sparse_until`. Fast while many weights can be spared.
+    ///
+    /// # Source
+    /// Zhu and Gupta, To prune, or not to prune, 2017, equation 1.
+    pub fn sparsity(&self, step: usize) -> f64 {
+        1.0 - (1.0 - ramp(step, self.float_until, self.sparse_until)).powi(3)
+    }
+
+    /// Sets the dials of a model for a step.
+    pub fn turn(&self, step: usize, dials: &Dials) {
+        dials.lambda.set(self.lambda(step) as f32);
+        dials.sparsity.set(self.sparsity(step) as f32);
     }
 }
 
@@ -166,6 +186,7 @@ mod tests {
             weight_decay_until: 1.0,
             float_until: 0.0,
             ramp_until: 0.0,
+            sparse_until: 0.0,
         }
     }
 
@@ -245,6 +266,21 @@ mod tests {
     }
 
     #[test]
+    fn sparsity_grows_as_a_cubic_or_is_there_at_once() {
+        let sparsity = |float_until, sparse_until| {
+            let config = ScheduleConfig { float_until, sparse_until, ..config(Shape::Constant, 0, 0.0) };
+            let schedule = Schedule::new(&config, 8);
+            (0..8).map(|k| schedule.sparsity(k)).collect::<Vec<_>>()
+        };
+        assert_close(&sparsity(0.0, 0.0), &[1.0; 8]);
+        assert_close(&sparsity(0.25, 0.625), &[0.0, 0.0, 0.578125, 0.875, 0.984375, 1.0, 1.0, 1.0]);
+        let dials = Dials::default();
+        let ramp = ScheduleConfig { ramp_until: 0.25, sparse_until: 0.25, ..config(Shape::Constant, 0, 0.0) };
+        Schedule::new(&ramp, 12).turn(1, &dials);
+        assert_eq!((dials.lambda.get(), dials.sparsity.get()), (0.5, 0.875));
+    }
+
+    #[test]
     fn a_resumed_peak_schedule_goes_on_where_it_was() {
         let schedule = Schedule::new(&config(Shape::Cosine, 2, 0.1), 9);
         let at = |step| PeakSchedule { peak: 3e-3, schedule: schedule.clone(), step };
@@ -274,14 +310,17 @@ mod tests {
             Just(Shape::WarmupStableDecay)
         ];
         let share = || 0.0..=1.0;
-        (shape, 0usize..60, share(), share(), share(), share(), share()).prop_map(|c| ScheduleConfig {
-            shape: c.0,
-            warmup_steps: c.1,
-            decay_fraction: c.2,
-            min_lr_ratio: c.3,
-            weight_decay_until: c.4,
-            float_until: c.5,
-            ramp_until: c.6,
+        (shape, 0usize..60, share(), share(), share(), share(), share(), share()).prop_map(|c| {
+            ScheduleConfig {
+                shape: c.0,
+                warmup_steps: c.1,
+                decay_fraction: c.2,
+                min_lr_ratio: c.3,
+                weight_decay_until: c.4,
+                float_until: c.5,
+                ramp_until: c.6,
+                sparse_until: c.7,
+            }
         })
     }
 
@@ -289,11 +328,12 @@ mod tests {
         #[test]
         fn factors_stay_in_range_and_turn_once(config in any_config(), total in 1usize..200) {
             let schedule = Schedule::new(&config, total);
-            let mut before = (0.0, 1.0, 0.0);
+            let mut before = (0.0, 1.0, 0.0, 0.0);
             for step in 0..total {
                 let lr = schedule.lr_factor(step);
-                let now = (lr, schedule.weight_decay_factor(step), schedule.lambda(step));
-                for factor in [now.0, now.1, now.2] {
+                let decay = schedule.weight_decay_factor(step);
+                let now = (lr, decay, schedule.lambda(step), schedule.sparsity(step));
+                for factor in [now.0, now.1, now.2, now.3] {
                     prop_assert!((0.0..=1.0).contains(&factor));
                 }
                 if step <= config.warmup_steps {
@@ -304,7 +344,7 @@ mod tests {
                 if step == config.warmup_steps {
                     prop_assert_eq!(lr, 1.0);
                 }
-                prop_assert!(now.1 <= before.1 && now.2 >= before.2);
+                prop_assert!(now.1 <= before.1 && now.2 >= before.2 && now.3 >= before.3);
                 before = now;
             }
             let decays = matches!(config.shape, Shape::Cosine | Shape::Linear);

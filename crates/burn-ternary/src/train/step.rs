@@ -9,7 +9,7 @@ use super::schedule::{Schedule, ScheduleConfig};
 use super::{TrainError, TrainState};
 use crate::data::LmBatch;
 use crate::nn::DuckQuantized;
-use crate::quant::{Dial, compute_optimal_scale};
+use crate::quant::Dial;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::{Module, ParamGroup};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
@@ -117,7 +117,7 @@ impl LanguageModel {
                 terms.push(distance.square().mean().mul_scalar(quantization_penalty * share));
             }
             if let (Some(scale), true) = (quantizer.learned_scale(), scale_penalty > 0.0) {
-                let best = compute_optimal_scale(latent.detach(), quantizer.granularity(), None);
+                let best = quantizer.optimal_scale(latent.detach());
                 let distance =
                     scale.clamp_min(f32::MIN_POSITIVE).log() - best.clamp_min(f32::MIN_POSITIVE).log();
                 terms.push(distance.square().mean().mul_scalar(scale_penalty * share));
@@ -247,9 +247,8 @@ impl QuantizationTrainer {
     /// Without a batch.
     pub fn train_step(&mut self, batches: Vec<LmBatch>) -> StepReport {
         let step = self.state.step;
-        let lambda = self.schedule.lambda(step);
         let model = self.learner.model();
-        model.model.lambda().set(lambda as f32);
+        self.schedule.turn(step, model.model.dials());
         self.decay.set(self.schedule.weight_decay_factor(step) as f32);
         let device = batches[0].inputs.device();
         device.seed(crate::seed::mix(self.state.seed, step as u64));
@@ -297,7 +296,7 @@ impl QuantizationTrainer {
             step: self.state.step,
             grad_norm: norm,
             lr: self.learner.lr_current().base(),
-            lambda: Some(lambda),
+            lambda: Some(self.schedule.lambda(step)),
             skipped_steps: self.state.skipped_steps,
             ..report
         }

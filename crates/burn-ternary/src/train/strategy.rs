@@ -235,7 +235,7 @@ impl Loop {
     /// What the weights that the run starts from are worth, in float and rounded.
     fn look_at_start(&mut self, valid: &ValidLoader<LanguageModel>) -> Result<(), TrainError> {
         let model = self.trainer.validation_model();
-        let lambda = model.model.lambda();
+        let lambda = &model.model.dials().lambda;
         let before = lambda.get();
         let loss_at = |share: f32| -> Result<f64, TrainError> {
             lambda.set(share);

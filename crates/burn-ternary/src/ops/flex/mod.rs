@@ -17,6 +17,10 @@ use ternary_kernels::Pool;
 static POOL: LazyLock<Pool> = LazyLock::new(Pool::rayon);
 
 impl TernaryBackend for Flex {
+    fn ternary_codes(weight: FloatTensor<Self>, threshold: FloatTensor<Self>) -> FloatTensor<Self> {
+        quantize::ternary_codes(weight, threshold)
+    }
+
     fn ternary_quantize(
         weight: FloatTensor<Self>,
         scale: FloatTensor<Self>,
@@ -28,6 +32,10 @@ impl TernaryBackend for Flex {
 
     fn mean_abs(weight: FloatTensor<Self>) -> FloatTensor<Self> {
         quantize::mean_abs(weight)
+    }
+
+    fn kth_magnitude(weight: FloatTensor<Self>, k: usize) -> FloatTensor<Self> {
+        quantize::kth_magnitude(weight, k)
     }
 
     fn round_scale(input: FloatTensor<Self>) -> FloatTensor<Self> {
