@@ -297,6 +297,7 @@ fn a_trained_gpt2_sorts_nearly_every_input_when_it_has_become_ternary() {
         weight_decay_until: 1.0,
         float_until: 0.0,
         ramp_until: 0.0,
+        sparse_until: 0.0,
     };
     let device = device().autodiff();
     let inputs = unsorted();
