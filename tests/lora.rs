@@ -77,6 +77,7 @@ fn base(out: &Path, assignments: &[&str]) -> std::path::PathBuf {
 
 #[test]
 fn adapters_learn_beside_ternary_weights_that_keep_every_bit_and_a_killed_run_ends_alike() {
+    let _alone = crate::alone_with_the_generator();
     let out = tempfile::tempdir().unwrap();
     let integer = ["quant.activations=int8", "quant.compute=int8"];
     let base = base(out.path(), &integer);

@@ -141,6 +141,7 @@ fn compare(whole: &Path, killed: &Path) {
 
 #[test]
 fn altered_checkpoints_are_passed_over_and_the_last_good_one_is_used() {
+    let _alone = crate::alone_with_the_generator();
     let out = tempfile::tempdir().unwrap();
     let short = experiment(out.path());
     comes_back(short.clone());

@@ -16,6 +16,7 @@ mod start;
 use burn_ternary::nn::{Activation, DuckConfig, Family};
 use burn_ternary::train::Experiment;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The default experiment, small enough for a run in a second.
 fn small_experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment {
@@ -39,6 +40,13 @@ fn small_experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment 
         experiment.set(assignment).unwrap();
     }
     experiment
+}
+
+/// For tests of runs with dropout that are repeated: a device has one random generator a process, and another run that
+/// draws from it between a step's seed and its draws changes them.
+fn alone_with_the_generator() -> MutexGuard<'static, ()> {
+    static DRAWS: Mutex<()> = Mutex::new(());
+    DRAWS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A small shape with every part of its family.
