@@ -21,6 +21,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use safetensors::SafeTensors;
 use serde_json::Value;
+use ternary_format::read_model;
 
 fn device() -> Device {
     burn_ternary::device::device("flex").unwrap()
@@ -138,6 +139,58 @@ fn a_pretrained_llama_gives_its_reference_logits_and_text() {
         let start: Vec<u32> = prompt.iter().map(|id| *id as u32).collect();
         let drawn = model.sample(&start, 32, 0.0, u32::MAX, &mut ChaCha8Rng::seed_from_u64(0));
         assert_eq!(drawn, greedy[prompt.len()..].iter().map(|id| *id as u32).collect::<Vec<_>>());
+    }
+}
+
+/// 98 MB that are not with the reference data: CONTRIBUTING says where they come from.
+#[test]
+fn a_quantized_gguf_of_135_million_weights_gives_its_reference_logits_and_perplexity() {
+    let Some(reference) = Reference::open("smollm2_135m") else { return };
+    let path = std::env::var_os("SMOLLM2_GGUF").map(PathBuf::from);
+    let Some(path) = path else {
+        println!("skipped: $SMOLLM2_GGUF: not set");
+        return;
+    };
+    let tokenizer = read_model(&path).unwrap().tokenizer.unwrap();
+    let model = DuckQuantized::load(&path, &device()).unwrap();
+    assert_eq!(model.num_params(), 134_515_008);
+    let json = reference.json("reference.json");
+    for prompt in json["prompts"].as_array().unwrap() {
+        let expected: Vec<i64> = serde_json::from_value(prompt["ids"].clone()).unwrap();
+        let text = prompt["prompt"].as_str().unwrap();
+        // Marks of the chat template are ids of their own, which no text encodes to.
+        if !text.contains("<|") {
+            let found: Vec<i64> = tokenizer.encode(text).unwrap().into_iter().map(i64::from).collect();
+            assert_eq!(found, expected, "{text}");
+        }
+        let logits = values(model.forward(ids(&expected, [1, expected.len()])));
+        let last = &logits[logits.len() - 49152..];
+        let top: Vec<usize> = serde_json::from_value(prompt["last_token_top10_ids"].clone()).unwrap();
+        let values: Vec<f64> = serde_json::from_value(prompt["last_token_top10_logits"].clone()).unwrap();
+        let likeliest = (0..last.len()).max_by(|a, b| last[*a].total_cmp(&last[*b])).unwrap();
+        assert_eq!(likeliest, top[0], "{text}");
+        for (id, expected) in top.iter().zip(values) {
+            assert!((last[*id] - expected).abs() < 2e-3, "{text}: {id}: {}, {expected}", last[*id]);
+        }
+    }
+    for case in json["perplexity"].as_array().unwrap() {
+        let name = case["text"].as_str().unwrap();
+        let text = fs::read_to_string(reference.0.join("../../text").join(name)).unwrap();
+        let range: Vec<usize> = serde_json::from_value(case["char_range"].clone()).unwrap();
+        let part: String = text.chars().skip(range[0]).take(range[1] - range[0]).collect();
+        let tokens: Vec<i64> = tokenizer.encode(&part).unwrap()[..256].iter().map(|id| *id as i64).collect();
+        let logits = values(model.forward(ids(&tokens, [1, 256])));
+        let rows = logits.chunks(49152).zip(&tokens[1..]);
+        let nats: f64 = rows
+            .map(|(row, next)| {
+                let largest = row.iter().copied().fold(f64::MIN, f64::max);
+                let partition = row.iter().map(|x| (x - largest).exp()).sum::<f64>().ln() + largest;
+                partition - row[*next as usize]
+            })
+            .sum();
+        let (found, expected) = ((nats / 255.0).exp(), case["perplexity"].as_f64().unwrap());
+        println!("SmolLM2-135M, {name}: perplexity {found:.4}, the reference {expected:.4}");
+        assert!((found / expected - 1.0).abs() < 1e-4, "{name}: {found}, {expected}");
     }
 }
 
