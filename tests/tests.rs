@@ -42,7 +42,7 @@ fn small_experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment 
     experiment
 }
 
-/// For tests of runs with dropout that are repeated: a device has one random generator a process, and another run that
+/// For tests of runs with dropout that are repeated: a device has one random generator a process, and another such run that
 /// draws from it between a step's seed and its draws changes them.
 fn alone_with_the_generator() -> MutexGuard<'static, ()> {
     static DRAWS: Mutex<()> = Mutex::new(());

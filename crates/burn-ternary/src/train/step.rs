@@ -250,8 +250,10 @@ impl QuantizationTrainer {
         let model = self.learner.model();
         self.schedule.turn(step, model.model.dials());
         self.decay.set(self.schedule.weight_decay_factor(step) as f32);
-        let device = batches[0].inputs.device();
-        device.seed(crate::seed::mix(self.state.seed, step as u64));
+        // A device has one generator a process: a run that draws nothing leaves it to those that do.
+        if model.model.config().dropout > 0.0 {
+            batches[0].inputs.device().seed(crate::seed::mix(self.state.seed, step as u64));
+        }
 
         let mut report = StepReport::default();
         let mut grads = None;
