@@ -4,7 +4,8 @@ use burn_ternary::nn::DuckConfig;
 use burn_ternary::train::report::RunResult;
 use std::fs;
 use std::path::Path;
-use ternary_format::{Encoding, SizeReport};
+use ternary_format::{Encoding, SizeReport, WriteOptions, read_model, write_model};
+use ternary_infer::{Engine, EngineOptions, GenerateOptions};
 
 /// Results of all seeds of a run, in the order of the seeds.
 fn results(name: &str) -> Vec<RunResult> {
@@ -54,6 +55,36 @@ fn the_readme_table_is_computed_from_the_committed_results() {
         let compression = mean(&results, |result| result.fp32_bytes as f64 / result.packed_bytes as f64);
         assert_eq!(*size, format!("{compression:.1}x"), "{name}");
     }
+}
+
+/// `tests/archive.rs` of ternary-format holds the form; this is the file that the README speaks of.
+#[test]
+fn a_trained_file_of_half_a_bit_a_weight_unpacks_bit_for_bit_and_runs() {
+    let path = Path::new("experiments/results/50-zeros-93-1.ternary");
+    let packed = fs::read(path).unwrap();
+    let (float, sparse) = (results("50-float"), results("50-zeros-93"));
+    let ratio = sparse[0].fp32_bytes as f64 / packed.len() as f64;
+    assert!(ratio > 63.0, "{ratio}");
+    let losses = [&float, &sparse].map(|results| mean(results, |result| result.valid_loss.unwrap()));
+    let readme = fs::read_to_string("README.md").unwrap();
+    for number in [
+        format!("{} bytes", packed.len()),
+        format!("{ratio:.1} times"),
+        format!("{:.3} nats", losses[0]),
+        format!("{:.3}", losses[1]),
+    ] {
+        assert!(readme.contains(&number), "not in the README: {number}");
+    }
+
+    let model = read_model(path).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let again = folder.path().join("again.ternary");
+    write_model(&model, &again, &WriteOptions::default()).unwrap();
+    assert!(fs::read(again).unwrap() == packed, "packed anew it is another file");
+    let prompt = model.tokenizer.as_ref().unwrap().encode("ROMEO:").unwrap();
+    let engine = Engine::from_model(model, EngineOptions::default()).unwrap();
+    let options = GenerateOptions { max_tokens: 20, ..GenerateOptions::default() };
+    assert_eq!(engine.generate(&prompt, options).unwrap().count(), 20);
 }
 
 #[test]
