@@ -236,7 +236,7 @@ impl ModelSize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::nn::Activation;
     use crate::quant::{ActivationPrecision, Granularity, ScaleRule};
@@ -254,7 +254,7 @@ mod tests {
         tensor.into_data().iter::<f32>().collect()
     }
 
-    fn tiny(family: Family) -> DuckConfig {
+    pub(in crate::nn) fn tiny(family: Family) -> DuckConfig {
         DuckConfig {
             family,
             vocab_size: 11,

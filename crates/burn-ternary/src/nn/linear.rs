@@ -52,6 +52,7 @@ pub struct QuantizedLinear {
     pub bias: Option<Param<Tensor<1>>>,
     /// `None` in a float twin.
     pub quantizer: Option<TernaryQuantizer>,
+    /// Beside the weight, which is then frozen.
     pub adapter: Option<LowRank>,
     #[module(skip)]
     config: QuantizedLinearConfig,
@@ -190,7 +191,7 @@ pub(super) fn normal(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::quant::Granularity;
     use rand::SeedableRng;
@@ -232,7 +233,7 @@ mod tests {
     }
 
     /// Rows of activations after the RMS norm without parameters and the int8 round trip that `quant` asks for.
-    fn prepared(row: &[f64], quant: &QuantConfig) -> Vec<f64> {
+    pub(in crate::nn) fn prepared(row: &[f64], quant: &QuantConfig) -> Vec<f64> {
         let mut row = row.to_vec();
         if quant.input_norm {
             let root = (row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64 + 1e-6).sqrt();

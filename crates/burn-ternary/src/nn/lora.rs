@@ -168,7 +168,9 @@ impl DuckQuantized {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nn::{Activation, Family, QuantizedLinear, QuantizedLinearConfig};
+    use crate::nn::{
+        Family, QuantizedLinear, QuantizedLinearConfig, duck::tests::tiny, linear::tests::prepared,
+    };
     use crate::quant::{ActivationPrecision, Dials, Products, QuantConfig, ScaleRule};
     use burn::module::ModuleVisitor;
     use burn::tensor::Int;
@@ -229,19 +231,7 @@ mod tests {
 
     /// The rows that the weight multiplies, by the definitions of norm and rounding.
     fn multiplied(input: &[f64], quant: &QuantConfig) -> Vec<f64> {
-        let prepare = |row: &[f64]| {
-            let mut row = row.to_vec();
-            if quant.input_norm {
-                let root = (row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64 + 1e-6).sqrt();
-                row.iter_mut().for_each(|x| *x /= root);
-            }
-            if quant.enabled && quant.activations == ActivationPrecision::Int8 {
-                let scale = row.iter().fold(0f64, |max, x| max.max(x.abs())) / 127.0;
-                row.iter_mut().for_each(|x| *x = (*x / scale).round_ties_even() * scale);
-            }
-            row
-        };
-        input.chunks(SIZES[1]).flat_map(prepare).collect()
+        input.chunks(SIZES[1]).flat_map(|row| prepared(row, quant)).collect()
     }
 
     /// `left right`, of `[rows, inner]` and `[inner, columns]`.
@@ -316,21 +306,6 @@ mod tests {
             assert!(layer.weight.val().grad(&grads).is_none());
             assert!(layer.bias.as_ref().unwrap().val().grad(&grads).is_none());
             assert_eq!(rank, pair.rank());
-        }
-    }
-
-    fn tiny(family: Family) -> DuckConfig {
-        DuckConfig {
-            family,
-            vocab_size: 11,
-            context: 9,
-            d_model: 16,
-            n_layers: 2,
-            n_heads: 4,
-            n_kv_heads: if family == Family::Gpt2 { 4 } else { 2 },
-            d_ff: 24,
-            activation: if family == Family::Gpt2 { Activation::Gelu } else { Activation::Swiglu },
-            ..DuckConfig::duck_tiny()
         }
     }
 

@@ -51,8 +51,8 @@ pub fn train_duck_quantized(experiment: &Experiment) -> Result<RunResult, TrainE
 ///
 /// Leaves in the run folder: `experiment.toml` (resolved), `tokenizer.json`, token files, `metrics.jsonl`,
 /// `samples.txt`, `checkpoints/`, `model.gguf` (where a model file can hold the model), `adapter/` (where `[lora]` is
-/// on), `loss.svg`, `codes.svg` (not for
-/// a float twin) and `result.json`; the last three also when the run stops with an error after its first step.
+/// on), `loss.svg`, `codes.svg` (not for a float twin) and `result.json`; the last three also when the run stops with an
+/// error after its first step.
 ///
 /// # Errors
 /// Every [`TrainError`].

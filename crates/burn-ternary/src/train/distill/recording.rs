@@ -22,7 +22,13 @@ use half::f16;
 use memmap2::Mmap;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
-use std::{fs::File, io::Write, ops::Range, path::Path, sync::Arc};
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom, Write},
+    ops::Range,
+    path::Path,
+    sync::Arc,
+};
 
 const MAGIC: [u8; 8] = *b"BTLOGIT1";
 const TEXT: Range<usize> = 32..64;
@@ -45,7 +51,7 @@ impl Recording {
     /// Whether the file at `path` begins as a recording does.
     pub fn is_at(path: &Path) -> bool {
         let mut magic = [0; MAGIC.len()];
-        let read = File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut magic));
+        let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
         read.is_ok() && magic == MAGIC
     }
 
@@ -74,7 +80,16 @@ impl Recording {
         };
         let rows = positions.checked_mul(kept).and_then(|n| n.checked_mul(ENTRY));
         let whole = rows.and_then(|n| n.checked_add(HEADER)) == Some(map.len()) && kept > 0;
-        if !whole || map[SEAL] != seal(&map[..SEAL.start], &map[HEADER..]) {
+        if !whole
+            || map[SEAL]
+                != *Sha256::new().chain_update(&map[..SEAL.start]).chain_update(&map[HEADER..]).finalize()
+        {
+            return Err(damaged());
+        }
+        // Whoever made a file can seal it: its ids are looked up, so they must be some.
+        let is_known = |id: &[u8]| (u32::from_le_bytes(id.try_into().expect("four bytes")) as usize) < vocab;
+        if !map[HEADER..].chunks_exact(kept * ENTRY).all(|row| row[..kept * 4].chunks_exact(4).all(is_known))
+        {
             return Err(damaged());
         }
         if map[TEXT] != digest(tokens) || positions != tokens.len() {
@@ -136,30 +151,35 @@ pub fn record(
     let kept = kept.clamp(1, vocab);
     // A text shorter than a window is refused as a training does.
     let windows = TokenWindows::sequential(tokens.clone(), seq_len)?;
-    let mut rows = Vec::with_capacity(tokens.len() * kept * ENTRY);
     let device = teacher.embedding.device();
     let readings: Vec<Reading> = readings(tokens.len(), seq_len).collect();
-    for batch in readings.chunks(BATCH) {
-        let read: Vec<Window> = batch.iter().map(|reading| windows.at(reading.start)).collect();
-        let logits = teacher.forward(LmBatcher.batch(&read, &device).inputs).into_data();
-        let logits: Vec<f32> = logits.iter::<f32>().collect();
-        for (reading, logits) in batch.iter().zip(logits.chunks(seq_len * vocab)) {
-            let new = logits.par_chunks(vocab).skip(reading.keeps.start);
-            let likeliest: Vec<Vec<u8>> = new.map(|row| entry(row, kept)).collect();
-            rows.extend(likeliest.into_iter().flatten());
-            advance(reading.keeps.len());
-        }
-    }
-    // Nothing follows the last token.
-    rows.resize(tokens.len() * kept * ENTRY, 0);
     let mut header = MAGIC.to_vec();
     header.extend([tokens.len(), kept, vocab].iter().flat_map(|n| (*n as u64).to_le_bytes()));
     header.extend(digest(tokens));
-    let seal = seal(&header, &rows);
     Ok(replace(path, |file| {
         file.write_all(&header)?;
-        file.write_all(&seal)?;
-        file.write_all(&rows)
+        // The seal is known at the end.
+        file.write_all(&[0; SEAL.end - SEAL.start])?;
+        let mut seal = Sha256::new().chain_update(&header);
+        let mut write = |rows: &[u8]| {
+            seal.update(rows);
+            file.write_all(rows)
+        };
+        for batch in readings.chunks(BATCH) {
+            let read: Vec<Window> = batch.iter().map(|reading| windows.at(reading.start)).collect();
+            let logits = teacher.forward(LmBatcher.batch(&read, &device).inputs).into_data();
+            let logits: Vec<f32> = logits.iter::<f32>().collect();
+            for (reading, logits) in batch.iter().zip(logits.chunks(seq_len * vocab)) {
+                let new = logits.par_chunks(vocab).skip(reading.keeps.start);
+                let likeliest: Vec<Vec<u8>> = new.map(|row| entry(row, kept)).collect();
+                likeliest.iter().try_for_each(|row| write(row))?;
+                advance(reading.keeps.len());
+            }
+        }
+        // Nothing follows the last token.
+        write(&vec![0; kept * ENTRY])?;
+        file.seek(SeekFrom::Start(SEAL.start as u64))?;
+        file.write_all(&seal.finalize())
     })?)
 }
 
@@ -207,10 +227,6 @@ fn digest(tokens: &TokenFile) -> [u8; 32] {
     let mut digest = Sha256::new();
     (0..tokens.len()).for_each(|i| digest.update(tokens.id(i).to_le_bytes()));
     digest.finalize().into()
-}
-
-fn seal(header: &[u8], rows: &[u8]) -> [u8; 32] {
-    Sha256::new().chain_update(header).chain_update(rows).finalize().into()
 }
 
 #[cfg(test)]
@@ -300,6 +316,13 @@ mod tests {
             let error = message(&tokens);
             assert!(error.contains("damaged"), "{at}, {size}: {error}");
         }
+        // An id that no teacher has, well sealed.
+        let mut bytes = whole.clone();
+        bytes[HEADER..HEADER + 4].copy_from_slice(&259u32.to_le_bytes());
+        let seal = Sha256::new().chain_update(&bytes[..SEAL.start]).chain_update(&bytes[HEADER..]).finalize();
+        bytes[SEAL].copy_from_slice(&seal);
+        std::fs::write(&path, &bytes).unwrap();
+        assert!(message(&tokens).contains("damaged"));
         // A length that would overflow.
         let mut bytes = whole;
         bytes[8..24].fill(255);
