@@ -8,7 +8,10 @@ use burn_ternary::data::{LmBatch, LmBatcher, window::Window};
 use burn_ternary::device::{describe, device, peak_rss_bytes};
 use burn_ternary::nn::DuckConfig;
 use burn_ternary::quant::{ActivationPrecision, Products, QuantConfig, Sparsity};
-use burn_ternary::train::{Experiment, QuantizationTrainer, optim::MatrixOptimizer};
+use burn_ternary::train::{
+    Experiment, QuantizationTrainer,
+    optim::{MatrixOptimizer, Moments},
+};
 use clap::{Parser, ValueEnum};
 use std::time::Instant;
 
@@ -37,6 +40,9 @@ struct Command {
     /// Muon for the matrices, in place of AdamW
     #[arg(long)]
     muon: bool,
+    /// AdamW's moments at eight bits
+    #[arg(long)]
+    int8_moments: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -88,6 +94,9 @@ fn main() {
     };
     let mut experiment = Experiment::load("experiments/10-shakespeare-float.toml").expect("it loads");
     experiment.optim.lr = 1e-4;
+    if command.int8_moments {
+        experiment.optim.moments = Moments::Int8;
+    }
     experiment.optim.matrices = if command.muon { MatrixOptimizer::Muon } else { MatrixOptimizer::Adamw };
     let autodiff = device.clone().autodiff();
     let trainer = |variant: &Variant| {
@@ -108,6 +117,7 @@ fn main() {
         }
     }
     let tokens = (seq * batch) as f64;
+    let memory = peak_rss_bytes().unwrap_or(0);
     let peak = matrix_peak(&device);
     // Six operations a token and weight; learned positions are looked up, not multiplied.
     let flops = 6.0 * (model.num_params() - seq * model.d_model) as f64 * tokens;
@@ -124,7 +134,7 @@ fn main() {
             median(ratios),
             flops / seconds / 1e9,
             peak / 1e9,
-            peak_rss_bytes().unwrap_or(0),
+            memory,
         );
     }
 }

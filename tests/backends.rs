@@ -17,7 +17,7 @@ use burn_ternary::quant::{
     TernaryQuantizerConfig, compute_optimal_scale,
 };
 use burn_ternary::train::QuantizationTrainer;
-use burn_ternary::train::optim::{MatrixOptimizer, OptimConfig};
+use burn_ternary::train::optim::{MatrixOptimizer, Moments, OptimConfig};
 use burn_ternary::train::schedule::{ScheduleConfig, Shape};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -305,6 +305,7 @@ fn train(matrices: MatrixOptimizer, device: &Device) -> Vec<f64> {
         beta1: 0.9,
         beta2: 0.95,
         epsilon: 1e-8,
+        moments: Moments::Float,
         weight_decay: 0.1,
         clip_norm: 1.0,
         z_loss: 1e-4,

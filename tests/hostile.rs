@@ -55,6 +55,30 @@ fn bad_data_is_named() {
 }
 
 #[test]
+fn what_only_flex_has_is_refused_on_other_devices() {
+    if let Err(error) = burn_ternary::device::device("ndarray") {
+        println!("skipped: device ndarray: {error}");
+        return;
+    }
+    let out = tempfile::tempdir().unwrap();
+    for (key, assignments) in [
+        ("quant.compute", &["quant.activations=int8", "quant.compute=int8"][..]),
+        ("optim.moments", &["optim.moments=int8"]),
+    ] {
+        let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
+        let place = format!("run.out_dir={}", out.path().display());
+        for assignment in [place.as_str(), "run.device=ndarray"].iter().chain(assignments) {
+            experiment.set(assignment).unwrap();
+        }
+        let error = run(experiment, &RunOptions { quiet: true, ..RunOptions::default() }).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains(key) && message.contains("run.device = \"flex\""), "{message}");
+        assert_eq!(error.exit_code(), 2);
+        assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0, "it left something");
+    }
+}
+
+#[test]
 fn a_tokenizer_that_does_not_fit_the_model_is_named_with_both_sizes() {
     let out = tempfile::tempdir().unwrap();
     let (code, message) = refusal(out.path(), &["--tokenizer", "byte", "--set", "model.vocab_size=100"]);

@@ -13,7 +13,7 @@ use burn_ternary::{
     quant::QuantConfig,
     train::{
         QuantizationTrainer,
-        optim::{MatrixOptimizer, OptimConfig},
+        optim::{MatrixOptimizer, Moments, OptimConfig},
         schedule::{ScheduleConfig, Shape},
     },
 };
@@ -338,6 +338,7 @@ fn a_trained_gpt2_sorts_nearly_every_input_when_it_has_become_ternary() {
         beta1: 0.9,
         beta2: 0.95,
         epsilon: 1e-8,
+        moments: Moments::Float,
         weight_decay: 0.0,
         clip_norm: 1.0,
         z_loss: 0.0,

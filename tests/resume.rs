@@ -35,6 +35,9 @@ fn experiment(out: &Path) -> Experiment {
         "quant.scale=learned".into(),
         "quant.activations=int8".into(),
         "quant.compute=int8".into(),
+        // Of the embedding and of the larger matrices.
+        "optim.matrices=adamw".into(),
+        "optim.moments=int8".into(),
         "schedule.weight_decay_until=0.5".into(),
         "schedule.float_until=0.25".into(),
         "schedule.ramp_until=0.5".into(),
@@ -150,6 +153,8 @@ fn altered_checkpoints_are_passed_over_and_the_last_good_one_is_used() {
     for assignment in [
         "run.name=two-scales",
         "quant.compute=float",
+        "optim.matrices=muon",
+        "optim.moments=float",
         "quant.scale=ttq",
         "quant.sparsity={zero_fraction=0.8}",
         "schedule.sparse_until=0.99",

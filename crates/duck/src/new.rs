@@ -78,7 +78,7 @@ fn experiment(name: &str) -> String {
 }
 
 /// Section, key, what it means.
-const COMMENTS: [(&str, &str, &str); 80] = [
+const COMMENTS: [(&str, &str, &str); 81] = [
     (
         "data",
         "train",
@@ -194,6 +194,7 @@ const COMMENTS: [(&str, &str, &str); 80] = [
     ("optim", "beta1", "Decay of AdamW's first moment."),
     ("optim", "beta2", "Decay of its second moment."),
     ("optim", "epsilon", "Added to the root of that."),
+    ("optim", "moments", "\"float\", or \"int8\": two bytes a weight in place of eight; on flex."),
     ("optim", "weight_decay", "Decoupled; matrices only."),
     ("optim", "clip_norm", "Largest norm of the whole gradient; 0: any."),
     ("optim", "z_loss", "Weight in the loss of the squared log partition function; 0: none."),

@@ -3,6 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use std::time::Duration;
+use ternary_kernels::training::{Saved, TernaryLinear};
 use ternary_kernels::*;
 
 fn threads() -> usize {
@@ -92,5 +93,56 @@ fn products(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, products);
+/// The products of a linear layer in training, with the packing and rounding that belongs to them.
+fn linear_layer(c: &mut Criterion) {
+    let (tokens, d_input, d_output) = (1024, 768, 3072);
+    let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
+    let (x, grad) = (wave(tokens * d_input, 0.37), wave(tokens * d_output, 0.73));
+    let weight: Vec<f32> =
+        (0..d_input * d_output).map(|i| code(i % d_output, i / d_output) as f32 * 0.5).collect();
+    let column =
+        |m: &[f32], n: usize, col: usize| m.iter().skip(col).step_by(n).copied().collect::<Vec<f32>>();
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+    let close = |found: f32, expected: f64, scale: f64| {
+        assert!((f64::from(found) - expected).abs() < 0.05 * scale, "{found} for {expected}");
+    };
+    for threads in [1, threads()] {
+        let pool = Pool::new(threads);
+        let mut layer = TernaryLinear::default();
+        let mut out = vec![0.0; tokens * d_output];
+        let (mut dx, mut dweight) = (vec![0.0; x.len()], vec![0.0; weight.len()]);
+        let saved = layer.forward(&pool, &x, &weight, None, d_input, &mut out);
+        let saved = Saved {
+            input: &saved.input,
+            input_scales: &saved.input_scales,
+            weight: &saved.weight,
+            weight_scales: &saved.weight_scales,
+        };
+        layer.backward(&pool, saved, &grad, &mut dx, &mut dweight);
+        for (t, i, o) in [(0, 0, 0), (700, 700, 3000), (1023, 767, 3071)] {
+            let (xs, dys) = (&x[t * d_input..][..d_input], &grad[t * d_output..][..d_output]);
+            close(out[t * d_output + o], dot(xs, &column(&weight, d_output, o)), 14.0);
+            close(dx[t * d_input + i], dot(dys, &weight[i * d_output..][..d_output]), 28.0);
+            close(dweight[i * d_output + o], dot(&column(&x, d_input, i), &column(&grad, d_output, o)), 32.0);
+        }
+        let mut group =
+            c.benchmark_group(format!("linear layer {tokens}x{d_input}x{d_output}, {threads} threads"));
+        group.sample_size(10).warm_up_time(Duration::from_millis(200));
+        group.measurement_time(Duration::from_secs(1));
+        let product = (2 * tokens * d_input * d_output) as u64;
+        group.throughput(Throughput::Elements(product));
+        group.bench_function("forward", |b| {
+            b.iter(|| layer.forward(&pool, &x, &weight, None, d_input, &mut out));
+        });
+        group.bench_function("input's gradient", |b| {
+            b.iter(|| layer.input_backward(&pool, saved.weight, saved.weight_scales, &grad, &mut dx));
+        });
+        group.throughput(Throughput::Elements(2 * product));
+        group.bench_function("both gradients", |b| {
+            b.iter(|| layer.backward(&pool, saved, &grad, &mut dx, &mut dweight));
+        });
+    }
+}
+
+criterion_group!(benches, products, linear_layer);
 criterion_main!(benches);

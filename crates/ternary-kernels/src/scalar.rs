@@ -151,4 +151,8 @@ impl Simd for Scalar {
     fn bits_to_float(self, a: Int) -> Float {
         a.map(|a| f32::from_bits(a as u32))
     }
+
+    fn float_to_bits(self, a: Float) -> Int {
+        a.map(|a| a.to_bits() as i32)
+    }
 }

@@ -76,6 +76,7 @@ pub(crate) trait Simd: Copy {
     fn to_int(self, a: Self::Float) -> Self::Int;
     fn to_float(self, a: Self::Int) -> Self::Float;
     fn bits_to_float(self, a: Self::Int) -> Self::Float;
+    fn float_to_bits(self, a: Self::Float) -> Self::Int;
 
     /// Asks for the line that is this many lines further on.
     #[inline(always)]

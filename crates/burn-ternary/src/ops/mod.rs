@@ -28,7 +28,7 @@ pub use attention::{Heads, causal_attention};
 pub use linear::{float_linear, project, ternary_linear};
 pub use loss::log_likelihood;
 pub use norm::{layer_norm, rms_norm};
-pub use optimizer::{AdamWStep, adamw, square_sum};
+pub use optimizer::{AdamWStep, adamw, adamw_int8, int8_moments, square_sum};
 pub use scale::{SCALE_MAX, SCALE_MIN, kth_magnitude, mean_abs, round_scale};
 pub use ternary::{StraightThrough, ternary_codes, ternary_quantize};
 
@@ -294,6 +294,17 @@ pub trait TernaryBackend: Backend {
         optimizer::adamw_step::<Self>(weight, grad, m, v, step)
     }
 
+    /// See [`adamw_int8`].
+    #[fusion(default)]
+    fn adamw_int8_step(
+        _weight: FloatTensor<Self>,
+        _grad: FloatTensor<Self>,
+        _moments: FloatTensor<Self>,
+        _step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        panic!("moments at eight bits are there on flex only")
+    }
+
     /// See [`square_sum`].
     #[fusion(default)]
     fn square_sum(input: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -402,6 +413,17 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         let [weight, grad, m, v] = [weight, grad, m, v].map(Self::inner);
         let (weight, m, v) = B::adamw_step(weight, grad, m, v, step);
         (Self::from_inner(weight), Self::from_inner(m), Self::from_inner(v))
+    }
+
+    fn adamw_int8_step(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moments: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let [weight, grad, moments] = [weight, grad, moments].map(Self::inner);
+        let (weight, moments) = B::adamw_int8_step(weight, grad, moments, step);
+        (Self::from_inner(weight), Self::from_inner(moments))
     }
 
     fn square_sum(input: FloatTensor<Self>) -> FloatTensor<Self> {

@@ -3,6 +3,7 @@
 use super::TernaryBackend;
 use burn::backend::{Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::{Shape, Tensor};
+use ternary_kernels::training::{MOMENTS, Moments};
 
 /// The numbers of an AdamW step.
 ///
@@ -34,6 +35,29 @@ pub fn adamw<const D: usize>(
     let [m, v] = moments.map(Tensor::into_dispatch);
     let (weight, m, v) = Dispatch::adamw_step(weight.into_dispatch(), grad.into_dispatch(), m, v, step);
     (Tensor::from_dispatch(weight), [m, v].map(Tensor::from_dispatch))
+}
+
+/// [`adamw`] with moments at eight bits, as [`int8_moments`] begins them: weight and moments after it. The step itself takes
+/// the moments before they are rounded. No gradient.
+///
+/// # Panics
+/// Anywhere but on flex.
+pub fn adamw_int8<const D: usize>(
+    weight: Tensor<D>,
+    grad: Tensor<D>,
+    moments: Tensor<1>,
+    step: AdamWStep,
+) -> (Tensor<D>, Tensor<1>) {
+    let (weight, grad) = (weight.into_dispatch(), grad.into_dispatch());
+    let (weight, moments) = Dispatch::adamw_int8_step(weight, grad, moments.into_dispatch(), step);
+    (Tensor::from_dispatch(weight), Tensor::from_dispatch(moments))
+}
+
+/// Moments of zero for a parameter like `of`: the bytes of [`Moments`], a block for each 256 numbers, as if they were floats. They are no
+/// numbers; nothing but a copy keeps them.
+pub fn int8_moments<const D: usize>(of: &Tensor<D>) -> Tensor<1> {
+    let words = of.shape().num_elements().div_ceil(MOMENTS) * Moments::WORDS;
+    Tensor::zeros([words], &of.device())
 }
 
 /// `sum x^2`, `[1]`, to the same bits whatever the number of threads. No gradient.

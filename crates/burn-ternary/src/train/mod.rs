@@ -1,5 +1,6 @@
 //! Logits to losses, gradients, metrics and checkpoints.
 
+mod adamw;
 pub mod checkpoint;
 pub mod codes;
 pub mod command;

@@ -5,14 +5,15 @@ use burn::{
     lr_scheduler::module_lr_scheduler::ModuleLrScheduler,
     module::{Module, ModuleVisitor, Param, ParamGroup},
     optim::{
-        AdamWState, AdaptiveMomentumState, GradientsAccumulator, GradientsParams, LearningRate,
-        ModuleOptimizer, Muon, MuonConfig, Optimizer, momentum::MomentumConfig,
+        GradientsAccumulator, GradientsParams, LearningRate, ModuleOptimizer, Muon, MuonConfig, Optimizer,
+        momentum::MomentumConfig,
     },
     tensor::Device,
 };
 
+use super::adamw::AdamW;
 use super::schedule::{PeakSchedule, Schedule};
-use crate::ops::{AdamWStep, adamw, square_sum};
+use crate::ops::square_sum;
 use crate::quant::Dial;
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,16 @@ use serde::{Deserialize, Serialize};
 pub enum MatrixOptimizer {
     Adamw,
     Muon,
+}
+
+/// How AdamW keeps its two moments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Moments {
+    /// Eight bytes a weight.
+    Float,
+    /// Two bytes a weight, in blocks with scales of their own, for parameters of 4096 numbers or more; on flex only.
+    Int8,
 }
 
 /// The `[optim]` section of an experiment.
@@ -37,6 +48,7 @@ pub struct OptimConfig {
     pub beta1: f64,
     pub beta2: f64,
     pub epsilon: f64,
+    pub moments: Moments,
     /// Decoupled; on matrices only (never on norms, biases, scales).
     pub weight_decay: f64,
     /// Global gradient norm above which the gradient is scaled down; 0: never.
@@ -65,6 +77,7 @@ impl OptimConfig {
             beta1: self.beta1 as f32,
             beta2: self.beta2 as f32,
             epsilon: self.epsilon as f32,
+            moments: self.moments,
             decay: Decay { strength: 0.0, dial: decay.clone() },
         };
         let decay = Decay { strength: self.weight_decay, dial: decay };
@@ -99,59 +112,15 @@ impl OptimConfig {
 
 /// Decoupled weight decay, scaled by a dial.
 #[derive(Clone)]
-struct Decay {
+pub(super) struct Decay {
     strength: f64,
     dial: Dial,
 }
 
 impl Decay {
     /// What is left of a weight after a step.
-    fn keep(&self, lr: LearningRate) -> f64 {
+    pub(super) fn keep(&self, lr: LearningRate) -> f64 {
         1.0 - lr * self.strength * f64::from(self.dial.get())
-    }
-}
-
-/// AdamW whose update is one op; its state is that of Burn's.
-#[derive(Clone)]
-struct AdamW {
-    beta1: f32,
-    beta2: f32,
-    epsilon: f32,
-    decay: Decay,
-}
-
-impl Optimizer for AdamW {
-    type State<const D: usize> = AdamWState<D>;
-
-    fn step<const D: usize>(
-        &self,
-        lr: LearningRate,
-        tensor: Tensor<D>,
-        grad: Tensor<D>,
-        state: Option<Self::State<D>>,
-    ) -> (Tensor<D>, Option<Self::State<D>>) {
-        let (time, moments) = match state {
-            Some(AdamWState { momentum: AdaptiveMomentumState { time, moment_1, moment_2, .. } }) => {
-                (time + 1, [moment_1, moment_2])
-            }
-            None => (1, [grad.zeros_like(), grad.zeros_like()]),
-        };
-        let Self { beta1, beta2, epsilon, .. } = *self;
-        let step = AdamWStep {
-            lr: lr as f32,
-            beta1,
-            beta2,
-            epsilon,
-            keep: self.decay.keep(lr) as f32,
-            corrections: [beta1, beta2].map(|beta| (1.0 - f64::from(beta).powi(time as i32)) as f32),
-        };
-        let (tensor, [moment_1, moment_2]) = adamw(tensor, grad, moments, step);
-        (tensor, Some(AdamWState::new(AdaptiveMomentumState::new(time, moment_1, moment_2))))
-    }
-
-    fn to_device<const D: usize>(mut state: Self::State<D>, device: &Device) -> Self::State<D> {
-        state.momentum = state.momentum.to_device(device);
-        state
     }
 }
 
@@ -376,6 +345,7 @@ mod tests {
             beta1: 0.9,
             beta2: 0.95,
             epsilon: 1e-8,
+            moments: Moments::Float,
             weight_decay: 0.5,
             clip_norm: 1.0,
             z_loss: 0.0,

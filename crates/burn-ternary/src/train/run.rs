@@ -4,6 +4,7 @@ use super::checkpoint::{Checkpoints, Loaded, sha256};
 use super::codes::CodeTracker;
 use super::distill::Teacher;
 use super::metrics;
+use super::optim::Moments;
 use super::plot;
 use super::progress::PlainRenderer;
 use super::report::{self, History, MetricsFile, RunResult, write_atomic};
@@ -59,7 +60,7 @@ pub fn train_duck_quantized(experiment: &Experiment) -> Result<RunResult, TrainE
 pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult, TrainError> {
     let started = Instant::now();
     let device = device::device(&experiment.run.device)?;
-    check_products(&experiment, &device)?;
+    check_device(&experiment, &device)?;
     let run_dir = experiment.run_dir();
     fs::create_dir_all(&run_dir).map_err(|source| TrainError::Write { path: run_dir.clone(), source })?;
     let data = Dataset::prepare(&experiment.data, experiment.model.context, experiment.run.seed, &run_dir)?;
@@ -192,15 +193,21 @@ fn begun(experiment: &Experiment, device: &Device) -> Result<DuckQuantized, Trai
     Ok(begun)
 }
 
-/// Integer products are there on flex only, yet.
-fn check_products(experiment: &Experiment, device: &Device) -> Result<(), TrainError> {
-    let found = device::describe(device);
-    if experiment.quant.compute == Products::Float || device::device("flex").is_ok_and(|flex| flex == *device)
-    {
+/// Integer products, and moments at eight bits, are there on flex only, yet.
+fn check_device(experiment: &Experiment, device: &Device) -> Result<(), TrainError> {
+    if device::device("flex").is_ok_and(|flex| flex == *device) {
         return Ok(());
     }
+    let (key, what) = if experiment.quant.compute == Products::Int8 {
+        ("quant.compute", "integer products")
+    } else if experiment.optim.moments == Moments::Int8 {
+        ("optim.moments", "moments at eight bits")
+    } else {
+        return Ok(());
+    };
     let message = format!(
-        "quant.compute = \"int8\": {found} has no integer products; expected \"float\", or run.device = \"flex\""
+        "{key} = \"int8\": {} has no {what}; expected \"float\", or run.device = \"flex\"",
+        device::describe(device)
     );
     Err(TrainError::Experiment { origin: experiment.run.name.clone(), message })
 }
@@ -264,12 +271,16 @@ fn preflight(experiment: &Experiment, device: &Device, options: &RunOptions) -> 
     }
 }
 
-/// Bytes that training takes, roughly: latent and fake quantized weights, gradients, two optimizer moments and one
+/// Bytes that training takes, roughly: latent and fake quantized weights, gradients, optimizer moments and one
 /// temporary, of which a frozen model has the first two; and the activations that the backward pass reads.
-fn memory_estimate(Experiment { model, run, lora, .. }: &Experiment) -> u64 {
+fn memory_estimate(Experiment { model, run, lora, optim, .. }: &Experiment) -> u64 {
+    let trained = |params: usize| match optim.moments {
+        Moments::Float => 6 * params,
+        Moments::Int8 => 9 * params / 2,
+    };
     let weights = match lora.is_on() {
-        true => 2 * model.num_params() + 6 * lora.num_params(model),
-        false => 6 * model.num_params(),
+        true => 2 * model.num_params() + trained(lora.num_params(model)),
+        false => trained(model.num_params()),
     };
     let tokens = run.batch_size * model.context;
     let layer = 16 * model.d_model + 8 * model.d_ff + 4 * model.n_heads * model.context;

@@ -41,8 +41,7 @@ impl SavedRun {
         let seed = experiment.run.seed;
         let model = experiment.model.init(&experiment.quant, seed, &device.clone().autodiff());
         let model = model.with_lora(&experiment.lora, seed);
-        let (learner, _) = plan.resume(model, loaded)?;
-        let model = learner.model().model.valid();
+        let model = plan.restore(model, loaded.model, &loaded.path)?.valid();
         plan.schedule.turn(last_step, model.dials());
         Ok(Self { experiment, tokenizer, model })
     }

@@ -13,9 +13,10 @@ use crate::quant::Dial;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::{Module, ParamGroup};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
-use burn::store::ModuleRecord;
+use burn::store::{ModuleRecord, RecordError};
 use burn::tensor::Tensor;
 use burn::train::{InferenceStep, Learner, TrainOutput, TrainStep};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 /// Share of a new loss in the running mean that the spike guard compares with.
@@ -406,12 +407,27 @@ impl TrainPlan {
         model: DuckQuantized,
         loaded: Loaded,
     ) -> Result<(Learner<LanguageModel>, TrainState), TrainError> {
-        let misfit = |error: String| TrainError::Burn(format!("{}: {error}", loaded.path.display()));
-        // The record is of the learner's model; its ids must be in place before the optimizer's groups are made.
-        let mut holder = self.learner(model, loaded.state.step).model();
-        holder = holder.try_load_record(loaded.model).map_err(|error| misfit(error.to_string()))?;
-        let mut learner = self.learner(holder.model, loaded.state.step);
-        learner.load_optim(loaded.optimizer);
-        Ok((learner, loaded.state))
+        let Loaded { path, state, model: record, optimizer, .. } = loaded;
+        // The record's ids must be in place before the optimizer's groups are made.
+        let model = self.restore(model, record, &path)?;
+        let mut learner = self.learner(model, state.step);
+        learner.load_optim(optimizer);
+        Ok((learner, state))
+    }
+
+    /// `model` with the weights of a checkpoint, and their ids.
+    ///
+    /// # Errors
+    /// `Burn`: the checkpoint is of another model.
+    pub fn restore(
+        &self,
+        model: DuckQuantized,
+        record: ModuleRecord,
+        path: &Path,
+    ) -> Result<DuckQuantized, TrainError> {
+        // The record is of the learner's model.
+        let holder = self.learner(model, 0).model();
+        let misfit = |error: RecordError| TrainError::Burn(format!("{}: {error}", path.display()));
+        Ok(holder.try_load_record(record).map_err(misfit)?.model)
     }
 }

@@ -286,4 +286,9 @@ impl Simd for Neon {
     fn bits_to_float(self, a: Int) -> Float {
         each!(vreinterpretq_f32_s32(a))
     }
+
+    #[inline(always)]
+    fn float_to_bits(self, a: Float) -> Int {
+        each!(vreinterpretq_s32_f32(a))
+    }
 }

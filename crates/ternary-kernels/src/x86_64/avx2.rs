@@ -268,6 +268,11 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn float_to_bits(self, a: Float) -> Int {
+        each!(_mm256_castps_si256(a))
+    }
+
+    #[inline(always)]
     fn prefetch(self, line: &Line, ahead: usize) {
         let at = std::ptr::from_ref(line).wrapping_add(ahead);
         // SAFETY: a prefetch of any address does nothing but fetch.

@@ -226,6 +226,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn float_to_bits(self, a: Float) -> Int {
+        // SAFETY: `self` proves the instruction.
+        unsafe { _mm512_castps_si512(a) }
+    }
+
+    #[inline(always)]
     fn prefetch(self, line: &Line, ahead: usize) {
         let at = std::ptr::from_ref(line).wrapping_add(ahead);
         // SAFETY: a prefetch of any address does nothing but fetch.

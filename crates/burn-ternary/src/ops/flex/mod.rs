@@ -203,6 +203,15 @@ impl TernaryBackend for Flex {
         training::adamw_step(weight, grad, m, v, step)
     }
 
+    fn adamw_int8_step(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moments: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        training::adamw_int8_step(weight, grad, moments, step)
+    }
+
     fn square_sum(input: FloatTensor<Self>) -> FloatTensor<Self> {
         training::square_sum(input)
     }

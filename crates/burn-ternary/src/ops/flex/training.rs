@@ -385,12 +385,29 @@ pub(super) fn adamw_step(
     if !is_f32(&[&weight, &grad, &m, &v]) {
         return optimizer::adamw_step::<Flex>(weight, grad, m, v, step);
     }
-    let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections } = step;
-    let step = kernels::AdamW { lr, beta1, beta2, epsilon, keep, corrections };
     let grad = dense(grad);
     let [mut weight, mut m, mut v] = [weight, m, v].map(owned);
-    kernels::adamw(&POOL, step, weight.storage_mut(), values(&grad), m.storage_mut(), v.storage_mut());
+    let moments = (m.storage_mut(), v.storage_mut());
+    kernels::adamw(&POOL, numbers(step), weight.storage_mut(), values(&grad), moments.0, moments.1);
     (weight, m, v)
+}
+
+pub(super) fn adamw_int8_step(
+    weight: FlexTensor,
+    grad: FlexTensor,
+    moments: FlexTensor,
+    step: AdamWStep,
+) -> (FlexTensor, FlexTensor) {
+    assert!(is_f32(&[&weight, &grad, &moments]), "parameters have f32");
+    let grad = dense(grad);
+    let [mut weight, mut moments] = [weight, moments].map(owned);
+    let blocks = kernels::Moments::from_words(moments.storage_mut());
+    kernels::adamw_moments(&POOL, numbers(step), weight.storage_mut(), values(&grad), blocks);
+    (weight, moments)
+}
+
+fn numbers(AdamWStep { lr, beta1, beta2, epsilon, keep, corrections }: AdamWStep) -> kernels::AdamW {
+    kernels::AdamW { lr, beta1, beta2, epsilon, keep, corrections }
 }
 
 /// The same numbers, and no others, in the tensor's own memory: copied where somebody else holds them.

@@ -1,0 +1,233 @@
+//! AdamW as one op, with moments in floats or at eight bits.
+
+use super::optim::{Decay, Moments};
+use crate::ops::{AdamWStep, adamw, adamw_int8, int8_moments};
+use burn::optim::{
+    AdamWState, AdaptiveMomentumState, LearningRate, Optimizer, RecordState, StateSink, StateSource,
+};
+use burn::tensor::{Device, Tensor};
+
+/// Fewer numbers keep their moments in floats: they are nothing beside the others, and the scales of their blocks are
+/// of few numbers.
+const FEW: usize = 4096;
+
+#[derive(Clone)]
+pub(super) struct AdamW {
+    pub beta1: f32,
+    pub beta2: f32,
+    pub epsilon: f32,
+    pub moments: Moments,
+    pub decay: Decay,
+}
+
+/// Names of leaves, which Burn's state has not.
+const TIME: &str = "int8_time";
+const INT8_MOMENTS: &str = "int8_moments";
+
+/// The moments of a parameter. There is one a parameter, and its numbers lie elsewhere.
+#[derive(Clone)]
+#[expect(clippy::large_enum_variant)]
+pub(super) enum State<const D: usize> {
+    /// Burn's own.
+    Float(AdamWState<D>),
+    Int8(Int8State),
+}
+
+/// Time, and moments as [`adamw_int8`] has them.
+#[derive(Clone)]
+pub(super) struct Int8State {
+    time: usize,
+    moments: Tensor<1>,
+}
+
+impl Optimizer for AdamW {
+    type State<const D: usize> = State<D>;
+
+    fn step<const D: usize>(
+        &self,
+        lr: LearningRate,
+        tensor: Tensor<D>,
+        grad: Tensor<D>,
+        state: Option<State<D>>,
+    ) -> (Tensor<D>, Option<State<D>>) {
+        let state = state.unwrap_or_else(|| self.begin(&grad));
+        match state {
+            State::Float(state) => {
+                let AdaptiveMomentumState { time, moment_1, moment_2, .. } = state.momentum;
+                let time = time + 1;
+                let (tensor, [moment_1, moment_2]) =
+                    adamw(tensor, grad, [moment_1, moment_2], self.at(lr, time));
+                let momentum = AdaptiveMomentumState::new(time, moment_1, moment_2);
+                (tensor, Some(State::Float(AdamWState::new(momentum))))
+            }
+            State::Int8(Int8State { time, moments }) => {
+                let time = time + 1;
+                let (tensor, moments) = adamw_int8(tensor, grad, moments, self.at(lr, time));
+                (tensor, Some(State::Int8(Int8State { time, moments })))
+            }
+        }
+    }
+
+    fn to_device<const D: usize>(state: State<D>, device: &Device) -> State<D> {
+        match state {
+            State::Float(mut state) => {
+                state.momentum = state.momentum.to_device(device);
+                State::Float(state)
+            }
+            State::Int8(Int8State { time, moments }) => {
+                State::Int8(Int8State { time, moments: moments.to_device(device) })
+            }
+        }
+    }
+}
+
+impl AdamW {
+    /// Before the first step.
+    fn begin<const D: usize>(&self, grad: &Tensor<D>) -> State<D> {
+        match self.moments {
+            Moments::Int8 if grad.shape().num_elements() >= FEW => {
+                State::Int8(Int8State { time: 0, moments: int8_moments(grad) })
+            }
+            _ => {
+                let momentum = AdaptiveMomentumState::new(0, grad.zeros_like(), grad.zeros_like());
+                State::Float(AdamWState::new(momentum))
+            }
+        }
+    }
+
+    /// The numbers of step `time`, from 1 on.
+    fn at(&self, lr: LearningRate, time: usize) -> AdamWStep {
+        let Self { beta1, beta2, epsilon, .. } = *self;
+        AdamWStep {
+            lr: lr as f32,
+            beta1,
+            beta2,
+            epsilon,
+            keep: self.decay.keep(lr) as f32,
+            corrections: [beta1, beta2].map(|beta| (1.0 - f64::from(beta).powi(time as i32)) as f32),
+        }
+    }
+}
+
+/// The leaves of either, which have other names.
+impl<const D: usize> RecordState for State<D> {
+    fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
+        match self {
+            Self::Float(state) => state.state_flatten(prefix, out),
+            Self::Int8(Int8State { time, moments }) => {
+                out.push_scalar(prefix, TIME, (*time).into());
+                out.push_tensor(prefix, INT8_MOMENTS, moments.to_data());
+            }
+        }
+    }
+
+    fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
+        let Some(moments) = src.take_tensor(prefix, INT8_MOMENTS) else {
+            return AdamWState::state_unflatten(prefix, src, device).map(Self::Float);
+        };
+        let time = src.take_scalar(prefix, TIME)?.try_into().ok()?;
+        Some(Self::Int8(Int8State { time, moments: Tensor::from_data(moments, device) }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::optim::{MatrixOptimizer, OptimConfig};
+    use super::*;
+    use crate::quant::Dial;
+    use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
+    use burn::module::ParamGroup;
+    use burn::nn::{Linear, LinearConfig};
+    use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
+    use burn::tensor::Distribution;
+
+    fn device() -> Device {
+        crate::device::device("flex").expect("these moments are flex's")
+    }
+
+    fn optimizer(moments: Moments) -> ModuleOptimizer {
+        let config = OptimConfig {
+            matrices: MatrixOptimizer::Adamw,
+            lr: 0.01,
+            muon_lr: 0.0,
+            muon_momentum: 0.0,
+            beta1: 0.9,
+            beta2: 0.99,
+            epsilon: 1e-8,
+            moments,
+            weight_decay: 0.1,
+            clip_norm: 0.0,
+            z_loss: 0.0,
+        };
+        config.init(ParamGroup::from_ids(vec![]), ParamGroup::from_ids(vec![]), Dial::default())
+    }
+
+    /// Its weight has 5270 numbers, its bias 85.
+    fn layer() -> Linear {
+        LinearConfig::new(62, 85).init(&device().autodiff())
+    }
+
+    fn step(optimizer: &mut ModuleOptimizer, layer: Linear, grads: &[Tensor<2>; 2]) -> Linear {
+        let [weight, bias] = grads.clone();
+        let mut grads = GradientsParams::new();
+        grads.register(layer.weight.id, weight);
+        grads.register(layer.bias.as_ref().expect("it has one").id, bias.reshape([85]));
+        optimizer.step(ModuleLearningRate::from(0.01), layer, grads)
+    }
+
+    fn random_grads() -> [Tensor<2>; 2] {
+        [[62, 85], [1, 85]].map(|shape| Tensor::random(shape, Distribution::Normal(0.0, 1.0), &device()))
+    }
+
+    fn bits(layer: &Linear) -> Vec<u32> {
+        let bias = layer.bias.as_ref().expect("it has one").val().into_data();
+        let weight = layer.weight.val().into_data();
+        weight.iter::<f32>().chain(bias.iter::<f32>()).map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn bytes_step_as_floats_do_but_for_the_rounding_of_moments() {
+        let start = layer();
+        let grads: Vec<_> = (0..20).map(|_| random_grads()).collect();
+        let [bytes, floats] = [Moments::Int8, Moments::Float].map(|moments| {
+            let mut optimizer = optimizer(moments);
+            let mut layer = start.clone();
+            let mut way = vec![];
+            for grads in &grads {
+                layer = step(&mut optimizer, layer, grads);
+                way.push(bits(&layer));
+            }
+            way
+        });
+        // The first step has no moments to round, and a bias never has.
+        assert_eq!(bytes[0], floats[0]);
+        assert_eq!(bytes[19][5270..], floats[19][5270..]);
+        assert_ne!(bytes[19][..5270], floats[19][..5270]);
+        let start = bits(&start);
+        let moved = |way: &[u32], i: usize| f32::from_bits(way[i]) - f32::from_bits(start[i]);
+        let errors = (0..5270).map(|i| (moved(&bytes[19], i) - moved(&floats[19], i)).powi(2)).sum::<f32>();
+        let whole = (0..5270).map(|i| moved(&floats[19], i).powi(2)).sum::<f32>();
+        assert!(errors < 0.05f32.powi(2) * whole, "off by {} of the way", (errors / whole).sqrt());
+    }
+
+    #[test]
+    fn a_loaded_record_goes_on_bit_for_bit_and_has_two_bytes_a_weight() {
+        let mut whole = optimizer(Moments::Int8);
+        let mut at = layer();
+        for _ in 0..3 {
+            at = step(&mut whole, at, &random_grads());
+        }
+        let record = whole.to_record().into_bytes().expect("it is written");
+        // Two bytes a weight and eight a block; eight bytes a bias; names, numbers, padding.
+        let size = 21 * (512 + 8) + 85 * 8;
+        assert!((size..size + 4096).contains(&record.len()), "{} bytes", record.len());
+        let record = OptimizerRecord::from_bytes(record).expect("it is read");
+        let mut loaded = optimizer(Moments::Int8).load_record(record);
+        let mut fresh = optimizer(Moments::Int8);
+        let grads = random_grads();
+        let [whole, loaded, fresh] =
+            [&mut whole, &mut loaded, &mut fresh].map(|optimizer| bits(&step(optimizer, at.clone(), &grads)));
+        assert_eq!(loaded, whole);
+        assert_ne!(fresh, whole, "the state makes no difference");
+    }
+}
