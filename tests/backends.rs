@@ -359,6 +359,15 @@ fn the_first_losses_of_a_run_agree() {
     }
 }
 
+/// Our ops keep what they need, Burn's elementwise ones are computed again.
+#[test]
+fn gradient_checkpointing_changes_no_loss() {
+    let recomputing = cpu().autodiff().gradient_checkpointing();
+    for matrices in [MatrixOptimizer::Muon, MatrixOptimizer::Adamw] {
+        assert_eq!(train(matrices, &recomputing), train(matrices, &cpu()), "{matrices:?}");
+    }
+}
+
 /// The default bodies run on ndarray; flex has fused ones. Shapes cross the block size, alone and in groups.
 #[test]
 fn fused_ops_give_what_the_default_bodies_give() {

@@ -24,14 +24,38 @@ fn results(name: &str) -> Vec<RunResult> {
     results
 }
 
+/// Those, all finished, whose seeds the README names.
+fn results_of(name: &str, seeds: &str) -> Vec<RunResult> {
+    let results = results(name);
+    assert!(results.iter().all(|result| result.finished), "{name}");
+    let found: Vec<String> = results.iter().map(|result| result.seed.to_string()).collect();
+    assert_eq!(seeds, found.join(", "), "{name}");
+    results
+}
+
+/// The numbers under `path` of what `duck` said of each of the runs, as JSON.
+fn said(folder: &str, results: &[RunResult], path: &str) -> Vec<f64> {
+    let number = |result: &RunResult| {
+        let file = format!("experiments/results/{folder}/{}-{}.json", result.name, result.seed);
+        let text = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{file}: {error}"));
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        json.pointer(path).and_then(serde_json::Value::as_f64).unwrap_or_else(|| panic!("{file}: {path}"))
+    };
+    results.iter().map(number).collect()
+}
+
+fn mean_of(numbers: &[f64]) -> f64 {
+    numbers.iter().sum::<f64>() / numbers.len() as f64
+}
+
 fn mean(results: &[RunResult], value: fn(&RunResult) -> f64) -> f64 {
     results.iter().map(value).sum::<f64>() / results.len() as f64
 }
 
-/// Rows `| `name` | … |` of the README's table of results.
-fn rows() -> Vec<Vec<String>> {
+/// Rows `| `name` | … |` of the README's table between two marks.
+fn rows(mark: &str) -> Vec<Vec<String>> {
     let readme = fs::read_to_string("README.md").unwrap();
-    let table = readme.split("<!-- results -->").nth(1).expect("the README has a table of results");
+    let table = readme.split(&format!("<!-- {mark} -->")).nth(1).expect("the README has this table");
     table
         .lines()
         .filter(|line| line.starts_with("| `"))
@@ -41,19 +65,54 @@ fn rows() -> Vec<Vec<String>> {
 
 #[test]
 fn the_readme_table_is_computed_from_the_committed_results() {
-    let rows = rows();
+    let rows = rows("results");
     assert!(rows.len() >= 3, "{rows:?}");
     for row in rows {
         let [name, _, seeds, loss, size] = &row[..] else { panic!("five cells expected: {row:?}") };
         let name = name.trim_matches('`');
-        let results = results(name);
-        assert!(results.iter().all(|result| result.finished), "{name}");
-        let found: Vec<String> = results.iter().map(|result| result.seed.to_string()).collect();
-        assert_eq!(*seeds, found.join(", "), "{name}");
+        let results = results_of(name, seeds);
         let valid = mean(&results, |result| result.valid_loss.unwrap());
         assert_eq!(*loss, format!("{valid:.3}"), "{name}");
         let compression = mean(&results, |result| result.fp32_bytes as f64 / result.packed_bytes as f64);
         assert_eq!(*size, format!("{compression:.1}x"), "{name}");
+    }
+}
+
+/// `sizes/` has what `duck export RUN NAME.ternary --json` said.
+#[test]
+fn the_frontier_of_the_readme_is_computed_from_the_committed_results() {
+    let rows = rows("frontier");
+    assert!(rows.len() >= 4, "{rows:?}");
+    for row in rows {
+        let [name, seeds, zeros, bytes, ratio, loss, lost] = &row[..] else { panic!("seven cells: {row:?}") };
+        let results = results_of(name.trim_matches('`'), seeds);
+        assert_eq!(
+            *zeros,
+            format!("{:.0} %", 100.0 * mean(&results, |result| result.zero_fraction.unwrap()))
+        );
+        let sizes = said("sizes", &results, "/total/bytes");
+        assert_eq!(*bytes, format!("{:.0}", mean_of(&sizes)), "{name}");
+        let ratios: Vec<f64> =
+            results.iter().zip(sizes).map(|(result, bytes)| result.fp32_bytes as f64 / bytes).collect();
+        assert_eq!(*ratio, format!("{:.1}x", mean_of(&ratios)), "{name}");
+        let valid = mean(&results, |result| result.valid_loss.unwrap());
+        assert_eq!(*loss, format!("{valid:.3}"), "{name}");
+        let twin = mean(&results_of("50-float", seeds), |result| result.valid_loss.unwrap());
+        assert_eq!(*lost, format!("{:.3}", valid - twin), "{name}");
+    }
+}
+
+/// `answers/` has what `duck eval RUN --answers --json` said.
+#[test]
+fn the_answers_of_the_readme_are_computed_from_the_committed_results() {
+    let rows = rows("answers");
+    assert!(rows.len() >= 2, "{rows:?}");
+    for row in rows {
+        let [name, _, seeds, bleu, exact] = &row[..] else { panic!("five cells expected: {row:?}") };
+        let results = results_of(name.trim_matches('`'), seeds);
+        let mean = |key: &str| mean_of(&said("answers", &results, &format!("/files/0/models/0/{key}/value")));
+        assert_eq!(*bleu, format!("{:.2}", mean("bleu")), "{name}");
+        assert_eq!(*exact, format!("{:.3}", mean("exact_match")), "{name}");
     }
 }
 

@@ -77,6 +77,12 @@ pub fn is_cpu(device: &Device) -> bool {
     !["wgpu", "cuda"].iter().any(|name| construct(name).as_ref() == Some(device))
 }
 
+/// Whether what poses as a graphics card is a program on the processor, and slower than flex.
+pub fn is_software(device: &Device) -> bool {
+    const RENDERERS: [&str; 4] = ["llvmpipe", "softpipe", "SwiftShader", "Basic Render"];
+    !is_cpu(device) && hardware(device).is_some_and(|name| RENDERERS.iter().any(|part| name.contains(part)))
+}
+
 /// The most memory that this process has held at a time, in bytes; `None` where the system does not say.
 pub fn peak_rss_bytes() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM")
@@ -159,6 +165,7 @@ mod tests {
             for device in [device.clone(), device.autodiff()] {
                 let described = describe(&device);
                 assert_eq!(described.split(' ').next(), Some(name), "{described}");
+                assert_eq!(is_software(&device), described.contains("llvmpipe"), "{described}");
             }
         }
     }

@@ -28,7 +28,7 @@ pub use attention::{Heads, causal_attention};
 pub use linear::{float_linear, project, ternary_linear};
 pub use loss::log_likelihood;
 pub use norm::{layer_norm, rms_norm};
-pub use optimizer::{AdamWStep, adamw, adamw_int8, int8_moments, square_sum};
+pub use optimizer::{AdamWStep, MuonStep, adamw, adamw_int8, int8_moments, muon, square_sum};
 pub use scale::{SCALE_MAX, SCALE_MIN, kth_magnitude, mean_abs, round_scale};
 pub use ternary::{StraightThrough, ternary_codes, ternary_quantize};
 
@@ -305,6 +305,17 @@ pub trait TernaryBackend: Backend {
         panic!("moments at eight bits are there on flex only")
     }
 
+    /// See [`muon`].
+    #[fusion(default)]
+    fn muon_step(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        velocity: FloatTensor<Self>,
+        step: MuonStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        optimizer::muon_step::<Self>(weight, grad, velocity, step)
+    }
+
     /// See [`square_sum`].
     #[fusion(default)]
     fn square_sum(input: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -424,6 +435,17 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         let [weight, grad, moments] = [weight, grad, moments].map(Self::inner);
         let (weight, moments) = B::adamw_int8_step(weight, grad, moments, step);
         (Self::from_inner(weight), Self::from_inner(moments))
+    }
+
+    fn muon_step(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        velocity: FloatTensor<Self>,
+        step: MuonStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let [weight, grad, velocity] = [weight, grad, velocity].map(Self::inner);
+        let (weight, velocity) = B::muon_step(weight, grad, velocity, step);
+        (Self::from_inner(weight), Self::from_inner(velocity))
     }
 
     fn square_sum(input: FloatTensor<Self>) -> FloatTensor<Self> {

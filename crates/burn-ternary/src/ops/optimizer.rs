@@ -2,8 +2,14 @@
 
 use super::TernaryBackend;
 use burn::backend::{Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
-use burn::tensor::{Shape, Tensor};
-use ternary_kernels::training::{MOMENTS, Moments};
+use burn::tensor::{Scalar, Shape, Tensor};
+
+/// Numbers of a block of moments at eight bits, and the words that it takes: two scales, and two bytes a number.
+pub(super) const MOMENTS: [usize; 2] = [256, 2 + 2 * 256 / 4];
+
+/// Of the quintic `a x + b x^3 + c x^5` that each step of Newton and Schulz's iteration applies to the singular values.
+pub(super) const NEWTON_SCHULZ: [f32; 3] = [3.4445, -4.7750, 2.0315];
+pub(super) const NEWTON_SCHULZ_STEPS: usize = 5;
 
 /// The numbers of an AdamW step.
 ///
@@ -53,11 +59,40 @@ pub fn adamw_int8<const D: usize>(
     (Tensor::from_dispatch(weight), Tensor::from_dispatch(moments))
 }
 
-/// Moments of zero for a parameter like `of`: the bytes of [`Moments`], a block for each 256 numbers, as if they were floats. They are no
-/// numbers; nothing but a copy keeps them.
+/// Moments of zero for a parameter like `of`: bytes and scales, in a block for each 256 numbers, as if they were floats. They
+/// are none; nothing but a copy keeps them.
 pub fn int8_moments<const D: usize>(of: &Tensor<D>) -> Tensor<1> {
-    let words = of.shape().num_elements().div_ceil(MOMENTS) * Moments::WORDS;
-    Tensor::zeros([words], &of.device())
+    let [numbers, words] = MOMENTS;
+    Tensor::zeros([of.shape().num_elements().div_ceil(numbers) * words], &of.device())
+}
+
+/// The numbers of a step of Muon.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MuonStep {
+    /// The learning rate, with what the shape makes of it.
+    pub rate: f32,
+    /// What decay leaves of a weight, `1 - lr * weight_decay`.
+    pub keep: f32,
+    pub momentum: f32,
+}
+
+/// `v = momentum v + g`, `w = keep w - rate orthogonal(g + momentum v)`: weight and v after it, where `orthogonal` is five steps
+/// of Newton and Schulz's iteration. No gradient.
+///
+/// # Shapes
+/// three `[rows, cols]` to two of the same
+///
+/// # Source
+/// Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
+pub fn muon<const D: usize>(
+    weight: Tensor<D>,
+    grad: Tensor<D>,
+    velocity: Tensor<D>,
+    step: MuonStep,
+) -> (Tensor<D>, Tensor<D>) {
+    let [weight, grad, velocity] = [weight, grad, velocity].map(Tensor::into_dispatch);
+    let (weight, velocity) = Dispatch::muon_step(weight, grad, velocity, step);
+    (Tensor::from_dispatch(weight), Tensor::from_dispatch(velocity))
 }
 
 /// `sum x^2`, `[1]`, to the same bits whatever the number of threads. No gradient.
@@ -84,6 +119,37 @@ pub(super) fn adamw_step<B: Backend>(
     let update = B::float_mul_scalar(direction, (lr / first).into());
     let kept = if keep == 1.0 { weight } else { B::float_mul_scalar(weight, keep.into()) };
     (B::float_sub(kept, update), m, v)
+}
+
+pub(super) fn muon_step<B: Backend>(
+    weight: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    velocity: FloatTensor<B>,
+    step: MuonStep,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let MuonStep { rate, keep, momentum } = step;
+    let push = |velocity, grad| B::float_add(B::float_mul_scalar(velocity, momentum.into()), grad);
+    let velocity = push(velocity, grad.clone());
+    let update = orthogonal::<B>(push(velocity.clone(), grad));
+    let kept = if keep == 1.0 { weight } else { B::float_mul_scalar(weight, keep.into()) };
+    (B::float_sub(kept, B::float_mul_scalar(update, rate.into())), velocity)
+}
+
+fn orthogonal<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    let [a, b, c] = NEWTON_SCHULZ.map(Scalar::from);
+    let [rows, cols] = x.shape().dims();
+    let turn = |x| if rows > cols { B::float_transpose(x) } else { x };
+    let norm = B::float_sqrt(B::float_sum(B::float_mul(x.clone(), x.clone())));
+    let norm = B::float_reshape(B::float_clamp_min(norm, 1e-7.into()), Shape::new([1, 1]));
+    let mut x = turn(B::float_div(x, norm));
+    for _ in 0..NEWTON_SCHULZ_STEPS {
+        let gram = B::float_matmul(x.clone(), B::float_transpose(x.clone()));
+        let square = B::float_matmul(gram.clone(), gram.clone());
+        let both = B::float_add(B::float_mul_scalar(gram, b), B::float_mul_scalar(square, c));
+        let more = B::float_matmul(both, x.clone());
+        x = B::float_add(B::float_mul_scalar(x, a), more);
+    }
+    turn(x)
 }
 
 pub(super) fn square_sum_default<B: Backend>(input: FloatTensor<B>) -> FloatTensor<B> {

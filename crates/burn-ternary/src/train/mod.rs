@@ -9,6 +9,7 @@ mod error;
 pub mod experiment;
 pub mod loss;
 pub mod metrics;
+mod muon;
 pub mod optim;
 pub mod plot;
 pub mod progress;

@@ -4,14 +4,11 @@ use burn::{
     Tensor,
     lr_scheduler::module_lr_scheduler::ModuleLrScheduler,
     module::{Module, ModuleVisitor, Param, ParamGroup},
-    optim::{
-        GradientsAccumulator, GradientsParams, LearningRate, ModuleOptimizer, Muon, MuonConfig, Optimizer,
-        momentum::MomentumConfig,
-    },
-    tensor::Device,
+    optim::{GradientsAccumulator, GradientsParams, LearningRate, ModuleOptimizer},
 };
 
 use super::adamw::AdamW;
+use super::muon::Muon;
 use super::schedule::{PeakSchedule, Schedule};
 use crate::ops::square_sum;
 use crate::quant::Dial;
@@ -86,14 +83,8 @@ impl OptimConfig {
         match self.matrices {
             MatrixOptimizer::Adamw => optimizer.with_group(matrices, decayed_adamw, None),
             MatrixOptimizer::Muon => {
-                let muon = MuonConfig::new()
-                    .with_momentum(MomentumConfig {
-                        momentum: self.muon_momentum,
-                        dampening: 0.0,
-                        nesterov: true,
-                    })
-                    .build();
-                optimizer.with_group(matrices, InputMajorMuon { muon, decay }, None)
+                let muon = Muon { momentum: self.muon_momentum as f32, decay };
+                optimizer.with_group(matrices, muon, None)
             }
         }
     }
@@ -121,42 +112,6 @@ impl Decay {
     /// What is left of a weight after a step.
     pub(super) fn keep(&self, lr: LearningRate) -> f64 {
         1.0 - lr * self.strength * f64::from(self.dial.get())
-    }
-}
-
-/// Muon for weights of shape `[d_in, d_out]`, as Burn's layers hold them.
-///
-/// Muon multiplies the rate by `sqrt(max(1, d_out / d_in))`. Burn takes rows over columns for it, as PyTorch does,
-/// but PyTorch's rows are outputs and Burn's are inputs. As `max(1, x) / x = max(1, 1 / x)`, a rate multiplied by
-/// `sqrt(d_out / d_in)` comes out of Burn's factor right. Orthogonalization commutes with the transpose, so
-/// the update is that of the original on the transposed weight.
-///
-/// # Source
-/// Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
-#[derive(Clone)]
-struct InputMajorMuon {
-    muon: Muon,
-    decay: Decay,
-}
-
-impl Optimizer for InputMajorMuon {
-    type State<const D: usize> = <Muon as Optimizer>::State<D>;
-
-    fn step<const D: usize>(
-        &self,
-        lr: LearningRate,
-        tensor: Tensor<D>,
-        grad: Tensor<D>,
-        state: Option<Self::State<D>>,
-    ) -> (Tensor<D>, Option<Self::State<D>>) {
-        let dims = tensor.dims();
-        let aspect = dims[D - 1] as f64 / dims[0] as f64;
-        let tensor = tensor.mul_scalar(self.decay.keep(lr));
-        self.muon.step(lr * aspect.sqrt(), tensor, grad, state)
-    }
-
-    fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
-        Muon::to_device(state, device)
     }
 }
 
@@ -240,7 +195,7 @@ mod tests {
         module::{ParamId, Reparameterization, Reparameterizer},
         nn::{Linear, LinearConfig},
         optim::OptimizerRecord,
-        tensor::TensorData,
+        tensor::{Device, TensorData},
     };
     use rand::{Rng, SeedableRng, rngs::StdRng};
     use rand_distr::StandardNormal;

@@ -261,6 +261,9 @@ fn preflight(experiment: &Experiment, device: &Device, options: &RunOptions) -> 
         if !device::is_cpu(device) {
             line += "\nthe first steps tune their kernels and take longer";
         }
+        if device::is_software(device) {
+            line += "\nthis is a program that poses as a graphics card: --device flex is faster";
+        }
         let _ = writeln!(std::io::stdout(), "{line}");
     }
     match device::available_memory_bytes() {

@@ -22,6 +22,16 @@ impl<'a> View<'a> {
         Self { values, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
+    pub(super) fn row_count(&self) -> usize {
+        self.rows
+    }
+
+    /// Rows `range` of them.
+    pub(super) fn rows(self, range: std::ops::Range<usize>) -> Self {
+        assert!(range.start < range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        Self { values: &self.values[range.start * self.row_stride..], rows: range.len(), ..self }
+    }
+
     /// The same values, rows for columns.
     pub fn transposed(self) -> Self {
         Self {
@@ -45,19 +55,38 @@ const SHARED: usize = 1 << 22;
 /// # Panics
 /// When shapes do not fit.
 pub fn float_product(pool: &Pool, left: View, right: View, bias: Option<&[f32]>, out: &mut [f32]) {
-    let (m, k, n) = (left.rows, left.cols, right.cols);
-    assert_eq!(right.rows, k, "columns of the left and rows of the right factor");
-    assert_eq!(out.len(), m * n, "numbers of the result");
+    let n = right.cols;
+    assert_eq!(out.len(), left.rows * n, "numbers of the result");
     if let Some(bias) = bias {
         pool.chunks(out, super::rows_a_piece(n) * n, |_, _, out| {
             out.chunks_mut(n).for_each(|row| row.copy_from_slice(bias));
         });
     }
+    let add = if bias.is_some() { Some(1.0) } else { None };
+    scaled_product(pool, left, right, 1.0, add, out, n);
+}
+
+/// `out = factor left right`, plus `add` times what `out` holds where it is said; rows of `out` begin every `stride` numbers.
+///
+/// # Panics
+/// When shapes do not fit.
+pub(super) fn scaled_product(
+    pool: &Pool,
+    left: View,
+    right: View,
+    factor: f32,
+    add: Option<f32>,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let (m, k, n) = (left.rows, left.cols, right.cols);
+    assert_eq!(right.rows, k, "columns of the left and rows of the right factor");
+    assert!(m > 0 && n <= stride && out.len() >= (m - 1) * stride + n, "numbers of the result");
     let shared = pool.threads() > 1 && m * k * n >= SHARED;
     let parallelism = if shared { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
-    let stride = |stride: usize| isize::try_from(stride).expect("a stride within memory");
-    // SAFETY: a view's values are `rows x cols` numbers at its strides, and `out` is `m x n`, as checked above; it is
-    // read only where a bias has been written.
+    let signed = |stride: usize| isize::try_from(stride).expect("a stride within memory");
+    // SAFETY: a view's values are `rows x cols` numbers at its strides, and `out` has `m` rows of `n`, as checked above; it is
+    // read only where it is added to.
     unsafe {
         gemm::gemm(
             m,
@@ -65,16 +94,16 @@ pub fn float_product(pool: &Pool, left: View, right: View, bias: Option<&[f32]>,
             k,
             out.as_mut_ptr(),
             1,
-            stride(n),
-            bias.is_some(),
+            signed(stride),
+            add.is_some(),
             left.values.as_ptr(),
-            stride(left.col_stride),
-            stride(left.row_stride),
+            signed(left.col_stride),
+            signed(left.row_stride),
             right.values.as_ptr(),
-            stride(right.col_stride),
-            stride(right.row_stride),
-            1.0,
-            1.0,
+            signed(right.col_stride),
+            signed(right.row_stride),
+            add.unwrap_or(0.0),
+            factor,
             false,
             false,
             false,

@@ -11,6 +11,8 @@ mod float;
 mod linear;
 mod loss;
 mod moments;
+#[cfg(feature = "rayon")]
+mod muon;
 mod norm;
 mod optimizer;
 mod quantize;
@@ -22,6 +24,8 @@ pub use float::{View, float_product};
 pub use linear::{Saved, SavedBuffers, TernaryLinear, column_sums};
 pub use loss::{cross_entropy, cross_entropy_backward};
 pub use moments::{MOMENTS, Moments, adamw_moments};
+#[cfg(feature = "rayon")]
+pub use muon::{Muon, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, muon};
 pub use norm::{Norm, norm, norm_backward};
 pub use optimizer::{AdamW, adamw, square_sum};
 pub use quantize::{absmax_quantize, ternary_quantize};

@@ -3,7 +3,7 @@
 mod quantize;
 mod training;
 
-use super::{AdamWStep, Heads, RowScale, StraightThrough, TernaryBackend};
+use super::{AdamWStep, Heads, MuonStep, RowScale, StraightThrough, TernaryBackend};
 use burn::backend::{
     Flex,
     tensor::{BoolTensor, FloatTensor, IntTensor},
@@ -201,6 +201,15 @@ impl TernaryBackend for Flex {
         step: AdamWStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         training::adamw_step(weight, grad, m, v, step)
+    }
+
+    fn muon_step(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        velocity: FloatTensor<Self>,
+        step: MuonStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        training::muon_step(weight, grad, velocity, step)
     }
 
     fn adamw_int8_step(

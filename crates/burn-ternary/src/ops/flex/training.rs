@@ -1,7 +1,7 @@
 //! The ops of a training step, by the kernels of `ternary-kernels`.
 
 use super::{POOL, dense, is_f32, tensor, values};
-use crate::ops::{AdamWStep, Heads, activation, attention, linear, loss, norm, optimizer};
+use crate::ops::{AdamWStep, Heads, MuonStep, activation, attention, linear, loss, norm, optimizer};
 use burn::backend::{Flex, ops::FloatTensorOps};
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
@@ -392,6 +392,16 @@ pub(super) fn adamw_step(
     (weight, m, v)
 }
 
+/// What the other backends and the moments' owner go by.
+const _: () = {
+    assert!(kernels::MOMENTS == optimizer::MOMENTS[0] && kernels::Moments::WORDS == optimizer::MOMENTS[1]);
+    assert!(kernels::NEWTON_SCHULZ_STEPS == optimizer::NEWTON_SCHULZ_STEPS);
+    let [a, b, c] = optimizer::NEWTON_SCHULZ;
+    assert!(
+        kernels::NEWTON_SCHULZ[0] == a && kernels::NEWTON_SCHULZ[1] == b && kernels::NEWTON_SCHULZ[2] == c
+    );
+};
+
 pub(super) fn adamw_int8_step(
     weight: FlexTensor,
     grad: FlexTensor,
@@ -404,6 +414,24 @@ pub(super) fn adamw_int8_step(
     let blocks = kernels::Moments::from_words(moments.storage_mut());
     kernels::adamw_moments(&POOL, numbers(step), weight.storage_mut(), values(&grad), blocks);
     (weight, moments)
+}
+
+pub(super) fn muon_step(
+    weight: FlexTensor,
+    grad: FlexTensor,
+    velocity: FlexTensor,
+    step: MuonStep,
+) -> (FlexTensor, FlexTensor) {
+    if !is_f32(&[&weight, &grad, &velocity]) {
+        return optimizer::muon_step::<Flex>(weight, grad, velocity, step);
+    }
+    let MuonStep { rate, keep, momentum } = step;
+    let step = kernels::Muon { rate, keep, momentum };
+    let [_, cols] = shape(&weight).dims();
+    let grad = dense(grad);
+    let [mut weight, mut velocity] = [weight, velocity].map(owned);
+    kernels::muon(&POOL, step, cols, weight.storage_mut(), values(&grad), velocity.storage_mut());
+    (weight, velocity)
 }
 
 fn numbers(AdamWStep { lr, beta1, beta2, epsilon, keep, corrections }: AdamWStep) -> kernels::AdamW {

@@ -1,0 +1,68 @@
+//! Muon as one op.
+
+use super::optim::Decay;
+use crate::ops::{MuonStep, muon};
+use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource, join_path};
+use burn::tensor::{Device, Tensor};
+
+/// Muon for weights of shape `[d_in, d_out]`, as Burn's layers hold them: its rate is multiplied by
+/// `sqrt(max(1, d_out / d_in))`. Orthogonalization commutes with the transpose, so that the update is that of the
+/// original, whose weights are `[d_out, d_in]`.
+///
+/// # Source
+/// Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
+#[derive(Clone)]
+pub(super) struct Muon {
+    pub momentum: f32,
+    pub decay: Decay,
+}
+
+#[derive(Clone)]
+pub(super) struct State<const D: usize> {
+    velocity: Tensor<D>,
+}
+
+impl Optimizer for Muon {
+    type State<const D: usize> = State<D>;
+
+    /// # Panics
+    /// If `tensor` is no matrix.
+    fn step<const D: usize>(
+        &self,
+        lr: LearningRate,
+        tensor: Tensor<D>,
+        grad: Tensor<D>,
+        state: Option<State<D>>,
+    ) -> (Tensor<D>, Option<State<D>>) {
+        assert_eq!(D, 2, "Muon is for matrices");
+        let dims = tensor.dims();
+        let aspect = dims[1] as f64 / dims[0] as f64;
+        let step = MuonStep {
+            rate: (lr * aspect.max(1.0).sqrt()) as f32,
+            keep: self.decay.keep(lr) as f32,
+            momentum: self.momentum,
+        };
+        let velocity = state.map_or_else(|| grad.zeros_like(), |state| state.velocity);
+        let (tensor, velocity) = muon(tensor, grad, velocity, step);
+        (tensor, Some(State { velocity }))
+    }
+
+    fn to_device<const D: usize>(state: State<D>, device: &Device) -> State<D> {
+        State { velocity: state.velocity.to_device(device) }
+    }
+}
+
+/// Where Burn's Muon has it.
+const MOMENTUM: &str = "momentum";
+const VELOCITY: &str = "velocity";
+
+impl<const D: usize> RecordState for State<D> {
+    fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
+        out.push_tensor(&join_path(prefix, MOMENTUM), VELOCITY, self.velocity.to_data());
+    }
+
+    fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
+        let data = src.take_tensor(&join_path(prefix, MOMENTUM), VELOCITY)?;
+        Some(Self { velocity: Tensor::from_data(data, device) })
+    }
+}
