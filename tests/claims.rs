@@ -49,7 +49,7 @@ fn mean_of(numbers: &[f64]) -> f64 {
 }
 
 fn mean(results: &[RunResult], value: fn(&RunResult) -> f64) -> f64 {
-    results.iter().map(value).sum::<f64>() / results.len() as f64
+    mean_of(&results.iter().map(value).collect::<Vec<_>>())
 }
 
 /// Rows `| `name` | … |` of the README's table between two marks.

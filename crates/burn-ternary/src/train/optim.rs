@@ -65,7 +65,8 @@ impl OptimConfig {
     /// reparameterized parameter (its scales), and `ParamGroup::fuse` forgets exclusions: prefer ids.
     ///
     /// # Panics
-    /// At the first step, if Muon has a parameter in `matrices` that is not a matrix.
+    /// At the first step, if Muon has a parameter in `matrices` that is not a matrix, or moments at eight bits are not on
+    /// flex (a run refuses them before).
     ///
     /// # Source
     /// Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2 (AdamW).
