@@ -8,9 +8,9 @@ use burn_ternary::data::LmBatch;
 use burn_ternary::device;
 use burn_ternary::nn::{DuckQuantized, Family};
 use burn_ternary::ops::{
-    AdamWStep, Heads, RowScale, StraightThrough, absmax_quantize, adamw, causal_attention, float_linear,
-    gelu, kth_magnitude, layer_norm, log_likelihood, mean_abs, project, rms_norm, round_scale, silu_mul,
-    square_sum, ternary_codes, ternary_linear, ternary_quantize,
+    AdamWStep, Factors, Heads, RowScale, StraightThrough, absmax_quantize, adamw, causal_attention,
+    float_linear, gelu, kth_magnitude, layer_norm, log_likelihood, mean_abs, project, rms_norm, round_scale,
+    silu_mul, square_sum, ternary_codes, ternary_linear, ternary_quantize,
 };
 use burn_ternary::quant::{
     ActivationPrecision, Dials, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity,
@@ -499,7 +499,7 @@ fn training_ops(device: &Device) -> Vec<(String, Vec<Vec<f32>>)> {
         add(
             "project",
             with_gradients(rng, [x.clone(), table], device, |[x, table]| {
-                project(x.reshape([rows, d]), table.reshape([13, d]))
+                project(x.reshape([rows, d]), table.reshape([13, d]), Factors::Whole)
             }),
         );
         let targets: Vec<i32> = (0..rows).map(|row| (row * 31 % d) as i32).collect();

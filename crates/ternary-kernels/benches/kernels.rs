@@ -3,7 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use std::time::Duration;
-use ternary_kernels::training::{Saved, TernaryLinear};
+use ternary_kernels::training::{Saved, SavedMut, TernaryLinear};
 use ternary_kernels::*;
 
 fn threads() -> usize {
@@ -93,6 +93,26 @@ fn products(c: &mut Criterion) {
     }
 }
 
+/// What a layer keeps from forward to backward.
+struct Kept {
+    input: Vec<i8>,
+    input_scales: Vec<f32>,
+    weight: Vec<i8>,
+    weight_scales: Vec<f32>,
+}
+
+impl Kept {
+    fn lent(&mut self) -> SavedMut<'_> {
+        let Self { input, input_scales, weight, weight_scales } = self;
+        SavedMut { input, input_scales, weight, weight_scales }
+    }
+
+    fn saved(&self) -> Saved<'_> {
+        let Self { input, input_scales, weight, weight_scales } = self;
+        Saved { input, input_scales, weight, weight_scales }
+    }
+}
+
 /// The products of a linear layer in training, with the packing and rounding that belongs to them.
 fn linear_layer(c: &mut Criterion) {
     let (tokens, d_input, d_output) = (1024, 768, 3072);
@@ -111,14 +131,14 @@ fn linear_layer(c: &mut Criterion) {
         let mut layer = TernaryLinear::default();
         let mut out = vec![0.0; tokens * d_output];
         let (mut dx, mut dweight) = (vec![0.0; x.len()], vec![0.0; weight.len()]);
-        let saved = layer.forward(&pool, &x, &weight, None, d_input, &mut out);
-        let saved = Saved {
-            input: &saved.input,
-            input_scales: &saved.input_scales,
-            weight: &saved.weight,
-            weight_scales: &saved.weight_scales,
+        let mut kept = Kept {
+            input: vec![0; Saved::input_len(tokens, d_input)],
+            input_scales: vec![0.0; tokens],
+            weight: vec![0; weight.len()],
+            weight_scales: vec![0.0; d_output],
         };
-        layer.backward(&pool, saved, &grad, &mut dx, &mut dweight);
+        layer.forward(&pool, &x, &weight, None, &mut out, kept.lent());
+        layer.backward(&pool, kept.saved(), &grad, &mut dx, &mut dweight);
         for (t, i, o) in [(0, 0, 0), (700, 700, 3000), (1023, 767, 3071)] {
             let (xs, dys) = (&x[t * d_input..][..d_input], &grad[t * d_output..][..d_output]);
             close(out[t * d_output + o], dot(xs, &column(&weight, d_output, o)), 14.0);
@@ -132,14 +152,14 @@ fn linear_layer(c: &mut Criterion) {
         let product = (2 * tokens * d_input * d_output) as u64;
         group.throughput(Throughput::Elements(product));
         group.bench_function("forward", |b| {
-            b.iter(|| layer.forward(&pool, &x, &weight, None, d_input, &mut out));
+            b.iter(|| layer.forward(&pool, &x, &weight, None, &mut out, kept.lent()));
         });
         group.bench_function("input's gradient", |b| {
-            b.iter(|| layer.input_backward(&pool, saved.weight, saved.weight_scales, &grad, &mut dx));
+            b.iter(|| layer.input_backward(&pool, &kept.weight, &kept.weight_scales, &grad, &mut dx));
         });
         group.throughput(Throughput::Elements(2 * product));
         group.bench_function("both gradients", |b| {
-            b.iter(|| layer.backward(&pool, saved, &grad, &mut dx, &mut dweight));
+            b.iter(|| layer.backward(&pool, kept.saved(), &grad, &mut dx, &mut dweight));
         });
     }
 }

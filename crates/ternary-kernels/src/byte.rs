@@ -3,7 +3,8 @@
 use crate::{
     Arena, Input, Quantized,
     arena::Block,
-    matrix::{Form, four, group_blocks, tiles, token_codes, token_floats, token_sums},
+    input::SIX_BITS,
+    matrix::{Form, four, group_blocks, tiles, token_codes, token_floats, token_offsets, token_sums},
     simd::{LANES, Line, Simd},
 };
 
@@ -70,6 +71,9 @@ impl ByteMatrix {
     }
 }
 
+/// Blocks of a group whose offsets are added up.
+const SHORT: usize = 4;
+
 impl Form for ByteMatrix {
     fn shape(&self) -> (usize, usize) {
         (self.rows, self.cols)
@@ -100,19 +104,31 @@ impl Form for ByteMatrix {
     ) -> [S::Float; T] {
         let (blocks, scales) = self.tile(tile);
         let (codes, sums) = (token_codes::<T>(x, token), token_sums::<T>(x, token));
+        let offsets = token_offsets::<T>(x, token);
         let mut result = [s.splat_f32(0.0); T];
         let mut start = 0;
         for scale in scales {
             let end = self.blocks.min(start + self.group);
-            let mut totals: [S::Int; T] =
-                std::array::from_fn(|t| s.splat((sums[t][start] - sums[t][end]) * S::OFFSET));
+            let mut totals = [s.splat(0); T];
+            if S::OFFSET != 0 && end - start <= SHORT {
+                // They go from memory to all lanes at once; a number computed first would take the way of the products.
+                const { assert!(S::OFFSET == 0 || S::OFFSET == 4 * SIX_BITS) };
+                for t in 0..T {
+                    for block in &offsets[t][start..end] {
+                        totals[t] = s.add(totals[t], s.splat(*block));
+                    }
+                    totals[t] = s.shl::<2>(totals[t]);
+                }
+            } else if S::OFFSET != 0 {
+                for t in 0..T {
+                    totals[t] = s.splat((sums[t][start] - sums[t][end]) * S::OFFSET);
+                }
+            }
             let blocks = &blocks[start..end];
             let codes = codes.map(|codes| &codes[start..end]);
             for i in 0..blocks.len() {
                 for p in 0..LINES {
-                    if T == 1 {
-                        s.prefetch(&blocks[i][p], 64);
-                    }
+                    s.prefetch(&blocks[i][p], 64);
                     let w = s.load(&blocks[i][p]);
                     for t in 0..T {
                         let x = four(s, &codes[t][i], p);

@@ -154,7 +154,7 @@ impl Form for CodeMatrix {
     ) -> [S::Float; T] {
         let (codes, sums) = (token_codes::<T>(x, token), token_sums::<T>(x, token));
         let scale = s.load_f32(&self.scales[tile]);
-        let found = self.sums(s, self.tile(tile), codes);
+        let [found] = self.sums(s, [self.tile(tile)], codes);
         std::array::from_fn(|t| {
             let offset = s.splat(-sums[t][self.blocks] * self.offset::<S>());
             s.mul_f32(s.to_float(s.add(found[t], offset)), scale)
@@ -163,7 +163,7 @@ impl Form for CodeMatrix {
 
     /// Panels that stay in the first-level cache while the tokens pass.
     #[inline(always)]
-    fn integer_tokens<S: Simd>(
+    fn integer_tokens<S: Simd, const R: usize>(
         &self,
         s: S,
         tile: usize,
@@ -171,25 +171,44 @@ impl Form for CodeMatrix {
         tokens: Range<usize>,
         finish: &impl Finish,
     ) {
-        let lines = self.tile(tile);
-        let scale = s.load_f32(&self.scales[tile]);
-        let mut totals = [s.splat(0); TOKENS];
-        for (t, total) in totals.iter_mut().take(tokens.len()).enumerate() {
+        let lines: [_; R] = std::array::from_fn(|r| self.tile(tile + r));
+        // Tiles multiply signed bytes as they are.
+        let offset = if self.ternary {
+            1
+        } else if s.has_tiles() {
+            0
+        } else {
+            S::OFFSET
+        };
+        let mut totals = [[s.splat(0); R]; TOKENS];
+        for (t, totals) in totals.iter_mut().take(tokens.len()).enumerate() {
             let [sums] = token_sums::<1>(x, tokens.start + t);
-            *total = s.splat(-sums[self.blocks] * self.offset::<S>());
+            *totals = [s.splat(-sums[self.blocks] * offset); R];
         }
-        for start in (0..self.blocks).step_by(PANEL) {
-            let stop = self.blocks.min(start + PANEL);
+        // Tiles load and store their sums for each panel: longer ones do so less often.
+        let length = if s.has_tiles() { PANEL } else { PANEL / R };
+        for start in (0..self.blocks).step_by(length) {
+            let stop = self.blocks.min(start + length);
+            if s.has_tiles() {
+                let codes = &x.codes[tokens.start * x.blocks + start..];
+                s.tiles(lines.map(|lines| &lines[start..stop]), codes, x.blocks, &mut totals[..tokens.len()]);
+                continue;
+            }
             by_tokens!(S, 0..tokens.len(), |token, T| {
                 let codes = token_codes::<T>(x, tokens.start + token).map(|codes| &codes[start..stop]);
-                let sums = self.sums(s, &lines[start..stop], codes);
+                let sums = self.sums(s, lines.map(|lines| &lines[start..stop]), codes);
                 for t in 0..T {
-                    totals[token + t] = s.add(totals[token + t], sums[t]);
+                    for r in 0..R {
+                        totals[token + t][r] = s.add(totals[token + t][r], sums[r][t]);
+                    }
                 }
             });
         }
-        for (token, total) in tokens.zip(totals) {
-            finish.finish(s, tile, token, s.mul_f32(s.to_float(total), scale));
+        for (token, totals) in tokens.zip(&totals) {
+            for r in 0..R {
+                let scale = s.load_f32(&self.scales[tile + r]);
+                finish.finish(s, tile + r, token, s.mul_f32(s.to_float(totals[r]), scale));
+            }
         }
     }
 
@@ -226,21 +245,27 @@ impl CodeMatrix {
     }
 
     #[inline(always)]
-    fn sums<S: Simd, const T: usize>(
+    fn sums<S: Simd, const T: usize, const R: usize>(
         &self,
         s: S,
-        panel: &[Planes],
+        panels: [&[Planes]; R],
         codes: [&[[i8; LANES]]; T],
-    ) -> [S::Int; T] {
+    ) -> [[S::Int; T]; R] {
         if self.ternary {
-            return panel_sums(s, panel, codes);
+            return panel_sums(s, panels, codes);
         }
-        let mut acc = [s.splat(0); T];
-        for i in 0..panel.len() {
+        let mut acc = [[s.splat(0); T]; R];
+        for i in 0..panels[0].len() {
             for p in 0..4 {
-                let w = s.load(&panel[i][p]);
+                let mut w = [s.splat(0); R];
+                for r in 0..R {
+                    w[r] = s.load(&panels[r][i][p]);
+                }
                 for t in 0..T {
-                    acc[t] = s.dot_signed(acc[t], w, four(s, &codes[t][i], p));
+                    let x = four(s, &codes[t][i], p);
+                    for r in 0..R {
+                        acc[r][t] = s.dot_signed(acc[r][t], w[r], x);
+                    }
                 }
             }
         }

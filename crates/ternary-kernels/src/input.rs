@@ -4,14 +4,18 @@ use crate::{
     Matrix, Pool,
     elementwise::load,
     pool::Disjoint,
-    simd::{Kernel, LANES, Simd},
+    simd::{Kernel, LANES, Line, Simd},
 };
+use std::ops::{Deref, DerefMut};
 
 /// Columns are padded to this many: 16.
 pub(crate) const BLOCK: usize = LANES;
 
 /// Smallest absolute maximum of a token; keeps a token of zeros from dividing by zero.
 pub(crate) const ABSMAX_MIN: f32 = 1e-5;
+
+/// What is added to a code of six bits so that it has no sign.
+pub(crate) const SIX_BITS: i32 = 32;
 
 /// Values above which threads share the quantizing.
 const SHARED: usize = 1 << 14;
@@ -20,12 +24,14 @@ const SHARED: usize = 1 << 14;
 #[derive(Debug, Default)]
 pub struct Quantized {
     /// `[tokens, blocks]` in -127..=127, zero beyond the columns.
-    pub(crate) codes: Vec<[i8; BLOCK]>,
+    pub(crate) codes: Codes,
     pub(crate) blocks: usize,
     /// `[tokens]`: absmax / 127
     pub(crate) scales: Vec<f32>,
     /// `[tokens, blocks + 1]`: sums of the codes before each block.
     pub(crate) sums: Vec<i32>,
+    /// `[tokens, blocks]`: -32 times the sum of each block, for what codes of six bits have too much in a product.
+    pub(crate) offsets: Vec<i32>,
 }
 
 /// What matrices are multiplied with: floats `[tokens, cols]`, and the same as int8 if integer products are wanted.
@@ -86,13 +92,44 @@ impl<'a> Input<'a> {
     }
 }
 
+/// Blocks of codes, the first at a cache line: tiles read lines.
+#[derive(Debug, Default)]
+pub(crate) struct Codes {
+    lines: Vec<Line>,
+    blocks: usize,
+}
+
+impl Codes {
+    fn resize(&mut self, blocks: usize) {
+        self.lines.resize((blocks * BLOCK).div_ceil(size_of::<Line>()), Line([0; 64]));
+        self.blocks = blocks;
+    }
+}
+
+impl Deref for Codes {
+    type Target = [[i8; BLOCK]];
+
+    fn deref(&self) -> &Self::Target {
+        // SAFETY: the lines have at least the bytes of so many blocks, and any byte is a code.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.blocks) }
+    }
+}
+
+impl DerefMut for Codes {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        // SAFETY: as for `deref`; `&mut self` makes it exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.blocks) }
+    }
+}
+
 impl Quantized {
     /// Room for so many tokens.
     pub(crate) fn resize(&mut self, tokens: usize, cols: usize) {
         self.blocks = cols.div_ceil(BLOCK);
-        self.codes.resize(tokens * self.blocks, [0; BLOCK]);
+        self.codes.resize(tokens * self.blocks);
         self.scales.resize(tokens, 0.0);
         self.sums.resize(tokens * (self.blocks + 1), 0);
+        self.offsets.resize(tokens * self.blocks, 0);
     }
 
     /// Quantizes each token, times `factors` where there are any, as one whose absmax is at least `least`.
@@ -110,18 +147,20 @@ impl Quantized {
         let codes = Disjoint::new(&mut self.codes);
         let scales = Disjoint::new(&mut self.scales);
         let sums = Disjoint::new(&mut self.sums);
+        let offsets = Disjoint::new(&mut self.offsets);
         let isa = pool.isa();
         let token = |token: usize, _| {
             // SAFETY: each token is called once, and has its own part of each slice.
-            let (codes, scale, sums) = unsafe {
+            let (codes, scale, sums, offsets) = unsafe {
                 (
                     codes.slice(token * blocks, blocks),
                     scales.slice(token, 1),
                     sums.slice(token * (blocks + 1), blocks + 1),
+                    offsets.slice(token * blocks, blocks),
                 )
             };
             let values = &values[token * cols..][..cols];
-            scale[0] = isa.run(Quantize { values, factors, least, codes, sums });
+            scale[0] = isa.run(Quantize { values, factors, least, codes, sums, offsets });
         };
         if values.len() > SHARED {
             pool.run(tokens, token);
@@ -138,6 +177,7 @@ struct Quantize<'a> {
     least: f32,
     codes: &'a mut [[i8; BLOCK]],
     sums: &'a mut [i32],
+    offsets: &'a mut [i32],
 }
 
 impl Kernel for Quantize<'_> {
@@ -149,8 +189,10 @@ impl Kernel for Quantize<'_> {
         self.sums[0] = 0;
         quantize(s, self.values, self.factors, self.least, |block, codes| {
             self.codes[block] = codes;
-            sum += codes.iter().map(|code| i32::from(*code)).sum::<i32>();
+            let of_block = codes.iter().map(|code| i32::from(*code)).sum::<i32>();
+            sum += of_block;
             self.sums[block + 1] = sum;
+            self.offsets[block] = -SIX_BITS * of_block;
         })
     }
 }
@@ -171,10 +213,14 @@ pub(crate) fn quantize<S: Simd>(
         absmax = s.max_f32(s.max_f32(x, s.sub_f32(s.splat_f32(0.0), x)), absmax);
     }
     let scale = s.max_lanes(absmax) / 127.0;
-    let divisor = s.splat_f32(scale);
+    let (divisor, inverse) = (s.splat_f32(scale), s.splat_f32(1.0 / scale));
     for (index, block) in values.chunks(BLOCK).enumerate() {
+        let x = scaled(s, block, factors, index);
+        // Activations are rounded as fake quantization rounds them; gradients need not be, and division is slow. At most
+        // 127 and a rounding error, which to_int takes off.
+        let quotient = if factors.is_some() { s.mul_f32(x, inverse) } else { s.div_f32(x, divisor) };
         let mut codes = [0; BLOCK];
-        s.store_i8(s.to_int(s.div_f32(scaled(s, block, factors, index), divisor)), &mut codes);
+        s.store_i8(s.to_int(quotient), &mut codes);
         put(index, codes);
     }
     scale

@@ -22,6 +22,9 @@ pub enum Isa {
     AvxVnni(Avx2<true>),
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    /// With the tiles of AMX for products of many tokens.
+    #[cfg(target_arch = "x86_64")]
+    Amx(Avx512),
     /// With dot products.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
@@ -53,13 +56,14 @@ impl Isa {
             all.extend(Avx2::new().map(Self::Avx2));
             all.extend(Avx2::new().map(Self::AvxVnni));
             all.extend(Avx512::new().map(Self::Avx512));
+            all.extend(Avx512::with_tiles().map(Self::Amx));
         }
         #[cfg(target_arch = "aarch64")]
         all.extend(Neon::new().map(Self::Neon));
         all
     }
 
-    /// As in `TERNARY_ISA`: `scalar`, `avx2`, `avxvnni`, `avx512vnni` or `neon`.
+    /// As in `TERNARY_ISA`: `scalar`, `avx2`, `avxvnni`, `avx512vnni`, `amx` or `neon`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar(_) => "scalar",
@@ -69,6 +73,8 @@ impl Isa {
             Self::AvxVnni(_) => "avxvnni",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "avx512vnni",
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => "amx",
             #[cfg(target_arch = "aarch64")]
             Self::Neon(_) => "neon",
         }
@@ -83,7 +89,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::AvxVnni(simd) => simd.vectorize(kernel),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512(simd) => simd.vectorize(kernel),
+            Self::Avx512(simd) | Self::Amx(simd) => simd.vectorize(kernel),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(simd) => simd.vectorize(kernel),
         }

@@ -118,9 +118,9 @@ pub(crate) trait Form: Sync {
     /// The same with the float activations.
     fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T];
 
-    /// `integer` for at most [`TOKENS`] tokens.
+    /// `integer` of the tiles `tile..tile + R` for at most [`TOKENS`] tokens.
     #[inline(always)]
-    fn integer_tokens<S: Simd>(
+    fn integer_tokens<S: Simd, const R: usize>(
         &self,
         s: S,
         tile: usize,
@@ -128,12 +128,14 @@ pub(crate) trait Form: Sync {
         tokens: Range<usize>,
         finish: &impl Finish,
     ) {
-        by_tokens!(S, tokens, |token, T| {
-            let sums = self.integer::<S, T>(s, tile, x, token);
-            for t in 0..T {
-                finish.finish(s, tile, token + t, sums[t]);
-            }
-        });
+        for tile in tile..tile + R {
+            by_tokens!(S, tokens.clone(), |token, T| {
+                let sums = self.integer::<S, T>(s, tile, x, token);
+                for t in 0..T {
+                    finish.finish(s, tile, token + t, sums[t]);
+                }
+            });
+        }
     }
 }
 
@@ -198,6 +200,12 @@ pub(crate) fn token_codes<const T: usize>(x: &Quantized, token: usize) -> [&[[i8
 #[inline(always)]
 pub(crate) fn token_sums<const T: usize>(x: &Quantized, token: usize) -> [&[i32]; T] {
     std::array::from_fn(|t| &x.sums[(token + t) * (x.blocks + 1)..][..x.blocks + 1])
+}
+
+/// What six-bit codes have too much in each block of `T` tokens.
+#[inline(always)]
+pub(crate) fn token_offsets<const T: usize>(x: &Quantized, token: usize) -> [&[i32]; T] {
+    std::array::from_fn(|t| &x.offsets[(token + t) * x.blocks..][..x.blocks])
 }
 
 /// The floats of `T` tokens.

@@ -13,16 +13,17 @@ const BYTES: usize = 256 << 20;
 pub fn integer_operations(isa: Isa) -> f64 {
     const ROUNDS: usize = 20_000;
     let lines = [Line([1; 64]); 16];
+    let mut operations = 0;
     let best = (0..10).map(|_| {
         let start = Instant::now();
-        black_box(isa.run(Dots { lines: black_box(&lines), rounds: ROUNDS }));
+        let (dots, sum) = isa.run(Dots { lines: black_box(&lines), rounds: ROUNDS });
+        black_box(sum);
+        operations = dots * 64 * 2;
         start.elapsed().as_secs_f64()
     });
-    (ROUNDS * lines.len() * TOKENS * 64 * 2) as f64 / best.fold(f64::INFINITY, f64::min)
+    let best = best.fold(f64::INFINITY, f64::min);
+    operations as f64 / best
 }
-
-/// Tokens of the measuring loop.
-const TOKENS: usize = 4;
 
 struct Dots<'a> {
     lines: &'a [Line; 16],
@@ -30,26 +31,41 @@ struct Dots<'a> {
 }
 
 impl Kernel for Dots<'_> {
-    type Output = f32;
+    /// How many dot products of a vector, and their sum.
+    type Output = (usize, f32);
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
-        let x: [_; TOKENS] = std::array::from_fn(|t| s.splat(black_box(t as i32)));
-        let mut total = [s.splat(0); TOKENS];
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        // As many sums as products have: fewer would wait for each other.
+        if S::TOKENS >= 8 { self.sums::<S, 16>(s) } else { self.sums::<S, 4>(s) }
+    }
+}
+
+impl Dots<'_> {
+    #[inline(always)]
+    fn sums<S: Simd, const SUMS: usize>(self, s: S) -> (usize, f32) {
+        let mut x = [s.splat(0); 4];
+        for (i, x) in x.iter_mut().enumerate() {
+            *x = s.splat(black_box(i as i32));
+        }
+        let mut total = [s.splat(0); SUMS];
         for _ in 0..self.rounds {
-            let mut acc = [s.splat(0); TOKENS];
-            for line in black_box(self.lines) {
-                let w = s.load(line);
-                for t in 0..TOKENS {
-                    acc[t] = s.dot(acc[t], w, x[t]);
+            let mut acc = [s.splat(0); SUMS];
+            for lines in black_box(self.lines).as_chunks::<4>().0 {
+                let mut w = [s.splat(0); 4];
+                for (w, line) in w.iter_mut().zip(lines) {
+                    *w = s.load(line);
+                }
+                for i in 0..16 {
+                    acc[i % SUMS] = s.dot(acc[i % SUMS], w[i / 4 % 4], x[i % 4]);
                 }
             }
-            for t in 0..TOKENS {
-                total[t] = s.add(total[t], s.widen(acc[t]));
+            for (total, acc) in total.iter_mut().zip(acc) {
+                *total = s.add(*total, s.widen(acc));
             }
         }
         let sum = total.into_iter().fold(s.splat(0), |a, b| s.add(a, b));
-        s.sum_lanes(s.to_float(sum))
+        (self.rounds * self.lines.len() * 4, s.sum_lanes(s.to_float(sum)))
     }
 }
 

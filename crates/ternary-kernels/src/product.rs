@@ -84,7 +84,8 @@ impl<'a> Part<'a> {
         assert_eq!(out.len(), x.tokens() * rows, "tokens x rows of the result");
         assert!(bias.is_none_or(|bias| bias.len() == rows), "rows of bias and matrix");
         let most = TASK_BYTES / each_form!(matrix, m => m.tile_bytes()).max(1);
-        let share = share.min(most).max(1);
+        // Tiles go in pairs.
+        let share = share.min(most).max(1).next_multiple_of(2);
         let tasks = first..first + tiles(rows).div_ceil(share);
         Self { matrix, bias: *bias, add: *add, out: Disjoint::new(out), tasks, share }
     }
@@ -106,16 +107,26 @@ impl<F: Form> Kernel for Task<'_, F> {
         let tokens = self.x.tokens();
         for start in (0..tokens).step_by(TOKENS) {
             let tokens = start..tokens.min(start + TOKENS);
-            for tile in self.tiles.clone() {
-                match self.x.int8 {
-                    Some(x) if F::INTEGER => self.form.integer_tokens(s, tile, x, tokens.clone(), &self),
-                    _ => by_tokens!(S, tokens.clone(), |token, T| {
-                        let sums = self.form.exact::<S, T>(s, tile, self.x, token);
-                        for t in 0..T {
-                            self.write(s, tile, token + t, sums[t]);
-                        }
-                    }),
+            if let Some(x) = self.x.int8
+                && F::INTEGER
+            {
+                let Range { start: mut tile, end } = self.tiles;
+                while S::TILES == 2 && end - tile >= 2 {
+                    self.form.integer_tokens::<S, 2>(s, tile, x, tokens.clone(), &self);
+                    tile += 2;
                 }
+                for tile in tile..end {
+                    self.form.integer_tokens::<S, 1>(s, tile, x, tokens.clone(), &self);
+                }
+                continue;
+            }
+            for tile in self.tiles.clone() {
+                by_tokens!(S, tokens.clone(), |token, T| {
+                    let sums = self.form.exact::<S, T>(s, tile, self.x, token);
+                    for t in 0..T {
+                        self.write(s, tile, token + t, sums[t]);
+                    }
+                });
             }
         }
     }

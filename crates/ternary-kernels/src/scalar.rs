@@ -1,7 +1,10 @@
 //! Vectors as arrays, for any CPU.
 
-use crate::simd::{Kernel, LANES, Line, Simd};
-use half::f16;
+use crate::{
+    simd::{Kernel, LANES, Line, Simd},
+    ternary::Planes,
+};
+use half::{bf16, f16};
 use std::array::from_fn;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +25,7 @@ impl Simd for Scalar {
     const OFFSET: i32 = 0;
     const PLANES: usize = 4;
     const TOKENS: usize = 4;
+    const TILES: usize = 2;
 
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
         kernel.run(self)
@@ -86,6 +90,49 @@ impl Simd for Scalar {
 
     fn dot_signed(self, sum: Int, w: Int, x: Int) -> Int {
         from_fn(|i| sum[i].wrapping_add(products(w[i], x[i], |w| i32::from(w as i8))))
+    }
+
+    fn has_tiles(self) -> bool {
+        true
+    }
+
+    fn tiles<const R: usize>(
+        self,
+        panels: [&[Planes]; R],
+        codes: &[[i8; LANES]],
+        stride: usize,
+        sums: &mut [[Int; R]],
+    ) {
+        for (t, sums) in sums.iter_mut().enumerate() {
+            for (sum, panel) in sums.iter_mut().zip(panels) {
+                for (planes, block) in panel.iter().zip(&codes[t * stride..]) {
+                    for (line, quad) in planes.iter().zip(block.as_chunks::<4>().0) {
+                        *sum = self.dot_signed(*sum, self.load(line), self.splat4(*quad));
+                    }
+                }
+            }
+        }
+    }
+
+    fn has_half_tiles(self) -> bool {
+        true
+    }
+
+    fn half_tiles(self, left: [&[Line]; 2], right: [&[Line]; 2], sums: &mut [[f32; 2 * LANES]; 2 * LANES]) {
+        let number = |lines: &[Line], index: usize| {
+            let [low, high] = lines[index / 32].0.as_chunks::<2>().0[index % 32];
+            bf16::from_bits(u16::from_ne_bytes([low, high])).to_f32()
+        };
+        let k = left[0].len() / LANES * 32;
+        for (i, sums) in sums.iter_mut().enumerate() {
+            for (j, sum) in sums.iter_mut().enumerate() {
+                let (left, right) = (left[i / LANES], right[j / LANES]);
+                let product = |c: usize| {
+                    number(left, i % LANES * k + c) * number(right, c / 2 * 32 + j % LANES * 2 + c % 2)
+                };
+                *sum = (0..k).map(product).sum();
+            }
+        }
     }
 
     fn load_f32(self, values: &[f32; LANES]) -> Float {

@@ -3,6 +3,7 @@
 //! Layouts and algorithms are thus the same everywhere, floats are summed in the same order, and results are equal to
 //! the bit. A CPU with narrower registers uses several for a vector.
 
+use crate::ternary::Planes;
 use half::f16;
 
 /// Rows of a tile, and lanes of a vector.
@@ -26,6 +27,8 @@ pub(crate) trait Simd: Copy {
     const PLANES: usize;
     /// Tokens that share a pass over the weights: as many as the registers hold.
     const TOKENS: usize;
+    /// Tiles, 1 or 2, that share a pass over the codes of many tokens: as many as the registers hold.
+    const TILES: usize;
 
     /// Runs the kernel with the instructions enabled.
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
@@ -55,6 +58,43 @@ pub(crate) trait Simd: Copy {
     fn widen(self, sum: Self::Int) -> Self::Int;
     /// Adds the four products of the signed bytes `(w + OFFSET) x` to each lane; `x` is -127 or more.
     fn dot_signed(self, sum: Self::Int, w: Self::Int, x: Self::Int) -> Self::Int;
+
+    /// Whether the CPU has a unit for products of matrices: [`tiles`](Self::tiles) may be called.
+    #[inline(always)]
+    fn has_tiles(self) -> bool {
+        false
+    }
+    /// Adds to `sums[t][r]` the products of panel `r` and the codes of token `t`, whose blocks begin at
+    /// `codes[t * stride]`; both are signed bytes, of which nothing is kept in 16 bits.
+    #[inline(always)]
+    fn tiles<const R: usize>(
+        self,
+        _panels: [&[Planes]; R],
+        _codes: &[[i8; LANES]],
+        _stride: usize,
+        _sums: &mut [[Self::Int; R]],
+    ) {
+        unreachable!("has_tiles says so");
+    }
+
+    /// Whether the unit also multiplies bfloat16: [`half_tiles`](Self::half_tiles) may be called.
+    #[inline(always)]
+    fn has_half_tiles(self) -> bool {
+        false
+    }
+    /// `sums[i][j] = sum over k of left[i][k] right[k][j]` in bfloat16, summed in f32.
+    ///
+    /// # Shapes
+    /// left: twice `[16, k]`, right: twice `[k / 2, 16, 2]`, two bytes a number
+    #[inline(always)]
+    fn half_tiles(
+        self,
+        _left: [&[Line]; 2],
+        _right: [&[Line]; 2],
+        _sums: &mut [[f32; 2 * LANES]; 2 * LANES],
+    ) {
+        unreachable!("has_half_tiles says so");
+    }
 
     fn load_f32(self, values: &[f32; LANES]) -> Self::Float;
     fn store_f32(self, a: Self::Float, values: &mut [f32; LANES]);

@@ -3,7 +3,7 @@
 use crate::{
     Arena, Input, Quantized,
     arena::Block,
-    matrix::{Form, four, tiles, token_codes, token_floats, token_sums},
+    matrix::{Form, four, tiles, token_codes, token_floats, token_offsets},
     simd::{LANES, Line, Simd},
 };
 use half::f16;
@@ -136,7 +136,7 @@ impl Form for SixBitMatrix {
         token: usize,
     ) -> [S::Float; T] {
         let (blocks, factors, scales) = self.tile(tile);
-        let (codes, sums) = (token_codes::<T>(x, token), token_sums::<T>(x, token));
+        let (codes, offsets) = (token_codes::<T>(x, token), token_offsets::<T>(x, token));
         let mut result = [s.splat_f32(0.0); T];
         for (group, scale) in scales.iter().enumerate() {
             let mut totals = [s.splat(0); T];
@@ -148,18 +148,30 @@ impl Form for SixBitMatrix {
                 }
                 let factor = s.load_i8(&factors[i]);
                 let lines = std::array::from_fn(|line| s.load(&blocks[i][line]));
-                // Two pairs of at most 63 * 127 fit 16 bits.
+                let mut offset = [s.splat(0); T];
+                for t in 0..T {
+                    offset[t] = s.splat(offsets[t][i]);
+                }
+                // Two pairs of at most 63 * 127 fit 16 bits; sums of 32 bits begin with the offset.
                 let mut acc = [[s.splat(0); 2]; T];
+                if !S::NARROW {
+                    for t in 0..T {
+                        acc[t][0] = offset[t];
+                    }
+                }
                 for p in 0..4 {
                     let w = plane(s, lines, p);
                     for t in 0..T {
-                        acc[t][p / 2] = s.dot(acc[t][p / 2], w, four(s, &codes[t][i], p));
+                        let half = if S::NARROW { p / 2 } else { 0 };
+                        acc[t][half] = s.dot(acc[t][half], w, four(s, &codes[t][i], p));
                     }
                 }
                 for t in 0..T {
-                    let offset = s.splat(32 * (sums[t][i] - sums[t][i + 1]));
-                    let sum = s.add(s.widen(acc[t][0]), s.widen(acc[t][1]));
-                    totals[t] = s.add(totals[t], s.mul(s.add(sum, offset), factor));
+                    let mut sum = acc[t][0];
+                    if S::NARROW {
+                        sum = s.add(s.add(s.widen(sum), s.widen(acc[t][1])), offset[t]);
+                    }
+                    totals[t] = s.add(totals[t], s.mul(sum, factor));
                 }
             }
             let scale = s.load_f16(scale);

@@ -136,42 +136,64 @@ impl TernaryMatrix {
 
     /// `integer_tokens`, a panel of unpacked weights at a time.
     #[inline(always)]
-    fn panels<S: Simd>(&self, s: S, tile: usize, x: &Quantized, tokens: Range<usize>, finish: &impl Finish) {
-        let (lines, scales) = self.tile(tile);
-        let mut panel = [[Line([0; 64]); 4]; PANEL];
-        let mut totals = [s.splat(0); TOKENS];
-        let mut results = [s.splat_f32(0.0); TOKENS];
+    fn panels<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Quantized,
+        tokens: Range<usize>,
+        finish: &impl Finish,
+    ) {
+        let tiles: [_; R] = std::array::from_fn(|r| self.tile(tile + r));
+        let mut room = [[Line([0; 64]); 4]; PANEL];
+        let mut totals = [[s.splat(0); R]; TOKENS];
+        let mut results = [[s.splat_f32(0.0); R]; TOKENS];
         let (totals, results) = (&mut totals[..tokens.len()], &mut results[..tokens.len()]);
         let mut start = 0;
-        for scale in scales {
+        for group in 0..self.blocks.div_ceil(self.group) {
             let end = self.blocks.min(start + self.group);
-            for (t, total) in totals.iter_mut().enumerate() {
+            for (t, totals) in totals.iter_mut().enumerate() {
                 let [sums] = token_sums(x, tokens.start + t);
-                *total = s.splat(sums[start] - sums[end]);
+                *totals = [s.splat(sums[start] - sums[end]); R];
             }
             while start < end {
-                let stop = end.min(start + PANEL);
-                let panel = &mut panel[..stop - start];
-                for (planes, line) in panel.iter_mut().zip(&lines[start..stop]) {
-                    let line = s.load(line);
-                    planes.iter_mut().enumerate().for_each(|(p, to)| s.store(plane::<S, 1>(s, line, p), to));
+                let stop = end.min(start + PANEL / R);
+                for (panel, (lines, _)) in room.chunks_mut(PANEL / R).zip(tiles) {
+                    for (planes, line) in panel.iter_mut().zip(&lines[start..stop]) {
+                        let line = s.load(line);
+                        for (p, to) in planes.iter_mut().enumerate() {
+                            s.store(plane::<S, 1>(s, line, p), to);
+                        }
+                    }
+                }
+                let panels: [_; R] = std::array::from_fn(|r| &room[r * PANEL / R..][..stop - start]);
+                if s.has_tiles() {
+                    s.tiles(panels, &x.codes[tokens.start * x.blocks + start..], x.blocks, totals);
+                    start = stop;
+                    continue;
                 }
                 by_tokens!(S, 0..tokens.len(), |token, T| {
                     let codes = token_codes::<T>(x, tokens.start + token).map(|codes| &codes[start..stop]);
-                    let sums = panel_sums::<S, T>(s, panel, codes);
+                    let sums = panel_sums::<S, T, R>(s, panels, codes);
                     for t in 0..T {
-                        totals[token + t] = s.add(totals[token + t], sums[t]);
+                        for r in 0..R {
+                            totals[token + t][r] = s.add(totals[token + t][r], sums[r][t]);
+                        }
                     }
                 });
                 start = stop;
             }
-            let scale = s.load_f16(scale);
-            for (result, total) in results.iter_mut().zip(&*totals) {
-                *result = s.fma(s.to_float(*total), scale, *result);
+            for r in 0..R {
+                let scale = s.load_f16(&tiles[r].1[group]);
+                for (results, totals) in results.iter_mut().zip(&*totals) {
+                    results[r] = s.fma(s.to_float(totals[r]), scale, results[r]);
+                }
             }
         }
-        for (token, result) in tokens.zip(&*results) {
-            finish.finish(s, tile, token, *result);
+        for (token, results) in tokens.zip(&*results) {
+            for r in 0..R {
+                finish.finish(s, tile + r, token, results[r]);
+            }
         }
     }
 }
@@ -191,30 +213,38 @@ pub(crate) const PANEL: usize = 64;
 /// A block with a byte for each code + 1: a line for each plane.
 pub(crate) type Planes = [Line; 4];
 
-/// Sums of the products of a panel with the codes of `T` tokens.
+/// Sums of the products of each of `R` panels, of equal length, with the codes of `T` tokens.
 #[inline(always)]
-pub(crate) fn panel_sums<S: Simd, const T: usize>(
+pub(crate) fn panel_sums<S: Simd, const T: usize, const R: usize>(
     s: S,
-    panel: &[Planes],
+    panels: [&[Planes]; R],
     codes: [&[[i8; LANES]]; T],
-) -> [S::Int; T] {
-    let mut totals = [s.splat(0); T];
-    let mut start = 0;
-    while start < panel.len() {
-        let stop = panel.len().min(start.saturating_add(limit::<S>(1)));
-        let panel = &panel[start..stop];
+) -> [[S::Int; T]; R] {
+    let mut totals = [[s.splat(0); T]; R];
+    let (mut start, blocks) = (0, panels[0].len());
+    while start < blocks {
+        let stop = blocks.min(start.saturating_add(limit::<S>(1)));
+        let panels = panels.map(|panel| &panel[start..stop]);
         let codes = codes.map(|codes| &codes[start..stop]);
-        let mut acc = [s.splat(0); T];
-        for i in 0..panel.len() {
+        let mut acc = [[s.splat(0); T]; R];
+        for i in 0..panels[0].len() {
             for p in 0..4 {
-                let w = s.load(&panel[i][p]);
+                let mut w = [s.splat(0); R];
+                for r in 0..R {
+                    w[r] = s.load(&panels[r][i][p]);
+                }
                 for t in 0..T {
-                    acc[t] = s.dot(acc[t], w, four(s, &codes[t][i], p));
+                    let x = four(s, &codes[t][i], p);
+                    for r in 0..R {
+                        acc[r][t] = s.dot(acc[r][t], w[r], x);
+                    }
                 }
             }
         }
-        for t in 0..T {
-            totals[t] = s.add(totals[t], s.widen(acc[t]));
+        for r in 0..R {
+            for t in 0..T {
+                totals[r][t] = s.add(totals[r][t], s.widen(acc[r][t]));
+            }
         }
         start = stop;
     }
@@ -275,7 +305,7 @@ impl Form for TernaryMatrix {
 
     /// For many tokens it pays to take the planes apart once.
     #[inline(always)]
-    fn integer_tokens<S: Simd>(
+    fn integer_tokens<S: Simd, const R: usize>(
         &self,
         s: S,
         tile: usize,
@@ -284,14 +314,16 @@ impl Form for TernaryMatrix {
         finish: &impl Finish,
     ) {
         if tokens.len() > FEW {
-            return self.panels(s, tile, x, tokens, finish);
+            return self.panels::<S, R>(s, tile, x, tokens, finish);
         }
-        by_tokens!(S, tokens, |token, T| {
-            let sums = self.integer::<S, T>(s, tile, x, token);
-            for t in 0..T {
-                finish.finish(s, tile, token + t, sums[t]);
-            }
-        });
+        for tile in tile..tile + R {
+            by_tokens!(S, tokens.clone(), |token, T| {
+                let sums = self.integer::<S, T>(s, tile, x, token);
+                for t in 0..T {
+                    finish.finish(s, tile, token + t, sums[t]);
+                }
+            });
+        }
     }
 
     #[inline(always)]

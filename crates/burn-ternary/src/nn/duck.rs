@@ -2,8 +2,8 @@
 
 use super::transformer::{BlockStates, INIT_STD, LayerFactory, QuantizedTransformer};
 use super::{Compute, DuckConfig, Family, QuantizedLinear, linear::normal};
-use crate::ops::project;
-use crate::quant::{Dials, QuantConfig, TablePrecision};
+use crate::ops::{Factors, project};
+use crate::quant::{Dials, Products, QuantConfig, TablePrecision};
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Device, FloatDType, Int, Tensor, module::embedding};
@@ -102,7 +102,11 @@ impl DuckQuantized {
             None => table,
         };
         let hidden: Tensor<2> = hidden.reshape([batch * seq, self.config.d_model]);
-        let logits = project(hidden, self.config.compute.cast(head));
+        let factors = match self.quant.compute {
+            Products::Int8 if self.quant.enabled => Factors::Half,
+            _ => Factors::Whole,
+        };
+        let logits = project(hidden, self.config.compute.cast(head), factors);
         (logits.cast(FloatDType::F32).reshape([batch, seq, self.config.vocab_size]), states)
     }
 

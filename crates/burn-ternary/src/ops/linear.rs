@@ -35,12 +35,21 @@ pub fn float_linear(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>
     })
 }
 
+/// What the factors of a product of floats are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Factors {
+    /// As they are.
+    Whole,
+    /// Rounded to bfloat16 where the device multiplies such faster and we make use of it: on CPUs with AMX. Sums are whole.
+    Half,
+}
+
 /// `x T^T`: logits from a table whose rows are the ids.
 ///
 /// # Shapes
 /// hidden `[tokens, d]`, table `[vocab, d]`, to `[tokens, vocab]`
-pub fn project(hidden: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::project(hidden.into_dispatch(), table.into_dispatch()))
+pub fn project(hidden: Tensor<2>, table: Tensor<2>, factors: Factors) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::project(hidden.into_dispatch(), table.into_dispatch(), factors))
 }
 
 pub(super) fn float_forward<B: Backend>(
@@ -74,7 +83,7 @@ fn product_gradients<B: TernaryBackend>(
     weight_too: bool,
 ) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
     if !weight_too {
-        return (B::project(grad, weight.clone()), None);
+        return (B::project(grad, weight.clone(), Factors::Whole), None);
     }
     let (dinput, dweight) = B::float_product_backward(input.clone(), weight.clone(), grad);
     (dinput, Some(dweight))
@@ -108,14 +117,15 @@ pub(super) fn project_backward<B: Backend>(
 
 pub(super) fn track_project<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 2],
+    factors: Factors,
 ) -> FloatTensor<Autodiff<B, C>> {
     node::track::<B, C, 2>(inputs, |[hidden, table]| {
-        let output = B::project(hidden.clone(), table.clone());
+        let output = B::project(hidden.clone(), table.clone(), factors);
         let gradient = node::Gradient::of_wanted(move |grad, [_, table_too]| {
             if !table_too {
                 return [Some(B::float_product(grad, table.clone())), None];
             }
-            let (dhidden, dtable) = B::project_backward(hidden.clone(), table.clone(), grad);
+            let (dhidden, dtable) = B::project_backward(hidden.clone(), table.clone(), grad, factors);
             [Some(dhidden), Some(dtable)]
         });
         (output, gradient)

@@ -25,7 +25,7 @@ mod ternary;
 pub use absmax::{RowScale, absmax_quantize, absmax_scales};
 pub use activation::{gelu, silu_mul};
 pub use attention::{Heads, causal_attention};
-pub use linear::{float_linear, project, ternary_linear};
+pub use linear::{Factors, float_linear, project, ternary_linear};
 pub use loss::log_likelihood;
 pub use norm::{layer_norm, rms_norm};
 pub use optimizer::{AdamWStep, MuonStep, adamw, adamw_int8, int8_moments, muon, square_sum};
@@ -239,7 +239,7 @@ pub trait TernaryBackend: Backend {
 
     /// See [`project`].
     #[fusion(default)]
-    fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>, _factors: Factors) -> FloatTensor<Self> {
         linear::project_forward::<Self>(hidden, table)
     }
 
@@ -249,6 +249,7 @@ pub trait TernaryBackend: Backend {
         hidden: FloatTensor<Self>,
         table: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        _factors: Factors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         linear::project_backward::<Self>(hidden, table, grad)
     }
@@ -400,8 +401,8 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         linear::track_product::<B, C>([input, weight])
     }
 
-    fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>) -> FloatTensor<Self> {
-        linear::track_project::<B, C>([hidden, table])
+    fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>, factors: Factors) -> FloatTensor<Self> {
+        linear::track_project::<B, C>([hidden, table], factors)
     }
 
     /// What the backward pass wants is kept within: the second and third tensor are empty.

@@ -61,6 +61,7 @@ impl Simd for Neon {
     const OFFSET: i32 = 0;
     const PLANES: usize = 2;
     const TOKENS: usize = 4;
+    const TILES: usize = 1;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {

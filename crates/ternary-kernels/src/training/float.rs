@@ -1,6 +1,7 @@
 //! Products of float matrices, by the crate `gemm`.
 
-use crate::Pool;
+use super::half::{WIDTH, rounded};
+use crate::{Pool, simd::LANES};
 
 /// A matrix of floats.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +25,27 @@ impl<'a> View<'a> {
 
     pub(super) fn row_count(&self) -> usize {
         self.rows
+    }
+
+    /// Rounds to bfloat16 the numbers of 16 rows from `row` on and 32 columns from `col` on.
+    #[inline(always)]
+    pub(super) fn gather(&self, row: usize, col: usize, block: &mut [[u16; WIDTH]; LANES]) {
+        let start = row * self.row_stride + col * self.col_stride;
+        if self.col_stride == 1 {
+            for (i, numbers) in block.iter_mut().enumerate() {
+                let from = &self.values[start + i * self.row_stride..][..WIDTH];
+                for (number, x) in numbers.iter_mut().zip(from) {
+                    *number = rounded(*x);
+                }
+            }
+        } else {
+            for j in 0..WIDTH {
+                let from = &self.values[start + j * self.col_stride..][..(LANES - 1) * self.row_stride + 1];
+                for (numbers, x) in block.iter_mut().zip(from.iter().step_by(self.row_stride)) {
+                    numbers[j] = rounded(*x);
+                }
+            }
+        }
     }
 
     /// Rows `range` of them.

@@ -26,6 +26,8 @@ const GRADIENT_MIN: f32 = 1e-30;
 pub struct TernaryLinear {
     matrix: CodeMatrix,
     tokens: Quantized,
+    /// Codes of a gradient: fresh memory costs more than they do.
+    gradient: Vec<i8>,
 }
 
 /// What the backward pass of a [`TernaryLinear`] needs: a byte an activation, a byte a weight.
@@ -41,18 +43,25 @@ pub struct Saved<'a> {
     pub weight_scales: &'a [f32],
 }
 
-/// The same, as [`TernaryLinear::forward`] gives it.
-#[derive(Clone, Debug, Default)]
-pub struct SavedBuffers {
-    pub input: Vec<i8>,
-    pub input_scales: Vec<f32>,
-    pub weight: Vec<i8>,
-    pub weight_scales: Vec<f32>,
+/// Room for the same, which [`TernaryLinear::forward`] fills.
+#[derive(Debug)]
+pub struct SavedMut<'a> {
+    pub input: &'a mut [i8],
+    pub input_scales: &'a mut [f32],
+    pub weight: &'a mut [i8],
+    pub weight_scales: &'a mut [f32],
+}
+
+impl Saved<'_> {
+    /// Codes that are kept of an input of so many tokens.
+    pub fn input_len(tokens: usize, d_input: usize) -> usize {
+        tokens * d_input.next_multiple_of(LANES)
+    }
 }
 
 impl TernaryLinear {
     /// # Shapes
-    /// x `[tokens, d_input]`, weight `[d_input, d_output]`, bias `[d_output]`, out `[tokens, d_output]`
+    /// x `[tokens, d_input]`, weight `[d_input, d_output]`, bias `[d_output]`, out `[tokens, d_output]`; saved as [`Saved`] says
     ///
     /// # Panics
     /// When shapes do not fit. A weight that is not `{-scale, 0, +scale}` by channel gives the product of another one.
@@ -62,24 +71,21 @@ impl TernaryLinear {
         x: &[f32],
         weight: &[f32],
         bias: Option<&[f32]>,
-        d_input: usize,
         out: &mut [f32],
-    ) -> SavedBuffers {
-        assert!(weight.len().is_multiple_of(d_input), "{} weights, {d_input} inputs", weight.len());
-        let d_output = weight.len() / d_input;
-        let weight_scales = column_maxima(pool, weight, d_output, None).0;
-        let codes = signs(pool, weight);
-        self.matrix.pack(pool, &codes, Order::Columns, &weight_scales, true);
+        saved: SavedMut,
+    ) {
+        let d_output = saved.weight_scales.len();
+        assert!(weight.len().is_multiple_of(d_output), "{} weights, {d_output} outputs", weight.len());
+        let d_input = weight.len() / d_output;
+        column_scales(weight, saved.weight_scales);
+        signs(pool, weight, saved.weight);
+        self.matrix.pack(pool, saved.weight, Order::Columns, saved.weight_scales, true);
         let input = Input::int8(pool, x, d_input, &mut self.tokens);
         with_matrix(&mut self.matrix, |matrix| {
             multiply(pool, &input, &mut [Product { matrix, bias, add: false, out }]);
         });
-        SavedBuffers {
-            input: self.tokens.codes.as_flattened().to_vec(),
-            input_scales: self.tokens.scales.clone(),
-            weight: codes,
-            weight_scales,
-        }
+        saved.input.copy_from_slice(self.tokens.codes.as_flattened());
+        saved.input_scales.copy_from_slice(&self.tokens.scales);
     }
 
     /// Gradients for input, weight and (returned) bias.
@@ -99,15 +105,14 @@ impl TernaryLinear {
     ) -> Vec<f32> {
         let (tokens, d_output) = (saved.input_scales.len(), saved.weight_scales.len());
         let d_input = saved.weight.len() / d_output;
-        let stride = d_input.next_multiple_of(LANES);
-        assert_eq!(saved.input.len(), tokens * stride, "activations of {tokens} tokens");
+        assert_eq!(saved.input.len(), Saved::input_len(tokens, d_input), "activations of {tokens} tokens");
         assert!(grad.len() == tokens * d_output, "gradients");
         self.input_backward(pool, saved.weight, saved.weight_scales, grad, dx);
 
         let (maxima, sums) = column_maxima(pool, grad, d_output, Some(saved.input_scales));
         let scales: Vec<f32> = maxima.iter().map(|max| max.max(GRADIENT_MIN) / 127.0).collect();
-        let codes = gradient_codes(pool, grad, saved.input_scales, &scales);
-        self.matrix.pack(pool, &codes, Order::Columns, &scales, false);
+        gradient_codes(pool, grad, saved.input_scales, &scales, &mut self.gradient);
+        self.matrix.pack(pool, &self.gradient, Order::Columns, &scales, false);
         self.tokens.transpose(pool, saved.input, d_input, tokens);
         let input = Input::codes(&self.tokens, tokens);
         with_matrix(&mut self.matrix, |matrix| multiply(pool, &input, &mut [Product::new(matrix, dweight)]));
@@ -148,13 +153,29 @@ fn with_matrix(matrix: &mut CodeMatrix, f: impl FnOnce(&Matrix)) {
     *matrix = back;
 }
 
+/// The magnitude in each column of `{-scale, 0, +scale}`: that of its first number that is not zero.
+fn column_scales(weight: &[f32], scales: &mut [f32]) {
+    scales.fill(0.0);
+    let mut missing = scales.len();
+    for row in weight.chunks(scales.len()) {
+        if missing == 0 {
+            break;
+        }
+        for (scale, weight) in scales.iter_mut().zip(row) {
+            if *scale == 0.0 && *weight != 0.0 {
+                *scale = weight.abs();
+                missing -= 1;
+            }
+        }
+    }
+}
+
 /// The sign of each weight.
-fn signs(pool: &Pool, weight: &[f32]) -> Vec<i8> {
-    let mut codes = vec![0; weight.len()];
-    pool.chunks(&mut codes, super::PIECE, |index, _, codes| {
+fn signs(pool: &Pool, weight: &[f32], codes: &mut [i8]) {
+    assert_eq!(weight.len(), codes.len(), "a code for each weight");
+    pool.chunks(codes, super::PIECE, |index, _, codes| {
         pool.isa().run(Signs { weight: &weight[index * super::PIECE..][..codes.len()], codes });
     });
-    codes
 }
 
 struct Signs<'a> {
@@ -182,7 +203,9 @@ impl Kernel for Signs<'_> {
 /// Of each column of `[rows, n]`: the largest magnitude, of numbers times their row's factor, and the sum, of the numbers
 /// themselves.
 fn column_maxima(pool: &Pool, x: &[f32], n: usize, factors: Option<&[f32]>) -> (Vec<f32>, Vec<f32>) {
-    let parts = pieces(pool, x.len() / n, rows_a_piece(n), |rows| {
+    // A sixteenth at least: each piece has results of its own, to be added up.
+    let rows = x.len() / n;
+    let parts = pieces(pool, rows, rows_a_piece(n).max(rows.div_ceil(16)), |rows| {
         let mut part = (vec![0.0; n], vec![0.0; n]);
         let x = &x[rows.start * n..rows.end * n];
         let factors = factors.map(|factors| &factors[rows]);
@@ -216,36 +239,46 @@ struct Columns<'a> {
 impl Kernel for Columns<'_> {
     type Output = ();
 
+    /// Several rows at a time: what is gathered is loaded and stored once for all of them.
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        const ROWS: usize = 8;
         let zero = s.splat_f32(0.0);
-        for (row, x) in self.x.chunks(self.maxima.len()).enumerate() {
-            let factor = s.splat_f32(self.factors.map_or(1.0, |factors| factors[row]));
+        let n = self.maxima.len();
+        for (group, x) in self.x.chunks(ROWS * n).enumerate() {
+            let mut factors = [1.0; ROWS];
+            if let Some(given) = self.factors {
+                let given = &given[group * ROWS..][..x.len() / n];
+                factors[..given.len()].copy_from_slice(given);
+            }
             let columns = self.maxima.chunks_mut(LANES).zip(self.sums.chunks_mut(LANES));
-            for (x, (maxima, sums)) in x.chunks(LANES).zip(columns) {
-                let x = load(s, x);
-                store(s, s.add_f32(load(s, sums), x), sums);
-                let scaled = s.mul_f32(x, factor);
-                let magnitude = s.max_f32(scaled, s.sub_f32(zero, scaled));
-                // In this order a NaN is passed over.
-                store(s, s.max_f32(magnitude, load(s, maxima)), maxima);
+            for (column, (maxima, sums)) in columns.enumerate() {
+                let (mut max, mut sum) = (load(s, maxima), load(s, sums));
+                for (row, factor) in x.chunks_exact(n).zip(factors) {
+                    let x = load(s, &row[column * LANES..][..maxima.len()]);
+                    let scaled = s.mul_f32(x, s.splat_f32(factor));
+                    // In this order a NaN is passed over.
+                    max = s.max_f32(s.max_f32(scaled, s.sub_f32(zero, scaled)), max);
+                    sum = s.add_f32(sum, x);
+                }
+                store(s, max, maxima);
+                store(s, sum, sums);
             }
         }
     }
 }
 
 /// `round(grad[t, o] * factors[t] / scales[o])`, `[tokens, d_output]`
-fn gradient_codes(pool: &Pool, grad: &[f32], factors: &[f32], scales: &[f32]) -> Vec<i8> {
+fn gradient_codes(pool: &Pool, grad: &[f32], factors: &[f32], scales: &[f32], codes: &mut Vec<i8>) {
     let n = scales.len();
     let inverse: Vec<f32> = scales.iter().map(|scale| 1.0 / scale).collect();
-    let mut codes = vec![0; grad.len()];
+    codes.resize(grad.len(), 0);
     let piece = rows_a_piece(n);
-    pool.chunks(&mut codes, piece * n, |index, _, codes| {
+    pool.chunks(codes, piece * n, |index, _, codes| {
         let (start, rows) = (index * piece, codes.len() / n);
         let grad = &grad[start * n..][..rows * n];
         pool.isa().run(Codes { grad, factors: &factors[start..start + rows], inverse: &inverse, codes });
     });
-    codes
 }
 
 struct Codes<'a> {
@@ -393,13 +426,21 @@ mod tests {
                 // Twice: what is left of a larger product must not show.
                 for _ in 0..2 {
                     let mut out = vec![f32::NAN; tokens * d_output];
-                    let saved = layer.forward(&pool, &x, &weight, Some(&bias), d_input, &mut out);
+                    let mut kept = (vec![0; Saved::input_len(tokens, d_input)], vec![0.0; tokens]);
+                    let mut kept_weight = (vec![0; weight.len()], vec![0.0; d_output]);
+                    let saved = SavedMut {
+                        input: &mut kept.0,
+                        input_scales: &mut kept.1,
+                        weight: &mut kept_weight.0,
+                        weight_scales: &mut kept_weight.1,
+                    };
+                    layer.forward(&pool, &x, &weight, Some(&bias), &mut out, saved);
                     assert_close("y", &out, y.clone(), 2e-6);
                     let saved = Saved {
-                        input: &saved.input,
-                        input_scales: &saved.input_scales,
-                        weight: &saved.weight,
-                        weight_scales: &saved.weight_scales,
+                        input: &kept.0,
+                        input_scales: &kept.1,
+                        weight: &kept_weight.0,
+                        weight_scales: &kept_weight.1,
                     };
                     let (mut dx_, mut dw) = (vec![f32::NAN; x.len()], vec![f32::NAN; weight.len()]);
                     let dbias = layer.backward(&pool, saved, &grad, &mut dx_, &mut dw);

@@ -8,6 +8,8 @@ mod activation;
 mod attention;
 #[cfg(feature = "rayon")]
 mod float;
+#[cfg(feature = "rayon")]
+pub(crate) mod half;
 mod linear;
 mod loss;
 mod moments;
@@ -21,7 +23,9 @@ pub use activation::{gelu, gelu_backward, silu_mul, silu_mul_backward};
 pub use attention::{Attention, attention, attention_backward};
 #[cfg(feature = "rayon")]
 pub use float::{View, float_product};
-pub use linear::{Saved, SavedBuffers, TernaryLinear, column_sums};
+#[cfg(feature = "rayon")]
+pub use half::{HalfFactors, half_product};
+pub use linear::{Saved, SavedMut, TernaryLinear, column_sums};
 pub use loss::{cross_entropy, cross_entropy_backward};
 pub use moments::{MOMENTS, Moments, adamw_moments};
 #[cfg(feature = "rayon")]
@@ -35,18 +39,13 @@ use crate::{Pool, pool::Disjoint};
 /// Numbers that a task works on, so that it is worth waking a thread.
 const PIECE: usize = 1 << 14;
 
-/// `len` zeros; of many, the pages are taken from the system on all threads.
-pub fn zeros(pool: &Pool, len: usize) -> Vec<f32> {
-    if len < 16 * PIECE {
-        return vec![0.0; len];
-    }
-    let mut numbers = Vec::with_capacity(len);
-    pool.chunks(&mut numbers.spare_capacity_mut()[..len], 4 * PIECE, |_, _, room| {
-        room.fill(std::mem::MaybeUninit::new(0.0f32));
-    });
-    // SAFETY: the first `len` numbers have been written.
-    unsafe { numbers.set_len(len) };
-    numbers
+/// Copies, on all threads.
+///
+/// # Panics
+/// When lengths differ.
+pub fn copy(pool: &Pool, from: &[f32], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len(), "numbers to copy");
+    pool.chunks(to, PIECE, |index, _, to| to.copy_from_slice(&from[index * PIECE..][..to.len()]));
 }
 
 /// Rows of `width` numbers for a task.

@@ -46,6 +46,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     const OFFSET: i32 = if VNNI { 128 } else { 0 };
     const PLANES: usize = if VNNI { 4 } else { 2 };
     const TOKENS: usize = 4;
+    const TILES: usize = 1;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {

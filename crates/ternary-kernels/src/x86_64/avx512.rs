@@ -1,19 +1,29 @@
-//! 512-bit vectors, one for 16 lanes, with the dot products of AVX-512 VNNI.
+//! 512-bit vectors, one for 16 lanes, with the dot products of AVX-512 VNNI, with or without the tiles of AMX.
 
-use crate::simd::{Kernel, LANES, Line, Simd};
+use super::amx;
+use crate::{
+    simd::{Kernel, LANES, Line, Simd},
+    ternary::Planes,
+};
 use half::f16;
 use std::arch::x86_64::*;
 
-/// AVX-512 F, BW and VNNI.
+/// AVX-512 F, BW and VNNI; with `tiles` also AMX for bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Avx512(());
+pub struct Avx512 {
+    tiles: bool,
+}
 
 impl Avx512 {
     pub fn new() -> Option<Self> {
         let has = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vnni");
-        has.then_some(Self(()))
+        has.then_some(Self { tiles: false })
+    }
+
+    pub fn with_tiles() -> Option<Self> {
+        Self::new().filter(|_| amx::available()).map(|_| Self { tiles: true })
     }
 }
 
@@ -32,6 +42,7 @@ impl Simd for Avx512 {
     const OFFSET: i32 = 128;
     const PLANES: usize = 4;
     const TOKENS: usize = 8;
+    const TILES: usize = 2;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -126,6 +137,34 @@ impl Simd for Avx512 {
     fn dot_signed(self, sum: Int, w: Int, x: Int) -> Int {
         // SAFETY: `self` proves the instructions.
         unsafe { _mm512_dpbusd_epi32(sum, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x) }
+    }
+
+    #[inline(always)]
+    fn has_tiles(self) -> bool {
+        self.tiles
+    }
+
+    #[inline(always)]
+    fn tiles<const R: usize>(
+        self,
+        panels: [&[Planes]; R],
+        codes: &[[i8; LANES]],
+        stride: usize,
+        sums: &mut [[Int; R]],
+    ) {
+        assert!(self.tiles, "AMX");
+        amx::multiply(panels, codes, stride, sums);
+    }
+
+    #[inline(always)]
+    fn has_half_tiles(self) -> bool {
+        self.tiles && amx::multiplies_bf16()
+    }
+
+    #[inline(always)]
+    fn half_tiles(self, left: [&[Line]; 2], right: [&[Line]; 2], sums: &mut [[f32; 2 * LANES]; 2 * LANES]) {
+        assert!(self.has_half_tiles(), "AMX for bfloat16");
+        amx::multiply_bf16(left, right, sums);
     }
 
     #[inline(always)]

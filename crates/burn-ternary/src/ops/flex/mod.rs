@@ -1,9 +1,10 @@
 //! The ops fused for the CPU backend Flex, in f32; other types take the default bodies, which are the oracle.
 
+mod memory;
 mod quantize;
 mod training;
 
-use super::{AdamWStep, Heads, MuonStep, RowScale, StraightThrough, TernaryBackend};
+use super::{AdamWStep, Factors, Heads, MuonStep, RowScale, StraightThrough, TernaryBackend};
 use burn::backend::{
     Flex,
     tensor::{BoolTensor, FloatTensor, IntTensor},
@@ -158,16 +159,17 @@ impl TernaryBackend for Flex {
         training::bias_gradient(grad)
     }
 
-    fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>) -> FloatTensor<Self> {
-        training::project(hidden, table)
+    fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>, factors: Factors) -> FloatTensor<Self> {
+        training::project(hidden, table, factors)
     }
 
     fn project_backward(
         hidden: FloatTensor<Self>,
         table: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        factors: Factors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        training::project_backward(hidden, table, grad)
+        training::project_backward(hidden, table, grad, factors)
     }
 
     fn ternary_linear(

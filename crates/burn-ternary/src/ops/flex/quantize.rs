@@ -2,14 +2,14 @@
 //!
 //! Sums run over fixed blocks of rows and are added in order, so that a result does not depend on the number of threads.
 
-use super::{POOL, dense, is_f32, tensor, values};
+use super::{POOL, dense, is_f32, memory::filled, tensor, values};
 use crate::ops::{RowScale, absmax, absmax::ABSMAX_MIN, scale, ternary};
 use burn::backend::{Flex, ops::FloatTensorOps};
 use burn::tensor::Shape;
 use burn_flex::FlexTensor;
 use half::f16;
 use rayon::prelude::*;
-use ternary_kernels::training as kernels;
+use ternary_kernels::{Room, training as kernels};
 
 /// Weights a task has; below it threads cost more than they give.
 const BLOCK: usize = 1 << 14;
@@ -43,9 +43,9 @@ pub(super) fn ternary_quantize(
     }
     let (weight, scale, threshold) = (dense(weight), dense(scale), dense(threshold));
     let (weight, scale, threshold) = (values(&weight), values(&scale), values(&threshold));
-    let mut output = kernels::zeros(&POOL, weight.len());
+    let mut output = Room::new(weight.len());
     kernels::ternary_quantize(&POOL, weight, [n, channels], scale, threshold, &mut output);
-    tensor(output, shape)
+    filled(output, shape)
 }
 
 pub(super) fn mean_abs(weight: FlexTensor) -> FlexTensor {
@@ -157,13 +157,13 @@ pub(super) fn absmax_quantize(input: FlexTensor, levels: f32, scale: RowScale) -
     let d = shape[shape.num_dims() - 1];
     let input = dense(input);
     let input = values(&input);
-    let mut output = kernels::zeros(&POOL, input.len());
+    let mut output = Room::new(input.len());
     let scale = |max: f32| match scale {
         RowScale::F32 => max / levels,
         RowScale::F16 => to_f16(max / levels),
     };
     kernels::absmax_quantize(&POOL, input, d, levels, ABSMAX_MIN, scale, &mut output);
-    tensor(output, shape)
+    filled(output, shape)
 }
 
 /// The nearest normal f16.

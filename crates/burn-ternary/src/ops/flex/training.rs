@@ -1,16 +1,19 @@
 //! The ops of a training step, by the kernels of `ternary-kernels`.
 
-use super::{POOL, dense, is_f32, tensor, values};
-use crate::ops::{AdamWStep, Heads, MuonStep, activation, attention, linear, loss, norm, optimizer};
+use super::{
+    POOL, dense, is_f32,
+    memory::{bytes, filled},
+    tensor, values,
+};
+use crate::ops::{AdamWStep, Factors, Heads, MuonStep, activation, attention, linear, loss, norm, optimizer};
 use burn::backend::{Flex, ops::FloatTensorOps};
-use burn::tensor::{Bytes, DType, Shape};
-use burn_flex::{FlexTensor, Layout};
+use burn::tensor::{DType, Shape};
+use burn_flex::FlexTensor;
 use std::sync::{LazyLock, Mutex, PoisonError};
-use ternary_kernels::training as kernels;
+use ternary_kernels::{Room, training as kernels};
 
-/// Zeros, to be written over.
-fn room(like: &FlexTensor) -> Vec<f32> {
-    kernels::zeros(&POOL, like.layout().num_elements())
+fn room(like: &FlexTensor) -> Room {
+    Room::new(like.layout().num_elements())
 }
 
 fn shape(tensor: &FlexTensor) -> Shape {
@@ -34,7 +37,7 @@ pub(super) fn norm(
     let mut out = room(&input);
     let norm = kernels::Norm { weight: values(&weight), bias: bias.as_ref().map(values), epsilon };
     kernels::norm(&POOL, values(&input), norm, &mut out);
-    tensor(out, shape(&input))
+    filled(out, shape(&input))
 }
 
 pub(super) fn layer_norm_backward(
@@ -52,7 +55,7 @@ pub(super) fn layer_norm_backward(
     let norm = kernels::Norm { weight: values(&weight), bias: Some(values(&weight)), epsilon };
     let (dweight, dbias) = kernels::norm_backward(&POOL, values(&input), norm, values(&grad), &mut dx);
     let dbias = dbias.expect("a norm with a bias has its gradient");
-    (tensor(dx, shape(&input)), tensor(dweight, shape(&weight)), tensor(dbias, shape(&weight)))
+    (filled(dx, shape(&input)), tensor(dweight, shape(&weight)), tensor(dbias, shape(&weight)))
 }
 
 pub(super) fn rms_norm_backward(
@@ -68,7 +71,7 @@ pub(super) fn rms_norm_backward(
     let mut dx = room(&input);
     let norm = kernels::Norm { weight: values(&weight), bias: None, epsilon };
     let (dweight, _) = kernels::norm_backward(&POOL, values(&input), norm, values(&grad), &mut dx);
-    (tensor(dx, shape(&input)), tensor(dweight, shape(&weight)))
+    (filled(dx, shape(&input)), tensor(dweight, shape(&weight)))
 }
 
 pub(super) fn gelu(input: FlexTensor) -> FlexTensor {
@@ -78,7 +81,7 @@ pub(super) fn gelu(input: FlexTensor) -> FlexTensor {
     let input = dense(input);
     let mut out = room(&input);
     kernels::gelu(&POOL, values(&input), &mut out);
-    tensor(out, shape(&input))
+    filled(out, shape(&input))
 }
 
 pub(super) fn gelu_backward(input: FlexTensor, grad: FlexTensor) -> FlexTensor {
@@ -88,7 +91,7 @@ pub(super) fn gelu_backward(input: FlexTensor, grad: FlexTensor) -> FlexTensor {
     let (input, grad) = (dense(input), dense(grad));
     let mut dx = room(&input);
     kernels::gelu_backward(&POOL, values(&input), values(&grad), &mut dx);
-    tensor(dx, shape(&input))
+    filled(dx, shape(&input))
 }
 
 pub(super) fn silu_mul(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
@@ -98,7 +101,7 @@ pub(super) fn silu_mul(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
     let (gate, up) = (dense(gate), dense(up));
     let mut out = room(&gate);
     kernels::silu_mul(&POOL, values(&gate), values(&up), &mut out);
-    tensor(out, shape(&gate))
+    filled(out, shape(&gate))
 }
 
 pub(super) fn silu_mul_backward(
@@ -112,7 +115,7 @@ pub(super) fn silu_mul_backward(
     let (gate, up, grad) = (dense(gate), dense(up), dense(grad));
     let (mut dgate, mut dup) = (room(&gate), room(&up));
     kernels::silu_mul_backward(&POOL, values(&gate), values(&up), values(&grad), &mut dgate, &mut dup);
-    (tensor(dgate, shape(&gate)), tensor(dup, shape(&up)))
+    (filled(dgate, shape(&gate)), filled(dup, shape(&up)))
 }
 
 fn attention_shape(query: &FlexTensor, heads: Heads) -> kernels::Attention {
@@ -144,7 +147,7 @@ pub(super) fn causal_attention(
     let inputs = [values(&query), values(&key), values(&value)];
     kernels::attention(&POOL, of, inputs, &mut out, &mut log_partition);
     let rows = Shape::new([of.batch, of.heads, of.seq, 1]);
-    (tensor(out, shape(&query)), tensor(log_partition, rows))
+    (filled(out, shape(&query)), tensor(log_partition, rows))
 }
 
 pub(super) fn causal_attention_backward(
@@ -168,7 +171,7 @@ pub(super) fn causal_attention_backward(
         values(&grad),
         [&mut dquery, &mut dkey, &mut dvalue],
     );
-    (tensor(dquery, shape(&query)), tensor(dkey, shape(&key)), tensor(dvalue, shape(&value)))
+    (filled(dquery, shape(&query)), filled(dkey, shape(&key)), filled(dvalue, shape(&value)))
 }
 
 /// Token ids, of whichever integer type.
@@ -217,7 +220,7 @@ pub(super) fn log_likelihood_backward(
         &grads,
         &mut dlogits,
     );
-    tensor(dlogits, shape(&logits))
+    filled(dlogits, shape(&logits))
 }
 
 /// A dense matrix.
@@ -232,9 +235,9 @@ fn product(
     bias: Option<&[f32]>,
     [m, n]: [usize; 2],
 ) -> FlexTensor {
-    let mut out = kernels::zeros(&POOL, m * n);
+    let mut out = Room::new(m * n);
     kernels::float_product(&POOL, left, right, bias, &mut out);
-    tensor(out, Shape::new([m, n]))
+    filled(out, Shape::new([m, n]))
 }
 
 pub(super) fn float_linear(input: FlexTensor, weight: FlexTensor, bias: FlexTensor) -> FlexTensor {
@@ -280,19 +283,20 @@ pub(super) fn bias_gradient(grad: FlexTensor) -> FlexTensor {
     tensor(kernels::column_sums(&POOL, values(&grad), d_output), Shape::new([d_output]))
 }
 
-pub(super) fn project(hidden: FlexTensor, table: FlexTensor) -> FlexTensor {
+pub(super) fn project(hidden: FlexTensor, table: FlexTensor, factors: Factors) -> FlexTensor {
     if !is_f32(&[&hidden, &table]) {
         return linear::project_forward::<Flex>(hidden, table);
     }
     let (hidden, table) = (dense(hidden), dense(table));
     let ([tokens, _], [vocab, _]) = (shape(&hidden).dims::<2>(), shape(&table).dims::<2>());
-    product(view(&hidden), view(&table).transposed(), None, [tokens, vocab])
+    product_of(factors, view(&hidden), view(&table).transposed(), [tokens, vocab])
 }
 
 pub(super) fn project_backward(
     hidden: FlexTensor,
     table: FlexTensor,
     grad: FlexTensor,
+    factors: Factors,
 ) -> (FlexTensor, FlexTensor) {
     if !is_f32(&[&hidden, &table, &grad]) {
         return linear::project_backward::<Flex>(hidden, table, grad);
@@ -300,27 +304,46 @@ pub(super) fn project_backward(
     let (hidden, table, grad) = (dense(hidden), dense(table), dense(grad));
     let ([tokens, d], [vocab, _]) = (shape(&hidden).dims(), shape(&table).dims());
     (
-        product(view(&grad), view(&table), None, [tokens, d]),
-        product(view(&grad).transposed(), view(&hidden), None, [vocab, d]),
+        product_of(factors, view(&grad), view(&table), [tokens, d]),
+        product_of(factors, view(&grad).transposed(), view(&hidden), [vocab, d]),
     )
+}
+
+/// Room that heads use one after another.
+static FACTORS: LazyLock<Mutex<kernels::HalfFactors>> = LazyLock::new(Default::default);
+
+fn product_of(factors: Factors, left: kernels::View, right: kernels::View, [m, n]: [usize; 2]) -> FlexTensor {
+    if factors == Factors::Whole {
+        return product(left, right, None, [m, n]);
+    }
+    let mut out = Room::new(m * n);
+    let mut room = FACTORS.lock().unwrap_or_else(PoisonError::into_inner);
+    kernels::half_product(&POOL, &mut room, left, right, &mut out);
+    filled(out, Shape::new([m, n]))
 }
 
 /// Room that linear layers use one after another.
 static LINEAR: LazyLock<Mutex<kernels::TernaryLinear>> = LazyLock::new(Default::default);
 
-/// Codes and scales, as bytes: nothing but [`ternary_linear_backward`] looks into it.
-fn sealed(codes: Vec<i8>, scales: &[f32]) -> FlexTensor {
-    let mut bytes = codes;
-    bytes.extend_from_slice(bytemuck::cast_slice(scales));
-    let layout = Layout::contiguous(Shape::new([bytes.len()]));
-    FlexTensor::new(Bytes::from_elems(bytes), layout, DType::I8)
+/// Scales and codes, as bytes: nothing but [`ternary_linear_backward`] looks into it.
+fn sealed(room: Room, scales: usize, codes: usize) -> FlexTensor {
+    bytes(room, 4 * scales + codes)
 }
 
-/// The codes, and as many scales.
-fn unsealed(tensor: &FlexTensor, scales: usize) -> (&[i8], Vec<f32>) {
-    let bytes = tensor.storage::<i8>();
-    let (codes, rest) = bytes.split_at(bytes.len() - 4 * scales);
-    (codes, bytemuck::pod_collect_to_vec(rest))
+/// Room for so many scales and codes, and its parts.
+fn sealed_room(scales: usize, codes: usize) -> Room {
+    Room::new(scales + codes.div_ceil(4))
+}
+
+fn parts(room: &mut Room, scales: usize, codes: usize) -> (&mut [f32], &mut [i8]) {
+    let (scales, rest) = room.split_at_mut(scales);
+    (scales, &mut bytemuck::cast_slice_mut(rest)[..codes])
+}
+
+/// So many scales, and the codes.
+fn unsealed(tensor: &FlexTensor, scales: usize) -> (Vec<f32>, &[i8]) {
+    let (scales, codes) = tensor.storage::<i8>().split_at(4 * scales);
+    (bytemuck::pod_collect_to_vec(scales), codes)
 }
 
 pub(super) fn ternary_linear(
@@ -331,14 +354,19 @@ pub(super) fn ternary_linear(
     assert!(is_f32(&[&input, &weight, &bias]), "the int8 products have f32 factors");
     let (input, weight, bias) = (dense(input), dense(weight), dense(bias));
     let ([tokens, d_input], [_, d_output]) = (shape(&input).dims(), shape(&weight).dims());
-    let mut out = kernels::zeros(&POOL, tokens * d_output);
-    let bias = values(&bias);
+    let mut out = Room::new(tokens * d_output);
+    let (input_len, weight_len) = (kernels::Saved::input_len(tokens, d_input), d_input * d_output);
+    let (mut kept_input, mut kept_weight) =
+        (sealed_room(tokens, input_len), sealed_room(d_output, weight_len));
+    let (input_scales, input_codes) = parts(&mut kept_input, tokens, input_len);
+    let (weight_scales, weight_codes) = parts(&mut kept_weight, d_output, weight_len);
+    let saved = kernels::SavedMut { input: input_codes, input_scales, weight: weight_codes, weight_scales };
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
-    let saved = layer.forward(&POOL, values(&input), values(&weight), Some(bias), d_input, &mut out);
+    layer.forward(&POOL, values(&input), values(&weight), Some(values(&bias)), &mut out, saved);
     (
-        tensor(out, Shape::new([tokens, d_output])),
-        sealed(saved.input, &saved.input_scales),
-        sealed(saved.weight, &saved.weight_scales),
+        filled(out, Shape::new([tokens, d_output])),
+        sealed(kept_input, tokens, input_len),
+        sealed(kept_weight, d_output, weight_len),
     )
 }
 
@@ -349,17 +377,16 @@ pub(super) fn ternary_linear_backward(
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let grad = dense(grad);
     let [tokens, d_output] = shape(&grad).dims();
-    let (input, input_scales) = unsealed(&input, tokens);
-    let (weight, weight_scales) = unsealed(&weight, d_output);
+    let (input_scales, input) = unsealed(&input, tokens);
+    let (weight_scales, weight) = unsealed(&weight, d_output);
     let d_input = weight.len() / d_output;
     let saved = kernels::Saved { input, input_scales: &input_scales, weight, weight_scales: &weight_scales };
-    let (mut dx, mut dweight) =
-        (kernels::zeros(&POOL, tokens * d_input), kernels::zeros(&POOL, d_input * d_output));
+    let (mut dx, mut dweight) = (Room::new(tokens * d_input), Room::new(d_input * d_output));
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
     let dbias = layer.backward(&POOL, saved, values(&grad), &mut dx, &mut dweight);
     (
-        tensor(dx, Shape::new([tokens, d_input])),
-        tensor(dweight, Shape::new([d_input, d_output])),
+        filled(dx, Shape::new([tokens, d_input])),
+        filled(dweight, Shape::new([d_input, d_output])),
         tensor(dbias, Shape::new([d_output])),
     )
 }
@@ -367,12 +394,12 @@ pub(super) fn ternary_linear_backward(
 pub(super) fn ternary_linear_input_backward(weight: FlexTensor, grad: FlexTensor) -> FlexTensor {
     let grad = dense(grad);
     let [tokens, d_output] = shape(&grad).dims();
-    let (weight, scales) = unsealed(&weight, d_output);
+    let (scales, weight) = unsealed(&weight, d_output);
     let d_input = weight.len() / d_output;
-    let mut dx = kernels::zeros(&POOL, tokens * d_input);
+    let mut dx = Room::new(tokens * d_input);
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
     layer.input_backward(&POOL, weight, &scales, values(&grad), &mut dx);
-    tensor(dx, Shape::new([tokens, d_input]))
+    filled(dx, Shape::new([tokens, d_input]))
 }
 
 pub(super) fn adamw_step(
@@ -438,15 +465,17 @@ fn numbers(AdamWStep { lr, beta1, beta2, epsilon, keep, corrections }: AdamWStep
     kernels::AdamW { lr, beta1, beta2, epsilon, keep, corrections }
 }
 
-/// The same numbers, and no others, in the tensor's own memory: copied where somebody else holds them.
-fn owned(tensor: FlexTensor) -> FlexTensor {
+/// The same numbers, and no others, in memory of the tensor's own: copied where somebody else holds them too.
+fn owned(mut tensor: FlexTensor) -> FlexTensor {
     let whole = tensor.layout().start_offset() == 0
         && tensor.storage::<f32>().len() == tensor.layout().num_elements();
-    if whole && tensor.is_contiguous() {
-        tensor
-    } else {
-        super::tensor(values(&dense(tensor.clone())).to_vec(), shape(&tensor))
+    if whole && tensor.is_contiguous() && tensor.try_storage_mut::<f32>().is_some() {
+        return tensor;
     }
+    let tensor = dense(tensor);
+    let mut copy = room(&tensor);
+    kernels::copy(&POOL, values(&tensor), &mut copy);
+    filled(copy, shape(&tensor))
 }
 
 pub(super) fn square_sum(input: FlexTensor) -> FlexTensor {

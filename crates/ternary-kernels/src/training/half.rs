@@ -1,0 +1,214 @@
+//! Products of float matrices whose factors are rounded to bfloat16, by the CPU's unit for matrices.
+
+use super::{View, float_product};
+use crate::{
+    Isa, Pool,
+    pool::Disjoint,
+    simd::{Kernel, LANES, Line, Simd},
+};
+use half::bf16;
+
+/// Rows and columns of a result that are multiplied at once.
+pub(crate) const SIDE: usize = 2 * LANES;
+/// Numbers of a line.
+pub(crate) const WIDTH: usize = size_of::<Line>() / size_of::<bf16>();
+/// Rows of a task: their factors stay in the second-level cache.
+const ROWS: usize = 4 * SIDE;
+
+/// Room for rounded factors, to be used again and again: fresh memory costs more than they do.
+#[derive(Debug, Default)]
+pub struct HalfFactors {
+    rows: Vec<Line>,
+    columns: Vec<Line>,
+}
+
+/// `out = left right`, of factors rounded to bfloat16 and with sums in f32, where the CPU has a unit for such products and
+/// the shape is whole tiles of it; else [`float_product`] of the factors as they are.
+///
+/// # Shapes
+/// left `[m, k]`, right `[k, n]`, out `[m, n]`
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn half_product(pool: &Pool, room: &mut HalfFactors, left: View, right: View, out: &mut [f32]) {
+    let (m, k, n) = (left.row_count(), right.row_count(), right.transposed().row_count());
+    let whole = m.is_multiple_of(SIDE) && n.is_multiple_of(SIDE) && k.is_multiple_of(WIDTH);
+    if !(pool.isa().has_half_tiles() && whole) {
+        return float_product(pool, left, right, None, out);
+    }
+    assert!(left.transposed().row_count() == k && out.len() == m * n, "the factors' and the result's shapes");
+    let HalfFactors { rows, columns } = room;
+    rows.resize(m * k / WIDTH, Line([0; 64]));
+    pool.chunks(rows, LANES * k / WIDTH, |index, _, out| {
+        pool.isa().run(PackRows { left, first: index * LANES, out });
+    });
+    columns.resize(n * k / WIDTH, Line([0; 64]));
+    pool.chunks(columns, LANES * k / WIDTH, |index, _, out| {
+        pool.isa().run(PackColumns { right, first: index * LANES, out });
+    });
+    let out = Disjoint::new(out);
+    pool.run(m.div_ceil(ROWS), |index, _| {
+        let rows = (&rows[..], index * ROWS..m.min((index + 1) * ROWS));
+        pool.isa().run(Multiply { rows, columns, k, n, out: &out });
+    });
+}
+
+impl Isa {
+    /// Whether [`half_product`] rounds: the CPU has a unit for products of bfloat16.
+    pub fn has_half_tiles(self) -> bool {
+        struct Has;
+        impl Kernel for Has {
+            type Output = bool;
+
+            #[inline(always)]
+            fn run<S: Simd>(self, s: S) -> bool {
+                s.has_half_tiles()
+            }
+        }
+        self.run(Has)
+    }
+}
+
+/// Rows of the left factor: `[16, k]`, two bytes a number.
+struct PackRows<'a> {
+    left: View<'a>,
+    first: usize,
+    out: &'a mut [Line],
+}
+
+impl Kernel for PackRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Self { left, first, out } = self;
+        let lines = out.len() / LANES;
+        for line in 0..lines {
+            let mut block = [[0; WIDTH]; LANES];
+            left.gather(first, line * WIDTH, &mut block);
+            for (row, numbers) in block.iter().enumerate() {
+                out[row * lines + line] = bytes(numbers);
+            }
+        }
+    }
+}
+
+/// Columns of the right factor: `[k / 2, 16, 2]`.
+struct PackColumns<'a> {
+    right: View<'a>,
+    first: usize,
+    out: &'a mut [Line],
+}
+
+impl Kernel for PackColumns<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Self { right, first, out } = self;
+        for (step, lines) in out.chunks_mut(WIDTH / 2).enumerate() {
+            let mut block = [[0; WIDTH]; LANES];
+            right.transposed().gather(first, step * WIDTH, &mut block);
+            for (pair, line) in lines.iter_mut().enumerate() {
+                let mut numbers = [0; WIDTH];
+                for (column, two) in numbers.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                    *two = [block[column][2 * pair], block[column][2 * pair + 1]];
+                }
+                *line = bytes(&numbers);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn bytes(numbers: &[u16; WIDTH]) -> Line {
+    let mut line = Line([0; 64]);
+    for (to, number) in line.0.as_chunks_mut::<2>().0.iter_mut().zip(numbers) {
+        *to = number.to_ne_bytes();
+    }
+    line
+}
+
+/// The nearest bfloat16, ties to even; a NaN stays one.
+#[inline(always)]
+pub(super) fn rounded(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let nearest = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+    if x.is_nan() { 0x7fc0 } else { nearest }
+}
+
+struct Multiply<'a> {
+    /// Of all rows those of the task.
+    rows: (&'a [Line], std::ops::Range<usize>),
+    columns: &'a [Line],
+    k: usize,
+    n: usize,
+    out: &'a Disjoint<'a, f32>,
+}
+
+impl Kernel for Multiply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { rows: (rows, range), columns, k, n, out } = self;
+        let (stride, tile) = (k / WIDTH, LANES * k / WIDTH);
+        for (pair, columns) in columns.chunks(2 * tile).enumerate() {
+            let right = [&columns[..tile], &columns[tile..]];
+            for first in range.clone().step_by(SIDE) {
+                let rows = &rows[first * stride..][..SIDE * stride];
+                let mut sums = [[0.0; SIDE]; SIDE];
+                s.half_tiles([&rows[..tile], &rows[tile..]], right, &mut sums);
+                for (row, sums) in sums.iter().enumerate() {
+                    // SAFETY: each task has rows of its own.
+                    unsafe { out.slice((first + row) * n + pair * SIDE, SIDE) }.copy_from_slice(sums);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::training::tests::{assert_close, numbers, pools};
+
+    #[test]
+    fn factors_are_rounded_as_bfloat16() {
+        for x in numbers(10_000, 3.0, 1).into_iter().chain([0.0, -0.0, f32::INFINITY, f32::MAX, 1e-40]) {
+            assert_eq!(rounded(x), bf16::from_f32(x).to_bits(), "{x}");
+        }
+        assert!(bf16::from_bits(rounded(f32::from_bits(0x7f80_0001))).is_nan());
+    }
+
+    #[test]
+    fn products_are_those_of_rounded_factors() {
+        for (m, k, n) in [(32, 32, 32), (64, 96, 160), (160, 32, 64), (33, 32, 32), (32, 30, 31)] {
+            let (a, b) = (numbers(m * k, 1.0, 1), numbers(k * n, 1.0, 2));
+            let (a_t, b_t): (Vec<f32>, Vec<f32>) = (
+                (0..m * k).map(|i| a[i % m * k + i / m]).collect(),
+                (0..k * n).map(|i| b[i % k * n + i / k]).collect(),
+            );
+            let mut room = HalfFactors::default();
+            for pool in pools() {
+                let whole = m % SIDE == 0 && n % SIDE == 0 && k % WIDTH == 0;
+                let factor = |x: f32| match whole && pool.isa().has_half_tiles() {
+                    true => f64::from(bf16::from_f32(x).to_f32()),
+                    false => f64::from(x),
+                };
+                let exact = |i: usize| -> f64 {
+                    (0..k).map(|c| factor(a[i / n * k + c]) * factor(b[c * n + i % n])).sum()
+                };
+                for (left, right) in [
+                    (View::new(&a, m, k), View::new(&b, k, n)),
+                    (View::new(&a_t, k, m).transposed(), View::new(&b, k, n)),
+                    (View::new(&a, m, k), View::new(&b_t, n, k).transposed()),
+                ] {
+                    let mut out = vec![f32::NAN; m * n];
+                    half_product(&pool, &mut room, left, right, &mut out);
+                    assert_close("product", &out, (0..m * n).map(exact), 2e-6);
+                }
+            }
+        }
+    }
+}
