@@ -37,35 +37,39 @@ impl Kernel for Dots<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Self::Output {
         // As many sums as products have: fewer would wait for each other.
-        if S::TOKENS >= 8 { self.sums::<S, 16>(s) } else { self.sums::<S, 4>(s) }
+        if S::TOKENS >= 8 { self.sums::<S, 4>(s) } else { self.sums::<S, 1>(s) }
     }
 }
 
+/// Tokens of the measuring loop.
+const TOKENS: usize = 4;
+
 impl Dots<'_> {
     #[inline(always)]
-    fn sums<S: Simd, const SUMS: usize>(self, s: S) -> (usize, f32) {
-        let mut x = [s.splat(0); 4];
-        for (i, x) in x.iter_mut().enumerate() {
-            *x = s.splat(black_box(i as i32));
+    fn sums<S: Simd, const TILES: usize>(self, s: S) -> (usize, f32) {
+        let mut x = [s.splat(0); TOKENS];
+        for (t, x) in x.iter_mut().enumerate() {
+            *x = s.splat(black_box(t as i32));
         }
-        let mut total = [s.splat(0); SUMS];
+        let mut total = [[s.splat(0); TOKENS]; TILES];
         for _ in 0..self.rounds {
-            let mut acc = [s.splat(0); SUMS];
-            for lines in black_box(self.lines).as_chunks::<4>().0 {
-                let mut w = [s.splat(0); 4];
-                for (w, line) in w.iter_mut().zip(lines) {
-                    *w = s.load(line);
-                }
-                for i in 0..16 {
-                    acc[i % SUMS] = s.dot(acc[i % SUMS], w[i / 4 % 4], x[i % 4]);
+            let mut acc = [[s.splat(0); TOKENS]; TILES];
+            for lines in black_box(self.lines).as_chunks::<TILES>().0 {
+                for r in 0..TILES {
+                    let w = s.load(&lines[r]);
+                    for t in 0..TOKENS {
+                        acc[r][t] = s.dot(acc[r][t], w, x[t]);
+                    }
                 }
             }
-            for (total, acc) in total.iter_mut().zip(acc) {
-                *total = s.add(*total, s.widen(acc));
+            for r in 0..TILES {
+                for t in 0..TOKENS {
+                    total[r][t] = s.add(total[r][t], s.widen(acc[r][t]));
+                }
             }
         }
-        let sum = total.into_iter().fold(s.splat(0), |a, b| s.add(a, b));
-        (self.rounds * self.lines.len() * 4, s.sum_lanes(s.to_float(sum)))
+        let sum = total.into_iter().flatten().fold(s.splat(0), |a, b| s.add(a, b));
+        (self.rounds * self.lines.len() * TOKENS, s.sum_lanes(s.to_float(sum)))
     }
 }
 
