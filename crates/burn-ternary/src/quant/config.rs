@@ -80,7 +80,7 @@ pub enum Products {
     /// In the model's float type, on fake quantized factors.
     Float,
     /// In int8: the forward pass as an engine computes it, gradients with the factor that comes from behind rounded to
-    /// int8. Those of a float head have bfloat16 factors on CPUs with AMX, and the model's float type elsewhere.
+    /// int8. Those of the head have bfloat16 factors on CPUs with AMX, and the model's float type elsewhere.
     Int8,
 }
 
