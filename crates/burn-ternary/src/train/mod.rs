@@ -7,6 +7,7 @@ pub mod command;
 pub mod distill;
 mod error;
 pub mod experiment;
+mod gradients;
 pub mod loss;
 pub mod metrics;
 mod muon;

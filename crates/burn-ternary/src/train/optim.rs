@@ -1,16 +1,14 @@
-//! The optimizers of a run, by parameter group, and what is done to gradients before them.
+//! The optimizers of a run, by parameter group.
 
 use burn::{
-    Tensor,
     lr_scheduler::module_lr_scheduler::ModuleLrScheduler,
-    module::{Module, ModuleVisitor, Param, ParamGroup},
-    optim::{GradientsAccumulator, GradientsParams, LearningRate, ModuleOptimizer},
+    module::ParamGroup,
+    optim::{LearningRate, ModuleOptimizer},
 };
 
 use super::adamw::AdamW;
 use super::muon::Muon;
 use super::schedule::{PeakSchedule, Schedule};
-use crate::ops::square_sum;
 use crate::quant::Dial;
 use serde::{Deserialize, Serialize};
 
@@ -116,86 +114,17 @@ impl Decay {
     }
 }
 
-/// Scale the gradients of `module` so that their global L2 norm is at most `max_norm`; 0: leave them as they are.
-/// Gives the norm before.
-///
-/// The norm is over all parameters together, `sqrt(sum g^2)`; each is summed on the device in its own type, and all
-/// sums are read by the host at once and added in f64. A norm that is not finite (a NaN or an infinity
-/// among the gradients, or squares beyond f32, that is a norm above 1.8e19) is returned with the gradients unchanged.
-pub fn clip_global_norm<M: Module>(
-    grads: GradientsParams,
-    module: &M,
-    max_norm: f64,
-) -> (GradientsParams, f64) {
-    let mut squares = SquareSum { from: grads, into: GradientsParams::new(), sums: Vec::new() };
-    module.visit(&mut squares);
-    let SquareSum { into: grads, sums, .. } = squares;
-    if sums.is_empty() {
-        return (grads, 0.0);
-    }
-    let norm = Tensor::cat(sums, 0).into_data().iter::<f64>().sum::<f64>().sqrt();
-    if max_norm <= 0.0 || !norm.is_finite() || norm <= max_norm {
-        return (grads, norm);
-    }
-    let mut scale = Scale { from: grads, into: GradientsParams::new(), factor: max_norm / norm };
-    module.visit(&mut scale);
-    (scale.into, norm)
-}
-
-/// Sums the squares of each gradient; moves the gradients, so that a parameter that a module holds twice counts once.
-struct SquareSum {
-    from: GradientsParams,
-    into: GradientsParams,
-    sums: Vec<Tensor<1>>,
-}
-
-impl ModuleVisitor for SquareSum {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(grad) = self.from.remove::<D>(param.id) {
-            self.sums.push(square_sum(grad.clone()));
-            self.into.register(param.id, grad);
-        }
-    }
-}
-
-/// Multiplies each gradient by `factor`, once.
-struct Scale {
-    from: GradientsParams,
-    into: GradientsParams,
-    factor: f64,
-}
-
-impl ModuleVisitor for Scale {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(grad) = self.from.remove::<D>(param.id) {
-            self.into.register(param.id, grad.mul_scalar(self.factor));
-        }
-    }
-}
-
-/// Add `grads` to `total`, parameter by parameter. Where each micro-batch's loss carries its share of
-/// the tokens as weight, the sum is the gradient of the mean over all tokens.
-pub fn accumulate<M: Module>(
-    total: Option<GradientsParams>,
-    grads: GradientsParams,
-    module: &M,
-) -> GradientsParams {
-    let Some(total) = total else { return grads };
-    let mut sum = GradientsAccumulator::new();
-    sum.accumulate(module, total);
-    sum.accumulate(module, grads);
-    sum.grads()
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use crate::train::gradients::clip_global_norm;
     use crate::train::schedule::{ScheduleConfig, Shape};
     use burn::{
+        Tensor,
         lr_scheduler::module_lr_scheduler::ModuleLearningRate,
-        module::{ParamId, Reparameterization, Reparameterizer},
-        nn::{Linear, LinearConfig},
-        optim::OptimizerRecord,
+        module::{Module, Param, ParamId, Reparameterization, Reparameterizer},
+        nn::Linear,
+        optim::{GradientsParams, OptimizerRecord},
         tensor::{Device, TensorData},
     };
     use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -205,14 +134,14 @@ mod tests {
     const MUON_LR: f64 = 0.05;
 
     #[derive(Module, Debug)]
-    struct Net {
+    pub(in crate::train) struct Net {
         embedding: Param<Tensor<2>>,
         wide: Linear,
         tall: Linear,
     }
 
     impl Net {
-        fn new(rng: &mut StdRng) -> Self {
+        pub(in crate::train) fn new(rng: &mut StdRng) -> Self {
             let device = Device::default().autodiff();
             let linear = |rng: &mut StdRng, d_in, d_out| Linear {
                 weight: Param::from_data(random(rng, &[d_in, d_out]), &device),
@@ -234,7 +163,7 @@ mod tests {
         }
 
         /// Embedding, weights and biases, in this order.
-        fn values(&self) -> [Vec<f32>; 5] {
+        pub(in crate::train) fn values(&self) -> [Vec<f32>; 5] {
             [
                 floats(self.embedding.val()),
                 floats(self.wide.weight.val()),
@@ -245,7 +174,10 @@ mod tests {
         }
 
         /// Gradients by the given function of the shape, in the order of `values`.
-        fn grads(&self, mut grad: impl FnMut(&[usize]) -> TensorData) -> GradientsParams {
+        pub(in crate::train) fn grads(
+            &self,
+            mut grad: impl FnMut(&[usize]) -> TensorData,
+        ) -> GradientsParams {
             let mut grads = GradientsParams::new();
             put(&mut grads, &self.embedding, &mut grad);
             put(&mut grads, &self.wide.weight, &mut grad);
@@ -255,7 +187,7 @@ mod tests {
             grads
         }
 
-        fn grad_values(&self, grads: &GradientsParams) -> [Vec<f32>; 5] {
+        pub(in crate::train) fn grad_values(&self, grads: &GradientsParams) -> [Vec<f32>; 5] {
             let bias = |linear: &Linear| floats(grads.get::<1>(linear.bias.as_ref().unwrap().id).unwrap());
             [
                 floats(grads.get::<2>(self.embedding.id).unwrap()),
@@ -277,18 +209,18 @@ mod tests {
     }
 
     /// A generator with a new seed each run, which a failing test prints.
-    fn rng() -> StdRng {
+    pub(in crate::train) fn rng() -> StdRng {
         let seed = rand::random();
         println!("seed {seed}");
         StdRng::seed_from_u64(seed)
     }
 
-    fn random(rng: &mut StdRng, shape: &[usize]) -> TensorData {
+    pub(in crate::train) fn random(rng: &mut StdRng, shape: &[usize]) -> TensorData {
         let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.sample(StandardNormal)).collect();
         TensorData::new(values, shape.to_vec())
     }
 
-    fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    pub(in crate::train) fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
         tensor.into_data().try_to_vec().unwrap()
     }
 
@@ -331,7 +263,7 @@ mod tests {
         (optimizer, config.lr_scheduler(net.matrices(), &constant, 0).step(), dial)
     }
 
-    fn assert_close(name: &str, found: &[f32], expected: &[f64], tolerance: f64) {
+    pub(in crate::train) fn assert_close(name: &str, found: &[f32], expected: &[f64], tolerance: f64) {
         assert_eq!(found.len(), expected.len());
         for (i, (&a, b)) in found.iter().zip(expected).enumerate() {
             let error = (f64::from(a) - b).abs();
@@ -576,84 +508,6 @@ mod tests {
         }
     }
 
-    #[test]
-    fn clipping_scales_all_gradients_by_the_global_norm() {
-        let rng = &mut rng();
-        let net = Net::new(rng);
-        let draws: Vec<TensorData> =
-            [&[7, 4][..], &[4, 10], &[10, 4], &[10], &[4]].map(|shape| random(rng, shape)).to_vec();
-        let make = || {
-            let mut draws = draws.iter().cloned();
-            net.grads(|_| draws.next().unwrap())
-        };
-        let before = net.grad_values(&make());
-        let exact = before.iter().flatten().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
-
-        let (clipped, norm) = clip_global_norm(make(), &net, exact / 3.0);
-        assert!((norm / exact - 1.0).abs() < 1e-6, "{norm} instead of {exact}");
-        for (found, before) in net.grad_values(&clipped).iter().zip(&before) {
-            let expected: Vec<f64> = before.iter().map(|&g| f64::from(g) / 3.0).collect();
-            assert_close("gradients", found, &expected, 1e-6);
-        }
-        for max_norm in [0.0, exact * 1.01] {
-            let (kept, norm) = clip_global_norm(make(), &net, max_norm);
-            assert!((norm / exact - 1.0).abs() < 1e-6);
-            assert_eq!(net.grad_values(&kept), before);
-        }
-        let (none, norm) = clip_global_norm(GradientsParams::new(), &net, 1.0);
-        assert!(none.is_empty() && norm == 0.0);
-    }
-
-    #[test]
-    fn the_norm_of_a_large_matrix_is_exact() {
-        let rng = &mut rng();
-        let linear = LinearConfig::new(700, 900).with_bias(false).init(&Device::default());
-        let data = random(rng, &[700, 900]);
-        let exact = data.iter::<f64>().map(|g| g * g).sum::<f64>().sqrt();
-        let mut grads = GradientsParams::new();
-        grads.register(linear.weight.id, Tensor::<2>::from_data(data, &Device::default()));
-        let (_, norm) = clip_global_norm(grads, &linear, 0.0);
-        assert!((norm / exact - 1.0).abs() < 1e-6, "{norm} instead of {exact}");
-    }
-
-    #[test]
-    fn gradients_without_a_finite_norm_are_left_alone() {
-        let rng = &mut rng();
-        let net = Net::new(rng);
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30] {
-            let grads = net.grads(|shape| {
-                let mut data: Vec<f32> = random(rng, shape).try_to_vec().unwrap();
-                data[0] = bad;
-                TensorData::new(data, shape.to_vec())
-            });
-            let bits = |grads: &GradientsParams| {
-                net.grad_values(grads).map(|v| v.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
-            };
-            let before = bits(&grads);
-            let (after, norm) = clip_global_norm(grads, &net, 1.0);
-            assert!(!norm.is_finite(), "{bad}: {norm}");
-            assert_eq!(bits(&after), before);
-        }
-    }
-
-    #[test]
-    fn a_parameter_held_twice_is_clipped_once() {
-        #[derive(Module, Debug)]
-        struct Twice {
-            first: Param<Tensor<1>>,
-            second: Param<Tensor<1>>,
-        }
-        let shared = Param::from_data([0.0f32, 0.0], &Device::default());
-        let twice = Twice { first: shared.clone(), second: shared };
-        let mut grads = GradientsParams::new();
-        let grad = Tensor::<1>::from_data([3.0f32, 4.0], &Device::default());
-        grads.register(twice.first.id, grad);
-        let (grads, norm) = clip_global_norm(grads, &twice, 1.0);
-        assert_eq!(norm, 5.0);
-        let clipped = floats(grads.get::<1>(twice.first.id).unwrap());
-        assert_close("gradient", &clipped, &[0.6, 0.8], 1e-7);
-    }
-
     #[derive(Module, Debug)]
     struct Gain {
         gain: Param<Tensor<1>>,
@@ -710,23 +564,5 @@ mod tests {
         let mut optimizer = config.init(matrices, ParamGroup::from_ids(vec![]), Dial::default());
         let linear = optimizer.step(LR, linear, grads);
         assert_close("gain", &gain(&linear), &[2.0 - LR], 1e-5);
-    }
-
-    #[test]
-    fn accumulated_gradients_are_the_sum() {
-        let rng = &mut rng();
-        let net = Net::new(rng);
-        let mut total = None;
-        let mut expected: [Vec<f64>; 5] = net.values().map(|values| vec![0.0; values.len()]);
-        for _ in 0..3 {
-            let grads = net.grads(|shape| random(rng, shape));
-            for (sum, grad) in expected.iter_mut().zip(net.grad_values(&grads)) {
-                sum.iter_mut().zip(grad).for_each(|(sum, g)| *sum += f64::from(g));
-            }
-            total = Some(accumulate(total, grads, &net));
-        }
-        for (found, expected) in net.grad_values(&total.unwrap()).iter().zip(&expected) {
-            assert_close("sum", found, expected, 1e-5);
-        }
     }
 }

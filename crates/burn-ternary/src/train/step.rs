@@ -2,9 +2,10 @@
 
 use super::checkpoint::Loaded;
 use super::distill::Teacher;
+use super::gradients::{accumulate, clip_global_norm};
 use super::loss::language_model_loss;
 use super::metrics::{LmItem, StepReport};
-use super::optim::{OptimConfig, accumulate, clip_global_norm};
+use super::optim::OptimConfig;
 use super::schedule::{Schedule, ScheduleConfig};
 use super::{TrainError, TrainState};
 use crate::data::LmBatch;
