@@ -128,14 +128,27 @@ pub(crate) trait Form: Sync {
         tokens: Range<usize>,
         finish: &impl Finish,
     ) {
-        for tile in tile..tile + R {
-            by_tokens!(S, tokens.clone(), |token, T| {
-                let sums = self.integer::<S, T>(s, tile, x, token);
-                for t in 0..T {
-                    finish.finish(s, tile, token + t, sums[t]);
-                }
-            });
-        }
+        integer_in_registers(self, s, tile..tile + R, x, tokens, finish);
+    }
+}
+
+/// `integer` for as many tokens at a time as the registers hold.
+#[inline(always)]
+pub(crate) fn integer_in_registers<S: Simd, F: Form + ?Sized>(
+    form: &F,
+    s: S,
+    tiles: Range<usize>,
+    x: &Quantized,
+    tokens: Range<usize>,
+    finish: &impl Finish,
+) {
+    for tile in tiles {
+        by_tokens!(S, tokens.clone(), |token, T| {
+            let sums = form.integer::<S, T>(s, tile, x, token);
+            for t in 0..T {
+                finish.finish(s, tile, token + t, sums[t]);
+            }
+        });
     }
 }
 

@@ -4,7 +4,8 @@ use crate::{
     Arena, Input, Quantized,
     arena::Block,
     matrix::{
-        Finish, Form, TOKENS, by_tokens, four, group_blocks, tiles, token_codes, token_floats, token_sums,
+        Finish, Form, TOKENS, by_tokens, four, group_blocks, integer_in_registers, tiles, token_codes,
+        token_floats, token_sums,
     },
     simd::{LANES, Line, Simd},
 };
@@ -316,14 +317,7 @@ impl Form for TernaryMatrix {
         if tokens.len() > FEW {
             return self.panels::<S, R>(s, tile, x, tokens, finish);
         }
-        for tile in tile..tile + R {
-            by_tokens!(S, tokens.clone(), |token, T| {
-                let sums = self.integer::<S, T>(s, tile, x, token);
-                for t in 0..T {
-                    finish.finish(s, tile, token + t, sums[t]);
-                }
-            });
-        }
+        integer_in_registers(self, s, tile..tile + R, x, tokens, finish);
     }
 
     #[inline(always)]
