@@ -9,8 +9,8 @@ use burn_ternary::device;
 use burn_ternary::nn::{DuckQuantized, Family};
 use burn_ternary::ops::{
     AdamWStep, Factors, Heads, RowScale, StraightThrough, absmax_quantize, adamw, causal_attention,
-    float_linear, gelu, kth_magnitude, layer_norm, log_likelihood, mean_abs, project, rms_norm, round_scale,
-    silu_mul, square_sum, ternary_codes, ternary_linear, ternary_quantize,
+    divergences, float_linear, gelu, kth_magnitude, layer_norm, log_likelihood, mean_abs, project, rms_norm,
+    round_scale, silu_mul, square_sum, ternary_codes, ternary_linear, ternary_quantize,
 };
 use burn_ternary::quant::{
     ActivationPrecision, Dials, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity,
@@ -503,6 +503,13 @@ fn training_ops(device: &Device) -> Vec<(String, Vec<Vec<f32>>)> {
             }),
         );
         let targets: Vec<i32> = (0..rows).map(|row| (row * 31 % d) as i32).collect();
+        add(
+            "divergences",
+            with_gradients(rng, [x.clone()], device, |[x]| {
+                let student = x.reshape([rows, d]);
+                divergences(student.clone().neg().detach(), student, 1.5)
+            }),
+        );
         add(
             "log_likelihood",
             with_gradients(rng, [x], device, |[x]| {

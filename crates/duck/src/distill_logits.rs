@@ -1,7 +1,7 @@
 //! `duck distill-logits`: what a teacher thinks of a training text, written down once for many runs.
 
 use crate::{Error, terminal};
-use burn_ternary::train::{RECORDING, TrainCommand, distill::record_teacher};
+use burn_ternary::train::{ExperimentArgs, RECORDING, distill::record_teacher};
 use std::path::PathBuf;
 use toml::Value;
 
@@ -30,16 +30,16 @@ pub struct Command {
     #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
     #[command(flatten)]
-    train: TrainCommand,
+    of: ExperimentArgs,
 }
 
 impl Command {
     pub fn run(mut self) -> Result<(), Error> {
         if let Some(teacher) = &self.teacher {
             let path = Value::from(teacher.display().to_string());
-            self.train.set.push(format!("distill.teacher={path}"));
+            self.of.set.push(format!("distill.teacher={path}"));
         }
-        let experiment = self.train.experiment()?;
+        let experiment = self.of.experiment()?;
         let path = self.to.unwrap_or_else(|| experiment.run_dir().join(RECORDING));
         let mut progress = None;
         record_teacher(experiment, self.top as usize, &path, |done, total| {

@@ -17,7 +17,8 @@ pub fn log_likelihood(logits: Tensor<2>, targets: Tensor<2, Int>) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::log_likelihood(logits.into_dispatch(), targets.into_dispatch()))
 }
 
-fn log_partition<B: Backend>(logits: FloatTensor<B>) -> FloatTensor<B> {
+/// `log sum exp(logits)` of each row.
+pub(super) fn log_partition<B: Backend>(logits: FloatTensor<B>) -> FloatTensor<B> {
     let max = B::float_max_dim(logits.clone(), 1);
     let powers = B::float_exp(B::float_sub(logits, max.clone()));
     B::float_add(B::float_log(B::float_sum_dim(powers, 1)), max)

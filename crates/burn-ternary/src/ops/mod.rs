@@ -11,6 +11,7 @@
 mod absmax;
 mod activation;
 mod attention;
+mod divergence;
 #[cfg(feature = "flex")]
 mod flex;
 mod identity;
@@ -25,6 +26,7 @@ mod ternary;
 pub use absmax::{RowScale, absmax_quantize, absmax_scales};
 pub use activation::{gelu, silu_mul};
 pub use attention::{Heads, causal_attention};
+pub use divergence::divergences;
 pub use linear::{Factors, float_linear, project, ternary_linear};
 pub use loss::log_likelihood;
 pub use norm::{layer_norm, rms_norm};
@@ -203,6 +205,28 @@ pub trait TernaryBackend: Backend {
         grad: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         loss::backward::<Self>(logits, targets, output, grad)
+    }
+
+    /// See [`divergences`]; and two columns more, which the backward pass needs.
+    #[fusion(default)]
+    fn divergences(
+        teacher: FloatTensor<Self>,
+        student: FloatTensor<Self>,
+        temperature: f32,
+    ) -> FloatTensor<Self> {
+        divergence::forward::<Self>(teacher, student, temperature)
+    }
+
+    /// The gradient of the student's logits.
+    #[fusion(default)]
+    fn divergences_backward(
+        teacher: FloatTensor<Self>,
+        student: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        temperature: f32,
+    ) -> FloatTensor<Self> {
+        divergence::backward::<Self>(teacher, student, output, grad, temperature)
     }
 
     /// See [`float_linear`].
@@ -387,6 +411,14 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
 
     fn log_likelihood(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         loss::track::<B, C>(logits, targets)
+    }
+
+    fn divergences(
+        teacher: FloatTensor<Self>,
+        student: FloatTensor<Self>,
+        temperature: f32,
+    ) -> FloatTensor<Self> {
+        divergence::track::<B, C>(Self::inner(teacher), student, temperature)
     }
 
     fn float_linear(

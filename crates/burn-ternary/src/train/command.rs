@@ -27,12 +27,9 @@ Examples:
 
 Exit codes: 2 usage or experiment, 3 data, 4 device or memory, 5 disk, 6 diverged, 1 anything else.";
 
-/// Train a language model with ternary weights.
-///
-/// A run leaves its metrics, checkpoints and result in OUT_DIR/NAME-SEED.
-#[derive(Clone, Debug, Default, clap::Parser)]
-#[command(after_help = EXAMPLES)]
-pub struct TrainCommand {
+/// Which experiment: a file, and what overrides it.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct ExperimentArgs {
     /// Experiment file; without it, the small default experiment
     pub experiment: Option<PathBuf>,
     /// Train on this .txt or .jsonl file, or folder of them; a share is held out for validation (repeatable)
@@ -41,6 +38,31 @@ pub struct TrainCommand {
     /// byte, char, bpe (trained on the texts), or the path of a tokenizer.json or a model
     #[arg(long)]
     pub tokenizer: Option<String>,
+    /// auto, flex, ndarray, wgpu, tch or cuda, of those that were compiled in
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Seed of weights, data order and dropout; part of the run folder's name
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Folder in which run folders are made
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<String>,
+    /// Override any other key, after the flags above (repeatable); the value is TOML, a bare word is a string
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Overrides that come before all flags, for commands that are built on this one.
+    #[arg(skip)]
+    pub first: Vec<String>,
+}
+
+/// Train a language model with ternary weights.
+///
+/// A run leaves its metrics, checkpoints and result in OUT_DIR/NAME-SEED.
+#[derive(Clone, Debug, Default, clap::Parser)]
+#[command(after_help = EXAMPLES)]
+pub struct TrainCommand {
+    #[command(flatten)]
+    pub of: ExperimentArgs,
     /// Train for so many passes over the training text; fractions are fine
     #[arg(long, value_name = "N", conflicts_with = "steps", value_parser = epochs)]
     pub epochs: Option<f64>,
@@ -53,30 +75,15 @@ pub struct TrainCommand {
     /// Peak learning rate of AdamW (that of Muon: --set optim.muon_lr=...)
     #[arg(long, allow_negative_numbers = true)]
     pub lr: Option<f64>,
-    /// auto, flex, ndarray, wgpu, tch or cuda, of those that were compiled in
-    #[arg(long)]
-    pub device: Option<String>,
-    /// Seed of weights, data order and dropout; part of the run folder's name
-    #[arg(long)]
-    pub seed: Option<u64>,
     /// Continue the run folder from its last good checkpoint
     #[arg(long, conflicts_with = "overwrite")]
     pub resume: bool,
     /// Start anew in an existing run folder; the old one is moved to FOLDER.old-N, never deleted
     #[arg(long)]
     pub overwrite: bool,
-    /// Folder in which run folders are made
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<String>,
-    /// Override any other key, after the flags above (repeatable); the value is TOML, a bare word is a string
-    #[arg(long, value_name = "SECTION.KEY=VALUE")]
-    pub set: Vec<String>,
     /// Print nothing but warnings, errors and the summary
     #[arg(long)]
     pub quiet: bool,
-    /// Overrides that come before all flags, for commands that are built on this one.
-    #[arg(skip)]
-    pub first: Vec<String>,
 }
 
 fn epochs(text: &str) -> Result<f64, String> {
@@ -86,19 +93,34 @@ fn epochs(text: &str) -> Result<f64, String> {
     }
 }
 
-impl TrainCommand {
-    /// The experiment that this command line describes, validated. `epochs` is not in it: steps an epoch are known
-    /// once the texts are tokens.
+impl ExperimentArgs {
+    /// The experiment that these arguments describe, validated.
     ///
     /// # Errors
     /// [`TrainError::Experiment`] when the file or an override is not what it has to be.
     pub fn experiment(&self) -> Result<Experiment, TrainError> {
+        self.overridden(vec![])
+    }
+
+    /// With what further flags assign: `first`, all flags, then `set`.
+    fn overridden(&self, flags: Vec<(&str, Option<String>)>) -> Result<Experiment, TrainError> {
         let (text, origin) = match &self.experiment {
             Some(path) => experiment::read(path)?,
             None => (DEFAULT.into(), "the default experiment".into()),
         };
+        let texts = (!self.data.is_empty()).then(|| Value::from(self.data.clone()).to_string());
+        let own = [
+            ("data.valid", texts.as_ref().map(|_| "[]".into())),
+            ("data.train", texts),
+            ("data.tokenizer", assigned(&self.tokenizer)),
+            ("run.device", assigned(&self.device)),
+            ("run.seed", self.seed.map(|n| n.to_string())),
+            ("run.out_dir", assigned(&self.out)),
+        ];
+        let flags = own.into_iter().chain(flags).filter_map(|(key, value)| Some(format!("{key}={}", value?)));
+        let overrides: Vec<String> =
+            self.first.iter().cloned().chain(flags).chain(self.set.iter().cloned()).collect();
         let mut experiment = Experiment::parse(&text, &origin)?;
-        let overrides = self.overrides();
         for assignment in &overrides {
             experiment.set(assignment)?;
         }
@@ -107,6 +129,26 @@ impl TrainCommand {
             false => format!("{origin}, overridden by {}", overrides.join(" ")),
         })?;
         Ok(experiment)
+    }
+}
+
+/// A flag's value as TOML.
+fn assigned<T: Clone + Into<Value>>(flag: &Option<T>) -> Option<String> {
+    flag.clone().map(|value| value.into().to_string())
+}
+
+impl TrainCommand {
+    /// The experiment that this command line describes, validated. `epochs` is not in it: steps an epoch are known
+    /// once the texts are tokens.
+    ///
+    /// # Errors
+    /// [`TrainError::Experiment`] when the file or an override is not what it has to be.
+    pub fn experiment(&self) -> Result<Experiment, TrainError> {
+        self.of.overridden(vec![
+            ("run.steps", self.steps.map(|n| n.to_string())),
+            ("run.batch_size", self.batch_size.map(|n| n.to_string())),
+            ("optim.lr", assigned(&self.lr)),
+        ])
     }
 
     /// Does what the command line says: claims the run folder and runs the experiment.
@@ -117,27 +159,6 @@ impl TrainCommand {
         let experiment = self.experiment()?;
         self.claim(&experiment.run_dir())?;
         train::run(experiment, &RunOptions { resume: self.resume, quiet: self.quiet, epochs: self.epochs })
-    }
-
-    /// `first`, the named flags, then `--set`, as assignments.
-    fn overrides(&self) -> Vec<String> {
-        fn value<T: Clone + Into<Value>>(flag: &Option<T>) -> Option<String> {
-            flag.clone().map(|value| value.into().to_string())
-        }
-        let texts = (!self.data.is_empty()).then(|| Value::from(self.data.clone()).to_string());
-        let flags = [
-            ("data.valid", texts.as_ref().map(|_| "[]".into())),
-            ("data.train", texts),
-            ("data.tokenizer", value(&self.tokenizer)),
-            ("run.steps", self.steps.map(|n| n.to_string())),
-            ("run.batch_size", self.batch_size.map(|n| n.to_string())),
-            ("optim.lr", value(&self.lr)),
-            ("run.device", value(&self.device)),
-            ("run.seed", self.seed.map(|n| n.to_string())),
-            ("run.out_dir", value(&self.out)),
-        ];
-        let flags = flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?)));
-        self.first.iter().cloned().chain(flags).chain(self.set.iter().cloned()).collect()
     }
 
     /// Make way for a run in `run_dir`: a folder that is missing, empty or holds only prepared texts (which a run that

@@ -22,7 +22,7 @@ mod state;
 mod step;
 mod strategy;
 
-pub use command::{RECORDING, TrainCommand};
+pub use command::{ExperimentArgs, RECORDING, TrainCommand};
 pub use error::TrainError;
 pub use experiment::Experiment;
 pub use run::{RunOptions, run, train_duck_quantized};

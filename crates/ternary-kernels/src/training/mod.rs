@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+mod divergence;
 #[cfg(feature = "rayon")]
 mod float;
 #[cfg(feature = "rayon")]
@@ -21,6 +22,7 @@ mod quantize;
 
 pub use activation::{gelu, gelu_backward, silu_mul, silu_mul_backward};
 pub use attention::{Attention, attention, attention_backward};
+pub use divergence::{divergence, divergence_backward};
 #[cfg(feature = "rayon")]
 pub use float::{View, float_product};
 #[cfg(feature = "rayon")]

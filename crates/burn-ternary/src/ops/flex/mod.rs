@@ -135,6 +135,24 @@ impl TernaryBackend for Flex {
         training::log_likelihood_backward(logits, targets, output, grad)
     }
 
+    fn divergences(
+        teacher: FloatTensor<Self>,
+        student: FloatTensor<Self>,
+        temperature: f32,
+    ) -> FloatTensor<Self> {
+        training::divergences(teacher, student, temperature)
+    }
+
+    fn divergences_backward(
+        teacher: FloatTensor<Self>,
+        student: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        temperature: f32,
+    ) -> FloatTensor<Self> {
+        training::divergences_backward(teacher, student, output, grad, temperature)
+    }
+
     fn float_linear(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,

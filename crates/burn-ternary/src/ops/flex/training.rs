@@ -5,7 +5,9 @@ use super::{
     memory::{bytes, filled},
     tensor, values,
 };
-use crate::ops::{AdamWStep, Factors, Heads, MuonStep, activation, attention, linear, loss, norm, optimizer};
+use crate::ops::{
+    AdamWStep, Factors, Heads, MuonStep, activation, attention, divergence, linear, loss, norm, optimizer,
+};
 use burn::backend::{Flex, ops::FloatTensorOps};
 use burn::tensor::{DType, Shape};
 use burn_flex::FlexTensor;
@@ -221,6 +223,45 @@ pub(super) fn log_likelihood_backward(
         &mut dlogits,
     );
     filled(dlogits, shape(&logits))
+}
+
+pub(super) fn divergences(teacher: FlexTensor, student: FlexTensor, temperature: f32) -> FlexTensor {
+    if !is_f32(&[&teacher, &student]) {
+        return divergence::forward::<Flex>(teacher, student, temperature);
+    }
+    let (teacher, student) = (dense(teacher), dense(student));
+    let [rows, vocab] = student.layout().shape().dims();
+    let mut out = vec![[0.0; 4]; rows];
+    kernels::divergence(&POOL, values(&teacher), values(&student), vocab, temperature, &mut out);
+    tensor(out.into_flattened(), Shape::new([rows, 4]))
+}
+
+pub(super) fn divergences_backward(
+    teacher: FlexTensor,
+    student: FlexTensor,
+    output: FlexTensor,
+    grad: FlexTensor,
+    temperature: f32,
+) -> FlexTensor {
+    if !is_f32(&[&teacher, &student, &output, &grad]) {
+        return divergence::backward::<Flex>(teacher, student, output, grad, temperature);
+    }
+    let [teacher, student, output, grad] = [teacher, student, output, grad].map(dense);
+    let [_, vocab] = student.layout().shape().dims();
+    let (saved, _) = values(&output).as_chunks::<4>();
+    let grads: Vec<[f32; 2]> = values(&grad).chunks(4).map(|row| [row[0], row[1]]).collect();
+    let mut dstudent = room(&student);
+    kernels::divergence_backward(
+        &POOL,
+        values(&teacher),
+        values(&student),
+        vocab,
+        temperature,
+        saved,
+        &grads,
+        &mut dstudent,
+    );
+    filled(dstudent, shape(&student))
 }
 
 /// A dense matrix.

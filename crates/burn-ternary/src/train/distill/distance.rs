@@ -2,6 +2,7 @@
 
 use super::Divergence;
 use crate::nn::{Projections, rms_normalize};
+use crate::ops::{divergences, log_likelihood};
 use burn::tensor::{
     Int, Tensor,
     activation::{log_softmax, softmax},
@@ -24,9 +25,17 @@ pub(super) fn divergence(
     mask: Tensor<2>,
     tokens: usize,
 ) -> Tensor<1> {
-    let log_p = log_softmax(teacher / temperature, 2);
-    let log_q = log_softmax(student / temperature, 2);
-    mean_divergence(kind, log_p, log_q, mask, tokens).mul_scalar(temperature * temperature)
+    let [batch, seq, vocab] = student.dims();
+    let [teacher, student] = [teacher, student].map(|logits| logits.reshape([batch * seq, vocab]));
+    let both = divergences(teacher, student, temperature as f32);
+    let [forward, reverse] = [0, 1].map(|column| both.clone().narrow(1, column, 1));
+    let each = match kind {
+        Divergence::Forward => forward,
+        Divergence::Reverse => reverse,
+        Divergence::Mean => (forward + reverse) / 2.0,
+    };
+    let share = temperature * temperature / tokens.max(1) as f64;
+    (each * mask.reshape([batch * seq, 1])).sum().mul_scalar(share)
 }
 
 /// The divergence of a student's logits from a teacher of whom the likeliest `ids` and their log probabilities are known:
@@ -42,7 +51,11 @@ pub(super) fn recorded_divergence(
     mask: Tensor<2>,
     tokens: usize,
 ) -> Tensor<1> {
-    let log_q = log_softmax(student, 2).gather(2, ids);
+    let [batch, seq, vocab] = student.dims();
+    let likeliest = ids.clone().narrow(2, 0, 1).reshape([batch * seq, 1]);
+    let likelihood = log_likelihood(student.clone().reshape([batch * seq, vocab]), likeliest);
+    let log_partition = likelihood.narrow(1, 0, 1).reshape([batch, seq, 1]);
+    let log_q = student.gather(2, ids) - log_partition;
     mean_divergence(kind, with_rest(log_p), with_rest(log_q), mask, tokens)
 }
 
