@@ -86,6 +86,7 @@ fn the_differences_of_the_readme_are_those_of_the_committed_results() {
         ("13-shakespeare-distilled", "10-shakespeare-float"),
         ("17-shakespeare-wide-teacher", "50-float-muon.01"),
         ("16-shakespeare-converted", "50-float-muon.01"),
+        ("15-austen", "15-float-muon.01"),
         ("14-shakespeare-equal-bytes", "11-shakespeare-ternary"),
         ("14-shakespeare-equal-bytes", "13-shakespeare-distilled"),
     ] {
