@@ -53,7 +53,8 @@ const RECIPE: [&str; 13] = [
 
 impl Command {
     pub fn run(mut self) -> Result<(), Error> {
-        if self.train.of.experiment.is_none() && self.train.of.data.is_empty() && !self.sets("data.train") {
+        if self.train.args.experiment.is_none() && self.train.args.data.is_empty() && !self.sets("data.train")
+        {
             let message = "expected --data FILE_OR_FOLDER or --experiment FILE: the texts to train on".into();
             return Err(Error::Usage(message));
         }
@@ -70,7 +71,7 @@ impl Command {
         let value = |value: Result<Value, _>| {
             value.unwrap_or_else(|_: toml::ser::Error| unreachable!("names and numbers"))
         };
-        let recipe = if self.train.of.experiment.is_none() { &RECIPE[..] } else { &[] };
+        let recipe = if self.train.args.experiment.is_none() { &RECIPE[..] } else { &[] };
         let mut first: Vec<String> = recipe.iter().map(ToString::to_string).collect();
         first.extend([
             format!("run.start_from={from}"),
@@ -88,15 +89,15 @@ impl Command {
             format!("model.norm_eps={:?}", spec.norm_eps),
             format!("model.rope_theta={:?}", spec.rope_theta),
         ]);
-        if self.train.of.experiment.is_none() {
+        if self.train.args.experiment.is_none() {
             // Longer windows than these cost more than they teach; `--set model.context=` says otherwise.
             first.push(format!("model.context={}", spec.context.min(256)));
         }
-        self.train.of.first = first;
+        self.train.args.first = first;
         train::run(&self.train)
     }
 
     fn sets(&self, key: &str) -> bool {
-        self.train.of.set.iter().any(|assignment| assignment.split('=').next().map(str::trim) == Some(key))
+        self.train.args.set.iter().any(|assignment| assignment.split('=').next().map(str::trim) == Some(key))
     }
 }

@@ -30,16 +30,16 @@ pub struct Command {
     #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
     #[command(flatten)]
-    of: ExperimentArgs,
+    args: ExperimentArgs,
 }
 
 impl Command {
     pub fn run(mut self) -> Result<(), Error> {
         if let Some(teacher) = &self.teacher {
             let path = Value::from(teacher.display().to_string());
-            self.of.set.push(format!("distill.teacher={path}"));
+            self.args.set.push(format!("distill.teacher={path}"));
         }
-        let experiment = self.of.experiment()?;
+        let experiment = self.args.experiment()?;
         let path = self.to.unwrap_or_else(|| experiment.run_dir().join(RECORDING));
         let mut progress = None;
         record_teacher(experiment, self.top as usize, &path, |done, total| {

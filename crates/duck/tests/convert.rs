@@ -75,6 +75,8 @@ fn a_teacher_is_written_down_once_and_a_run_reads_it() {
     let metrics = fs::read_to_string(home.path().join("runs/00-default-1/metrics.jsonl")).unwrap();
     assert!(metrics.contains("\"divergence\":"), "{metrics}");
 
+    let error = failure(&home, &[&record[..], &["--steps", "2"]].concat(), 2);
+    assert!(error.contains("--steps"), "{error}");
     let error = failure(&home, &[&record[..], &["--to", "other.logits"]].concat(), 2);
     assert!(error.contains("expected a run folder or a model file"), "{error}");
     assert!(!home.path().join("other.logits").exists());

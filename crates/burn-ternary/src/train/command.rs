@@ -62,7 +62,7 @@ pub struct ExperimentArgs {
 #[command(after_help = EXAMPLES)]
 pub struct TrainCommand {
     #[command(flatten)]
-    pub of: ExperimentArgs,
+    pub args: ExperimentArgs,
     /// Train for so many passes over the training text; fractions are fine
     #[arg(long, value_name = "N", conflicts_with = "steps", value_parser = epochs)]
     pub epochs: Option<f64>,
@@ -144,7 +144,7 @@ impl TrainCommand {
     /// # Errors
     /// [`TrainError::Experiment`] when the file or an override is not what it has to be.
     pub fn experiment(&self) -> Result<Experiment, TrainError> {
-        self.of.overridden(vec![
+        self.args.overridden(vec![
             ("run.steps", self.steps.map(|n| n.to_string())),
             ("run.batch_size", self.batch_size.map(|n| n.to_string())),
             ("optim.lr", assigned(&self.lr)),

@@ -98,28 +98,17 @@ impl Kernel for Row<'_> {
                 .fold(s.splat_f32(lowest), |max, x| s.max_f32(max, load_padded(s, x, lowest)));
             s.max_lanes(lanes)
         });
-        let (maxima, inverses) = (largest.map(|max| s.splat_f32(max)), s.splat_f32(inverse));
-        // Of 16 tokens: powers of both, and how much likelier the teacher finds them, but for the sums of all powers.
-        let terms = |teacher: &[f32], student: &[f32]| {
-            let t = s.mul_f32(s.sub_f32(load(s, teacher), maxima[0]), inverses);
-            let u = s.mul_f32(s.sub_f32(load(s, student), maxima[1]), inverses);
-            let (p, q, gap) = (exp(s, t), exp(s, u), s.sub_f32(t, u));
-            [p, q, s.mul_f32(p, gap), s.mul_f32(q, gap)]
-        };
         let mut sums = [s.splat_f32(0.0); 4];
         let whole = teacher.len() / LANES * LANES;
         for (teacher, student) in teacher[..whole].chunks(LANES).zip(student[..whole].chunks(LANES)) {
-            for (sum, term) in sums.iter_mut().zip(terms(teacher, student)) {
+            for (sum, term) in sums.iter_mut().zip(terms(s, [teacher, student], largest, inverse)) {
                 *sum = s.add_f32(*sum, term);
             }
         }
-        let rest = terms(&teacher[whole..], &student[whole..]).map(|term| s.array(term));
-        let mut i = 0;
-        let [p, q, p_gap, q_gap] = sums.map(|sum| {
-            let sum = s.sum_lanes(sum) + rest[i][..teacher.len() - whole].iter().sum::<f32>();
-            i += 1;
-            sum
-        });
+        let rest =
+            terms(s, [&teacher[whole..], &student[whole..]], largest, inverse).map(|term| s.array(term));
+        let rest = rest.map(|terms| terms[..teacher.len() - whole].iter().sum::<f32>());
+        let [p, q, p_gap, q_gap] = std::array::from_fn(|i| s.sum_lanes(sums[i]) + rest[i]);
         let (log_p, log_q) = (p.ln(), q.ln());
         [
             p_gap / p + (log_q - log_p),
@@ -128,6 +117,18 @@ impl Kernel for Row<'_> {
             largest[1] * inverse + log_q,
         ]
     }
+}
+
+/// Of at most 16 tokens: powers of both, and these times how much likelier the teacher finds a token, but for the sums of all
+/// powers.
+#[inline(always)]
+fn terms<S: Simd>(s: S, logits: [&[f32]; 2], largest: [f32; 2], inverse: f32) -> [S::Float; 4] {
+    let [t, u] = [0, 1].map(|i| {
+        let below = s.sub_f32(load(s, logits[i]), s.splat_f32(largest[i]));
+        s.mul_f32(below, s.splat_f32(inverse))
+    });
+    let (p, q, gap) = (exp(s, t), exp(s, u), s.sub_f32(t, u));
+    [p, q, s.mul_f32(p, gap), s.mul_f32(q, gap)]
 }
 
 struct Gradient<'a> {
