@@ -87,6 +87,7 @@ fn the_differences_of_the_readme_are_those_of_the_committed_results() {
         ("17-shakespeare-wide-teacher", "50-float-muon.01"),
         ("16-shakespeare-converted", "50-float-muon.01"),
         ("15-austen", "15-float-muon.01"),
+        ("15-float-muon.01", "15-taught"),
         ("14-shakespeare-equal-bytes", "11-shakespeare-ternary"),
         ("14-shakespeare-equal-bytes", "13-shakespeare-distilled"),
     ] {
@@ -134,6 +135,38 @@ fn the_answers_of_the_readme_are_computed_from_the_committed_results() {
         let mean = |key: &str| mean_of(&said("answers", &results, &format!("/files/0/models/0/{key}/value")));
         assert_eq!(*bleu, format!("{:.2}", mean("bleu")), "{name}");
         assert_eq!(*exact, format!("{:.3}", mean("exact_match")), "{name}");
+    }
+}
+
+#[test]
+fn the_conversions_of_the_readme_are_computed_from_the_committed_results() {
+    let rows = rows("converted");
+    assert!(!rows.is_empty());
+    for row in rows {
+        let [name, seeds, float, rounded, trained, lost] = &row[..] else {
+            panic!("six cells expected: {row:?}")
+        };
+        let results = results_of(name.trim_matches('`'), seeds);
+        let [was, fell, ended] = [
+            mean(&results, |result| result.start_float_loss.unwrap()),
+            mean(&results, |result| result.start_rounded_loss.unwrap()),
+            mean(&results, |result| result.valid_loss.unwrap()),
+        ];
+        let computed = [was, fell, ended, ended - was].map(|loss| format!("{loss:.3}"));
+        assert_eq!([float, rounded, trained, lost], computed.each_ref(), "{name}");
+    }
+}
+
+#[test]
+fn the_ablation_of_the_readme_is_computed_from_the_committed_results() {
+    let rows = rows("ablation");
+    assert!(rows.len() >= 19, "{rows:?}");
+    let base = mean(&results("20-quantizer-ablation"), |result| result.valid_loss.unwrap());
+    for row in rows {
+        let [name, _, seeds, loss, difference] = &row[..] else { panic!("five cells expected: {row:?}") };
+        let valid = mean(&results_of(name.trim_matches('`'), seeds), |result| result.valid_loss.unwrap());
+        assert_eq!(*loss, format!("{valid:.3}"), "{name}");
+        assert_eq!(*difference, format!("{:+.3}", valid - base), "{name}");
     }
 }
 
