@@ -136,6 +136,11 @@ fn the_answers_of_the_readme_are_computed_from_the_committed_results() {
         assert_eq!(*bleu, format!("{:.2}", mean("bleu")), "{name}");
         assert_eq!(*exact, format!("{:.3}", mean("exact_match")), "{name}");
     }
+    let duck = results("01-duck");
+    let exact = said("answers", &duck, "/files/0/models/0/exact_match/value")[0];
+    let questions = said("answers", &duck, "/files/0/documents")[0];
+    let claim = format!("gives {:.0} % of {questions} held-out questions", 100.0 * exact);
+    assert!(fs::read_to_string("README.md").unwrap().contains(&claim), "not in the README: {claim}");
 }
 
 #[test]

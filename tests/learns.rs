@@ -33,7 +33,7 @@ fn experiment(out: &Path) -> Experiment {
 fn a_run_with_soft_weights_ends_with_hard_ones() {
     let out = tempfile::tempdir().unwrap();
     let annealed =
-        ["run.steps=40", "run.eval_every=40", "quant.estimator=annealed", "schedule.ramp_until=0.8"];
+        ["run.steps=60", "run.eval_every=60", "quant.estimator=annealed", "schedule.ramp_until=0.8"];
     let experiment = small_experiment(out.path(), "annealed", &annealed);
     experiment.validate("annealed").unwrap();
     let result = train_duck_quantized(&experiment).unwrap();

@@ -171,3 +171,12 @@ fn a_story_model_reads_stories_better_than_other_texts() {
     let bits = [0, 1].map(|i| number(&report["files"][i]["models"][0]["bits_per_byte"]["value"]));
     assert!(bits[0] < 1.5 && bits[1] > 3.0, "{bits:?}");
 }
+
+/// Of a model that says the likeliest answer to everything it would be one in a hundred.
+#[test]
+fn the_duck_inside_knows_the_answers_to_most_questions_that_it_was_not_taught() {
+    let questions = concat!(env!("CARGO_MANIFEST_DIR"), "/../burn-ternary/data/duck_questions.jsonl");
+    let report = json(&output(&home(), &["eval", "--answers", "--data", questions, "--json"]));
+    let exact = number(&report["files"][0]["models"][0]["exact_match"]["value"]);
+    assert!(exact > 0.5, "{exact}");
+}

@@ -255,6 +255,7 @@ fn parse_line(line: &str) -> Result<Document, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     fn text(text: &str) -> Document {
         Document::Text(text.into())
@@ -349,6 +350,26 @@ mod tests {
         assert!(stories.iter().all(|d| matches!(d, Document::Text(_))) && stories.len() > 1);
         assert!(dialogues.iter().all(|d| matches!(d, Document::Dialogue { .. })) && dialogues.len() > 1);
         assert_eq!(both, [stories, dialogues].concat());
+    }
+
+    /// The file is what the shipped Duck is measured on.
+    #[test]
+    fn held_out_questions_are_in_no_dialogue_and_their_answers_are() {
+        let letters = |text: &str| text.to_lowercase().replace(|c: char| !c.is_ascii_lowercase(), "");
+        let dialogues = read("train", &["embedded:dialogues".into()]).unwrap();
+        let [questions, answers] = [0, 1].map(|part| {
+            dialogues.iter().map(|d| letters(d.texts().nth(part).unwrap())).collect::<BTreeSet<String>>()
+        });
+        let held_out = read(
+            "valid",
+            &[concat!(env!("CARGO_MANIFEST_DIR"), "/crates/burn-ternary/data/duck_questions.jsonl").into()],
+        )
+        .unwrap();
+        assert!(held_out.len() > 100);
+        for document in held_out {
+            let [question, answer] = [0, 1].map(|part| letters(document.texts().nth(part).unwrap()));
+            assert!(!questions.contains(&question) && answers.contains(&answer), "{document:?}");
+        }
     }
 
     #[test]
