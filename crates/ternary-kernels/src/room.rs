@@ -1,7 +1,8 @@
 //! [`Room`]: memory for the numbers of a training step, from a heap that keeps its pages.
 //!
 //! A step takes and gives back gigabytes in pieces of megabytes, which a usual allocator returns to the system. Fresh pages
-//! cost more than the numbers that are put there: the system empties each first. Here they stay, huge where it has such.
+//! cost more than the numbers that are put there: the system empties each first. Here they stay, huge where it has such, until
+//! the last room is given back, as at the end of a training.
 
 use memmap2::{MmapMut, MmapRaw};
 use std::{
@@ -70,7 +71,7 @@ impl Deref for Room {
     fn deref(&self) -> &[f32] {
         match &self.0 {
             Place::Own(numbers) => numbers,
-            // SAFETY: maps stay, began as zeros, and the part is nobody else's.
+            // SAFETY: maps stay while they have rooms, began as zeros, and the part is nobody else's.
             Place::Heap { start, len, .. } => unsafe { std::slice::from_raw_parts(start.as_ptr(), *len) },
         }
     }
@@ -86,16 +87,17 @@ impl DerefMut for Room {
     }
 }
 
-static HEAP: Mutex<Heap> = Mutex::new(Heap { maps: Vec::new() });
+static HEAP: Mutex<Heap> = Mutex::new(Heap { maps: Vec::new(), rooms: 0 });
 
 fn heap() -> MutexGuard<'static, Heap> {
     HEAP.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Maps, which are never given back.
 #[derive(Debug)]
 struct Heap {
     maps: Vec<Map>,
+    /// How many are taken.
+    rooms: usize,
 }
 
 #[derive(Debug)]
@@ -116,6 +118,7 @@ impl Heap {
             self.maps.push(Map::new(bytes.max(MAP)));
             (self.maps.len() - 1, 0)
         });
+        self.rooms += 1;
         let map = &mut self.maps[index];
         let free = map.free.remove(&offset).expect("it was found");
         if free > bytes {
@@ -137,6 +140,10 @@ impl Heap {
             (start, len) = (before, size + len);
         }
         free.insert(start, len);
+        self.rooms -= 1;
+        if self.rooms == 0 {
+            self.maps.clear();
+        }
     }
 }
 
@@ -156,7 +163,7 @@ mod tests {
 
     #[test]
     fn places_are_apart_and_neighbours_become_one_again() {
-        let mut heap = Heap { maps: vec![Map::new(1 << 20)] };
+        let mut heap = Heap { maps: vec![Map::new(1 << 20)], rooms: 0 };
         let mut taken: Vec<(usize, usize, usize)> = vec![];
         let mut state = 1u64;
         for turn in 0..2000 {
@@ -176,10 +183,19 @@ mod tests {
                 taken.push((map, offset, bytes));
             }
         }
+        let (last, offset, bytes) = taken.pop().unwrap();
         taken.into_iter().for_each(|(map, offset, bytes)| heap.give(map, offset, bytes));
-        for map in &heap.maps {
-            assert_eq!(map.free.iter().collect::<Vec<_>>(), [(&0, &map.map.len())]);
+        for (index, map) in heap.maps.iter().enumerate() {
+            let len = map.map.len();
+            let free = match index == last {
+                true => vec![(0, offset), (offset + bytes, len - offset - bytes)],
+                false => vec![(0, len)],
+            };
+            let found = map.free.iter().map(|(start, len)| (*start, *len));
+            assert!(found.eq(free.into_iter().filter(|(_, len)| *len > 0)), "{map:?}");
         }
+        heap.give(last, offset, bytes);
+        assert!(heap.maps.is_empty(), "the last room takes the maps with it");
     }
 
     #[test]
