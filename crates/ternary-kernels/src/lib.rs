@@ -52,6 +52,6 @@ pub use isa::Isa;
 pub use matrix::Matrix;
 pub use pool::Pool;
 pub use product::{Product, multiply};
-pub use room::Room;
+pub use room::{Room, release_rooms};
 pub use six_bit::SixBitMatrix;
 pub use ternary::TernaryMatrix;

@@ -2,7 +2,7 @@
 //!
 //! A step takes and gives back gigabytes in pieces of megabytes, which a usual allocator returns to the system. Fresh pages
 //! cost more than the numbers that are put there: the system empties each first. Here they stay, huge where it has such, until
-//! the last room is given back, as at the end of a training.
+//! [`release_rooms`].
 
 use memmap2::{MmapMut, MmapRaw};
 use std::{
@@ -87,6 +87,12 @@ impl DerefMut for Room {
     }
 }
 
+/// Gives the maps back to the system, if no room is taken: between two steps there may be none, and the next would
+/// pay for all pages again, so this is for the end of a training.
+pub fn release_rooms() {
+    heap().release();
+}
+
 static HEAP: Mutex<Heap> = Mutex::new(Heap { maps: Vec::new(), rooms: 0 });
 
 fn heap() -> MutexGuard<'static, Heap> {
@@ -141,6 +147,9 @@ impl Heap {
         }
         free.insert(start, len);
         self.rooms -= 1;
+    }
+
+    fn release(&mut self) {
         if self.rooms == 0 {
             self.maps.clear();
         }
@@ -194,8 +203,11 @@ mod tests {
             let found = map.free.iter().map(|(start, len)| (*start, *len));
             assert!(found.eq(free.into_iter().filter(|(_, len)| *len > 0)), "{map:?}");
         }
+        heap.release();
+        assert!(!heap.maps.is_empty(), "a room is taken");
         heap.give(last, offset, bytes);
-        assert!(heap.maps.is_empty(), "the last room takes the maps with it");
+        heap.release();
+        assert!(heap.maps.is_empty());
     }
 
     #[test]

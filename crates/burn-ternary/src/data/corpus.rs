@@ -95,6 +95,15 @@ pub fn split(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<Documen
     }
 }
 
+/// Draws an order of the documents from `seed`, from 20 of them on.
+///
+/// Neighbours share windows. In files they often share a subject or an answer as well, which a model then learns to copy.
+pub fn shuffle(documents: &mut [Document], seed: u64) {
+    if documents.len() >= FEW {
+        documents.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+    }
+}
+
 fn split_documents(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<Document>, Vec<Document>) {
     let held_out = ((documents.len() as f64 * fraction).round() as usize).max(1);
     let mut order: Vec<usize> = (0..documents.len()).collect();
@@ -382,6 +391,21 @@ mod tests {
         assert_eq!(all, documents);
         assert_eq!(split(documents.clone(), 0.1, 7).1, valid);
         assert_ne!(split(documents, 0.1, 8).1, valid);
+    }
+
+    #[test]
+    fn many_documents_are_shuffled_and_few_are_not() {
+        for (count, moves) in [(19, false), (20, true), (200, true)] {
+            let documents: Vec<_> = (0..count).map(|i| text(&i.to_string())).collect();
+            let [mut first, mut same, mut other] = std::array::from_fn(|_| documents.clone());
+            shuffle(&mut first, 7);
+            shuffle(&mut same, 7);
+            shuffle(&mut other, 8);
+            assert_eq!(first, same);
+            assert_eq!([first != documents, first != other], [moves, moves], "{count}");
+            first.sort_by_key(|d| d.texts().next().unwrap().parse::<u32>().unwrap());
+            assert_eq!(first, documents);
+        }
     }
 
     #[test]

@@ -18,8 +18,8 @@ use ternary_format::{FormatError, Tokenizer};
 use tokens::{TokenFile, source_digest};
 use window::TokenWindows;
 
-/// Which documents are held out does not depend on the run's seed, so that runs with different seeds are measured on
-/// the same text.
+/// Which documents are held out, and the order of the others, does not depend on the run's seed: runs with different seeds are
+/// measured on the same text, and share a token file.
 const SPLIT_SEED: u64 = 0;
 
 /// The `[data]` section of an experiment: which texts, and how they become tokens.
@@ -65,11 +65,12 @@ impl Dataset {
         cache_dir: &Path,
     ) -> Result<Self, DataError> {
         let documents = corpus::read("train", &config.train)?;
-        let (train, valid) = if config.valid.is_empty() {
+        let (mut train, valid) = if config.valid.is_empty() {
             corpus::split(documents, config.checked_fraction()?, SPLIT_SEED)
         } else {
             (documents, corpus::read("valid", &config.valid)?)
         };
+        corpus::shuffle(&mut train, SPLIT_SEED);
         let [tokenizer_path, train_path, valid_path] =
             ["tokenizer.json", "train.tokens", "valid.tokens"].map(|name| cache_dir.join(name));
         let recipe = config.recipe();
@@ -182,7 +183,8 @@ mod tests {
         // Put another tokenizer in its place, with the token file it makes: it is used, so nothing was trained.
         let path = folder.path().join("tokenizer.json");
         let documents = corpus::read("train", &config.train).unwrap();
-        let (train, _) = corpus::split(documents, 0.1, SPLIT_SEED);
+        let (mut train, _) = corpus::split(documents, 0.1, SPLIT_SEED);
+        corpus::shuffle(&mut train, SPLIT_SEED);
         let other = tokenizer::train_bpe(&train, 400).unwrap();
         other.save(&path).unwrap();
         tokens::prepare(&folder.path().join("train.tokens"), &train, &other, "bpe 512").unwrap();
@@ -225,9 +227,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let data = Dataset::prepare(&config(&train, Some(&valid), "bpe"), 64, 1, folder.path()).unwrap();
         // The last dialogue of the file, read independently.
-        let text = fs::read_to_string(&train).unwrap();
+        let text = fs::read_to_string(&valid).unwrap();
         let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
-        let tokens = data.train.tokens();
+        let tokens = data.valid.tokens();
         let first_learned = (0..tokens.len()).rev().find(|&i| !tokens.target(i)).unwrap() + 1;
         let ids: Vec<u32> = (first_learned..tokens.len()).map(|i| tokens.id(i)).collect();
         assert_eq!(data.tokenizer.decode(&ids), last["answer"].as_str().unwrap());

@@ -48,6 +48,16 @@ pub fn train_duck_quantized(experiment: &Experiment) -> Result<RunResult, TrainE
     run(experiment.clone(), &RunOptions::default())
 }
 
+/// Goes when a run ends, well or not, after all that the run made: then what a step needed goes back to the system.
+struct StepMemory;
+
+impl Drop for StepMemory {
+    fn drop(&mut self) {
+        #[cfg(feature = "flex")]
+        ternary_kernels::release_rooms();
+    }
+}
+
 /// Runs an experiment, or goes on with it.
 ///
 /// Leaves in the run folder: `experiment.toml` (resolved), `tokenizer.json`, token files, `metrics.jsonl`,
@@ -58,6 +68,7 @@ pub fn train_duck_quantized(experiment: &Experiment) -> Result<RunResult, TrainE
 /// # Errors
 /// Every [`TrainError`].
 pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult, TrainError> {
+    let _memory = StepMemory;
     let started = Instant::now();
     let device = device::device(&experiment.run.device)?;
     check_device(&experiment, &device)?;
