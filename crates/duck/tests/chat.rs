@@ -97,3 +97,13 @@ fn a_dialogue_longer_than_the_context_goes_on() {
     let json = [&CHAT[..], &["--json"]].concat();
     assert_eq!(turns(&piped(&home, &json, &input)).len(), 12);
 }
+
+#[test]
+fn the_duck_inside_answers_the_question_and_not_the_turn_before() {
+    let answers =
+        piped(&home(), &["chat", "--temperature", "0"], "Good morning!\nWhat is your name?\nI am sad\n");
+    let answers: Vec<&str> = answers.lines().collect();
+    assert_eq!(answers.len(), 3, "{answers:?}");
+    assert!(answers[0].contains("morning") && answers[1].contains("name is Duck"), "{answers:?}");
+    assert!(answers[2].contains("sorry") || answers[2].contains("sad"), "{answers:?}");
+}
