@@ -9,8 +9,8 @@ use burn_ternary::device;
 use burn_ternary::nn::{DuckQuantized, Family};
 use burn_ternary::ops::{
     AdamWStep, Factors, Heads, RowScale, StraightThrough, absmax_quantize, adamw, causal_attention,
-    divergences, float_linear, gelu, kth_magnitude, layer_norm, log_likelihood, mean_abs, project, rms_norm,
-    round_scale, silu_mul, square_sum, ternary_codes, ternary_linear, ternary_quantize,
+    divergences, float_linear, gelu, kth_magnitude, latent_linear, layer_norm, log_likelihood, mean_abs,
+    project, rms_norm, round_scale, silu_mul, square_sum, ternary_codes, ternary_linear, ternary_quantize,
 };
 use burn_ternary::quant::{
     ActivationPrecision, Dials, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity,
@@ -542,6 +542,7 @@ fn training_ops(device: &Device) -> Vec<(String, Vec<Vec<f32>>)> {
             epsilon: 1e-8,
             keep: 0.99,
             corrections: [0.271, 0.143],
+            grad_factor: 0.7,
         };
         let sum = floats(square_sum(weight.clone()));
         let (weight, [m, v]) = adamw(weight, grad, [m, v], step);
@@ -585,6 +586,18 @@ fn integer_products_give_the_fake_quantized_output_and_nearly_its_gradients() {
         };
         let [integer, float] = [run(true), run(false)];
         let case = format!("{tokens} {d_input} {d_output}");
+        // A latent weight that becomes that one is multiplied as it is, to the bit.
+        let latent = values[1].0.iter().enumerate();
+        let latent: Vec<f32> =
+            latent.map(|(i, w)| if *w == 0.0 { 0.4 * scales[i % d_output] } else { 0.7 * w }).collect();
+        let of_latent = [values[0].clone(), (latent, vec![]), values[2].clone()];
+        let rng_of_gradient = &mut ChaCha8Rng::seed_from_u64(14);
+        let of_latent = with_gradients(rng_of_gradient, of_latent, &device, |[x, w, b]| {
+            let (x, w) = (x.reshape([tokens, d_input]), w.reshape([d_input, d_output]));
+            let scale = tensor(&scales, [1, 1, d_output], &device);
+            latent_linear(x, w, [scale.clone(), scale.mul_scalar(0.5)], Some(b))
+        });
+        assert_eq!(of_latent, integer, "{case}");
         assert_close(&format!("output {case}"), &integer[0], &float[0], 3e-6);
         assert_close(&format!("bias {case}"), &integer[3], &float[3], 1e-5);
         for part in [1, 2] {

@@ -3,7 +3,9 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use std::time::Duration;
-use ternary_kernels::training::{Saved, SavedMut, TernaryLinear};
+#[cfg(feature = "rayon")]
+use ternary_kernels::training::{HalfFactors, View, half_product};
+use ternary_kernels::training::{Saved, SavedMut, TernaryLinear, Weight};
 use ternary_kernels::*;
 
 fn threads() -> usize {
@@ -129,15 +131,16 @@ fn linear_layer(c: &mut Criterion) {
     for threads in [1, threads()] {
         let pool = Pool::new(threads);
         let mut layer = TernaryLinear::default();
-        let mut out = vec![0.0; tokens * d_output];
-        let (mut dx, mut dweight) = (vec![0.0; x.len()], vec![0.0; weight.len()]);
+        let mut out = ternary_kernels::Room::new(tokens * d_output);
+        let (mut dx, mut dweight) =
+            (ternary_kernels::Room::new(x.len()), ternary_kernels::Room::new(weight.len()));
         let mut kept = Kept {
             input: vec![0; Saved::input_len(tokens, d_input)],
             input_scales: vec![0.0; tokens],
             weight: vec![0; weight.len()],
             weight_scales: vec![0.0; d_output],
         };
-        layer.forward(&pool, &x, &weight, None, &mut out, kept.lent());
+        layer.forward(&pool, &x, Weight::Ternary(&weight), None, &mut out, kept.lent());
         layer.backward(&pool, kept.saved(), &grad, &mut dx, &mut dweight);
         for (t, i, o) in [(0, 0, 0), (700, 700, 3000), (1023, 767, 3071)] {
             let (xs, dys) = (&x[t * d_input..][..d_input], &grad[t * d_output..][..d_output]);
@@ -152,7 +155,7 @@ fn linear_layer(c: &mut Criterion) {
         let product = (2 * tokens * d_input * d_output) as u64;
         group.throughput(Throughput::Elements(product));
         group.bench_function("forward", |b| {
-            b.iter(|| layer.forward(&pool, &x, &weight, None, &mut out, kept.lent()));
+            b.iter(|| layer.forward(&pool, &x, Weight::Ternary(&weight), None, &mut out, kept.lent()));
         });
         group.bench_function("input's gradient", |b| {
             b.iter(|| layer.input_backward(&pool, &kept.weight, &kept.weight_scales, &grad, &mut dx));
@@ -164,5 +167,38 @@ fn linear_layer(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, products, linear_layer);
+/// The products of a head of 8192 ids, forward and backward, with factors in bfloat16 where the CPU multiplies such.
+#[cfg(feature = "rayon")]
+fn head(c: &mut Criterion) {
+    let (tokens, width, vocab) = (1024, 768, 8192);
+    let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
+    let (hidden, table) = (wave(tokens * width, 0.37), wave(vocab * width, 0.73));
+    let (hidden, table) = (View::new(&hidden, tokens, width), View::new(&table, vocab, width));
+    let mut room = HalfFactors::default();
+    let mut logits = Room::new(tokens * vocab);
+    let (mut dhidden, mut dtable) = (Room::new(tokens * width), Room::new(vocab * width));
+    for threads in [1, threads()] {
+        let pool = Pool::new(threads);
+        let mut group = c.benchmark_group(format!("head {tokens}x{width}x{vocab}, {threads} threads"));
+        group.sample_size(10).warm_up_time(Duration::from_millis(200));
+        group.measurement_time(Duration::from_secs(1));
+        group.throughput(Throughput::Elements((2 * tokens * width * vocab) as u64));
+        group.bench_function("forward", |b| {
+            b.iter(|| half_product(&pool, &mut room, hidden, table.transposed(), &mut logits));
+        });
+        let grad = View::new(&logits, tokens, vocab);
+        group.bench_function("input's gradient", |b| {
+            b.iter(|| half_product(&pool, &mut room, grad, table, &mut dhidden));
+        });
+        group.bench_function("table's gradient", |b| {
+            b.iter(|| half_product(&pool, &mut room, grad.transposed(), hidden, &mut dtable));
+        });
+    }
+}
+
+/// Products of floats come with the feature `rayon`.
+#[cfg(not(feature = "rayon"))]
+fn head(_: &mut Criterion) {}
+
+criterion_group!(benches, products, linear_layer, head);
 criterion_main!(benches);

@@ -3,8 +3,8 @@
 use crate::{
     Input, Pool, Quantized,
     elementwise::load_codes,
-    matrix::{Finish, Form, TOKENS, by_tokens, four, tiles, token_codes, token_floats, token_sums},
-    simd::{Kernel, LANES, Line, Simd},
+    matrix::{Finish, Form, TOKENS, by_tokens, four, tiles, token_codes, token_floats},
+    simd::{Kernel, LANES, Line, Simd, Sums},
     ternary::{PANEL, Planes, panel_sums},
 };
 use std::ops::Range;
@@ -25,6 +25,9 @@ pub struct CodeMatrix {
     scales: Vec<[f32; LANES]>,
 }
 
+/// Bytes of codes that pass a matrix together where there are tiles: a quarter of the second-level cache that such CPUs have.
+const CODES: usize = 512 << 10;
+
 /// How the codes of a matrix `[rows, cols]` lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -43,18 +46,49 @@ impl CodeMatrix {
         let rows = scales.len();
         assert!(codes.len().is_multiple_of(rows), "{} codes are no {rows} rows", codes.len());
         let cols = codes.len() / rows;
-        let blocks = cols.div_ceil(LANES);
-        self.codes.resize(tiles(rows) * blocks, [Line([0; 64]); 4]);
+        match order {
+            Order::Columns => self.pack_columns(pool, cols, scales, ternary, &Bytes { codes, rows }),
+            Order::Rows => {
+                self.resize(cols, scales, ternary);
+                pool.chunks(&mut self.codes[..tiles(rows) * self.blocks], self.blocks, |tile, _, out| {
+                    pool.isa().run(PackRows { codes, rows, cols, tile, ternary, out });
+                });
+            }
+        }
+    }
+
+    /// Takes codes a column of the matrix at a time.
+    pub(crate) fn pack_columns(
+        &mut self,
+        pool: &Pool,
+        cols: usize,
+        scales: &[f32],
+        ternary: bool,
+        source: &impl Columns,
+    ) {
+        self.resize(cols, scales, ternary);
+        let rows = scales.len();
+        let blocks = self.blocks;
+        pool.chunks(&mut self.codes[..tiles(rows) * blocks], TILES * blocks, |index, _, out| {
+            let rows = index * TILES * LANES..rows.min((index + 1) * TILES * LANES);
+            pool.isa().run(PackColumns { source, rows, cols, blocks, ternary, out });
+        });
+    }
+
+    fn resize(&mut self, cols: usize, scales: &[f32], ternary: bool) {
+        (self.rows, self.cols, self.blocks, self.ternary) =
+            (scales.len(), cols, cols.div_ceil(LANES), ternary);
+        let planes = tiles(self.rows) * self.blocks;
+        // Whoever grows again would fill with zeros again.
+        if self.codes.len() < planes {
+            self.codes.resize(planes, [Line([0; 64]); 4]);
+        }
         self.scales.clear();
         self.scales.extend(scales.chunks(LANES).map(|scales| {
             let mut padded = [0.0; LANES];
             padded[..scales.len()].copy_from_slice(scales);
             padded
         }));
-        (self.rows, self.cols, self.blocks, self.ternary) = (rows, cols, blocks, ternary);
-        pool.chunks(&mut self.codes, blocks, |tile, _, out| {
-            pool.isa().run(Pack { codes, order, rows, cols, tile, ternary, out });
-        });
     }
 
     #[inline(always)]
@@ -63,9 +97,64 @@ impl CodeMatrix {
     }
 }
 
-struct Pack<'a> {
+/// Where codes come from.
+pub(crate) trait Columns: Sync {
+    /// The codes of at most 16 rows of a column, a lane each.
+    fn codes<S: Simd>(&self, s: S, col: usize, rows: Range<usize>) -> S::Int;
+}
+
+/// `[cols, rows]`
+struct Bytes<'a> {
     codes: &'a [i8],
-    order: Order,
+    rows: usize,
+}
+
+impl Columns for Bytes<'_> {
+    #[inline(always)]
+    fn codes<S: Simd>(&self, s: S, col: usize, rows: Range<usize>) -> S::Int {
+        load_codes(s, &self.codes[col * self.rows..][rows])
+    }
+}
+
+/// Tiles that are packed together, so that what is read of a column lies in one piece of several lines.
+const TILES: usize = 8;
+
+struct PackColumns<'a, C> {
+    source: &'a C,
+    rows: Range<usize>,
+    cols: usize,
+    blocks: usize,
+    ternary: bool,
+    /// `[tiles, blocks]`
+    out: &'a mut [Planes],
+}
+
+impl<C: Columns> Kernel for PackColumns<'_, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { source, rows, cols, blocks, ternary, out } = self;
+        for block in 0..blocks {
+            for p in 0..4 {
+                let start = block * LANES + 4 * p;
+                for (tile, first) in rows.clone().step_by(LANES).enumerate() {
+                    let rows = first..rows.end.min(first + LANES);
+                    let mut lanes = s.splat(0);
+                    for b in (0..cols.saturating_sub(start).min(4)).rev() {
+                        let column = s.and(source.codes(s, start + b, rows.clone()), s.splat(0xff));
+                        lanes = s.add(s.shl::<8>(lanes), column);
+                    }
+                    let line = if ternary { plus_one(s, lanes) } else { lanes };
+                    s.store(line, &mut out[tile * blocks + block][p]);
+                }
+            }
+        }
+    }
+}
+
+struct PackRows<'a> {
+    codes: &'a [i8],
     rows: usize,
     cols: usize,
     tile: usize,
@@ -73,60 +162,46 @@ struct Pack<'a> {
     out: &'a mut [Planes],
 }
 
-impl Kernel for Pack<'_> {
+impl Kernel for PackRows<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { codes, order, rows, cols, tile, ternary, out } = self;
+        let Self { codes, rows, cols, tile, ternary, out } = self;
         let first = tile * LANES;
         let height = LANES.min(rows - first);
-        let shift = s.splat(if ternary { 0x0101_0101 } else { 0 });
         for (block, planes) in out.iter_mut().enumerate() {
             for (p, line) in planes.iter_mut().enumerate() {
                 let start = block * LANES + 4 * p;
-                let width = cols.saturating_sub(start).min(4);
-                let bytes = match order {
-                    Order::Columns => {
-                        let mut lanes = s.splat(0);
-                        for b in (0..width).rev() {
-                            let at = (start + b) * rows + first;
-                            let column = s.and(load_codes(s, &codes[at..at + height]), s.splat(0xff));
-                            lanes = s.add(s.shl::<8>(lanes), column);
+                let mut bytes = Line([0; 64]);
+                let (lanes, _) = bytes.0.as_chunks_mut::<4>();
+                for (lane, to) in lanes.iter_mut().take(height).enumerate() {
+                    let row = &codes[(first + lane) * cols..][..cols];
+                    match row.get(start..).and_then(|rest| rest.first_chunk::<4>()) {
+                        Some(four) => *to = four.map(|code| code as u8),
+                        None => {
+                            to.iter_mut().zip(row.iter().skip(start)).for_each(|(to, x)| *to = *x as u8);
                         }
-                        lanes
                     }
-                    Order::Rows => {
-                        let mut bytes = Line([0; 64]);
-                        let (lanes, _) = bytes.0.as_chunks_mut::<4>();
-                        for (lane, to) in lanes.iter_mut().take(height).enumerate() {
-                            let row = &codes[(first + lane) * cols..][..cols];
-                            match row.get(start..).and_then(|rest| rest.first_chunk::<4>()) {
-                                Some(four) => *to = four.map(|code| code as u8),
-                                None => to
-                                    .iter_mut()
-                                    .zip(row.iter().skip(start))
-                                    .for_each(|(to, x)| *to = *x as u8),
-                            }
-                        }
-                        s.load(&bytes)
-                    }
-                };
-                // By bytes: a carry out of -1 + 1 must not reach its neighbour.
-                s.store(if ternary { plus_one(s, bytes, shift) } else { bytes }, line);
+                }
+                let bytes = s.load(&bytes);
+                s.store(if ternary { plus_one(s, bytes) } else { bytes }, line);
             }
         }
     }
 }
 
-/// 0, 1, 2 for the bytes -1, 0, +1: `((x & 3) + 1) & 3`.
+/// 0, 1, 2 for the bytes -1, 0, +1: `((x & 3) + 1) & 3`, by bytes: a carry out of -1 + 1 must not reach its neighbour.
 #[inline(always)]
-fn plus_one<S: Simd>(s: S, bytes: S::Int, ones: S::Int) -> S::Int {
+fn plus_one<S: Simd>(s: S, bytes: S::Int) -> S::Int {
     let three = s.splat(0x0303_0303);
-    s.and(s.add(s.and(bytes, three), ones), three)
+    s.and(s.add(s.and(bytes, three), s.splat(0x0101_0101)), three)
 }
 
 impl Form for CodeMatrix {
+    /// There are as many tokens as columns or more: they are read anew for each task.
+    const TASK_BYTES: usize = 512 << 10;
+
     fn shape(&self) -> (usize, usize) {
         (self.rows, self.cols)
     }
@@ -152,13 +227,19 @@ impl Form for CodeMatrix {
         x: &Quantized,
         token: usize,
     ) -> [S::Float; T] {
-        let (codes, sums) = (token_codes::<T>(x, token), token_sums::<T>(x, token));
+        let codes = token_codes::<T>(x, token);
         let scale = s.load_f32(&self.scales[tile]);
         let [found] = self.sums(s, [self.tile(tile)], codes);
         std::array::from_fn(|t| {
-            let offset = s.splat(-sums[t][self.blocks] * self.offset::<S>());
+            let offset = s.splat(-x.sum(token + t) * self.offset::<S>());
             s.mul_f32(s.to_float(s.add(found[t], offset)), scale)
         })
+    }
+
+    /// Tiles keep their sums from the first column to the last, and want the codes in the second-level cache only.
+    #[inline(always)]
+    fn tokens<S: Simd>(&self, s: S) -> usize {
+        if s.has_tiles() { (CODES / (self.blocks * LANES)).next_multiple_of(TOKENS) } else { TOKENS }
     }
 
     /// Panels that stay in the first-level cache while the tokens pass.
@@ -173,29 +254,18 @@ impl Form for CodeMatrix {
     ) {
         let lines: [_; R] = std::array::from_fn(|r| self.tile(tile + r));
         // Tiles multiply signed bytes as they are.
-        let offset = if self.ternary {
-            1
-        } else if s.has_tiles() {
-            0
-        } else {
-            S::OFFSET
-        };
-        let mut totals = [[s.splat(0); R]; TOKENS];
-        for (t, totals) in totals.iter_mut().take(tokens.len()).enumerate() {
-            let [sums] = token_sums::<1>(x, tokens.start + t);
-            *totals = [s.splat(-sums[self.blocks] * offset); R];
+        let offset = if self.ternary { 1 } else { S::OFFSET * i32::from(!s.has_tiles()) };
+        let first = tokens.start;
+        let mut finished = Finished { matrix: self, tile, x, offset, first, finish };
+        if s.has_tiles() {
+            s.tiles(lines, &x.codes[first * x.blocks..], x.blocks, tokens.len(), &mut finished);
+            return;
         }
-        // Tiles load and store their sums for each panel: longer ones do so less often.
-        let length = if s.has_tiles() { PANEL } else { PANEL / R };
-        for start in (0..self.blocks).step_by(length) {
-            let stop = self.blocks.min(start + length);
-            if s.has_tiles() {
-                let codes = &x.codes[tokens.start * x.blocks + start..];
-                s.tiles(lines.map(|lines| &lines[start..stop]), codes, x.blocks, &mut totals[..tokens.len()]);
-                continue;
-            }
+        let mut totals = [[s.splat(0); R]; TOKENS];
+        for start in (0..self.blocks).step_by(PANEL / R) {
+            let stop = self.blocks.min(start + PANEL / R);
             by_tokens!(S, 0..tokens.len(), |token, T| {
-                let codes = token_codes::<T>(x, tokens.start + token).map(|codes| &codes[start..stop]);
+                let codes = token_codes::<T>(x, first + token).map(|codes| &codes[start..stop]);
                 let sums = self.sums(s, lines.map(|lines| &lines[start..stop]), codes);
                 for t in 0..T {
                     for r in 0..R {
@@ -204,12 +274,7 @@ impl Form for CodeMatrix {
                 }
             });
         }
-        for (token, totals) in tokens.zip(&totals) {
-            for r in 0..R {
-                let scale = s.load_f32(&self.scales[tile + r]);
-                finish.finish(s, tile + r, token, s.mul_f32(s.to_float(totals[r]), scale));
-            }
-        }
+        finished.take(s, 0, &totals[..tokens.len()]);
     }
 
     #[inline(always)]
@@ -234,6 +299,33 @@ impl Form for CodeMatrix {
         }
         let scale = s.load_f32(&self.scales[tile]);
         sums.map(|sum| s.mul_f32(sum, scale))
+    }
+}
+
+/// Sums of two tiles, or of one, from a token on: finishes them.
+struct Finished<'a, F> {
+    matrix: &'a CodeMatrix,
+    tile: usize,
+    x: &'a Quantized,
+    /// What the weights' codes have too much.
+    offset: i32,
+    first: usize,
+    finish: &'a F,
+}
+
+impl<S: Simd, F: Finish, const R: usize> Sums<S, R> for Finished<'_, F> {
+    #[inline(always)]
+    fn take(&mut self, s: S, first: usize, sums: &[[S::Int; R]]) {
+        let Self { matrix, tile, x, offset, .. } = *self;
+        let scales: [_; R] = std::array::from_fn(|r| s.load_f32(&matrix.scales[tile + r]));
+        for (t, sums) in sums.iter().enumerate() {
+            let token = self.first + first + t;
+            let offset = s.splat(-x.sum(token) * offset);
+            for r in 0..R {
+                let sum = s.to_float(s.add(sums[r], offset));
+                self.finish.finish(s, tile + r, token, s.mul_f32(sum, scales[r]));
+            }
+        }
     }
 }
 

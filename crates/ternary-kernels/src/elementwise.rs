@@ -74,6 +74,11 @@ pub(crate) fn load_padded<S: Simd>(s: S, values: &[f32], padding: f32) -> S::Flo
     }
 }
 
+#[inline(always)]
+pub(crate) fn abs<S: Simd>(s: S, x: S::Float) -> S::Float {
+    s.bits_to_float(s.and(s.float_to_bits(x), s.splat(0x7fff_ffff)))
+}
+
 /// As many lanes as there are values.
 #[inline(always)]
 pub(crate) fn store<S: Simd>(s: S, a: S::Float, values: &mut [f32]) {

@@ -98,6 +98,8 @@ impl From<FloatMatrix> for Matrix {
 /// A packed form, and its products a tile at a time.
 pub(crate) trait Form: Sync {
     const INTEGER: bool = true;
+    /// Weights of a task stay in the second-level cache while the tokens pass.
+    const TASK_BYTES: usize = 64 << 10;
 
     fn shape(&self) -> (usize, usize);
 
@@ -118,7 +120,13 @@ pub(crate) trait Form: Sync {
     /// The same with the float activations.
     fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T];
 
-    /// `integer` of the tiles `tile..tile + R` for at most [`TOKENS`] tokens.
+    /// Tokens that pass a task's weights together.
+    #[inline(always)]
+    fn tokens<S: Simd>(&self, _: S) -> usize {
+        TOKENS
+    }
+
+    /// `integer` of the tiles `tile..tile + R` for at most that many tokens.
     #[inline(always)]
     fn integer_tokens<S: Simd, const R: usize>(
         &self,
@@ -157,7 +165,7 @@ pub(crate) trait Finish {
     fn finish<S: Simd>(&self, s: S, tile: usize, token: usize, sums: S::Float);
 }
 
-/// Tokens that pass a task's weights together: their codes stay in the second-level cache.
+/// Tokens that pass weights together, where nothing else is said: their codes stay in the second-level cache.
 pub(crate) const TOKENS: usize = 64;
 
 /// `body` for the tokens of a range, as many at a time as the registers hold: `T` from `token` on.
@@ -212,13 +220,13 @@ pub(crate) fn token_codes<const T: usize>(x: &Quantized, token: usize) -> [&[[i8
 /// The running sums of the codes of `T` tokens.
 #[inline(always)]
 pub(crate) fn token_sums<const T: usize>(x: &Quantized, token: usize) -> [&[i32]; T] {
-    std::array::from_fn(|t| &x.sums[(token + t) * (x.blocks + 1)..][..x.blocks + 1])
+    std::array::from_fn(|t| x.sums(token + t))
 }
 
 /// What six-bit codes have too much in each block of `T` tokens.
 #[inline(always)]
 pub(crate) fn token_offsets<const T: usize>(x: &Quantized, token: usize) -> [&[i32]; T] {
-    std::array::from_fn(|t| &x.offsets[(token + t) * x.blocks..][..x.blocks])
+    std::array::from_fn(|t| x.offsets(token + t))
 }
 
 /// The floats of `T` tokens.

@@ -27,9 +27,6 @@ pub struct Pool {
     /// One run at a time.
     running: Mutex<()>,
     workers: Vec<thread::JoinHandle<()>>,
-    /// The threads are rayon's.
-    #[cfg(feature = "rayon")]
-    rayon: bool,
     isa: Isa,
 }
 
@@ -91,29 +88,10 @@ impl Pool {
             spawned.expect("the system starts a thread")
         });
         let workers = workers.collect();
-        Self {
-            shared,
-            running: Mutex::new(()),
-            workers,
-            #[cfg(feature = "rayon")]
-            rayon: false,
-            isa,
-        }
-    }
-
-    /// The threads of rayon, for a program that computes on them already: two sets would fight over the cores.
-    #[cfg(feature = "rayon")]
-    pub fn rayon() -> Self {
-        let mut pool = Self::new(1);
-        pool.rayon = true;
-        pool
+        Self { shared, running: Mutex::new(()), workers, isa }
     }
 
     pub fn threads(&self) -> usize {
-        #[cfg(feature = "rayon")]
-        if self.rayon {
-            return rayon::current_num_threads();
-        }
         self.workers.len() + 1
     }
 
@@ -129,13 +107,6 @@ impl Pool {
     /// # Panics
     /// When a task panics.
     pub fn run<F: Fn(usize, usize) + Sync>(&self, tasks: usize, task: F) {
-        #[cfg(feature = "rayon")]
-        if self.rayon && tasks > 1 {
-            use rayon::prelude::*;
-            return (0..tasks).into_par_iter().with_max_len(1).for_each(|index| {
-                task(index, rayon::current_thread_index().expect("a thread of rayon's"));
-            });
-        }
         let running = self.running.lock().unwrap_or_else(|poison| poison.into_inner());
         if self.workers.is_empty() || tasks <= 1 {
             (0..tasks).for_each(|index| task(index, 0));

@@ -3,14 +3,15 @@
 use crate::{
     Input, Matrix, Pool,
     elementwise::{load, store},
-    matrix::{Finish, Form, TOKENS, by_tokens, each_form, tiles},
+    matrix::{Finish, Form, by_tokens, each_form, tiles},
     pool::Disjoint,
     simd::{Kernel, LANES, Simd},
 };
 use std::ops::Range;
 
-/// Weights of a task stay in the second-level cache while the tokens pass.
-const TASK_BYTES: usize = 64 << 10;
+/// Bytes of a result that go past the caches: whoever needs them next would not find them there, and a line that is written
+/// whole need not be fetched before.
+const STREAMED: usize = 1 << 20;
 /// Tasks for each thread, so that a slow one does fewer.
 const TASKS: usize = 6;
 
@@ -70,6 +71,7 @@ struct Part<'a> {
     matrix: &'a Matrix,
     bias: Option<&'a [f32]>,
     add: bool,
+    streams: bool,
     out: Disjoint<'a, f32>,
     /// Which tasks are its own, and how many tiles each has.
     tasks: Range<usize>,
@@ -83,12 +85,17 @@ impl<'a> Part<'a> {
         assert_eq!(x.cols, cols, "columns of activations and matrix");
         assert_eq!(out.len(), x.tokens() * rows, "tokens x rows of the result");
         assert!(bias.is_none_or(|bias| bias.len() == rows), "rows of bias and matrix");
-        let most = TASK_BYTES / each_form!(matrix, m => m.tile_bytes()).max(1);
+        let most = each_form!(matrix, m => tiles_of_task(m));
         // Tiles go in pairs.
         let share = share.min(most).max(1).next_multiple_of(2);
         let tasks = first..first + tiles(rows).div_ceil(share);
-        Self { matrix, bias: *bias, add: *add, out: Disjoint::new(out), tasks, share }
+        let streams = !*add && size_of_val(*out) >= STREAMED;
+        Self { matrix, bias: *bias, add: *add, streams, out: Disjoint::new(out), tasks, share }
     }
+}
+
+fn tiles_of_task<F: Form>(form: &F) -> usize {
+    F::TASK_BYTES / form.tile_bytes().max(1)
 }
 
 /// Some tiles of a product, for all tokens.
@@ -105,8 +112,9 @@ impl<F: Form> Kernel for Task<'_, F> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let tokens = self.x.tokens();
-        for start in (0..tokens).step_by(TOKENS) {
-            let tokens = start..tokens.min(start + TOKENS);
+        let together = self.form.tokens(s);
+        for start in (0..tokens).step_by(together) {
+            let tokens = start..tokens.min(start + together);
             if let Some(x) = self.x.int8
                 && F::INTEGER
             {
@@ -128,6 +136,9 @@ impl<F: Form> Kernel for Task<'_, F> {
                     }
                 });
             }
+        }
+        if self.part.streams {
+            s.fence();
         }
     }
 }
@@ -153,6 +164,9 @@ impl<F: Form> Task<'_, F> {
         if self.part.add {
             sum = s.add_f32(load(s, out), sum);
         }
-        store(s, sum, out);
+        match out.as_mut_array::<LANES>() {
+            Some(line) if self.part.streams => s.stream_f32(sum, line),
+            _ => store(s, sum, out),
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Vectors as arrays, for any CPU.
 
 use crate::{
-    simd::{Kernel, LANES, Line, Simd},
+    simd::{Kernel, LANES, Line, Simd, Sums},
     ternary::Planes,
 };
 use half::{bf16, f16};
@@ -103,9 +103,11 @@ impl Simd for Scalar {
         panels: [&[Planes]; R],
         codes: &[[i8; LANES]],
         stride: usize,
-        sums: &mut [[Int; R]],
+        tokens: usize,
+        sink: &mut impl Sums<Self, R>,
     ) {
-        for (t, sums) in sums.iter_mut().enumerate() {
+        for t in 0..tokens {
+            let mut sums = [[0i32; LANES]; R];
             for (sum, panel) in sums.iter_mut().zip(panels) {
                 for (planes, block) in panel.iter().zip(&codes[t * stride..]) {
                     for (line, quad) in planes.iter().zip(block.as_chunks::<4>().0) {
@@ -114,6 +116,7 @@ impl Simd for Scalar {
                     }
                 }
             }
+            sink.take(self, t, &[sums]);
         }
     }
 
@@ -131,7 +134,8 @@ impl Simd for Scalar {
             for (j, sum) in sums.iter_mut().enumerate() {
                 let (left, right) = (left[i / LANES], right[j / LANES]);
                 let product = |c: usize| {
-                    number(left, i % LANES * k + c) * number(right, c / 2 * 32 + j % LANES * 2 + c % 2)
+                    number(left, c / 32 * 512 + i % LANES * 32 + c % 32)
+                        * number(right, c / 2 * 32 + j % LANES * 2 + c % 2)
                 };
                 *sum = (0..k).map(product).sum();
             }

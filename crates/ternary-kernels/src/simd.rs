@@ -64,15 +64,16 @@ pub(crate) trait Simd: Copy {
     fn has_tiles(self) -> bool {
         false
     }
-    /// Adds to `sums[t][r]` the products of panel `r` and the codes of token `t`, whose blocks begin at
-    /// `codes[t * stride]`; both are signed bytes, of which nothing is kept in 16 bits.
+    /// Products of one or two panels and the codes of `tokens` tokens, whose blocks begin at `codes[t * stride]`; both are
+    /// signed bytes, of which nothing is kept in 16 bits. The sink takes the sums of some tokens after the other.
     #[inline(always)]
     fn tiles<const R: usize>(
         self,
         _panels: [&[Planes]; R],
         _codes: &[[i8; LANES]],
         _stride: usize,
-        _sums: &mut [[Self::Int; R]],
+        _tokens: usize,
+        _sink: &mut impl Sums<Self, R>,
     ) {
         unreachable!("has_tiles says so");
     }
@@ -85,7 +86,7 @@ pub(crate) trait Simd: Copy {
     /// `sums[i][j] = sum over k of left[i][k] right[k][j]` in bfloat16, summed in f32.
     ///
     /// # Shapes
-    /// left: twice `[16, k]`, right: twice `[k / 2, 16, 2]`, two bytes a number
+    /// left: twice `[k / 32, 16, 32]`, right: twice `[k / 2, 16, 2]`, two bytes a number
     #[inline(always)]
     fn half_tiles(
         self,
@@ -98,6 +99,15 @@ pub(crate) trait Simd: Copy {
 
     fn load_f32(self, values: &[f32; LANES]) -> Self::Float;
     fn store_f32(self, a: Self::Float, values: &mut [f32; LANES]);
+    /// [`store_f32`](Self::store_f32) past the caches, where a line is written whole; [`fence`](Self::fence) must follow before
+    /// another thread reads it.
+    #[inline(always)]
+    fn stream_f32(self, a: Self::Float, values: &mut [f32; LANES]) {
+        self.store_f32(a, values);
+    }
+    /// Lets what was streamed be seen before what is written from now on.
+    #[inline(always)]
+    fn fence(self) {}
     fn load_f16(self, values: &[f16; LANES]) -> Self::Float;
     /// Rounded to the nearest, ties to even.
     fn store_f16(self, a: Self::Float, values: &mut [f16; LANES]);
@@ -118,9 +128,9 @@ pub(crate) trait Simd: Copy {
     fn bits_to_float(self, a: Self::Int) -> Self::Float;
     fn float_to_bits(self, a: Self::Float) -> Self::Int;
 
-    /// Asks for the line that is this many lines further on.
+    /// Asks for what is this many lines further on.
     #[inline(always)]
-    fn prefetch(self, _line: &Line, _ahead: usize) {}
+    fn prefetch<T>(self, _at: &T, _ahead: usize) {}
 
     /// Four activations in every lane.
     #[inline(always)]
@@ -150,6 +160,12 @@ pub(crate) trait Simd: Copy {
     fn max_lanes(self, a: Self::Float) -> f32 {
         self.array(a).into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
+}
+
+/// Takes sums of products: `sums[t][r]` of panel `r` and token `first + t`. (Not a closure: those cannot be made to be inlined,
+/// and would lose the instructions.)
+pub(crate) trait Sums<S: Simd, const R: usize> {
+    fn take(&mut self, s: S, first: usize, sums: &[[S::Int; R]]);
 }
 
 /// An algorithm over vectors. `run` must be `#[inline(always)]`, to be compiled with the instructions.

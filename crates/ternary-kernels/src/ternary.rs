@@ -7,7 +7,7 @@ use crate::{
         Finish, Form, TOKENS, by_tokens, four, group_blocks, integer_in_registers, tiles, token_codes,
         token_floats, token_sums,
     },
-    simd::{LANES, Line, Simd},
+    simd::{LANES, Line, Simd, Sums},
 };
 use half::f16;
 use std::ops::Range;
@@ -169,7 +169,8 @@ impl TernaryMatrix {
                 }
                 let panels: [_; R] = std::array::from_fn(|r| &room[r * PANEL / R..][..stop - start]);
                 if s.has_tiles() {
-                    s.tiles(panels, &x.codes[tokens.start * x.blocks + start..], x.blocks, totals);
+                    let codes = &x.codes[tokens.start * x.blocks + start..];
+                    s.tiles(panels, codes, x.blocks, tokens.len(), &mut Totals::<S, R>(totals));
                     start = stop;
                     continue;
                 }
@@ -194,6 +195,20 @@ impl TernaryMatrix {
         for (token, results) in tokens.zip(&*results) {
             for r in 0..R {
                 finish.finish(s, tile + r, token, results[r]);
+            }
+        }
+    }
+}
+
+/// Adds sums up.
+struct Totals<'a, S: Simd, const R: usize>(&'a mut [[S::Int; R]]);
+
+impl<S: Simd, const R: usize> Sums<S, R> for Totals<'_, S, R> {
+    #[inline(always)]
+    fn take(&mut self, s: S, first: usize, sums: &[[S::Int; R]]) {
+        for (totals, sums) in self.0[first..].iter_mut().zip(sums) {
+            for r in 0..R {
+                totals[r] = s.add(totals[r], sums[r]);
             }
         }
     }

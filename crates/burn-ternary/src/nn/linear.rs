@@ -1,7 +1,7 @@
 //! [`QuantizedLinear`]: a linear layer whose latent weight is multiplied as ternary.
 
 use super::{Compute, LowRank, norm::rms_normalize};
-use crate::ops::{RowScale, absmax_quantize, float_linear, ternary_linear};
+use crate::ops::{RowScale, absmax_quantize, float_linear, latent_linear, ternary_linear};
 use crate::quant::{
     ActivationPrecision, Dials, Products, QuantConfig, ScaleRule, TernaryQuantizer, TernaryQuantizerConfig,
 };
@@ -93,7 +93,12 @@ impl QuantizedLinear {
         let (output, multiplied) = if integer {
             // The op rounds its input itself; only an adapter has to be given the result.
             let multiplied = self.adapter.is_some().then(|| self.multiplied(input.clone()));
-            (ternary_linear(input, self.effective_weight(), bias), multiplied)
+            let shared = self.quantizer.as_ref().and_then(|quantizer| quantizer.shared(&self.weight.val()));
+            let output = match shared {
+                Some(shared) => latent_linear(input, self.weight.val(), shared, bias),
+                None => ternary_linear(input, self.effective_weight(), bias),
+            };
+            (output, multiplied)
         } else {
             let input = self.multiplied(input);
             let output = float_linear(input.clone(), compute.cast(self.effective_weight()), bias);

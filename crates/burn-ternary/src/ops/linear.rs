@@ -1,6 +1,6 @@
 //! The products of linear layers: of floats, and of ternary layers for backends that have them in int8.
 
-use super::{RowScale, TernaryBackend, node};
+use super::{RowScale, StraightThrough, TernaryBackend, node};
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::{Shape, Tensor};
@@ -21,6 +21,23 @@ pub fn ternary_linear(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1
     let bias = bias.unwrap_or_else(|| Tensor::zeros([weight.dims()[1]], &weight.device()));
     let [input, weight, bias] = [input.into_dispatch(), weight.into_dispatch(), bias.into_dispatch()];
     Tensor::from_dispatch(Dispatch::ternary_linear(input, weight, bias).0)
+}
+
+/// [`ternary_linear`] of the weight that [`ternary_quantize`](super::ternary_quantize) makes of a latent one with its identity
+/// estimator: on flex that weight is never made, only its codes.
+///
+/// # Shapes
+/// as there, and scale and threshold, without a gradient: both `[1, 1, d_output]`, or both `[1, 1, 1]`
+pub fn latent_linear(
+    input: Tensor<2>,
+    latent: Tensor<2>,
+    [scale, threshold]: [Tensor<3>; 2],
+    bias: Option<Tensor<1>>,
+) -> Tensor<2> {
+    let bias = bias.unwrap_or_else(|| Tensor::zeros([latent.dims()[1]], &latent.device()));
+    let [input, latent, bias] = [input.into_dispatch(), latent.into_dispatch(), bias.into_dispatch()];
+    let [scale, threshold] = [scale, threshold].map(Tensor::into_dispatch);
+    Tensor::from_dispatch(Dispatch::latent_linear(input, latent, scale, threshold, bias).0)
 }
 
 /// `x W + b`.
@@ -142,6 +159,22 @@ pub(super) fn forward<B: TernaryBackend>(
     (float_forward::<B>(input.clone(), weight.clone(), bias), input, weight)
 }
 
+pub(super) fn latent_forward<B: TernaryBackend>(
+    input: FloatTensor<B>,
+    latent: FloatTensor<B>,
+    scale: FloatTensor<B>,
+    threshold: FloatTensor<B>,
+    bias: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let shape = latent.shape();
+    let [d_input, d_output] = shape.dims();
+    // Everything along dimension 1 shares a scale.
+    let channels = scale.shape()[2];
+    let view = B::float_reshape(latent, Shape::new([1, d_input * d_output / channels, channels]));
+    let weight = B::ternary_quantize(view, scale, threshold, StraightThrough::IDENTITY);
+    B::ternary_linear(input, B::float_reshape(weight, shape), bias)
+}
+
 pub(super) fn float_backward<B: Backend>(
     input: FloatTensor<B>,
     weight: FloatTensor<B>,
@@ -169,8 +202,23 @@ pub(super) fn backward<B: Backend>(
 pub(super) fn track<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 3],
 ) -> FloatTensor<Autodiff<B, C>> {
-    node::track::<B, C, 3>(inputs, |[input, weight, bias]| {
-        let (output, input, weight) = B::ternary_linear(input, weight, bias);
+    track_of::<B, C>(inputs, |[input, weight, bias]| B::ternary_linear(input, weight, bias))
+}
+
+pub(super) fn track_latent<B: TernaryBackend, C: CheckpointStrategy>(
+    inputs: [FloatTensor<Autodiff<B, C>>; 3],
+    [scale, threshold]: [FloatTensor<B>; 2],
+) -> FloatTensor<Autodiff<B, C>> {
+    track_of::<B, C>(inputs, |[input, latent, bias]| B::latent_linear(input, latent, scale, threshold, bias))
+}
+
+/// Straight through to a latent weight, whose gradient is that of the ternary one.
+fn track_of<B: TernaryBackend, C: CheckpointStrategy>(
+    inputs: [FloatTensor<Autodiff<B, C>>; 3],
+    forward: impl FnOnce([FloatTensor<B>; 3]) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>),
+) -> FloatTensor<Autodiff<B, C>> {
+    node::track::<B, C, 3>(inputs, |inputs| {
+        let (output, input, weight) = forward(inputs);
         let gradient = node::Gradient::of_wanted(move |grad, [_, weight_too, bias_too]| {
             if !(weight_too || bias_too) {
                 return [Some(B::ternary_linear_input_backward(weight.clone(), grad)), None, None];

@@ -27,7 +27,7 @@ pub use absmax::{RowScale, absmax_quantize, absmax_scales};
 pub use activation::{gelu, silu_mul};
 pub use attention::{Heads, causal_attention};
 pub use divergence::divergences;
-pub use linear::{Factors, float_linear, project, ternary_linear};
+pub use linear::{Factors, float_linear, latent_linear, project, ternary_linear};
 pub use loss::log_likelihood;
 pub use norm::{layer_norm, rms_norm};
 pub use optimizer::{AdamWStep, MuonStep, adamw, adamw_int8, int8_moments, muon, square_sum};
@@ -288,6 +288,18 @@ pub trait TernaryBackend: Backend {
         linear::forward::<Self>(input, weight, bias)
     }
 
+    /// See [`latent_linear`]; for the rest as [`ternary_linear`](Self::ternary_linear), whose backward pass it has.
+    #[fusion(default)]
+    fn latent_linear(
+        input: FloatTensor<Self>,
+        latent: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        threshold: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        linear::latent_forward::<Self>(input, latent, scale, threshold, bias)
+    }
+
     /// Gradients of input, weight and bias.
     #[fusion(default)]
     fn ternary_linear_backward(
@@ -444,6 +456,19 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         bias: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let output = linear::track::<B, C>([input, weight, bias.clone()]);
+        (output, bias.clone(), bias)
+    }
+
+    /// As there.
+    fn latent_linear(
+        input: FloatTensor<Self>,
+        latent: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        threshold: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let shared = [Self::inner(scale), Self::inner(threshold)];
+        let output = linear::track_latent::<B, C>([input, latent, bias.clone()], shared);
         (output, bias.clone(), bias)
     }
 

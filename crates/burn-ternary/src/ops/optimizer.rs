@@ -25,6 +25,8 @@ pub struct AdamWStep {
     pub keep: f32,
     /// `1 - beta1^t` and `1 - beta2^t` at step t, from 1 on.
     pub corrections: [f32; 2],
+    /// What gradients are multiplied by first, as to clip them.
+    pub grad_factor: f32,
 }
 
 /// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`,
@@ -74,6 +76,8 @@ pub struct MuonStep {
     /// What decay leaves of a weight, `1 - lr * weight_decay`.
     pub keep: f32,
     pub momentum: f32,
+    /// What gradients are multiplied by first, as to clip them.
+    pub grad_factor: f32,
 }
 
 /// `v = momentum v + g`, `w = keep w - rate orthogonal(g + momentum v)`: weight and v after it, where `orthogonal` is five steps
@@ -107,7 +111,8 @@ pub(super) fn adamw_step<B: Backend>(
     v: FloatTensor<B>,
     step: AdamWStep,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections: [first, second] } = step;
+    let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections: [first, second], grad_factor } = step;
+    let grad = scaled::<B>(grad, grad_factor);
     let mix = |old, new, beta: f32| {
         let new = B::float_mul_scalar(new, (1.0 - beta).into());
         B::float_add(B::float_mul_scalar(old, beta.into()), new)
@@ -117,8 +122,7 @@ pub(super) fn adamw_step<B: Backend>(
     let root = B::float_sqrt(B::float_div_scalar(v.clone(), second.into()));
     let direction = B::float_div(m.clone(), B::float_add_scalar(root, epsilon.into()));
     let update = B::float_mul_scalar(direction, (lr / first).into());
-    let kept = if keep == 1.0 { weight } else { B::float_mul_scalar(weight, keep.into()) };
-    (B::float_sub(kept, update), m, v)
+    (B::float_sub(scaled::<B>(weight, keep), update), m, v)
 }
 
 pub(super) fn muon_step<B: Backend>(
@@ -127,12 +131,17 @@ pub(super) fn muon_step<B: Backend>(
     velocity: FloatTensor<B>,
     step: MuonStep,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let MuonStep { rate, keep, momentum } = step;
+    let MuonStep { rate, keep, momentum, grad_factor } = step;
+    let grad = scaled::<B>(grad, grad_factor);
     let push = |velocity, grad| B::float_add(B::float_mul_scalar(velocity, momentum.into()), grad);
     let velocity = push(velocity, grad.clone());
     let update = orthogonal::<B>(push(velocity.clone(), grad));
-    let kept = if keep == 1.0 { weight } else { B::float_mul_scalar(weight, keep.into()) };
-    (B::float_sub(kept, B::float_mul_scalar(update, rate.into())), velocity)
+    let update = B::float_mul_scalar(update, rate.into());
+    (B::float_sub(scaled::<B>(weight, keep), update), velocity)
+}
+
+fn scaled<B: Backend>(x: FloatTensor<B>, factor: f32) -> FloatTensor<B> {
+    if factor == 1.0 { x } else { B::float_mul_scalar(x, factor.into()) }
 }
 
 fn orthogonal<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {

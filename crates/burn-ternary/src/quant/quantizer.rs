@@ -162,6 +162,21 @@ impl TernaryQuantizer {
         blended.reshape(dims)
     }
 
+    /// Scale and threshold where [`fake_quantize`](Self::fake_quantize) is nothing but the identity's gradient and a comparison with a
+    /// threshold of each channel, or of all: so that who multiplies codes need not make the weight.
+    ///
+    /// # Shapes
+    /// weight `[d_input, d_output]` to twice `[1, 1, d_output]` or `[1, 1, 1]`
+    pub(crate) fn shared(&self, weight: &Tensor<2>) -> Option<[Tensor<3>; 2]> {
+        let plain = self.config.estimator == Estimator::Identity
+            && self.scale.is_none()
+            && self.config.dials.lambda.get() >= 1.0;
+        let (scale, threshold) = plain.then(|| self.scale_and_threshold(weight))?;
+        let [groups, one, channels] = scale.dims();
+        let shared = threshold.dims() == scale.dims() && groups == 1 && one == 1;
+        (shared && [1, weight.dims()[1]].contains(&channels)).then_some([scale, threshold])
+    }
+
     /// The scale with the least squared error: for the codes where they do not depend on it, of all scales otherwise.
     ///
     /// # Shapes

@@ -2,6 +2,7 @@
 
 use super::optim::{Decay, Moments};
 use crate::ops::{AdamWStep, adamw, adamw_int8, int8_moments};
+use crate::quant::Dial;
 use burn::optim::{
     AdamWState, AdaptiveMomentumState, LearningRate, Optimizer, RecordState, StateSink, StateSource,
 };
@@ -18,6 +19,7 @@ pub(super) struct AdamW {
     pub epsilon: f32,
     pub moments: Moments,
     pub decay: Decay,
+    pub clip: Dial,
 }
 
 /// Names of leaves, which Burn's state has not.
@@ -105,6 +107,7 @@ impl AdamW {
             epsilon,
             keep: self.decay.keep(lr) as f32,
             corrections: [beta1, beta2].map(|beta| (1.0 - f64::from(beta).powi(time as i32)) as f32),
+            grad_factor: self.clip.get(),
         }
     }
 }
@@ -132,9 +135,8 @@ impl<const D: usize> RecordState for State<D> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::optim::{MatrixOptimizer, OptimConfig};
+    use super::super::optim::{MatrixOptimizer, OptimConfig, OptimDials};
     use super::*;
-    use crate::quant::Dial;
     use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
     use burn::module::ParamGroup;
     use burn::nn::{Linear, LinearConfig};
@@ -159,7 +161,7 @@ mod tests {
             clip_norm: 0.0,
             z_loss: 0.0,
         };
-        config.init(ParamGroup::from_ids(vec![]), ParamGroup::from_ids(vec![]), Dial::default())
+        config.init(ParamGroup::from_ids(vec![]), ParamGroup::from_ids(vec![]), &OptimDials::default())
     }
 
     /// Its weight has 5270 numbers, its bias 85.

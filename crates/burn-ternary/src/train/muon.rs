@@ -2,6 +2,7 @@
 
 use super::optim::Decay;
 use crate::ops::{MuonStep, muon};
+use crate::quant::Dial;
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource, join_path};
 use burn::tensor::{Device, Tensor};
 
@@ -15,6 +16,7 @@ use burn::tensor::{Device, Tensor};
 pub(super) struct Muon {
     pub momentum: f32,
     pub decay: Decay,
+    pub clip: Dial,
 }
 
 #[derive(Clone)]
@@ -41,6 +43,7 @@ impl Optimizer for Muon {
             rate: (lr * aspect.max(1.0).sqrt()) as f32,
             keep: self.decay.keep(lr) as f32,
             momentum: self.momentum,
+            grad_factor: self.clip.get(),
         };
         let velocity = state.map_or_else(|| grad.zeros_like(), |state| state.velocity);
         let (tensor, velocity) = muon(tensor, grad, velocity, step);

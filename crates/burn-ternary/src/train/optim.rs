@@ -68,13 +68,15 @@ impl OptimConfig {
     ///
     /// # Source
     /// Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2 (AdamW).
-    pub fn init(&self, matrices: ParamGroup, decayed: ParamGroup, decay: Dial) -> ModuleOptimizer {
+    pub fn init(&self, matrices: ParamGroup, decayed: ParamGroup, dials: &OptimDials) -> ModuleOptimizer {
+        let OptimDials { decay, clip } = dials.clone();
         let adamw = AdamW {
             beta1: self.beta1 as f32,
             beta2: self.beta2 as f32,
             epsilon: self.epsilon as f32,
             moments: self.moments,
             decay: Decay { strength: 0.0, dial: decay.clone() },
+            clip: clip.clone(),
         };
         let decay = Decay { strength: self.weight_decay, dial: decay };
         let decayed_adamw = AdamW { decay: decay.clone(), ..adamw.clone() };
@@ -82,7 +84,7 @@ impl OptimConfig {
         match self.matrices {
             MatrixOptimizer::Adamw => optimizer.with_group(matrices, decayed_adamw, None),
             MatrixOptimizer::Muon => {
-                let muon = Muon { momentum: self.muon_momentum as f32, decay };
+                let muon = Muon { momentum: self.muon_momentum as f32, decay, clip };
                 optimizer.with_group(matrices, muon, None)
             }
         }
@@ -98,6 +100,15 @@ impl OptimConfig {
             MatrixOptimizer::Muon => base.with_group(matrices, with_peak(self.muon_lr)),
         }
     }
+}
+
+/// What the training loop turns in an optimizer; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct OptimDials {
+    /// The strength of weight decay, as a share of the experiment's.
+    pub decay: Dial,
+    /// What gradients are multiplied by, which clips them without another pass over memory.
+    pub clip: Dial,
 }
 
 /// Decoupled weight decay, scaled by a dial.
@@ -117,7 +128,7 @@ impl Decay {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::train::gradients::clip_global_norm;
+    use crate::train::gradients::global_norm;
     use crate::train::schedule::{ScheduleConfig, Shape};
     use burn::{
         Tensor,
@@ -254,13 +265,13 @@ pub(super) mod tests {
         Schedule::new(&config, total_steps)
     }
 
-    /// Optimizer, the learning rates of each step, and the dial of its weight decay.
-    fn optimizer(net: &Net, matrices: MatrixOptimizer) -> (ModuleOptimizer, ModuleLearningRate, Dial) {
+    /// Optimizer, the learning rates of each step, and its dials.
+    fn optimizer(net: &Net, matrices: MatrixOptimizer) -> (ModuleOptimizer, ModuleLearningRate, OptimDials) {
         let config = config(matrices);
         let constant = schedule(Shape::Constant, 100);
-        let dial = Dial::default();
-        let optimizer = config.init(net.matrices(), net.decayed(), dial.clone());
-        (optimizer, config.lr_scheduler(net.matrices(), &constant, 0).step(), dial)
+        let dials = OptimDials::default();
+        let optimizer = config.init(net.matrices(), net.decayed(), &dials);
+        (optimizer, config.lr_scheduler(net.matrices(), &constant, 0).step(), dials)
     }
 
     pub(in crate::train) fn assert_close(name: &str, found: &[f32], expected: &[f64], tolerance: f64) {
@@ -377,13 +388,13 @@ pub(super) mod tests {
     fn adamw_follows_float64_with_decay_removed_midway() {
         let rng = &mut rng();
         let mut net = Net::new(rng);
-        let (mut optimizer, lr, dial) = optimizer(&net, MatrixOptimizer::Adamw);
+        let (mut optimizer, lr, dials) = optimizer(&net, MatrixOptimizer::Adamw);
         // Embedding and weights decay, biases never do.
         let decays = [0.5, 0.5, 0.5, 0.0, 0.0];
         let mut references = net.values().map(|values| ReferenceAdamW::new(&values));
         for step in 0..10 {
             let factor = if step < 5 { 1.0 } else { 0.0 };
-            dial.set(factor as f32);
+            dials.decay.set(factor as f32);
             let grads = net.grads(|shape| random(rng, shape));
             for ((reference, grad), decay) in references.iter_mut().zip(net.grad_values(&grads)).zip(decays) {
                 reference.step(&grad, LR, decay * factor);
@@ -399,13 +410,13 @@ pub(super) mod tests {
     fn muon_is_the_original_on_the_transposed_weight() {
         let rng = &mut rng();
         let mut net = Net::new(rng);
-        let (mut optimizer, lr, dial) = optimizer(&net, MatrixOptimizer::Muon);
+        let (mut optimizer, lr, dials) = optimizer(&net, MatrixOptimizer::Muon);
         let [_, wide, tall, ..] = net.values();
         let mut wide = ReferenceMuon::new(Matrix::new(4, 10, &wide).transposed());
         let mut tall = ReferenceMuon::new(Matrix::new(10, 4, &tall).transposed());
         for step in 0..6 {
             let factor = if step < 3 { 1.0 } else { 0.0 };
-            dial.set(factor as f32);
+            dials.decay.set(factor as f32);
             let grads = net.grads(|shape| random(rng, shape));
             let [_, wide_grad, tall_grad, ..] = net.grad_values(&grads);
             let decay = 0.5 * factor;
@@ -438,8 +449,8 @@ pub(super) mod tests {
         // AdamW's first update is lr in every weight; Muon's is not.
         let rng = &mut rng();
         let net = Net::new(rng);
-        let (mut optimizer, lr, dial) = optimizer(&net, MatrixOptimizer::Muon);
-        dial.set(0.0);
+        let (mut optimizer, lr, dials) = optimizer(&net, MatrixOptimizer::Muon);
+        dials.decay.set(0.0);
         let before = net.values();
         let grads = net.grads(|shape| random(rng, shape));
         let after = optimizer.step(lr, net, grads).values();
@@ -538,7 +549,36 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn nested_parameters_are_clipped_and_optimized_too() {
+    fn a_clip_is_what_gradients_are_multiplied_by() {
+        let rng = &mut rng();
+        let net = Net::new(rng);
+        let draws: [Vec<TensorData>; 2] = std::array::from_fn(|_| {
+            [&[7, 4][..], &[4, 10], &[10, 4], &[10], &[4]].map(|shape| random(rng, shape)).to_vec()
+        });
+        for matrices in [MatrixOptimizer::Adamw, MatrixOptimizer::Muon] {
+            // The second of two steps, since the first is the same for all factors but for epsilon.
+            let stepped = |clip: f32, factor: f32| {
+                let (mut optimizer, lr, dials) = optimizer(&net, matrices);
+                let mut net = net.clone();
+                for (draws, second) in draws.iter().zip([false, true]) {
+                    let factor = if second { factor } else { 1.0 };
+                    dials.clip.set(if second { clip } else { 1.0 });
+                    let mut draws = draws.iter();
+                    let grads = net.grads(|shape| {
+                        let values = draws.next().unwrap().iter::<f32>().map(|g| g * factor).collect();
+                        TensorData::new::<f32, _>(values, shape.to_vec())
+                    });
+                    net = optimizer.step(lr.clone(), net, grads);
+                }
+                net.values()
+            };
+            assert_eq!(stepped(0.3, 1.0), stepped(1.0, 0.3));
+            assert_ne!(stepped(0.3, 1.0), stepped(1.0, 1.0));
+        }
+    }
+
+    #[test]
+    fn nested_parameters_count_and_are_optimized_too() {
         let device = Device::default().autodiff();
         let id = ParamId::new();
         // Positive, so that the gain's gradient is far from 0 and from AdamW's epsilon.
@@ -553,15 +593,13 @@ pub(super) mod tests {
         // d/dw sum(2 w) = 2, d/dgain = sum(w).
         let sum: f64 = base.iter().map(|&w| f64::from(w)).sum();
         let exact = (6.0 * 4.0 + sum * sum).sqrt();
-        let (grads, norm) = clip_global_norm(grads, &linear, 0.1);
+        let (grads, norm) = global_norm(grads, &linear);
         assert!((norm / exact - 1.0).abs() < 1e-6, "{norm} instead of {exact}");
-        let clipped = floats(grads.get::<1>(id).unwrap());
-        assert_close("gain", &clipped, &[sum * 0.1 / exact], 1e-6);
 
         // The weight is Muon's and decays, its gain is AdamW's and does not.
         let config = config(MatrixOptimizer::Muon);
         let matrices = ParamGroup::from_ids(vec![linear.weight.id]);
-        let mut optimizer = config.init(matrices, ParamGroup::from_ids(vec![]), Dial::default());
+        let mut optimizer = config.init(matrices, ParamGroup::from_ids(vec![]), &OptimDials::default());
         let linear = optimizer.step(LR, linear, grads);
         assert_close("gain", &gain(&linear), &[2.0 - LR], 1e-5);
     }

@@ -4,19 +4,19 @@ use super::checkpoint::{Checkpoints, Loaded, sha256};
 use super::codes::CodeTracker;
 use super::distill::Teacher;
 use super::metrics;
-use super::optim::Moments;
+use super::optim::{Moments, OptimDials};
 use super::plot;
 use super::progress::PlainRenderer;
 use super::report::{self, History, MetricsFile, RunResult, write_atomic};
 use super::saved::{check_frozen, frozen_model, start_model};
 use super::schedule::Schedule;
-use super::step::TrainPlan;
+use super::step::{SpikeGuard, TrainPlan};
 use super::strategy::{Outcome, Session, StepStrategy};
 use super::{Experiment, TrainError, TrainState};
 use crate::data::{Dataset, LmLoader};
 use crate::device;
 use crate::nn::DuckQuantized;
-use crate::quant::{Dial, Products};
+use crate::quant::Products;
 use crate::{ExportError, export_for_inference};
 use burn::module::Module;
 use burn::tensor::Device;
@@ -97,22 +97,26 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     let model = model.with_lora(&experiment.lora, experiment.run.seed);
     let codes = CodeTracker::new(&model.valid());
     let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
-    let plan = TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default(), teacher };
-    let (learner, state) = match loaded {
-        None => (plan.learner(model, 0), TrainState { seed: experiment.run.seed, ..TrainState::default() }),
-        Some(loaded) => plan.resume(model, loaded)?,
+    let plan = TrainPlan { optim: experiment.optim.clone(), schedule, dials: OptimDials::default(), teacher };
+    let guard = SpikeGuard { factor: experiment.run.spike_factor };
+    let trainer = match loaded {
+        None => {
+            let state = TrainState { seed: experiment.run.seed, ..TrainState::default() };
+            plan.trainer(model, state, guard)
+        }
+        Some(loaded) => plan.resume(model, loaded, guard)?,
     };
+    let step = trainer.state().step;
 
     let metrics_path = run_dir.join("metrics.jsonl");
     let at_metrics = |source| TrainError::Write { path: metrics_path.clone(), source };
-    let metrics =
-        MetricsFile::open(&metrics_path, (state.step > 0).then_some(state.step)).map_err(at_metrics)?;
+    let metrics = MetricsFile::open(&metrics_path, (step > 0).then_some(step)).map_err(at_metrics)?;
     let history = report::read(&metrics_path).map_err(at_metrics)?;
     if options.resume {
         let path = run_dir.join("samples.txt");
-        report::keep_samples(&path, state.step).map_err(|source| TrainError::Write { path, source })?;
+        report::keep_samples(&path, step).map_err(|source| TrainError::Write { path, source })?;
     }
-    let size = learner.model().model.size();
+    let size = trainer.model().size();
     let tui = std::io::stdout().is_terminal() && !options.quiet;
     let run = &experiment.run;
     let train = LmLoader::training(
@@ -139,10 +143,10 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
         size,
         prints: !tui && !options.quiet,
     };
-    let intervals_done = state.step / run.eval_every;
+    let intervals_done = step / run.eval_every;
+    let learner = trainer.learner();
     let outcome = Arc::new(Mutex::new(None));
-    let strategy =
-        StepStrategy { session: Mutex::new(Some((session, state))), plan, outcome: outcome.clone() };
+    let strategy = StepStrategy { session: Mutex::new(Some((session, trainer))), outcome: outcome.clone() };
 
     let mut training = SupervisedTraining::new(&run_dir, Arc::new(train), Arc::new(valid))
         .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))

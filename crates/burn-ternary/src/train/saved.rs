@@ -1,12 +1,12 @@
 use super::checkpoint::Checkpoints;
 use super::schedule::Schedule;
-use super::step::TrainPlan;
+use super::step::restore;
 use super::{Experiment, TrainError};
 use crate::data::tokenizer;
 use crate::device::device;
 use crate::export::{ExportError, export_for_inference, export_frozen, export_latent};
 use crate::nn::DuckQuantized;
-use crate::quant::{Dial, QuantConfig};
+use crate::quant::QuantConfig;
 use burn::module::Module;
 use burn::tensor::Device;
 use std::path::Path;
@@ -35,14 +35,12 @@ impl SavedRun {
             message: "expected a checkpoint, found none yet".into(),
         })?;
         let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
-        let plan =
-            TrainPlan { optim: experiment.optim.clone(), schedule, decay: Dial::default(), teacher: None };
         let last_step = loaded.state.step.saturating_sub(1);
         let seed = experiment.run.seed;
         let model = experiment.model.init(&experiment.quant, seed, &device.clone().autodiff());
         let model = model.with_lora(&experiment.lora, seed);
-        let model = plan.restore(model, loaded.model, &loaded.path)?.valid();
-        plan.schedule.turn(last_step, model.dials());
+        let model = restore(model, &experiment.optim, loaded.model, &loaded.path)?.valid();
+        schedule.turn(last_step, model.dials());
         Ok(Self { experiment, tokenizer, model })
     }
 

@@ -2,30 +2,29 @@
 
 use super::checkpoint::Loaded;
 use super::distill::Teacher;
-use super::gradients::{accumulate, clip_global_norm};
+use super::gradients::{accumulate, clip_factor, global_norm};
 use super::loss::language_model_loss;
 use super::metrics::{LmItem, StepReport};
-use super::optim::OptimConfig;
+use super::optim::{OptimConfig, OptimDials};
 use super::schedule::{Schedule, ScheduleConfig};
 use super::{TrainError, TrainState};
 use crate::data::LmBatch;
 use crate::nn::DuckQuantized;
-use crate::quant::Dial;
-use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
+use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::{Module, ParamGroup};
-use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
+use burn::optim::{ModuleOptimizer, OptimizerRecord};
 use burn::store::{ModuleRecord, RecordError};
 use burn::tensor::Tensor;
 use burn::train::{InferenceStep, Learner, TrainOutput, TrainStep};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// Share of a new loss in the running mean that the spike guard compares with.
 const AVERAGE_RATE: f64 = 0.02;
 /// Steps before which the running mean is too young to call anything a spike.
 const GUARD_AFTER: usize = 20;
 
-/// A model with what its training needs: what Burn's `Learner` holds.
+/// A model with what its training needs.
 #[derive(Module, Debug)]
 pub struct LanguageModel {
     pub model: DuckQuantized,
@@ -33,8 +32,6 @@ pub struct LanguageModel {
     objective: Objective,
     #[module(skip)]
     teacher: Option<Arc<Teacher>>,
-    #[module(skip)]
-    probe: OptimizerProbe,
 }
 
 /// Weights of the terms of the loss besides cross entropy.
@@ -45,20 +42,17 @@ struct Objective {
     scale_penalty: f64,
 }
 
-/// Takes the optimizer's record out of Burn's `Learner`, which shows its optimizer to
-/// [`TrainStep::optimize`] only.
-#[derive(Clone, Debug, Default)]
-struct OptimizerProbe(Arc<Mutex<ProbeState>>);
-
-#[derive(Debug, Default)]
-enum ProbeState {
-    #[default]
-    Idle,
-    Asked,
-    Answered(OptimizerRecord),
-}
-
 impl LanguageModel {
+    fn new(model: DuckQuantized, optim: &OptimConfig, teacher: Option<Teacher>) -> Self {
+        let quant = model.quant();
+        let objective = Objective {
+            z_loss: optim.z_loss,
+            quantization_penalty: quant.quantization_penalty,
+            scale_penalty: quant.scale_penalty,
+        };
+        Self { model, objective, teacher: teacher.map(Arc::new) }
+    }
+
     /// Total loss (with a gradient) and what is reported of it.
     fn loss(&self, batch: LmBatch, teacher: Option<&Teacher>) -> (Tensor<1>, StepReport) {
         let tokens = batch.tokens;
@@ -138,22 +132,6 @@ impl TrainStep for LanguageModel {
         let (loss, report) = self.loss(batch, self.teacher.as_deref());
         TrainOutput::new(self, loss.mul_scalar(weight).backward(), LmItem(report))
     }
-
-    fn optimize(
-        self,
-        optimizer: &mut ModuleOptimizer,
-        lr: ModuleLearningRate,
-        grads: GradientsParams,
-    ) -> Self {
-        let mut probe = self.probe.0.lock().expect("no holder of the probe panics");
-        if matches!(*probe, ProbeState::Asked) {
-            *probe = ProbeState::Answered(optimizer.to_record());
-            drop(probe);
-            return self;
-        }
-        drop(probe);
-        optimizer.step(lr, self, grads)
-    }
 }
 
 impl InferenceStep for LanguageModel {
@@ -164,6 +142,9 @@ impl InferenceStep for LanguageModel {
         LmItem(self.loss(batch, None).1)
     }
 }
+
+/// Only an update takes the model out, and puts it back.
+const BETWEEN_STEPS: &str = "a trainer has a model between steps";
 
 /// When a step is not taken.
 #[derive(Clone, Copy, Debug)]
@@ -189,9 +170,12 @@ pub struct SpikeGuard {
 /// # }
 /// ```
 pub struct QuantizationTrainer {
-    learner: Learner<LanguageModel>,
+    /// Nobody else's while a step updates it: weights that are shared would be copied.
+    model: Option<LanguageModel>,
+    optimizer: ModuleOptimizer,
+    rates: ModuleLrScheduler,
     schedule: Schedule,
-    decay: Dial,
+    dials: OptimDials,
     clip_norm: f64,
     guard: SpikeGuard,
     state: TrainState,
@@ -210,33 +194,10 @@ impl QuantizationTrainer {
         let plan = TrainPlan {
             optim: optim.clone(),
             schedule: Schedule::new(schedule, steps),
-            decay: Dial::default(),
+            dials: OptimDials::default(),
             teacher: None,
         };
-        let learner = plan.learner(model, 0);
-        Self::from_learner(
-            learner,
-            &plan,
-            SpikeGuard { factor: 0.0 },
-            TrainState { seed, ..TrainState::default() },
-        )
-    }
-
-    /// A trainer that goes on from `state` with a learner made by `plan`.
-    pub(super) fn from_learner(
-        learner: Learner<LanguageModel>,
-        plan: &TrainPlan,
-        guard: SpikeGuard,
-        state: TrainState,
-    ) -> Self {
-        Self {
-            learner,
-            schedule: plan.schedule.clone(),
-            decay: plan.decay.clone(),
-            clip_norm: plan.optim.clip_norm,
-            guard,
-            state,
-        }
+        plan.trainer(model, TrainState { seed, ..TrainState::default() }, SpikeGuard { factor: 0.0 })
     }
 
     /// One optimizer step on micro-batches whose weights sum to 1 (or a single batch).
@@ -249,11 +210,11 @@ impl QuantizationTrainer {
     /// Without a batch.
     pub fn train_step(&mut self, batches: Vec<LmBatch>) -> StepReport {
         let step = self.state.step;
-        let model = self.learner.model();
-        self.schedule.turn(step, model.model.dials());
-        self.decay.set(self.schedule.weight_decay_factor(step) as f32);
+        let model = self.model();
+        self.schedule.turn(step, model.dials());
+        self.dials.decay.set(self.schedule.weight_decay_factor(step) as f32);
         // A device has one generator a process: a run that draws nothing leaves it to those that do.
-        if model.model.config().dropout > 0.0 {
+        if model.config().dropout > 0.0 {
             batches[0].inputs.device().seed(crate::seed::mix(self.state.seed, step as u64));
         }
 
@@ -262,7 +223,7 @@ impl QuantizationTrainer {
         for batch in batches {
             let weight = f64::from(batch.weight);
             self.state.windows_seen += batch.inputs.dims()[0] as u64;
-            let output = self.learner.train_step(batch);
+            let output = TrainStep::step(self.language_model(), batch);
             let LmItem(part) = output.item;
             report.tokens += part.tokens;
             report.loss += part.loss * weight;
@@ -277,16 +238,17 @@ impl QuantizationTrainer {
                     *sum = Some(sum.unwrap_or(0.0) + part * weight);
                 }
             }
-            grads = Some(accumulate(grads, output.grads, &model));
+            grads = Some(accumulate(grads, output.grads, self.model()));
         }
         let grads = grads.expect("a step has at least one batch");
-        let (grads, norm) = clip_global_norm(grads, &model, self.clip_norm);
-        // The learner must be the only owner of its parameters when they are updated.
-        drop(model);
+        let (grads, norm) = global_norm(grads, self.model());
+        self.dials.clip.set(clip_factor(norm, self.clip_norm));
 
-        self.learner.lr_step();
+        let rate = self.rates.step();
+        let lr = rate.base();
         if self.accepts(report.loss, norm) {
-            self.learner.optimizer_step(grads);
+            let model = self.model.take().expect(BETWEEN_STEPS);
+            self.model = Some(self.optimizer.step(rate, model, grads));
             self.state.bad_steps = 0;
             let average = self.state.loss_average.unwrap_or(report.loss);
             self.state.loss_average = Some(average + AVERAGE_RATE * (report.loss - average));
@@ -299,7 +261,7 @@ impl QuantizationTrainer {
         StepReport {
             step: self.state.step,
             grad_norm: norm,
-            lr: self.learner.lr_current().base(),
+            lr,
             lambda: Some(self.schedule.lambda(step)),
             skipped_steps: self.state.skipped_steps,
             ..report
@@ -307,28 +269,31 @@ impl QuantizationTrainer {
     }
 
     /// The model as it stands, under autodiff.
-    pub fn model(&self) -> DuckQuantized {
-        self.learner.model().model
+    pub fn model(&self) -> &DuckQuantized {
+        &self.language_model().model
+    }
+
+    /// The same with what its training needs.
+    pub(super) fn language_model(&self) -> &LanguageModel {
+        self.model.as_ref().expect(BETWEEN_STEPS)
+    }
+
+    /// What Burn's training wants to be launched with.
+    pub(super) fn learner(&self) -> Learner<LanguageModel> {
+        Learner::new(self.language_model().clone(), self.optimizer.clone(), self.rates.clone())
     }
 
     /// Model and optimizer as records, for a checkpoint.
-    pub fn records(&mut self) -> (ModuleRecord, OptimizerRecord) {
-        let model = self.learner.model();
-        let probe = model.probe.clone();
-        *probe.0.lock().expect("no holder of the probe panics") = ProbeState::Asked;
-        self.learner.optimizer_step(GradientsParams::new());
-        let answer = std::mem::take(&mut *probe.0.lock().expect("no holder of the probe panics"));
-        let ProbeState::Answered(optimizer) = answer else {
-            unreachable!("the learner hands its optimizer to every optimizer step")
-        };
-        (model.into_record(), optimizer)
+    pub fn records(&self) -> (ModuleRecord, OptimizerRecord) {
+        (self.language_model().clone().into_record(), self.optimizer.to_record())
     }
 
     /// Takes back model, optimizer and running mean of a checkpoint; step and data position go on, so that the texts
     /// that broke the run are not met again.
     pub(super) fn roll_back(&mut self, model: ModuleRecord, optimizer: OptimizerRecord, state: &TrainState) {
-        self.learner.load_model(model);
-        self.learner.load_optim(optimizer);
+        let broken = self.model.take().expect(BETWEEN_STEPS);
+        self.model = Some(broken.load_record(model));
+        self.optimizer = self.optimizer.clone().load_record(optimizer);
         self.state.loss_average = state.loss_average;
         self.state.bad_steps = 0;
         self.state.rollbacks += 1;
@@ -343,11 +308,7 @@ impl QuantizationTrainer {
     }
 
     pub(super) fn validation_model(&self) -> LanguageModel {
-        self.learner.model().valid()
-    }
-
-    pub(super) fn learner_model(&self) -> LanguageModel {
-        self.learner.model()
+        self.language_model().valid()
     }
 
     fn accepts(&self, loss: f64, norm: f64) -> bool {
@@ -363,18 +324,34 @@ impl QuantizationTrainer {
     }
 }
 
-/// Everything a learner is made of besides the model.
+/// `model` with the weights of a checkpoint, and their ids.
+///
+/// # Errors
+/// `Burn`: the checkpoint is of another model.
+pub(super) fn restore(
+    model: DuckQuantized,
+    optim: &OptimConfig,
+    record: ModuleRecord,
+    path: &Path,
+) -> Result<DuckQuantized, TrainError> {
+    // The record is of the model with what its training needs.
+    let holder = LanguageModel::new(model, optim, None);
+    let misfit = |error: RecordError| TrainError::Burn(format!("{}: {error}", path.display()));
+    Ok(holder.try_load_record(record).map_err(misfit)?.model)
+}
+
+/// Everything a trainer is made of besides the model.
 pub(super) struct TrainPlan {
     pub optim: OptimConfig,
     pub schedule: Schedule,
-    pub decay: Dial,
+    pub dials: OptimDials,
     pub teacher: Option<Teacher>,
 }
 
 impl TrainPlan {
-    /// A learner whose schedule stands at `step`. Groups go by parameter id: make it after the model's record is
-    /// loaded, which brings the ids.
-    pub fn learner(&self, model: DuckQuantized, step: usize) -> Learner<LanguageModel> {
+    /// A trainer that goes on from `state`. Groups go by parameter id: make it after the model's record is loaded, which
+    /// brings the ids.
+    pub fn trainer(self, model: DuckQuantized, state: TrainState, guard: SpikeGuard) -> QuantizationTrainer {
         let weights = model.linears().iter().map(|(_, linear)| linear.weight.id).collect::<Vec<_>>();
         let mut decayed = weights.clone();
         for pair in model.linears().iter().filter_map(|(_, linear)| linear.adapter.as_ref()) {
@@ -383,52 +360,29 @@ impl TrainPlan {
         decayed.push(model.embedding.id);
         decayed.extend(model.head.as_ref().map(|head| head.id));
         let matrices = ParamGroup::from_ids(weights);
-        let optimizer = self.optim.init(matrices.clone(), ParamGroup::from_ids(decayed), self.decay.clone());
-        let scheduler = self.optim.lr_scheduler(matrices, &self.schedule, step);
-        let quant = model.quant();
-        let objective = Objective {
-            z_loss: self.optim.z_loss,
-            quantization_penalty: quant.quantization_penalty,
-            scale_penalty: quant.scale_penalty,
-        };
-        let teacher = self.teacher.clone().map(Arc::new);
-        Learner::new(
-            LanguageModel { model, objective, teacher, probe: OptimizerProbe::default() },
-            optimizer,
-            scheduler,
-        )
+        let Self { optim, schedule, dials, teacher } = self;
+        let optimizer = optim.init(matrices.clone(), ParamGroup::from_ids(decayed), &dials);
+        let rates = optim.lr_scheduler(matrices, &schedule, state.step);
+        let model = LanguageModel::new(model, &optim, teacher);
+        let clip_norm = optim.clip_norm;
+        QuantizationTrainer { model: Some(model), optimizer, rates, schedule, dials, clip_norm, guard, state }
     }
 
-    /// A learner that goes on from a checkpoint.
+    /// A trainer that goes on from a checkpoint.
     ///
     /// # Errors
     /// `Burn`: the checkpoint is of another model or optimizer.
     pub fn resume(
-        &self,
+        self,
         model: DuckQuantized,
         loaded: Loaded,
-    ) -> Result<(Learner<LanguageModel>, TrainState), TrainError> {
+        guard: SpikeGuard,
+    ) -> Result<QuantizationTrainer, TrainError> {
         let Loaded { path, state, model: record, optimizer, .. } = loaded;
         // The record's ids must be in place before the optimizer's groups are made.
-        let model = self.restore(model, record, &path)?;
-        let mut learner = self.learner(model, state.step);
-        learner.load_optim(optimizer);
-        Ok((learner, state))
-    }
-
-    /// `model` with the weights of a checkpoint, and their ids.
-    ///
-    /// # Errors
-    /// `Burn`: the checkpoint is of another model.
-    pub fn restore(
-        &self,
-        model: DuckQuantized,
-        record: ModuleRecord,
-        path: &Path,
-    ) -> Result<DuckQuantized, TrainError> {
-        // The record is of the learner's model.
-        let holder = self.learner(model, 0).model();
-        let misfit = |error: RecordError| TrainError::Burn(format!("{}: {error}", path.display()));
-        Ok(holder.try_load_record(record).map_err(misfit)?.model)
+        let model = restore(model, &self.optim, record, &path)?;
+        let mut trainer = self.trainer(model, state, guard);
+        trainer.optimizer = trainer.optimizer.load_record(optimizer);
+        Ok(trainer)
     }
 }

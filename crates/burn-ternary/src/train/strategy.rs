@@ -1,4 +1,4 @@
-//! The training loop: what Burn's `Learner` runs in place of its loop by epochs.
+//! The training loop: what Burn's training runs in place of its loop by epochs.
 //!
 //! Validation and checkpoints go by step, a skipped step or a rollback is part of the loop, and a resumed run seeks
 //! in the data instead of starting the shuffle again.
@@ -9,7 +9,7 @@ use super::metrics::{LmItem, Split, StepReport};
 use super::progress::ProgressLine;
 use super::report::{History, MetricsFile};
 use super::state::StartLoss;
-use super::step::{LanguageModel, QuantizationTrainer, SpikeGuard, TrainPlan};
+use super::step::{LanguageModel, QuantizationTrainer};
 use super::{Experiment, TrainError, TrainState};
 use crate::data::window::TokenWindows;
 use crate::data::{DataError, LmBatch, chat};
@@ -62,8 +62,7 @@ pub(super) struct Outcome {
 
 /// Hands a [`Session`] to Burn, and its [`Outcome`] back.
 pub(super) struct StepStrategy {
-    pub session: Mutex<Option<(Session, TrainState)>>,
-    pub plan: TrainPlan,
+    pub session: Mutex<Option<(Session, QuantizationTrainer)>>,
     pub outcome: Arc<Mutex<Option<Outcome>>>,
 }
 
@@ -76,10 +75,10 @@ impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
         valid: ValidLoader<LanguageModel>,
         _starting_epoch: usize,
     ) -> (LanguageModel, SupervisedTrainingEventProcessor<LanguageModel>) {
-        let (session, state) =
+        let (session, trainer) =
             self.session.lock().expect("held for one line").take().expect("a run fits once");
-        let guard = SpikeGuard { factor: session.experiment.run.spike_factor };
-        let trainer = QuantizationTrainer::from_learner(learner, &self.plan, guard, state);
+        // It would hold the weights of the start as long as the run lasts.
+        drop(learner);
         let mut run = Loop {
             trainer,
             events: Events { processor: components.event_processor, interrupter: components.interrupter },
@@ -100,7 +99,7 @@ impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
             error,
         };
         *self.outcome.lock().expect("held for one line") = Some(outcome);
-        (run.trainer.learner_model(), run.events.processor)
+        (run.trainer.language_model().clone(), run.events.processor)
     }
 }
 

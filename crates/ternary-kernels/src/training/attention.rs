@@ -2,7 +2,7 @@
 //! of a sequence.
 
 use crate::{
-    Pool,
+    Isa, Pool,
     elementwise::{exp, load, load_padded, store},
     pool::Disjoint,
     simd::{Kernel, LANES, Simd},
@@ -72,24 +72,25 @@ pub fn attention(
     check(shape, [query.len(), out.len()], [key.len(), value.len()], log_partition.len());
     let share = shape.share();
     let (out, log_partition) = (Disjoint::new(out), Disjoint::new(log_partition));
-    pool.run(shape.batch * shape.kv_heads, |task, _| {
+    let mut rooms: Vec<_> = (0..pool.threads()).map(|_| None).collect();
+    let rooms = Disjoint::new(&mut rooms);
+    let isa = pool.isa();
+    pool.run(shape.batch * shape.kv_heads, |task, thread| {
         let (sequence, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-        let mut tiles = Tiles::new(shape);
-        tiles.key.read(key, shape, sequence, kv_head, shape.kv_heads);
-        tiles.value.read(value, shape, sequence, kv_head, shape.kv_heads);
+        // SAFETY: no two tasks have a thread at a time.
+        let room = unsafe { &mut rooms.slice(thread, 1)[0] };
+        let tiles = room.get_or_insert_with(|| Tiles::new(shape));
+        tiles.key.read(isa, key, shape, sequence, kv_head, shape.kv_heads);
+        tiles.value.read(isa, value, shape, sequence, kv_head, shape.kv_heads);
         tiles.key_t.transpose(&tiles.key);
         for head in kv_head * share..(kv_head + 1) * share {
-            tiles.query.read(query, shape, sequence, head, shape.heads);
+            tiles.query.read(isa, query, shape, sequence, head, shape.heads);
             let start = (sequence * shape.heads + head) * shape.seq;
             // SAFETY: each head of a sequence is handled once.
             let log_partition = unsafe { log_partition.slice(start, shape.seq) };
-            pool.isa().run(Forward { shape, tiles: &mut tiles, log_partition });
-            for position in 0..shape.seq {
-                let at = shape.at(sequence, position, head, shape.heads);
-                // SAFETY: as above.
-                let out = unsafe { out.slice(at, shape.width) };
-                out.copy_from_slice(&tiles.out.row(position)[..shape.width]);
-            }
+            isa.run(Forward { shape, tiles, log_partition });
+            // SAFETY: as above.
+            unsafe { tiles.out.write(isa, &out, shape, [sequence, head, shape.heads]) };
         }
     });
 }
@@ -117,33 +118,33 @@ pub fn attention_backward(
     check(shape, [dquery.len(), grad.len()], [dkey.len(), dvalue.len()], log_partition.len());
     let share = shape.share();
     let [dquery, dkey, dvalue] = [dquery, dkey, dvalue].map(Disjoint::new);
-    pool.run(shape.batch * shape.kv_heads, |task, _| {
+    let mut rooms: Vec<_> = (0..pool.threads()).map(|_| None).collect();
+    let rooms = Disjoint::new(&mut rooms);
+    let isa = pool.isa();
+    pool.run(shape.batch * shape.kv_heads, |task, thread| {
         let (sequence, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-        let mut tiles = Tiles::new(shape);
-        let mut back = BackTiles::new(shape);
-        tiles.key.read(key, shape, sequence, kv_head, shape.kv_heads);
-        tiles.value.read(value, shape, sequence, kv_head, shape.kv_heads);
+        // SAFETY: no two tasks have a thread at a time.
+        let room = unsafe { &mut rooms.slice(thread, 1)[0] };
+        let (tiles, back) = room.get_or_insert_with(|| (Tiles::new(shape), BackTiles::new(shape)));
+        // Several heads add to them.
+        back.dkey.numbers.fill(0.0);
+        back.dvalue.numbers.fill(0.0);
+        tiles.key.read(isa, key, shape, sequence, kv_head, shape.kv_heads);
+        tiles.value.read(isa, value, shape, sequence, kv_head, shape.kv_heads);
         tiles.key_t.transpose(&tiles.key);
         back.value_t.transpose(&tiles.value);
         for head in kv_head * share..(kv_head + 1) * share {
-            tiles.query.read(query, shape, sequence, head, shape.heads);
-            tiles.out.read(out, shape, sequence, head, shape.heads);
-            back.grad.read(grad, shape, sequence, head, shape.heads);
+            tiles.query.read(isa, query, shape, sequence, head, shape.heads);
+            tiles.out.read(isa, out, shape, sequence, head, shape.heads);
+            back.grad.read(isa, grad, shape, sequence, head, shape.heads);
             let log_partition = &log_partition[(sequence * shape.heads + head) * shape.seq..][..shape.seq];
-            pool.isa().run(Backward { shape, tiles: &mut tiles, back: &mut back, log_partition });
-            for position in 0..shape.seq {
-                let at = shape.at(sequence, position, head, shape.heads);
-                // SAFETY: each head of a sequence is handled once.
-                let dquery = unsafe { dquery.slice(at, shape.width) };
-                dquery.copy_from_slice(&back.dquery.row(position)[..shape.width]);
-            }
+            isa.run(Backward { shape, tiles, back, log_partition });
+            // SAFETY: each head of a sequence is handled once.
+            unsafe { back.dquery.write(isa, &dquery, shape, [sequence, head, shape.heads]) };
         }
-        for position in 0..shape.seq {
-            let at = shape.at(sequence, position, kv_head, shape.kv_heads);
+        for (from, to) in [(&back.dkey, &dkey), (&back.dvalue, &dvalue)] {
             // SAFETY: as above, for the heads of keys and values.
-            let (dkey, dvalue) = unsafe { (dkey.slice(at, shape.width), dvalue.slice(at, shape.width)) };
-            dkey.copy_from_slice(&back.dkey.row(position)[..shape.width]);
-            dvalue.copy_from_slice(&back.dvalue.row(position)[..shape.width]);
+            unsafe { from.write(isa, to, shape, [sequence, kv_head, shape.kv_heads]) };
         }
     });
 }
@@ -175,11 +176,26 @@ impl Tile {
     }
 
     /// Takes a head of a sequence.
-    fn read(&mut self, from: &[f32], shape: Attention, sequence: usize, head: usize, heads: usize) {
-        for position in 0..shape.seq {
-            let at = shape.at(sequence, position, head, heads);
-            self.row_mut(position)[..shape.width].copy_from_slice(&from[at..at + shape.width]);
-        }
+    fn read(&mut self, isa: Isa, from: &[f32], shape: Attention, sequence: usize, head: usize, heads: usize) {
+        let (start, stride) = (shape.at(sequence, 0, head, heads), heads * shape.width);
+        isa.run(Read { from: &from[start..], stride, width: shape.width, rows: shape.seq, to: self });
+    }
+
+    /// Gives its rows to a head of a sequence.
+    ///
+    /// # Safety
+    /// No other thread writes that head.
+    unsafe fn write(
+        &self,
+        isa: Isa,
+        to: &Disjoint<f32>,
+        shape: Attention,
+        [sequence, head, heads]: [usize; 3],
+    ) {
+        let start = shape.at(sequence, 0, head, heads);
+        let write =
+            Write { from: self, start, stride: heads * shape.width, width: shape.width, rows: shape.seq, to };
+        isa.run(write);
     }
 
     fn transpose(&mut self, from: &Self) {
@@ -188,6 +204,60 @@ impl Tile {
                 self.numbers[col * self.stride + row] = *number;
             }
         }
+    }
+}
+
+/// Rows that lie apart.
+struct Read<'a> {
+    from: &'a [f32],
+    stride: usize,
+    width: usize,
+    rows: usize,
+    to: &'a mut Tile,
+}
+
+impl Kernel for Read<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { from, stride, width, rows, to } = self;
+        for row in 0..rows {
+            let from = &from[row * stride..][..width];
+            for (to, from) in to.row_mut(row).chunks_mut(LANES).zip(from.chunks(LANES)) {
+                // The next head is read as soon as this one is done: it lies beside.
+                s.prefetch(&from[0], width.div_ceil(LANES));
+                store(s, load(s, from), &mut to[..from.len()]);
+            }
+        }
+    }
+}
+
+struct Write<'a> {
+    from: &'a Tile,
+    start: usize,
+    stride: usize,
+    width: usize,
+    rows: usize,
+    to: &'a Disjoint<'a, f32>,
+}
+
+impl Kernel for Write<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for row in 0..self.rows {
+            // SAFETY: of a head that is its writer's alone, by the promise of `Tile::write`.
+            let to = unsafe { self.to.slice(self.start + row * self.stride, self.width) };
+            for (to, from) in to.chunks_mut(LANES).zip(self.from.row(row).chunks(LANES)) {
+                match to.as_mut_array::<LANES>() {
+                    Some(to) => s.stream_f32(load(s, from), to),
+                    None => store(s, load(s, from), to),
+                }
+            }
+        }
+        s.fence();
     }
 }
 
@@ -264,29 +334,59 @@ impl Left for Transposed<'_> {
     }
 }
 
-/// `out[row.., col..] = sum over k of left[row.., k] right[k, col..]` for four rows and a vector of columns; added to
-/// what is there if `add`.
+/// Vectors of columns that are computed together, where the registers hold so many sums: each number of the left factor is
+/// fetched once for all of them.
+const COLS: usize = 2;
+
+/// `out[row.., cols] = sum over k of left[row.., k] right[k, cols]` for four rows, and columns in whole vectors; added to what is
+/// there if `ADD`.
 #[inline(always)]
-fn block<S: Simd>(
+fn rows<S: Simd, const ADD: bool>(
+    s: S,
+    left: &impl Left,
+    right: &Tile,
+    k: Range<usize>,
+    row: usize,
+    cols: Range<usize>,
+    out: &mut Tile,
+) {
+    let Range { start: mut col, end } = cols;
+    while S::TOKENS >= 8 && end - col >= COLS * LANES {
+        block::<S, COLS, ADD>(s, left, right, k.clone(), [row, col], out);
+        col += COLS * LANES;
+    }
+    while col < end {
+        block::<S, 1, ADD>(s, left, right, k.clone(), [row, col], out);
+        col += LANES;
+    }
+}
+
+/// [`rows`] for `C` vectors of columns.
+#[inline(always)]
+fn block<S: Simd, const C: usize, const ADD: bool>(
     s: S,
     left: &impl Left,
     right: &Tile,
     k: Range<usize>,
     [row, col]: [usize; 2],
     out: &mut Tile,
-    add: bool,
 ) {
-    let mut sums = [s.splat_f32(0.0); ROWS];
+    let mut sums = [[s.splat_f32(0.0); C]; ROWS];
     for k in k {
-        let right = load(s, &right.numbers[k * right.stride + col..][..LANES]);
+        let (vectors, _) = right.numbers[k * right.stride + col..][..C * LANES].as_chunks::<LANES>();
         let left = left.four(row, k);
         for r in 0..ROWS {
-            sums[r] = s.fma(s.splat_f32(left[r]), right, sums[r]);
+            let left = s.splat_f32(left[r]);
+            for c in 0..C {
+                sums[r][c] = s.fma(left, s.load_f32(&vectors[c]), sums[r][c]);
+            }
         }
     }
-    for (r, sum) in sums.into_iter().enumerate() {
-        let out = &mut out.numbers[(row + r) * out.stride + col..][..LANES];
-        store(s, if add { s.add_f32(load(s, out), sum) } else { sum }, out);
+    for (r, sums) in sums.into_iter().enumerate() {
+        let (vectors, _) = out.numbers[(row + r) * out.stride + col..][..C * LANES].as_chunks_mut::<LANES>();
+        for (sum, out) in sums.into_iter().zip(vectors) {
+            s.store_f32(if ADD { s.add_f32(s.load_f32(out), sum) } else { sum }, out);
+        }
     }
 }
 
@@ -294,9 +394,7 @@ fn block<S: Simd>(
 #[inline(always)]
 fn lower<S: Simd>(s: S, left: &impl Left, right: &Tile, seq: usize, out: &mut Tile) {
     for row in (0..seq).step_by(ROWS) {
-        for col in (0..out.stride).step_by(LANES) {
-            block(s, left, right, 0..(row + ROWS).min(seq), [row, col], out, false);
-        }
+        rows::<S, false>(s, left, right, 0..(row + ROWS).min(seq), row, 0..out.stride, out);
     }
 }
 
@@ -304,9 +402,7 @@ fn lower<S: Simd>(s: S, left: &impl Left, right: &Tile, seq: usize, out: &mut Ti
 #[inline(always)]
 fn upper<S: Simd>(s: S, left: &impl Left, right: &Tile, seq: usize, out: &mut Tile) {
     for row in (0..seq).step_by(ROWS) {
-        for col in (0..out.stride).step_by(LANES) {
-            block(s, left, right, row..seq, [row, col], out, true);
-        }
+        rows::<S, true>(s, left, right, row..seq, row, 0..out.stride, out);
     }
 }
 
@@ -314,9 +410,8 @@ fn upper<S: Simd>(s: S, left: &impl Left, right: &Tile, seq: usize, out: &mut Ti
 #[inline(always)]
 fn visible<S: Simd>(s: S, left: &Tile, right: &Tile, width: usize, seq: usize, out: &mut Tile) {
     for row in (0..seq).step_by(ROWS) {
-        for col in (0..(row + ROWS).min(out.stride)).step_by(LANES) {
-            block(s, &Plain(left), right, 0..width, [row, col], out, false);
-        }
+        let seen = (row + ROWS).min(out.stride).next_multiple_of(LANES);
+        rows::<S, false>(s, &Plain(left), right, 0..width, row, 0..seen, out);
     }
 }
 

@@ -1,7 +1,10 @@
 //! Products of float matrices, by the crate `gemm`.
 
 use super::half::{WIDTH, rounded};
-use crate::{Pool, simd::LANES};
+use crate::{
+    Pool,
+    simd::{LANES, Line},
+};
 
 /// A matrix of floats.
 #[derive(Clone, Copy, Debug)]
@@ -27,25 +30,32 @@ impl<'a> View<'a> {
         self.rows
     }
 
-    /// Rounds to bfloat16 the numbers of 16 rows from `row` on and 32 columns from `col` on.
+    /// The numbers of 16 rows from `row` on and 32 columns from `col` on, rounded to bfloat16: a line a row; or, where columns
+    /// lie in one piece, and then true is given, one for each two columns, with the two numbers of each row.
     #[inline(always)]
-    pub(super) fn gather(&self, row: usize, col: usize, block: &mut [[u16; WIDTH]; LANES]) {
+    pub(super) fn halves(&self, row: usize, col: usize) -> ([Line; LANES], bool) {
         let start = row * self.row_stride + col * self.col_stride;
+        let mut lines = [Line([0; 64]); LANES];
         if self.col_stride == 1 {
-            for (i, numbers) in block.iter_mut().enumerate() {
+            for (i, line) in lines.iter_mut().enumerate() {
                 let from = &self.values[start + i * self.row_stride..][..WIDTH];
-                for (number, x) in numbers.iter_mut().zip(from) {
-                    *number = rounded(*x);
+                for (to, x) in line.0.as_chunks_mut::<2>().0.iter_mut().zip(from) {
+                    *to = rounded(*x).to_ne_bytes();
                 }
             }
-        } else {
-            for j in 0..WIDTH {
-                let from = &self.values[start + j * self.col_stride..][..(LANES - 1) * self.row_stride + 1];
-                for (numbers, x) in block.iter_mut().zip(from.iter().step_by(self.row_stride)) {
-                    numbers[j] = rounded(*x);
-                }
+            return (lines, false);
+        }
+        assert_eq!(self.row_stride, 1, "a matrix or its transpose");
+        for (pair, line) in lines.iter_mut().enumerate() {
+            let [even, odd] =
+                [0, 1].map(|k| &self.values[start + (2 * pair + k) * self.col_stride..][..LANES]);
+            for (to, (even, odd)) in line.0.as_chunks_mut::<4>().0.iter_mut().zip(even.iter().zip(odd)) {
+                let [a, b] = rounded(*even).to_ne_bytes();
+                let [c, d] = rounded(*odd).to_ne_bytes();
+                *to = [a, b, c, d];
             }
         }
+        (lines, true)
     }
 
     /// Rows `range` of them.

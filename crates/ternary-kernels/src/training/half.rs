@@ -12,8 +12,9 @@ use half::bf16;
 pub(crate) const SIDE: usize = 2 * LANES;
 /// Numbers of a line.
 pub(crate) const WIDTH: usize = size_of::<Line>() / size_of::<bf16>();
-/// Rows of a task: their factors stay in the second-level cache.
-const ROWS: usize = 4 * SIDE;
+/// Summands that are taken at a time, so that many rows of them stay in the second-level cache; and bytes of rows that do.
+const DEPTH: usize = 1024;
+const TASK_BYTES: usize = 512 << 10;
 
 /// Room for rounded factors, to be used again and again: fresh memory costs more than they do.
 #[derive(Debug, Default)]
@@ -38,19 +39,26 @@ pub fn half_product(pool: &Pool, room: &mut HalfFactors, left: View, right: View
     }
     assert!(left.transposed().row_count() == k && out.len() == m * n, "the factors' and the result's shapes");
     let HalfFactors { rows, columns } = room;
-    rows.resize(m * k / WIDTH, Line([0; 64]));
-    pool.chunks(rows, LANES * k / WIDTH, |index, _, out| {
-        pool.isa().run(PackRows { left, first: index * LANES, out });
-    });
-    columns.resize(n * k / WIDTH, Line([0; 64]));
-    pool.chunks(columns, LANES * k / WIDTH, |index, _, out| {
-        pool.isa().run(PackColumns { right, first: index * LANES, out });
-    });
     let out = Disjoint::new(out);
-    pool.run(m.div_ceil(ROWS), |index, _| {
-        let rows = (&rows[..], index * ROWS..m.min((index + 1) * ROWS));
-        pool.isa().run(Multiply { rows, columns, k, n, out: &out });
-    });
+    for start in (0..k).step_by(DEPTH) {
+        let range = start..k.min(start + DEPTH);
+        let (left, right) = (left.transposed().rows(range.clone()).transposed(), right.rows(range.clone()));
+        let k = range.len();
+        rows.resize(m * k / WIDTH, Line([0; 64]));
+        pool.chunks(rows, LANES * k / WIDTH, |index, _, out| {
+            pool.isa().run(PackRows { left, first: index * LANES, out });
+        });
+        columns.resize(n * k / WIDTH, Line([0; 64]));
+        pool.chunks(columns, LANES * k / WIDTH, |index, _, out| {
+            pool.isa().run(PackColumns { right, first: index * LANES, out });
+        });
+        let tasks = size_of_val::<[Line]>(rows).div_ceil(TASK_BYTES).next_multiple_of(pool.threads());
+        let share = m.div_ceil(tasks).next_multiple_of(SIDE);
+        pool.run(m.div_ceil(share), |index, _| {
+            let rows = (&rows[..], index * share..m.min((index + 1) * share));
+            pool.isa().run(Multiply { rows, columns, k, n, add: start > 0, out: &out });
+        });
+    }
 }
 
 impl Isa {
@@ -69,7 +77,7 @@ impl Isa {
     }
 }
 
-/// Rows of the left factor: `[16, k]`, two bytes a number.
+/// Rows of the left factor: `[k / 32, 16, 32]`, two bytes a number.
 struct PackRows<'a> {
     left: View<'a>,
     first: usize,
@@ -82,13 +90,9 @@ impl Kernel for PackRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         let Self { left, first, out } = self;
-        let lines = out.len() / LANES;
-        for line in 0..lines {
-            let mut block = [[0; WIDTH]; LANES];
-            left.gather(first, line * WIDTH, &mut block);
-            for (row, numbers) in block.iter().enumerate() {
-                out[row * lines + line] = bytes(numbers);
-            }
+        for (step, lines) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let (block, by_pair) = left.halves(first, step * WIDTH);
+            *lines = if by_pair { transposed(&block) } else { block };
         }
     }
 }
@@ -106,27 +110,23 @@ impl Kernel for PackColumns<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         let Self { right, first, out } = self;
-        for (step, lines) in out.chunks_mut(WIDTH / 2).enumerate() {
-            let mut block = [[0; WIDTH]; LANES];
-            right.transposed().gather(first, step * WIDTH, &mut block);
-            for (pair, line) in lines.iter_mut().enumerate() {
-                let mut numbers = [0; WIDTH];
-                for (column, two) in numbers.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                    *two = [block[column][2 * pair], block[column][2 * pair + 1]];
-                }
-                *line = bytes(&numbers);
-            }
+        for (step, lines) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let (block, by_pair) = right.transposed().halves(first, step * WIDTH);
+            *lines = if by_pair { block } else { transposed(&block) };
         }
     }
 }
 
+/// Rows for columns, of pairs of numbers.
 #[inline(always)]
-fn bytes(numbers: &[u16; WIDTH]) -> Line {
-    let mut line = Line([0; 64]);
-    for (to, number) in line.0.as_chunks_mut::<2>().0.iter_mut().zip(numbers) {
-        *to = number.to_ne_bytes();
+fn transposed(block: &[Line; LANES]) -> [Line; LANES] {
+    let mut out = [Line([0; 64]); LANES];
+    for (i, line) in block.iter().enumerate() {
+        for (j, pair) in line.0.as_chunks::<4>().0.iter().enumerate() {
+            out[j].0.as_chunks_mut::<4>().0[i] = *pair;
+        }
     }
-    line
+    out
 }
 
 /// The nearest bfloat16, ties to even; a NaN stays one.
@@ -143,6 +143,7 @@ struct Multiply<'a> {
     columns: &'a [Line],
     k: usize,
     n: usize,
+    add: bool,
     out: &'a Disjoint<'a, f32>,
 }
 
@@ -151,20 +152,28 @@ impl Kernel for Multiply<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { rows: (rows, range), columns, k, n, out } = self;
+        let Self { rows: (rows, range), columns, k, n, add, out } = self;
         let (stride, tile) = (k / WIDTH, LANES * k / WIDTH);
+        let mut sums = [[0.0; SIDE]; SIDE];
         for (pair, columns) in columns.chunks(2 * tile).enumerate() {
             let right = [&columns[..tile], &columns[tile..]];
             for first in range.clone().step_by(SIDE) {
                 let rows = &rows[first * stride..][..SIDE * stride];
-                let mut sums = [[0.0; SIDE]; SIDE];
                 s.half_tiles([&rows[..tile], &rows[tile..]], right, &mut sums);
                 for (row, sums) in sums.iter().enumerate() {
                     // SAFETY: each task has rows of its own.
-                    unsafe { out.slice((first + row) * n + pair * SIDE, SIDE) }.copy_from_slice(sums);
+                    let out = unsafe { out.slice((first + row) * n + pair * SIDE, SIDE) };
+                    for (out, sums) in out.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0) {
+                        let sums = s.load_f32(sums);
+                        match add {
+                            true => s.store_f32(s.add_f32(s.load_f32(out), sums), out),
+                            false => s.stream_f32(sums, out),
+                        }
+                    }
                 }
             }
         }
+        s.fence();
     }
 }
 

@@ -3,11 +3,14 @@
 use super::{pieces, rows_a_piece};
 use crate::{
     CodeMatrix, Input, Matrix, Order, Pool, Product, Quantized,
-    elementwise::{load, store, store_codes},
+    code::Columns,
+    elementwise::{abs, load, store, store_codes},
+    input::{ABSMAX_MIN, Summed},
     multiply,
     pool::Disjoint,
     simd::{Kernel, LANES, Line, Simd},
 };
+use std::ops::Range;
 
 /// Smallest absolute maximum of a gradient that is quantized; keeps zeros from dividing by zero.
 const GRADIENT_MIN: f32 = 1e-30;
@@ -26,8 +29,6 @@ const GRADIENT_MIN: f32 = 1e-30;
 pub struct TernaryLinear {
     matrix: CodeMatrix,
     tokens: Quantized,
-    /// Codes of a gradient: fresh memory costs more than they do.
-    gradient: Vec<i8>,
 }
 
 /// What the backward pass of a [`TernaryLinear`] needs: a byte an activation, a byte a weight.
@@ -59,32 +60,56 @@ impl Saved<'_> {
     }
 }
 
+/// The weight of a [`TernaryLinear`], `[d_input, d_output]`.
+#[derive(Clone, Copy, Debug)]
+pub enum Weight<'a> {
+    /// `{-scale, 0, +scale}` by channel; another one gives the product of one that is.
+    Ternary(&'a [f32]),
+    /// What is rounded to that: `scales` with the sign of a weight where it is beyond `thresholds`, both `[d_output]`.
+    Latent { weight: &'a [f32], scales: &'a [f32], thresholds: &'a [f32] },
+}
+
 impl TernaryLinear {
     /// # Shapes
-    /// x `[tokens, d_input]`, weight `[d_input, d_output]`, bias `[d_output]`, out `[tokens, d_output]`; saved as [`Saved`] says
+    /// x `[tokens, d_input]`, bias `[d_output]`, out `[tokens, d_output]`; saved as [`Saved`] says
     ///
     /// # Panics
-    /// When shapes do not fit. A weight that is not `{-scale, 0, +scale}` by channel gives the product of another one.
+    /// When shapes do not fit.
     pub fn forward(
         &mut self,
         pool: &Pool,
         x: &[f32],
-        weight: &[f32],
+        weight: Weight,
         bias: Option<&[f32]>,
         out: &mut [f32],
         saved: SavedMut,
     ) {
         let d_output = saved.weight_scales.len();
+        let none = vec![0.0; d_output];
+        let (weight, thresholds) = match weight {
+            Weight::Ternary(weight) => {
+                column_scales(weight, saved.weight_scales);
+                (weight, &none[..])
+            }
+            Weight::Latent { weight, scales, thresholds } => {
+                saved.weight_scales.copy_from_slice(scales);
+                (weight, thresholds)
+            }
+        };
         assert!(weight.len().is_multiple_of(d_output), "{} weights, {d_output} outputs", weight.len());
+        assert!(saved.weight.len() == weight.len() && thresholds.len() == d_output, "codes and thresholds");
         let d_input = weight.len() / d_output;
-        column_scales(weight, saved.weight_scales);
-        signs(pool, weight, saved.weight);
-        self.matrix.pack(pool, saved.weight, Order::Columns, saved.weight_scales, true);
-        let input = Input::int8(pool, x, d_input, &mut self.tokens);
+        let signs = Signs { weight, thresholds, codes: Disjoint::new(saved.weight) };
+        self.matrix.pack_columns(pool, d_input, saved.weight_scales, true, &signs);
+        self.tokens.quantize(pool, x, d_input, None, ABSMAX_MIN, Summed::Whole);
+        let input = Input::codes(&self.tokens, d_input);
         with_matrix(&mut self.matrix, |matrix| {
             multiply(pool, &input, &mut [Product { matrix, bias, add: false, out }]);
         });
-        saved.input.copy_from_slice(self.tokens.codes.as_flattened());
+        let codes = self.tokens.codes.as_flattened();
+        pool.chunks(saved.input, super::PIECE, |index, _, kept| {
+            kept.copy_from_slice(&codes[index * super::PIECE..][..kept.len()]);
+        });
         saved.input_scales.copy_from_slice(&self.tokens.scales);
     }
 
@@ -107,12 +132,19 @@ impl TernaryLinear {
         let d_input = saved.weight.len() / d_output;
         assert_eq!(saved.input.len(), Saved::input_len(tokens, d_input), "activations of {tokens} tokens");
         assert!(grad.len() == tokens * d_output, "gradients");
-        self.input_backward(pool, saved.weight, saved.weight_scales, grad, dx);
+        assert_eq!(grad.len(), tokens * d_output, "gradients");
+        let places =
+            self.tokens.places(tokens, d_output, Some(saved.weight_scales), GRADIENT_MIN, Summed::Whole);
+        let (maxima, sums) = columns(pool, grad, d_output, Some(saved.input_scales), |row, values| {
+            // SAFETY: each row is visited once.
+            unsafe { places.quantize(pool.isa(), row, values) };
+        });
+        self.multiply_by_weight(pool, saved.weight, d_output, dx);
 
-        let (maxima, sums) = column_maxima(pool, grad, d_output, Some(saved.input_scales));
         let scales: Vec<f32> = maxima.iter().map(|max| max.max(GRADIENT_MIN) / 127.0).collect();
-        gradient_codes(pool, grad, saved.input_scales, &scales, &mut self.gradient);
-        self.matrix.pack(pool, &self.gradient, Order::Columns, &scales, false);
+        let inverse: Vec<f32> = scales.iter().map(|scale| 1.0 / scale).collect();
+        let codes = Codes { grad, factors: saved.input_scales, inverse: &inverse };
+        self.matrix.pack_columns(pool, tokens, &scales, false, &codes);
         self.tokens.transpose(pool, saved.input, d_input, tokens);
         let input = Input::codes(&self.tokens, tokens);
         with_matrix(&mut self.matrix, |matrix| multiply(pool, &input, &mut [Product::new(matrix, dweight)]));
@@ -138,8 +170,13 @@ impl TernaryLinear {
         let d_output = weight_scales.len();
         let d_input = weight.len() / d_output;
         assert!(grad.len() / d_output * d_input == dx.len(), "gradients");
-        self.tokens.quantize(pool, grad, d_output, Some(weight_scales), GRADIENT_MIN);
-        self.matrix.pack(pool, weight, Order::Rows, &vec![1.0; d_input], true);
+        self.tokens.quantize(pool, grad, d_output, Some(weight_scales), GRADIENT_MIN, Summed::Whole);
+        self.multiply_by_weight(pool, weight, d_output, dx);
+    }
+
+    /// `dx` of the gradient that the tokens are.
+    fn multiply_by_weight(&mut self, pool: &Pool, weight: &[i8], d_output: usize, dx: &mut [f32]) {
+        self.matrix.pack(pool, weight, Order::Rows, &vec![1.0; weight.len() / d_output], true);
         let input = Input::codes(&self.tokens, d_output);
         with_matrix(&mut self.matrix, |matrix| multiply(pool, &input, &mut [Product::new(matrix, dx)]));
     }
@@ -170,46 +207,52 @@ fn column_scales(weight: &[f32], scales: &mut [f32]) {
     }
 }
 
-/// The sign of each weight.
-fn signs(pool: &Pool, weight: &[f32], codes: &mut [i8]) {
-    assert_eq!(weight.len(), codes.len(), "a code for each weight");
-    pool.chunks(codes, super::PIECE, |index, _, codes| {
-        pool.isa().run(Signs { weight: &weight[index * super::PIECE..][..codes.len()], codes });
-    });
-}
-
+/// The sign of each weight that is beyond its threshold, which is also kept.
 struct Signs<'a> {
     weight: &'a [f32],
-    codes: &'a mut [i8],
+    thresholds: &'a [f32],
+    codes: Disjoint<'a, i8>,
 }
 
-impl Kernel for Signs<'_> {
-    type Output = ();
-
+impl Columns for Signs<'_> {
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let zero = s.splat_f32(0.0);
-        // No scale is below f16's smallest normal number: times this, its sign is 1 or more.
-        let (large, one) = (s.splat_f32(1e5), s.splat_f32(1.0));
-        for (codes, weight) in self.codes.chunks_mut(LANES).zip(self.weight.chunks(LANES)) {
-            let x = s.mul_f32(load(s, weight), large);
-            let below = s.sub_f32(zero, s.max_f32(s.sub_f32(zero, x), s.sub_f32(zero, one)));
-            let sign = s.max_f32(below, s.sub_f32(zero, one));
-            store_codes(s, s.to_int(sign), codes);
-        }
+    fn codes<S: Simd>(&self, s: S, col: usize, rows: Range<usize>) -> S::Int {
+        let n = self.thresholds.len();
+        let at = col * n + rows.start;
+        // What the next block of columns begins with; pieces this short are not fetched ahead by themselves.
+        s.prefetch(&self.weight[at], n * LANES * size_of::<f32>() / size_of::<Line>());
+        let x = load(s, &self.weight[at..at + rows.len()]);
+        let threshold = load(s, &self.thresholds[rows.clone()]);
+        let (zero, one) = (s.splat_f32(0.0), s.splat_f32(1.0));
+        let above = s.select_greater(x, threshold, one, zero);
+        let negative = s.select_greater(s.sub_f32(zero, x), threshold, s.splat_f32(-1.0), above);
+        let sign = s.to_int(negative);
+        // SAFETY: each column of each 16 rows is asked for once.
+        store_codes(s, sign, unsafe { self.codes.slice(at, rows.len()) });
+        sign
     }
 }
 
 /// Of each column of `[rows, n]`: the largest magnitude, of numbers times their row's factor, and the sum, of the numbers
-/// themselves.
-fn column_maxima(pool: &Pool, x: &[f32], n: usize, factors: Option<&[f32]>) -> (Vec<f32>, Vec<f32>) {
+/// themselves. Each row is also visited, while it is in the cache.
+fn columns(
+    pool: &Pool,
+    x: &[f32],
+    n: usize,
+    factors: Option<&[f32]>,
+    visit: impl Fn(usize, &[f32]) + Sync,
+) -> (Vec<f32>, Vec<f32>) {
     // A sixteenth at least: each piece has results of its own, to be added up.
     let rows = x.len() / n;
     let parts = pieces(pool, rows, rows_a_piece(n).max(rows.div_ceil(16)), |rows| {
         let mut part = (vec![0.0; n], vec![0.0; n]);
-        let x = &x[rows.start * n..rows.end * n];
-        let factors = factors.map(|factors| &factors[rows]);
-        pool.isa().run(Columns { x, factors, maxima: &mut part.0, sums: &mut part.1 });
+        for start in rows.clone().step_by(TOGETHER) {
+            let rows = start..rows.end.min(start + TOGETHER);
+            let x = &x[rows.start * n..rows.end * n];
+            let factors = factors.map(|factors| &factors[rows.clone()]);
+            pool.isa().run(Maxima { x, factors, maxima: &mut part.0, sums: &mut part.1 });
+            rows.zip(x.chunks_exact(n)).for_each(|(row, x)| visit(row, x));
+        }
         part
     });
     let mut all = (vec![0.0f32; n], vec![0.0; n]);
@@ -226,83 +269,63 @@ fn column_maxima(pool: &Pool, x: &[f32], n: usize, factors: Option<&[f32]>) -> (
 /// When `x` is not a whole number of rows.
 pub fn column_sums(pool: &Pool, x: &[f32], n: usize) -> Vec<f32> {
     assert!(x.len().is_multiple_of(n), "{} numbers are no whole rows of {n}", x.len());
-    column_maxima(pool, x, n, None).1
+    columns(pool, x, n, None, |_, _| {}).1
 }
 
-struct Columns<'a> {
+/// Rows that [`columns`] takes at a time: what is gathered is loaded and stored once for all of them.
+const TOGETHER: usize = 8;
+
+/// Of at most so many.
+struct Maxima<'a> {
     x: &'a [f32],
     factors: Option<&'a [f32]>,
     maxima: &'a mut [f32],
     sums: &'a mut [f32],
 }
 
-impl Kernel for Columns<'_> {
+impl Kernel for Maxima<'_> {
     type Output = ();
 
-    /// Several rows at a time: what is gathered is loaded and stored once for all of them.
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        const ROWS: usize = 8;
-        let zero = s.splat_f32(0.0);
         let n = self.maxima.len();
-        for (group, x) in self.x.chunks(ROWS * n).enumerate() {
-            let mut factors = [1.0; ROWS];
-            if let Some(given) = self.factors {
-                let given = &given[group * ROWS..][..x.len() / n];
-                factors[..given.len()].copy_from_slice(given);
+        let mut factors = [1.0; TOGETHER];
+        if let Some(given) = self.factors {
+            factors[..given.len()].copy_from_slice(given);
+        }
+        let columns = self.maxima.chunks_mut(LANES).zip(self.sums.chunks_mut(LANES));
+        for (column, (maxima, sums)) in columns.enumerate() {
+            let (mut max, mut sum) = (load(s, maxima), load(s, sums));
+            for (row, factor) in self.x.chunks_exact(n).zip(factors) {
+                let x = load(s, &row[column * LANES..][..maxima.len()]);
+                // In this order a NaN is passed over.
+                max = s.max_f32(abs(s, s.mul_f32(x, s.splat_f32(factor))), max);
+                sum = s.add_f32(sum, x);
             }
-            let columns = self.maxima.chunks_mut(LANES).zip(self.sums.chunks_mut(LANES));
-            for (column, (maxima, sums)) in columns.enumerate() {
-                let (mut max, mut sum) = (load(s, maxima), load(s, sums));
-                for (row, factor) in x.chunks_exact(n).zip(factors) {
-                    let x = load(s, &row[column * LANES..][..maxima.len()]);
-                    let scaled = s.mul_f32(x, s.splat_f32(factor));
-                    // In this order a NaN is passed over.
-                    max = s.max_f32(s.max_f32(scaled, s.sub_f32(zero, scaled)), max);
-                    sum = s.add_f32(sum, x);
-                }
-                store(s, max, maxima);
-                store(s, sum, sums);
-            }
+            store(s, max, maxima);
+            store(s, sum, sums);
         }
     }
 }
 
-/// `round(grad[t, o] * factors[t] / scales[o])`, `[tokens, d_output]`
-fn gradient_codes(pool: &Pool, grad: &[f32], factors: &[f32], scales: &[f32], codes: &mut Vec<i8>) {
-    let n = scales.len();
-    let inverse: Vec<f32> = scales.iter().map(|scale| 1.0 / scale).collect();
-    codes.resize(grad.len(), 0);
-    let piece = rows_a_piece(n);
-    pool.chunks(codes, piece * n, |index, _, codes| {
-        let (start, rows) = (index * piece, codes.len() / n);
-        let grad = &grad[start * n..][..rows * n];
-        pool.isa().run(Codes { grad, factors: &factors[start..start + rows], inverse: &inverse, codes });
-    });
-}
-
+/// `round(grad[t, o] * factors[t] / scales[o])` of a gradient `[tokens, d_output]`.
 struct Codes<'a> {
     grad: &'a [f32],
     factors: &'a [f32],
     inverse: &'a [f32],
-    codes: &'a mut [i8],
 }
 
-impl Kernel for Codes<'_> {
-    type Output = ();
-
+impl Columns for Codes<'_> {
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn codes<S: Simd>(&self, s: S, token: usize, outputs: Range<usize>) -> S::Int {
         let n = self.inverse.len();
-        for ((grad, codes), factor) in self.grad.chunks(n).zip(self.codes.chunks_mut(n)).zip(self.factors) {
-            let factor = s.splat_f32(*factor);
-            let columns = grad.chunks(LANES).zip(self.inverse.chunks(LANES));
-            for (codes, (grad, inverse)) in codes.chunks_mut(LANES).zip(columns) {
-                // At most 127 and a rounding error, which to_int takes off.
-                let scaled = s.mul_f32(s.mul_f32(load(s, grad), factor), load(s, inverse));
-                store_codes(s, s.to_int(scaled), codes);
-            }
-        }
+        let grad = &self.grad[token * n..][outputs.clone()];
+        // As for signs.
+        s.prefetch(&grad[0], n * LANES * size_of::<f32>() / size_of::<Line>());
+        let grad = load(s, grad);
+        let factor = s.splat_f32(self.factors[token]);
+        // At most 127 and a rounding error, which to_int takes off.
+        s.to_int(s.mul_f32(s.mul_f32(grad, factor), load(s, &self.inverse[outputs])))
     }
 }
 
@@ -310,21 +333,17 @@ impl Quantized {
     /// Takes the columns of `codes`, `[tokens, cols padded to 16]`, for tokens: int8 `[cols, tokens]` of scale 1.
     fn transpose(&mut self, pool: &Pool, codes: &[i8], cols: usize, tokens: usize) {
         let stride = cols.next_multiple_of(LANES);
-        self.resize(cols, tokens);
+        self.resize(cols, tokens, Summed::Whole);
         self.scales.fill(1.0);
         let blocks = self.blocks;
-        let sums = Disjoint::new(&mut self.sums);
-        pool.chunks(&mut self.codes, LANES * blocks, |index, _, out| {
+        let (out, sums) = self.codes_and_sums();
+        let sums = Disjoint::new(sums);
+        pool.chunks(out, LANES * blocks, |index, _, out| {
             pool.isa().run(Transpose { codes, stride, first: index * LANES, tokens, blocks, out });
             for (i, column) in out.chunks(blocks).enumerate() {
                 // SAFETY: each column is written once.
-                let sums = unsafe { sums.slice((index * LANES + i) * (blocks + 1), blocks + 1) };
-                let mut sum = 0;
-                sums[0] = 0;
-                for (block, place) in column.iter().zip(&mut sums[1..]) {
-                    sum += block.iter().map(|code| i32::from(*code)).sum::<i32>();
-                    *place = sum;
-                }
+                let sums = unsafe { sums.slice((index * LANES + i) * 2, 2) };
+                sums[1] = column.as_flattened().iter().map(|code| i32::from(*code)).sum();
             }
         });
     }
@@ -347,23 +366,29 @@ impl Kernel for Transpose<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { codes, stride, first, tokens, blocks, out } = self;
         let columns = out.len() / blocks;
-        let mut quad = Line([0; 64]);
-        for start in (0..blocks * LANES).step_by(4) {
-            // Four tokens of a column in each lane.
-            let mut lanes = s.splat(0);
-            for token in (start..start + 4).rev() {
-                lanes = s.shl::<8>(lanes);
-                if token < tokens {
-                    let row: &[i8; LANES] =
-                        codes[token * stride + first..].first_chunk().expect("a row is padded");
-                    lanes = s.add(lanes, s.and(s.load_i8(row), s.splat(0xff)));
+        let mut quads = [Line([0; 64]); LANES / 4];
+        for block in 0..blocks {
+            for (quad, line) in quads.iter_mut().enumerate() {
+                // Four tokens of a column in each lane.
+                let mut lanes = s.splat(0);
+                let start = block * LANES + 4 * quad;
+                for token in (start..start + 4).rev() {
+                    lanes = s.shl::<8>(lanes);
+                    if token < tokens {
+                        let row: &[i8; LANES] =
+                            codes[token * stride + first..].first_chunk().expect("a row is padded");
+                        // The next block of tokens.
+                        s.prefetch(row, stride * LANES / size_of::<Line>());
+                        lanes = s.add(lanes, s.and(s.load_i8(row), s.splat(0xff)));
+                    }
                 }
+                s.store(lanes, line);
             }
-            s.store(lanes, &mut quad);
-            let (block, place) = (start / LANES, start % LANES);
-            let (quads, _) = quad.0.as_chunks::<4>();
-            for (column, quad) in quads.iter().take(columns).enumerate() {
-                out[column * blocks + block][place..place + 4].copy_from_slice(&quad.map(|byte| byte as i8));
+            for column in 0..columns {
+                let (to, _) = out[column * blocks + block].as_chunks_mut::<4>();
+                for (to, quad) in to.iter_mut().zip(&quads) {
+                    *to = quad.0.as_chunks::<4>().0[column].map(|byte| byte as i8);
+                }
             }
         }
     }
@@ -420,11 +445,22 @@ mod tests {
                 let (i, o) = (n / d_output, n % d_output);
                 (0..tokens).map(|t| xs[t][i] / f64::from(token_scale(t)) * by_channel[o][t]).sum::<f64>()
             });
+            // Rounded, it is the weight.
+            let latent: Vec<f32> = weight
+                .iter()
+                .enumerate()
+                .map(|(n, w)| if *w == 0.0 { scales[n % d_output] * 0.4 } else { w * 0.7 })
+                .collect();
+            let thresholds: Vec<f32> = scales.iter().map(|scale| scale * 0.5).collect();
+            let forms = [
+                Weight::Ternary(&weight),
+                Weight::Latent { weight: &latent, scales: &scales, thresholds: &thresholds },
+            ];
             let mut bits = None;
             for pool in pools() {
                 let mut layer = TernaryLinear::default();
                 // Twice: what is left of a larger product must not show.
-                for _ in 0..2 {
+                for form in forms {
                     let mut out = vec![f32::NAN; tokens * d_output];
                     let mut kept = (vec![0; Saved::input_len(tokens, d_input)], vec![0.0; tokens]);
                     let mut kept_weight = (vec![0; weight.len()], vec![0.0; d_output]);
@@ -434,7 +470,7 @@ mod tests {
                         weight: &mut kept_weight.0,
                         weight_scales: &mut kept_weight.1,
                     };
-                    layer.forward(&pool, &x, &weight, Some(&bias), &mut out, saved);
+                    layer.forward(&pool, &x, form, Some(&bias), &mut out, saved);
                     assert_close("y", &out, y.clone(), 2e-6);
                     let saved = Saved {
                         input: &kept.0,

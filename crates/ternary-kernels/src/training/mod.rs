@@ -27,14 +27,14 @@ pub use divergence::{divergence, divergence_backward};
 pub use float::{View, float_product};
 #[cfg(feature = "rayon")]
 pub use half::{HalfFactors, half_product};
-pub use linear::{Saved, SavedMut, TernaryLinear, column_sums};
+pub use linear::{Saved, SavedMut, TernaryLinear, Weight, column_sums};
 pub use loss::{cross_entropy, cross_entropy_backward};
 pub use moments::{MOMENTS, Moments, adamw_moments};
 #[cfg(feature = "rayon")]
 pub use muon::{Muon, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, muon};
 pub use norm::{Norm, norm, norm_backward};
 pub use optimizer::{AdamW, adamw, square_sum};
-pub use quantize::{absmax_quantize, ternary_quantize};
+pub use quantize::{absmax_quantize, mean_abs, ternary_quantize};
 
 use crate::{Pool, pool::Disjoint};
 
@@ -79,10 +79,7 @@ mod tests {
     /// Every instruction set, on one thread and on three.
     pub fn pools() -> Vec<Pool> {
         let isas = Isa::available();
-        let pools = isas.into_iter().flat_map(|isa| [1, 3].map(|threads| Pool::with_isa(threads, isa)));
-        #[cfg(feature = "rayon")]
-        let pools = pools.chain([Pool::rayon()]);
-        pools.collect()
+        isas.into_iter().flat_map(|isa| [1, 3].map(|threads| Pool::with_isa(threads, isa))).collect()
     }
 
     /// `len` numbers between -`largest` and `largest`.

@@ -104,7 +104,7 @@ impl Kernel for Step<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let AdamW { lr, beta1, beta2, epsilon, keep, corrections } = self.step;
+        let AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = self.step;
         let c = |value: f32| s.splat_f32(value);
         let zero = c(0.0);
         // As in the step of floats.
@@ -117,7 +117,7 @@ impl Kernel for Step<'_> {
         let (root_bytes, _) = self.block.root.as_chunks::<LANES>();
         let numbers = self.weight.chunks_mut(LANES).zip(self.grad.chunks(LANES));
         for (i, (weight, grad)) in numbers.enumerate() {
-            let grad = load(s, grad);
+            let grad = s.mul_f32(load(s, grad), c(grad_factor));
             let m = s.mul_f32(signed(s, s.load_i8(&bytes[i])), scales[0]);
             let r = s.mul_f32(unsigned(s, s.load_i8(&root_bytes[i])), scales[1]);
             let first = s.fma(m, c(beta1), s.mul_f32(grad, c(1.0 - beta1)));
@@ -133,11 +133,12 @@ impl Kernel for Step<'_> {
         // The root of all moments that fit a float is far from its ends, the first moment may be anywhere.
         let scales = [0, 1].map(|i| (s.max_lanes(largest[i]) / GREATEST[i]).max(f32::MIN_POSITIVE));
         self.block.scales = scales;
+        let inverse = scales.map(|scale| c(1.0 / scale));
         let (bytes, _) = self.block.first.as_chunks_mut::<LANES>();
         let (root_bytes, _) = self.block.root.as_chunks_mut::<LANES>();
         for i in 0..self.weight.len().div_ceil(LANES) {
-            let first = s.div_f32(load(s, &firsts[i * LANES..][..LANES]), c(scales[0]));
-            let root = s.div_f32(load(s, &roots[i * LANES..][..LANES]), c(scales[1]));
+            let first = s.mul_f32(load(s, &firsts[i * LANES..][..LANES]), inverse[0]);
+            let root = s.mul_f32(load(s, &roots[i * LANES..][..LANES]), inverse[1]);
             let magnitude = s.max_f32(s.sub_f32(zero, first), first);
             let sign = s.shl::<7>(s.shr::<31>(s.float_to_bits(first)));
             s.store_i8(s.add(code::<S, 20>(s, magnitude), sign), &mut bytes[i]);
@@ -200,7 +201,7 @@ mod tests {
 
     fn step(time: i32) -> AdamW {
         let corrections = [0.9f32, 0.95].map(|beta| 1.0 - beta.powi(time));
-        AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, keep: 0.998, corrections }
+        AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, keep: 0.998, corrections, grad_factor: 1.0 }
     }
 
     #[test]

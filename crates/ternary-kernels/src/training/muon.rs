@@ -21,6 +21,8 @@ pub struct Muon {
     /// What decay leaves of a weight.
     pub keep: f32,
     pub momentum: f32,
+    /// What gradients are multiplied by first, as to clip them.
+    pub grad_factor: f32,
 }
 
 /// Of the quintic `a x + b x^3 + c x^5` that each step of Newton and Schulz's iteration applies to the singular values.
@@ -53,7 +55,7 @@ pub fn muon(pool: &Pool, step: Muon, cols: usize, weight: &mut [f32], grad: &[f3
         // SAFETY: pieces do not overlap.
         let velocity = unsafe { velocities.slice(start, len) };
         let grad = &grad[start..start + len];
-        pool.isa().run(Momentum { momentum: step.momentum, grad, velocity, update });
+        pool.isa().run(Momentum { step, grad, velocity, update });
     });
     let norm = square_sum(pool, &update).sqrt().max(NORM_MIN);
     orthogonalize(pool, cols, &mut update, (1.0 / norm) as f32);
@@ -64,7 +66,7 @@ pub fn muon(pool: &Pool, step: Muon, cols: usize, weight: &mut [f32], grad: &[f3
 }
 
 struct Momentum<'a> {
-    momentum: f32,
+    step: Muon,
     grad: &'a [f32],
     velocity: &'a mut [f32],
     update: &'a mut [f32],
@@ -75,10 +77,10 @@ impl Kernel for Momentum<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let momentum = s.splat_f32(self.momentum);
+        let (momentum, factor) = (s.splat_f32(self.step.momentum), s.splat_f32(self.step.grad_factor));
         let numbers = self.velocity.chunks_mut(LANES).zip(self.update.chunks_mut(LANES));
         for (grad, (velocity, update)) in self.grad.chunks(LANES).zip(numbers) {
-            let grad = load(s, grad);
+            let grad = s.mul_f32(load(s, grad), factor);
             let new = s.fma(load(s, velocity), momentum, grad);
             store(s, new, velocity);
             store(s, s.fma(new, momentum, grad), update);
@@ -252,7 +254,7 @@ mod tests {
 
     #[test]
     fn steps_follow_float64() {
-        let step = Muon { rate: 0.5, keep: 0.9, momentum: 0.95 };
+        let step = Muon { rate: 0.5, keep: 0.9, momentum: 0.95, grad_factor: 1.0 };
         for (rows, cols) in
             [(1, 1), (1, 9), (5, 3), (16, 16), (33, 70), (90, 31), (170, 190), (170, 400), (350, 165)]
         {
@@ -289,7 +291,7 @@ mod tests {
 
     #[test]
     fn nothing_moves_without_a_gradient() {
-        let step = Muon { rate: 0.5, keep: 1.0, momentum: 0.95 };
+        let step = Muon { rate: 0.5, keep: 1.0, momentum: 0.95, grad_factor: 1.0 };
         let (mut weight, mut velocity) = (numbers(60, 1.0, 1), vec![0.0; 60]);
         muon(&Pool::new(1), step, 10, &mut weight, &[0.0; 60], &mut velocity);
         assert_eq!(weight, numbers(60, 1.0, 1));

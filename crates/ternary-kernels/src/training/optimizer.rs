@@ -22,6 +22,8 @@ pub struct AdamW {
     pub keep: f32,
     /// `1 - beta1^t` and `1 - beta2^t` at step t, from 1 on.
     pub corrections: [f32; 2],
+    /// What gradients are multiplied by first, as to clip them.
+    pub grad_factor: f32,
 }
 
 /// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g²`,
@@ -53,7 +55,7 @@ impl Kernel for Step<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let AdamW { lr, beta1, beta2, epsilon, keep, corrections } = self.step;
+        let AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = self.step;
         let c = |value: f32| s.splat_f32(value);
         // lr m / c1 / (sqrt(v / c2) + e), with the constants taken together.
         let root = corrections[1].sqrt();
@@ -62,7 +64,7 @@ impl Kernel for Step<'_> {
         for ((weight, grad), (m, v)) in
             self.weight.chunks_mut(LANES).zip(self.grad.chunks(LANES)).zip(moments)
         {
-            let grad = load(s, grad);
+            let grad = s.mul_f32(load(s, grad), c(grad_factor));
             let first = s.fma(load(s, m), c(beta1), s.mul_f32(grad, c(1.0 - beta1)));
             let second = s.fma(load(s, v), c(beta2), s.mul_f32(s.mul_f32(grad, grad), c(1.0 - beta2)));
             store(s, first, m);
@@ -109,10 +111,11 @@ mod tests {
                     let grad = numbers(len, 1.0, 10 + time);
                     let corrections = [0.9f32, 0.95].map(|beta| 1.0 - beta.powi(time as i32));
                     let keep = 1.0 - 0.02 * 0.1;
-                    let step = AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, keep, corrections };
+                    let (lr, beta1, beta2, epsilon, grad_factor) = (0.02, 0.9, 0.95, 1e-8, 0.3);
+                    let step = AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor };
                     adamw(&pool, step, &mut weight, &grad, &mut m, &mut v);
                     for ([w, m, v], grad) in exact.iter_mut().zip(&grad) {
-                        let grad = f64::from(*grad);
+                        let grad = f64::from(*grad) * f64::from(0.3f32);
                         *m = 0.9 * *m + 0.1 * grad;
                         *v = 0.95 * *v + 0.05 * grad * grad;
                         let (c1, c2) = (1.0 - 0.9f64.powi(time as i32), 1.0 - 0.95f64.powi(time as i32));

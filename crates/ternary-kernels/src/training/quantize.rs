@@ -1,9 +1,9 @@
 //! The ternary quantizer, and rounding by the absolute maximum.
 
-use super::PIECE;
+use super::{PIECE, pieces};
 use crate::{
     Pool,
-    elementwise::{load, store},
+    elementwise::{abs, load, store},
     simd::{Kernel, LANES, Simd},
 };
 
@@ -60,6 +60,83 @@ pub fn absmax_quantize(
             pool.isa().run(Round { x, levels, scale: of(max), out });
         }
     });
+}
+
+/// `mean |x|` down the columns of each `[n, channels]`.
+///
+/// Of blocks of rows in f32, and of those in f64.
+///
+/// # Panics
+/// When `x` is not whole groups of `n * channels`.
+pub fn mean_abs(pool: &Pool, x: &[f32], [n, channels]: [usize; 2]) -> Vec<f32> {
+    assert!(x.len().is_multiple_of(n * channels), "{} numbers, groups of {n} x {channels}", x.len());
+    let rows = (PIECE / channels).clamp(1, n);
+    let blocks = n.div_ceil(rows);
+    let groups = x.len() / (n * channels);
+    let piece = (PIECE / (rows * channels)).max(1);
+    let sums = pieces(pool, groups * blocks, piece, |range| {
+        let mut sums = vec![0.0; range.len() * channels];
+        for (index, sums) in range.zip(sums.chunks_mut(channels)) {
+            let (group, first) = (index / blocks, index % blocks * rows);
+            let block = &x[(group * n + first) * channels..][..rows.min(n - first) * channels];
+            pool.isa().run(Magnitudes { x: block, sums });
+        }
+        sums
+    });
+    let mut blocks_of = sums.iter().flat_map(|sums| sums.chunks_exact(channels));
+    let mut means = Vec::with_capacity(groups * channels);
+    for _ in 0..groups {
+        let mut sums = vec![0f64; channels];
+        for block in blocks_of.by_ref().take(blocks) {
+            sums.iter_mut().zip(block).for_each(|(sum, part)| *sum += f64::from(*part));
+        }
+        means.extend(sums.into_iter().map(|sum| (sum / n as f64) as f32));
+    }
+    means
+}
+
+/// Adds the magnitudes in each column of `[rows, columns]` to its sum, row by row; of a single column, by sixteen partial sums.
+struct Magnitudes<'a> {
+    x: &'a [f32],
+    sums: &'a mut [f32],
+}
+
+impl Kernel for Magnitudes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // Vectors of columns whose sums stay in registers.
+        const TOGETHER: usize = 4;
+        let n = self.sums.len();
+        if let [sum] = self.sums {
+            let (vectors, rest) = self.x.as_chunks::<LANES>();
+            let add = |sums, x| s.add_f32(sums, abs(s, s.load_f32(x)));
+            let lanes = s.array(vectors.iter().fold(s.splat_f32(0.0), add));
+            *sum += lanes.iter().sum::<f32>() + rest.iter().map(|x| x.abs()).sum::<f32>();
+            return;
+        }
+        let (groups, rest) = self.sums.as_chunks_mut::<{ TOGETHER * LANES }>();
+        let first = groups.len() * TOGETHER * LANES;
+        for (index, sums) in groups.iter_mut().enumerate() {
+            let (vectors, _) = sums.as_chunks_mut::<LANES>();
+            let mut found: [_; TOGETHER] = std::array::from_fn(|i| s.load_f32(&vectors[i]));
+            for row in self.x.chunks_exact(n) {
+                let (row, _) = row[index * TOGETHER * LANES..][..TOGETHER * LANES].as_chunks::<LANES>();
+                for i in 0..TOGETHER {
+                    found[i] = s.add_f32(found[i], abs(s, s.load_f32(&row[i])));
+                }
+            }
+            vectors.iter_mut().zip(found).for_each(|(sums, found)| s.store_f32(found, sums));
+        }
+        for (index, sums) in rest.chunks_mut(LANES).enumerate() {
+            let mut found = load(s, sums);
+            for row in self.x.chunks_exact(n) {
+                found = s.add_f32(found, abs(s, load(s, &row[first + index * LANES..][..sums.len()])));
+            }
+            store(s, found, sums);
+        }
+    }
 }
 
 struct Absmax<'a> {
@@ -143,7 +220,7 @@ fn quantized<S: Simd>(s: S, weight: S::Float, scale: S::Float, threshold: S::Flo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::training::tests::{numbers, pools};
+    use crate::training::tests::{assert_close, numbers, pools};
 
     #[test]
     fn rows_are_rounded_to_the_bit_and_a_nan_stays() {
@@ -163,6 +240,24 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn means_of_magnitudes_are_right_and_the_same_bits() {
+        for [groups, n, channels] in
+            [[1, 1, 1], [3, 7, 1], [1, 40_000, 1], [2, 5, 64], [3, 300, 100], [1, 70, 785]]
+        {
+            let x = numbers(groups * n * channels, 3.0, 1);
+            let exact = (0..groups * channels).map(|i| {
+                let column = x[i / channels * n * channels..][..n * channels].iter().skip(i % channels);
+                column.step_by(channels).map(|x| f64::from(x.abs())).sum::<f64>() / n as f64
+            });
+            let exact: Vec<f64> = exact.collect();
+            let found: Vec<_> = pools().iter().map(|pool| mean_abs(pool, &x, [n, channels])).collect();
+            assert_close("mean", &found[0], exact, 1e-6);
+            let bits = |means: &[f32]| means.iter().map(|mean| mean.to_bits()).collect::<Vec<_>>();
+            assert!(found.iter().all(|means| bits(means) == bits(&found[0])), "{groups} {n} {channels}");
         }
     }
 

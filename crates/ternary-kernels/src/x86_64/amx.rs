@@ -3,8 +3,9 @@
 //! Rust has no stable intrinsics for it, so this is assembly. No compiled code uses the tile registers, so they need not be
 //! declared; they are configured, used and released within a call.
 
+use super::avx512::Avx512;
 use crate::{
-    simd::{LANES, Line},
+    simd::{LANES, Line, Simd, Sums},
     ternary::Planes,
 };
 use std::{
@@ -84,37 +85,46 @@ impl Config {
     }
 }
 
-/// Adds to `sums[t][r]` the products of panel `r` and the codes of token `t`, whose blocks begin at
-/// `codes[t * stride]`; both are signed bytes.
+/// Products of panels and codes: see [`Simd::tiles`].
 ///
 /// # Panics
 /// When panels differ in length, or there are too few codes.
+#[inline(always)]
 pub(super) fn multiply<const R: usize>(
+    s: Avx512,
     panels: [&[Planes]; R],
     codes: &[[i8; LANES]],
     stride: usize,
-    sums: &mut [[__m512i; R]],
+    tokens: usize,
+    sink: &mut impl Sums<Avx512, R>,
 ) {
     let blocks = panels[0].len();
-    assert!(panels.iter().all(|panel| panel.len() == blocks), "panels of one length");
-    assert!(sums.is_empty() || codes.len() >= (sums.len() - 1) * stride + blocks, "codes of each token");
+    assert!(blocks > 0 && panels.iter().all(|panel| panel.len() == blocks), "panels of one length");
+    assert!(tokens == 0 || codes.len() >= (tokens - 1) * stride + blocks, "codes of each token");
+    // Columns that fill tiles, and the rest.
     let whole = blocks / TILE_BLOCKS * TILE_BLOCKS;
-    for (range, width) in [(0..whole, TILE_BLOCKS), (whole..blocks, blocks - whole)] {
-        if range.is_empty() {
-            continue;
+    let parts = [0..whole, whole..blocks];
+    let mut configured = (0, 0);
+    let mut sums = [[s.splat(0); R]; 2 * LANES];
+    let mut first = 0;
+    while first < tokens {
+        let rows = LANES.min(tokens - first);
+        let pair = R == 2 && tokens - first >= 2 * LANES;
+        let sums = &mut sums[..if pair { 2 * LANES } else { rows }];
+        for range in parts.iter().filter(|range| !range.is_empty()) {
+            let width = TILE_BLOCKS.min(range.len());
+            if configured != (rows, width) {
+                Config::load(rows, width);
+                configured = (rows, width);
+            }
+            let panels = panels.map(|panel| panel[range.clone()].as_ptr().cast());
+            let codes = codes[first * stride + range.start..].as_ptr();
+            let part = Part { panels, codes, stride: stride * LANES, steps: range.len() / width };
+            // SAFETY: codes and weights are there, as just checked; sums are as many as configured.
+            unsafe { part.add(sums, pair, range.start == 0) };
         }
-        let panels = panels.map(|panel| &panel[range.clone()]);
-        let mut part = Part { panels, codes: &codes[range.start..], stride, width };
-        let (full, rest) = sums.split_at_mut(sums.len() / LANES * LANES);
-        if !full.is_empty() {
-            Config::load(LANES, width);
-            part.add(full);
-        }
-        if !rest.is_empty() {
-            Config::load(rest.len(), width);
-            part.codes = &part.codes[full.len() * stride..];
-            part.add(rest);
-        }
+        sink.take(s, first, sums);
+        first += sums.len();
     }
     // SAFETY: it gives up what `Config::load` took.
     unsafe { asm!("tilerelease", options(nostack, nomem)) }
@@ -129,7 +139,7 @@ pub(super) fn multiply_bf16(
     right: [&[Line]; 2],
     sums: &mut [[f32; 2 * LANES]; 2 * LANES],
 ) {
-    // Each 32 numbers of k are a line of the left factor's rows, and 16 lines of the right one.
+    // Each 32 numbers of k are 16 lines of either factor.
     let steps = left[0].len() / LANES;
     assert!(left.iter().chain(&right).all(|lines| lines.len() == steps * LANES), "factors of one length");
     if steps == 0 {
@@ -144,16 +154,16 @@ pub(super) fn multiply_bf16(
             "tilezero tmm2",
             "tilezero tmm3",
             "2:",
-            "tileloadd tmm4, [{left} + {stride}]",
+            "tileloadd tmm4, [{left} + {line}]",
             "tileloadd tmm6, [{right} + {line}]",
             "tileloadd tmm7, [{right_next} + {line}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{left_next} + {stride}]",
+            "tileloadd tmm5, [{left_next} + {line}]",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {left}, 64",
-            "add {left_next}, 64",
+            "add {left}, 1024",
+            "add {left_next}, 1024",
             "add {right}, 1024",
             "add {right_next}, 1024",
             "dec {steps}",
@@ -169,7 +179,6 @@ pub(super) fn multiply_bf16(
             right_next = inout(reg) right[1].as_ptr() => _,
             steps = inout(reg) steps => _,
             sums = in(reg) sums.as_mut_ptr(),
-            stride = in(reg) steps * size_of::<Line>(),
             line = in(reg) size_of::<Line>(),
             pair = in(reg) 2 * size_of::<Line>(),
             options(nostack)
@@ -177,152 +186,120 @@ pub(super) fn multiply_bf16(
     }
 }
 
-/// Some columns of a product, of which tiles take `width` blocks at a time.
-struct Part<'a, const R: usize> {
-    panels: [&'a [Planes]; R],
-    codes: &'a [[i8; LANES]],
+/// Some columns of a product, a tile's width at a time.
+struct Part<const R: usize> {
+    panels: [*const Line; R],
+    codes: *const [i8; LANES],
+    /// Bytes from a token's codes to the next one's.
     stride: usize,
-    width: usize,
+    steps: usize,
 }
 
-impl<const R: usize> Part<'_, R> {
-    /// For tokens of whole tiles, or for fewer than a tile, as was configured.
-    fn add(&self, sums: &mut [[__m512i; R]]) {
-        let code = |tile: usize| self.codes[tile * LANES * self.stride..].as_ptr();
-        let mut tiles = sums.chunks_mut(LANES).enumerate();
-        while let Some((tile, sums)) = tiles.next() {
-            let sums = sums.as_mut_ptr();
-            if R == 1 {
-                // SAFETY: `multiply` has checked that codes and weights are there; sums are as many as configured.
-                unsafe { self.one_by_one(sums.cast(), code(tile)) };
-            } else if let Some((next, more)) = tiles.next() {
-                // SAFETY: as above.
-                unsafe { self.two_by_two(sums.cast(), more.as_mut_ptr().cast(), code(tile), code(next)) };
-            } else {
-                // SAFETY: as above.
-                unsafe { self.one_by_two(sums.cast(), code(tile)) };
-            }
-        }
-    }
-
-    fn steps(&self) -> usize {
-        self.panels[0].len() / self.width
-    }
-
-    fn weights(&self, panel: usize) -> *const Line {
-        self.panels[panel].as_ptr().cast()
-    }
-
-    /// # Safety
-    /// `sums`, `[tokens]` vectors, `codes` and the weights are as the tiles are configured.
-    unsafe fn one_by_one(&self, sums: *mut __m512i, codes: *const [i8; LANES]) {
-        // SAFETY: the caller's promise; tiles are read and written within those.
-        unsafe {
-            asm!(
-                "tileloadd tmm0, [{sums} + {line}]",
-                "2:",
-                "tileloadd tmm4, [{codes} + {stride}]",
-                "tileloadd tmm6, [{weights} + {line}]",
-                "tdpbssd tmm0, tmm4, tmm6",
-                "add {codes}, 64",
-                "add {weights}, 1024",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{sums} + {line}], tmm0",
-                sums = in(reg) sums,
-                codes = inout(reg) codes => _,
-                weights = inout(reg) self.weights(0) => _,
-                steps = inout(reg) self.steps() => _,
-                stride = in(reg) self.stride * LANES,
-                line = in(reg) size_of::<Line>(),
-                options(nostack)
-            );
-        }
-    }
-
-    /// # Safety
-    /// As of [`one_by_one`](Self::one_by_one), with `sums` `[tokens, 2]`.
-    unsafe fn one_by_two(&self, sums: *mut __m512i, codes: *const [i8; LANES]) {
-        // SAFETY: the caller's promise; tiles are read and written within those.
-        unsafe {
-            asm!(
-                "tileloadd tmm0, [{sums} + {pair}]",
-                "tileloadd tmm1, [{sums} + {pair} + 64]",
-                "2:",
-                "tileloadd tmm4, [{codes} + {stride}]",
-                "tileloadd tmm6, [{first} + {line}]",
-                "tileloadd tmm7, [{second} + {line}]",
-                "tdpbssd tmm0, tmm4, tmm6",
-                "tdpbssd tmm1, tmm4, tmm7",
-                "add {codes}, 64",
-                "add {first}, 1024",
-                "add {second}, 1024",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{sums} + {pair}], tmm0",
-                "tilestored [{sums} + {pair} + 64], tmm1",
-                sums = in(reg) sums,
-                codes = inout(reg) codes => _,
-                first = inout(reg) self.weights(0) => _,
-                second = inout(reg) self.weights(1) => _,
-                steps = inout(reg) self.steps() => _,
-                stride = in(reg) self.stride * LANES,
-                line = in(reg) size_of::<Line>(),
-                pair = in(reg) 2 * size_of::<Line>(),
-                options(nostack)
-            );
-        }
-    }
-
-    /// Four sums at a time: products of one wait for each other.
+impl<const R: usize> Part<R> {
+    /// Adds to the sums of a tile of tokens, or of two; of `fresh` ones nothing is added to.
+    ///
+    /// Products that add to one tile wait for each other: four of them are under way at once where there are two panels and
+    /// a pair of tiles of tokens.
     ///
     /// # Safety
-    /// As of [`one_by_two`](Self::one_by_two), for 16 tokens and the next 16.
-    unsafe fn two_by_two(
-        &self,
-        sums: *mut __m512i,
-        more: *mut __m512i,
-        codes: *const [i8; LANES],
-        next: *const [i8; LANES],
-    ) {
-        // SAFETY: the caller's promise; tiles are read and written within those.
+    /// Panels, codes and sums have what the tiles are configured for; for a `pair`, whole tiles, and two panels.
+    #[inline(always)]
+    unsafe fn add(&self, sums: &mut [[__m512i; R]], pair: bool, fresh: bool) {
+        let size = R * size_of::<__m512i>();
+        let start = sums.as_mut_ptr().cast::<__m512i>();
+        let at = |tile: usize, panel: usize| start.wrapping_add(tile * LANES * R + panel);
+        // SAFETY: of the whole: the caller's promise. No compiled code between uses tiles.
         unsafe {
-            asm!(
-                "tileloadd tmm0, [{sums} + {pair}]",
-                "tileloadd tmm1, [{sums} + {pair} + 64]",
-                "tileloadd tmm2, [{more} + {pair}]",
-                "tileloadd tmm3, [{more} + {pair} + 64]",
-                "2:",
-                "tileloadd tmm4, [{codes} + {stride}]",
-                "tileloadd tmm6, [{first} + {line}]",
-                "tileloadd tmm7, [{second} + {line}]",
-                "tdpbssd tmm0, tmm4, tmm6",
-                "tdpbssd tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{next} + {stride}]",
-                "tdpbssd tmm2, tmm5, tmm6",
-                "tdpbssd tmm3, tmm5, tmm7",
-                "add {codes}, 64",
-                "add {next}, 64",
-                "add {first}, 1024",
-                "add {second}, 1024",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{sums} + {pair}], tmm0",
-                "tilestored [{sums} + {pair} + 64], tmm1",
-                "tilestored [{more} + {pair}], tmm2",
-                "tilestored [{more} + {pair} + 64], tmm3",
-                sums = in(reg) sums,
-                more = in(reg) more,
-                codes = inout(reg) codes => _,
-                next = inout(reg) next => _,
-                first = inout(reg) self.weights(0) => _,
-                second = inout(reg) self.weights(1) => _,
-                steps = inout(reg) self.steps() => _,
-                stride = in(reg) self.stride * LANES,
-                line = in(reg) size_of::<Line>(),
-                pair = in(reg) 2 * size_of::<Line>(),
-                options(nostack)
-            );
+            match fresh {
+                true => asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    options(nostack, nomem)
+                ),
+                false => {
+                    asm!("tileloadd tmm0, [{} + {}]", in(reg) at(0, 0), in(reg) size, options(nostack));
+                    if R == 2 {
+                        asm!("tileloadd tmm1, [{} + {}]", in(reg) at(0, 1), in(reg) size, options(nostack));
+                    }
+                    if pair {
+                        asm!("tileloadd tmm2, [{} + {}]", in(reg) at(1, 0), in(reg) size, options(nostack));
+                        asm!("tileloadd tmm3, [{} + {}]", in(reg) at(1, 1), in(reg) size, options(nostack));
+                    }
+                }
+            }
+            match (R, pair) {
+                (1, _) => asm!(
+                    "2:",
+                    "tileloadd tmm4, [{codes} + {stride}]",
+                    "tileloadd tmm6, [{weights} + {line}]",
+                    "tdpbssd tmm0, tmm4, tmm6",
+                    "add {codes}, 64",
+                    "add {weights}, 1024",
+                    "dec {steps}",
+                    "jnz 2b",
+                    codes = inout(reg) self.codes => _,
+                    weights = inout(reg) self.panels[0] => _,
+                    steps = inout(reg) self.steps => _,
+                    stride = in(reg) self.stride,
+                    line = in(reg) size_of::<Line>(),
+                    options(nostack)
+                ),
+                (_, false) => asm!(
+                    "2:",
+                    "tileloadd tmm4, [{codes} + {stride}]",
+                    "tileloadd tmm6, [{first} + {line}]",
+                    "tileloadd tmm7, [{second} + {line}]",
+                    "tdpbssd tmm0, tmm4, tmm6",
+                    "tdpbssd tmm1, tmm4, tmm7",
+                    "add {codes}, 64",
+                    "add {first}, 1024",
+                    "add {second}, 1024",
+                    "dec {steps}",
+                    "jnz 2b",
+                    codes = inout(reg) self.codes => _,
+                    first = inout(reg) self.panels[0] => _,
+                    second = inout(reg) self.panels[R - 1] => _,
+                    steps = inout(reg) self.steps => _,
+                    stride = in(reg) self.stride,
+                    line = in(reg) size_of::<Line>(),
+                    options(nostack)
+                ),
+                (_, true) => asm!(
+                    "2:",
+                    "tileloadd tmm4, [{codes} + {stride}]",
+                    "tileloadd tmm6, [{first} + {line}]",
+                    "tileloadd tmm7, [{second} + {line}]",
+                    "tdpbssd tmm0, tmm4, tmm6",
+                    "tdpbssd tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{next} + {stride}]",
+                    "tdpbssd tmm2, tmm5, tmm6",
+                    "tdpbssd tmm3, tmm5, tmm7",
+                    "add {codes}, 64",
+                    "add {next}, 64",
+                    "add {first}, 1024",
+                    "add {second}, 1024",
+                    "dec {steps}",
+                    "jnz 2b",
+                    codes = inout(reg) self.codes => _,
+                    next = inout(reg) self.codes.byte_add(LANES * self.stride) => _,
+                    first = inout(reg) self.panels[0] => _,
+                    second = inout(reg) self.panels[R - 1] => _,
+                    steps = inout(reg) self.steps => _,
+                    stride = in(reg) self.stride,
+                    line = in(reg) size_of::<Line>(),
+                    options(nostack)
+                ),
+            }
+            asm!("tilestored [{} + {}], tmm0", in(reg) at(0, 0), in(reg) size, options(nostack));
+            if R == 2 {
+                asm!("tilestored [{} + {}], tmm1", in(reg) at(0, 1), in(reg) size, options(nostack));
+            }
+            if pair {
+                asm!("tilestored [{} + {}], tmm2", in(reg) at(1, 0), in(reg) size, options(nostack));
+                asm!("tilestored [{} + {}], tmm3", in(reg) at(1, 1), in(reg) size, options(nostack));
+            }
         }
     }
 }

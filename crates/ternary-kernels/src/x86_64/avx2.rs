@@ -274,8 +274,8 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn prefetch(self, line: &Line, ahead: usize) {
-        let at = std::ptr::from_ref(line).wrapping_add(ahead);
+    fn prefetch<T>(self, at: &T, ahead: usize) {
+        let at = std::ptr::from_ref(at).cast::<Line>().wrapping_add(ahead);
         // SAFETY: a prefetch of any address does nothing but fetch.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }

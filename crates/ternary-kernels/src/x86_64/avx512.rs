@@ -2,7 +2,7 @@
 
 use super::amx;
 use crate::{
-    simd::{Kernel, LANES, Line, Simd},
+    simd::{Kernel, LANES, Line, Simd, Sums},
     ternary::Planes,
 };
 use half::f16;
@@ -150,10 +150,11 @@ impl Simd for Avx512 {
         panels: [&[Planes]; R],
         codes: &[[i8; LANES]],
         stride: usize,
-        sums: &mut [[Int; R]],
+        tokens: usize,
+        sink: &mut impl Sums<Self, R>,
     ) {
         assert!(self.tiles, "AMX");
-        amx::multiply(panels, codes, stride, sums);
+        amx::multiply(self, panels, codes, stride, tokens, sink);
     }
 
     #[inline(always)]
@@ -177,6 +178,22 @@ impl Simd for Avx512 {
     fn store_f32(self, a: Float, values: &mut [f32; LANES]) {
         // SAFETY: 16 floats are there; `self` proves the instruction.
         unsafe { _mm512_storeu_ps(values.as_mut_ptr(), a) }
+    }
+
+    #[inline(always)]
+    fn stream_f32(self, a: Float, values: &mut [f32; LANES]) {
+        if values.as_ptr().addr().is_multiple_of(size_of::<Float>()) {
+            // SAFETY: 16 floats are there, at a cache line; `self` proves the instruction, and `fence` follows.
+            unsafe { _mm512_stream_ps(values.as_mut_ptr(), a) }
+        } else {
+            self.store_f32(a, values);
+        }
+    }
+
+    #[inline(always)]
+    fn fence(self) {
+        // SAFETY: every CPU that has AVX-512 has the instruction.
+        unsafe { _mm_sfence() }
     }
 
     #[inline(always)]
@@ -271,8 +288,8 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn prefetch(self, line: &Line, ahead: usize) {
-        let at = std::ptr::from_ref(line).wrapping_add(ahead);
+    fn prefetch<T>(self, at: &T, ahead: usize) {
+        let at = std::ptr::from_ref(at).cast::<Line>().wrapping_add(ahead);
         // SAFETY: a prefetch of any address does nothing but fetch.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }

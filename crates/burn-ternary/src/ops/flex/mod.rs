@@ -14,8 +14,9 @@ use burn_flex::{FlexTensor, Layout};
 use std::sync::LazyLock;
 use ternary_kernels::Pool;
 
-/// Flex computes on the threads of rayon, and so do we.
-static POOL: LazyLock<Pool> = LazyLock::new(Pool::rayon);
+/// As many threads as rayon has, on which flex computes. They wait with the CPU busy for a while: a step is a thousand short runs, and
+/// to wake a thread for each took a twentieth of it.
+static POOL: LazyLock<Pool> = LazyLock::new(|| Pool::new(rayon::current_num_threads()));
 
 impl TernaryBackend for Flex {
     fn ternary_codes(weight: FloatTensor<Self>, threshold: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -196,6 +197,16 @@ impl TernaryBackend for Flex {
         bias: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         training::ternary_linear(input, weight, bias)
+    }
+
+    fn latent_linear(
+        input: FloatTensor<Self>,
+        latent: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        threshold: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        training::latent_linear(input, latent, scale, threshold, bias)
     }
 
     fn ternary_linear_backward(

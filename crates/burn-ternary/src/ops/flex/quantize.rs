@@ -11,9 +11,6 @@ use half::f16;
 use rayon::prelude::*;
 use ternary_kernels::{Room, training as kernels};
 
-/// Weights a task has; below it threads cost more than they give.
-const BLOCK: usize = 1 << 14;
-
 /// So few weights are sorted by passes over all columns; of more, each column is gathered and selected in.
 const FEW: usize = 16;
 
@@ -54,25 +51,7 @@ pub(super) fn mean_abs(weight: FlexTensor) -> FlexTensor {
     }
     let [groups, n, channels] = weight.layout().shape().dims();
     let weight = dense(weight);
-    let weight = values(&weight);
-    let rows_a_block = (BLOCK / channels).clamp(1, n);
-    let mut means = Vec::with_capacity(groups * channels);
-    // Groups in parallel when there are many of them, blocks of rows in parallel within a group otherwise.
-    let group_sums: Vec<Vec<f32>> = weight
-        .par_chunks(n * channels)
-        .map(|group| {
-            let blocks: Vec<Vec<f32>> =
-                group.par_chunks(rows_a_block * channels).map(|block| abs_sums(block, channels)).collect();
-            let mut sums = vec![0f64; channels];
-            for block in blocks {
-                for (sum, value) in sums.iter_mut().zip(block) {
-                    *sum += f64::from(value);
-                }
-            }
-            sums.into_iter().map(|sum| (sum / n as f64) as f32).collect()
-        })
-        .collect();
-    group_sums.into_iter().for_each(|sums| means.extend(sums));
+    let means = kernels::mean_abs(&POOL, values(&weight), [n, channels]);
     tensor(means, Shape::new([groups, 1, channels]))
 }
 
@@ -169,27 +148,4 @@ pub(super) fn absmax_quantize(input: FlexTensor, levels: f32, scale: RowScale) -
 /// The nearest normal f16.
 fn to_f16(scale: f32) -> f32 {
     f16::from_f32(scale.clamp(scale::SCALE_MIN, scale::SCALE_MAX)).to_f32()
-}
-
-/// Sums of magnitudes down the rows of `[rows, channels]`; for one channel, along the run.
-fn abs_sums(block: &[f32], channels: usize) -> Vec<f32> {
-    if channels == 1 {
-        // Sixteen partial sums let the compiler use the vector units.
-        let mut lanes = [0f32; 16];
-        let chunks = block.chunks_exact(16);
-        let rest: f32 = chunks.remainder().iter().map(|value| value.abs()).sum();
-        for chunk in chunks {
-            for (lane, value) in lanes.iter_mut().zip(chunk) {
-                *lane += value.abs();
-            }
-        }
-        return vec![lanes.iter().sum::<f32>() + rest];
-    }
-    let mut sums = vec![0f32; channels];
-    for row in block.chunks_exact(channels) {
-        for (sum, value) in sums.iter_mut().zip(row) {
-            *sum += value.abs();
-        }
-    }
-    sums
 }

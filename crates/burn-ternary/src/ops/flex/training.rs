@@ -392,9 +392,40 @@ pub(super) fn ternary_linear(
     weight: FlexTensor,
     bias: FlexTensor,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
-    assert!(is_f32(&[&input, &weight, &bias]), "the int8 products have f32 factors");
-    let (input, weight, bias) = (dense(input), dense(weight), dense(bias));
-    let ([tokens, d_input], [_, d_output]) = (shape(&input).dims(), shape(&weight).dims());
+    assert!(is_f32(&[&weight]), "the int8 products have f32 factors");
+    let weight = dense(weight);
+    let [_, d_output] = shape(&weight).dims();
+    ternary_linear_of(input, kernels::Weight::Ternary(values(&weight)), d_output, bias)
+}
+
+pub(super) fn latent_linear(
+    input: FlexTensor,
+    latent: FlexTensor,
+    scale: FlexTensor,
+    threshold: FlexTensor,
+    bias: FlexTensor,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    assert!(is_f32(&[&latent, &scale, &threshold]), "the int8 products have f32 factors");
+    let latent = dense(latent);
+    let [_, d_output] = shape(&latent).dims();
+    let [scales, thresholds] = [scale, threshold].map(|shared| match values(&dense(shared)) {
+        [one] => vec![*one; d_output],
+        channels => channels.to_vec(),
+    });
+    let weight = values(&latent);
+    let weight = kernels::Weight::Latent { weight, scales: &scales, thresholds: &thresholds };
+    ternary_linear_of(input, weight, d_output, bias)
+}
+
+fn ternary_linear_of(
+    input: FlexTensor,
+    weight: kernels::Weight,
+    d_output: usize,
+    bias: FlexTensor,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    assert!(is_f32(&[&input, &bias]), "the int8 products have f32 factors");
+    let (input, bias) = (dense(input), dense(bias));
+    let [tokens, d_input] = shape(&input).dims();
     let mut out = Room::new(tokens * d_output);
     let (input_len, weight_len) = (kernels::Saved::input_len(tokens, d_input), d_input * d_output);
     let (mut kept_input, mut kept_weight) =
@@ -403,7 +434,7 @@ pub(super) fn ternary_linear(
     let (weight_scales, weight_codes) = parts(&mut kept_weight, d_output, weight_len);
     let saved = kernels::SavedMut { input: input_codes, input_scales, weight: weight_codes, weight_scales };
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
-    layer.forward(&POOL, values(&input), values(&weight), Some(values(&bias)), &mut out, saved);
+    layer.forward(&POOL, values(&input), weight, Some(values(&bias)), &mut out, saved);
     (
         filled(out, Shape::new([tokens, d_output])),
         sealed(kept_input, tokens, input_len),
@@ -493,8 +524,8 @@ pub(super) fn muon_step(
     if !is_f32(&[&weight, &grad, &velocity]) {
         return optimizer::muon_step::<Flex>(weight, grad, velocity, step);
     }
-    let MuonStep { rate, keep, momentum } = step;
-    let step = kernels::Muon { rate, keep, momentum };
+    let MuonStep { rate, keep, momentum, grad_factor } = step;
+    let step = kernels::Muon { rate, keep, momentum, grad_factor };
     let [_, cols] = shape(&weight).dims();
     let grad = dense(grad);
     let [mut weight, mut velocity] = [weight, velocity].map(owned);
@@ -502,8 +533,9 @@ pub(super) fn muon_step(
     (weight, velocity)
 }
 
-fn numbers(AdamWStep { lr, beta1, beta2, epsilon, keep, corrections }: AdamWStep) -> kernels::AdamW {
-    kernels::AdamW { lr, beta1, beta2, epsilon, keep, corrections }
+fn numbers(step: AdamWStep) -> kernels::AdamW {
+    let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = step;
+    kernels::AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor }
 }
 
 /// The same numbers, and no others, in memory of the tensor's own: copied where somebody else holds them too.
