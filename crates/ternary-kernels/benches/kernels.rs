@@ -131,9 +131,8 @@ fn linear_layer(c: &mut Criterion) {
     for threads in [1, threads()] {
         let pool = Pool::new(threads);
         let mut layer = TernaryLinear::default();
-        let mut out = ternary_kernels::Room::new(tokens * d_output);
-        let (mut dx, mut dweight) =
-            (ternary_kernels::Room::new(x.len()), ternary_kernels::Room::new(weight.len()));
+        let mut out = Room::new(tokens * d_output);
+        let (mut dx, mut dweight) = (Room::new(x.len()), Room::new(weight.len()));
         let mut kept = Kept {
             input: vec![0; Saved::input_len(tokens, d_input)],
             input_scales: vec![0.0; tokens],
@@ -173,6 +172,14 @@ fn head(c: &mut Criterion) {
     let (tokens, width, vocab) = (1024, 768, 8192);
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
     let (hidden, table) = (wave(tokens * width, 0.37), wave(vocab * width, 0.73));
+    let logit = |t: usize, id: usize| -> f64 {
+        let rows = hidden[t * width..][..width].iter().zip(&table[id * width..][..width]);
+        rows.map(|(a, b)| f64::from(a * b)).sum()
+    };
+    let (expected, checked) = (
+        [(0, 0), (700, 5000), (1023, 8191)].map(|(t, id)| logit(t, id)),
+        [0, 700 * vocab + 5000, 1023 * vocab + 8191],
+    );
     let (hidden, table) = (View::new(&hidden, tokens, width), View::new(&table, vocab, width));
     let mut room = HalfFactors::default();
     let mut logits = Room::new(tokens * vocab);
@@ -186,6 +193,9 @@ fn head(c: &mut Criterion) {
         group.bench_function("forward", |b| {
             b.iter(|| half_product(&pool, &mut room, hidden, table.transposed(), &mut logits));
         });
+        for (at, expected) in checked.into_iter().zip(expected) {
+            assert!((f64::from(logits[at]) - expected).abs() < 1.0, "{} for {expected}", logits[at]);
+        }
         let grad = View::new(&logits, tokens, vocab);
         group.bench_function("input's gradient", |b| {
             b.iter(|| half_product(&pool, &mut room, grad, table, &mut dhidden));

@@ -239,7 +239,7 @@ impl Form for CodeMatrix {
     /// Tiles keep their sums from the first column to the last, and want the codes in the second-level cache only.
     #[inline(always)]
     fn tokens<S: Simd>(&self, s: S) -> usize {
-        if s.has_tiles() { (CODES / (self.blocks * LANES)).next_multiple_of(TOKENS) } else { TOKENS }
+        if s.has_tiles() { (CODES / (self.blocks * LANES)).max(1).next_multiple_of(TOKENS) } else { TOKENS }
     }
 
     /// Panels that stay in the first-level cache while the tokens pass.

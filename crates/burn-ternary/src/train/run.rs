@@ -4,7 +4,7 @@ use super::checkpoint::{Checkpoints, Loaded, sha256};
 use super::codes::CodeTracker;
 use super::distill::Teacher;
 use super::metrics;
-use super::optim::{Moments, OptimDials};
+use super::optim::Moments;
 use super::plot;
 use super::progress::PlainRenderer;
 use super::report::{self, History, MetricsFile, RunResult, write_atomic};
@@ -97,7 +97,7 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     let model = model.with_lora(&experiment.lora, experiment.run.seed);
     let codes = CodeTracker::new(&model.valid());
     let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
-    let plan = TrainPlan { optim: experiment.optim.clone(), schedule, dials: OptimDials::default(), teacher };
+    let plan = TrainPlan { optim: experiment.optim.clone(), schedule, teacher };
     let guard = SpikeGuard { factor: experiment.run.spike_factor };
     let trainer = match loaded {
         None => {

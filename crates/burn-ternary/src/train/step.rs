@@ -191,12 +191,8 @@ impl QuantizationTrainer {
         steps: usize,
         seed: u64,
     ) -> Self {
-        let plan = TrainPlan {
-            optim: optim.clone(),
-            schedule: Schedule::new(schedule, steps),
-            dials: OptimDials::default(),
-            teacher: None,
-        };
+        let plan =
+            TrainPlan { optim: optim.clone(), schedule: Schedule::new(schedule, steps), teacher: None };
         plan.trainer(model, TrainState { seed, ..TrainState::default() }, SpikeGuard { factor: 0.0 })
     }
 
@@ -344,7 +340,6 @@ pub(super) fn restore(
 pub(super) struct TrainPlan {
     pub optim: OptimConfig,
     pub schedule: Schedule,
-    pub dials: OptimDials,
     pub teacher: Option<Teacher>,
 }
 
@@ -360,7 +355,8 @@ impl TrainPlan {
         decayed.push(model.embedding.id);
         decayed.extend(model.head.as_ref().map(|head| head.id));
         let matrices = ParamGroup::from_ids(weights);
-        let Self { optim, schedule, dials, teacher } = self;
+        let Self { optim, schedule, teacher } = self;
+        let dials = OptimDials::default();
         let optimizer = optim.init(matrices.clone(), ParamGroup::from_ids(decayed), &dials);
         let rates = optim.lr_scheduler(matrices, &schedule, state.step);
         let model = LanguageModel::new(model, &optim, teacher);

@@ -192,7 +192,9 @@ mod tests {
 
     #[test]
     fn products_are_those_of_rounded_factors() {
-        for (m, k, n) in [(32, 32, 32), (64, 96, 160), (160, 32, 64), (33, 32, 32), (32, 30, 31)] {
+        for (m, k, n) in
+            [(32, 32, 32), (64, 96, 160), (160, 32, 64), (33, 32, 32), (32, 30, 31), (32, 2080, 64)]
+        {
             let (a, b) = (numbers(m * k, 1.0, 1), numbers(k * n, 1.0, 2));
             let (a_t, b_t): (Vec<f32>, Vec<f32>) = (
                 (0..m * k).map(|i| a[i % m * k + i / m]).collect(),

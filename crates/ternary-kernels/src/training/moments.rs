@@ -201,7 +201,7 @@ mod tests {
 
     fn step(time: i32) -> AdamW {
         let corrections = [0.9f32, 0.95].map(|beta| 1.0 - beta.powi(time));
-        AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, keep: 0.998, corrections, grad_factor: 1.0 }
+        AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, keep: 0.998, corrections, grad_factor: 0.5 }
     }
 
     #[test]
