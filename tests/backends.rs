@@ -9,8 +9,9 @@ use burn_ternary::device;
 use burn_ternary::nn::{DuckQuantized, Family};
 use burn_ternary::ops::{
     AdamWStep, Factors, Heads, RowScale, StraightThrough, absmax_quantize, adamw, causal_attention,
-    divergences, float_linear, gelu, kth_magnitude, latent_linear, layer_norm, log_likelihood, mean_abs,
-    project, rms_norm, round_scale, silu_mul, square_sum, ternary_codes, ternary_linear, ternary_quantize,
+    divergences, embed, float_linear, gelu, kth_magnitude, latent_linear, layer_norm, log_likelihood,
+    mean_abs, project, rms_norm, round_scale, silu_mul, square_sum, ternary_codes, ternary_linear,
+    ternary_quantize,
 };
 use burn_ternary::quant::{
     ActivationPrecision, Dials, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity,
@@ -494,6 +495,13 @@ fn training_ops(device: &Device) -> Vec<(String, Vec<Vec<f32>>)> {
             "float_linear without bias",
             with_gradients(rng, [x.clone(), matrix], device, |[x, w]| {
                 float_linear(x.reshape([rows, d]), w.reshape([d, 9]), None)
+            }),
+        );
+        let rows_of: Vec<i32> = (0..2 * rows).map(|row| (row * row * 31 % 13) as i32).collect();
+        add(
+            "embed",
+            with_gradients(rng, [table.clone()], device, |[table]| {
+                embed(table.reshape([13, d]), ids(&rows_of, [2, rows], device))
             }),
         );
         add(

@@ -170,22 +170,23 @@ impl Kernel for PackRows<'_> {
         let Self { codes, rows, cols, tile, ternary, out } = self;
         let first = tile * LANES;
         let height = LANES.min(rows - first);
-        for (block, planes) in out.iter_mut().enumerate() {
-            for (p, line) in planes.iter_mut().enumerate() {
-                let start = block * LANES + 4 * p;
-                let mut bytes = Line([0; 64]);
-                let (lanes, _) = bytes.0.as_chunks_mut::<4>();
-                for (lane, to) in lanes.iter_mut().take(height).enumerate() {
-                    let row = &codes[(first + lane) * cols..][..cols];
-                    match row.get(start..).and_then(|rest| rest.first_chunk::<4>()) {
-                        Some(four) => *to = four.map(|code| code as u8),
-                        None => {
-                            to.iter_mut().zip(row.iter().skip(start)).for_each(|(to, x)| *to = *x as u8);
-                        }
-                    }
+        // A line of each row gives a line for each four columns.
+        for (index, blocks) in out.chunks_mut(size_of::<Line>() / LANES).enumerate() {
+            let start = index * size_of::<Line>();
+            let lines = std::array::from_fn(|lane| {
+                if lane >= height {
+                    return s.splat(0);
                 }
-                let bytes = s.load(&bytes);
-                s.store(if ternary { plus_one(s, bytes) } else { bytes }, line);
+                let row = &codes[(first + lane) * cols + start..(first + lane + 1) * cols];
+                let mut line = Line([0; 64]);
+                match row.first_chunk::<64>() {
+                    Some(row) => line.0 = row.map(|code| code as u8),
+                    None => line.0.iter_mut().zip(row).for_each(|(to, code)| *to = *code as u8),
+                }
+                s.load(&line)
+            });
+            for (line, lanes) in blocks.as_flattened_mut().iter_mut().zip(s.transpose(lines)) {
+                s.store(if ternary { plus_one(s, lanes) } else { lanes }, line);
             }
         }
     }

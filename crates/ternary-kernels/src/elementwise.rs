@@ -147,14 +147,14 @@ fn times_sigmoid<S: Simd>(s: S, x: S::Float, y: S::Float) -> S::Float {
     s.div_f32(x, s.add_f32(s.splat_f32(1.0), exp(s, s.sub_f32(s.splat_f32(0.0), y))))
 }
 
-trait Function {
+pub(crate) trait Function {
     fn apply<S: Simd>(&self, s: S, x: S::Float, y: S::Float) -> S::Float;
 }
 
-struct SiluMul;
+pub(crate) struct SiluMul;
 struct Relu2Mul;
 struct Relu2;
-struct Gelu;
+pub(crate) struct Gelu;
 
 impl Function for SiluMul {
     #[inline(always)]

@@ -128,6 +128,20 @@ pub(crate) trait Simd: Copy {
     fn bits_to_float(self, a: Self::Int) -> Self::Float;
     fn float_to_bits(self, a: Self::Float) -> Self::Int;
 
+    /// Lanes for vectors: lane `i` of vector `j` is lane `j` of row `i`.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::Int; LANES]) -> [Self::Int; LANES] {
+        let mut lines = [Line([0; 64]); LANES];
+        for (i, row) in rows.into_iter().enumerate() {
+            let mut line = Line([0; 64]);
+            self.store(row, &mut line);
+            for (line, lane) in lines.iter_mut().zip(line.0.as_chunks::<4>().0) {
+                line.0.as_chunks_mut::<4>().0[i] = *lane;
+            }
+        }
+        lines.map(|line| self.load(&line))
+    }
+
     /// Asks for what is this many lines further on.
     #[inline(always)]
     fn prefetch<T>(self, _at: &T, _ahead: usize) {}

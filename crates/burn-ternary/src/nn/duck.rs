@@ -2,11 +2,11 @@
 
 use super::transformer::{BlockStates, INIT_STD, LayerFactory, QuantizedTransformer};
 use super::{Compute, DuckConfig, Family, QuantizedLinear, linear::normal};
-use crate::ops::{Factors, project};
+use crate::ops::{Factors, embed, project};
 use crate::quant::{Dials, Products, QuantConfig, TablePrecision};
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
-use burn::tensor::{Device, FloatDType, Int, Tensor, module::embedding};
+use burn::tensor::{Device, FloatDType, Int, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -91,7 +91,7 @@ impl DuckQuantized {
         let [batch, seq] = ids.dims();
         assert!(seq <= self.config.context, "{seq} tokens exceed the context of {}", self.config.context);
         let table = self.table(&self.embedding, self.quant.embedding);
-        let mut hidden = embedding(table.clone(), ids);
+        let mut hidden = embed(table.clone(), ids);
         if let Some(positions) = &self.positions {
             hidden = hidden + positions.val().narrow(0, 0, seq).unsqueeze();
         }

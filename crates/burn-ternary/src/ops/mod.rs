@@ -12,6 +12,7 @@ mod absmax;
 mod activation;
 mod attention;
 mod divergence;
+mod embedding;
 #[cfg(feature = "flex")]
 mod flex;
 mod identity;
@@ -27,6 +28,7 @@ pub use absmax::{RowScale, absmax_quantize, absmax_scales};
 pub use activation::{gelu, silu_mul};
 pub use attention::{Heads, causal_attention};
 pub use divergence::divergences;
+pub use embedding::embed;
 pub use linear::{Factors, float_linear, latent_linear, project, ternary_linear};
 pub use loss::log_likelihood;
 pub use norm::{layer_norm, rms_norm};
@@ -92,6 +94,22 @@ pub trait TernaryBackend: Backend {
     #[fusion(default)]
     fn absmax_quantize(input: FloatTensor<Self>, levels: f32, scale: RowScale) -> FloatTensor<Self> {
         absmax::quantize::<Self>(input, levels, scale)
+    }
+
+    /// See [`embed`].
+    #[fusion(default)]
+    fn embed(table: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self> {
+        Self::embedding(table, ids)
+    }
+
+    /// The gradient of the table, of which only the shape is looked at.
+    #[fusion(default)]
+    fn embed_backward(
+        table: FloatTensor<Self>,
+        ids: IntTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        Self::embedding_backward(table, grad, ids)
     }
 
     /// See [`layer_norm`].
@@ -388,6 +406,10 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
 
     fn absmax_quantize(input: FloatTensor<Self>, levels: f32, scale: RowScale) -> FloatTensor<Self> {
         identity::straight_through::<B, C>(input, |input| B::absmax_quantize(input, levels, scale))
+    }
+
+    fn embed(table: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self> {
+        embedding::track::<B, C>(table, ids)
     }
 
     fn layer_norm_rows(

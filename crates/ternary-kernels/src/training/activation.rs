@@ -3,7 +3,7 @@
 use super::PIECE;
 use crate::{
     Pool,
-    elementwise::{load, sigmoid, store},
+    elementwise::{Function, Gelu, SiluMul, load, sigmoid, store},
     pool::Disjoint,
     simd::{Kernel, LANES, Simd},
 };
@@ -15,8 +15,8 @@ use crate::{
 pub fn gelu(pool: &Pool, x: &[f32], out: &mut [f32]) {
     assert_eq!(x.len(), out.len());
     pool.chunks(out, PIECE, |index, _, out| {
-        out.copy_from_slice(&x[index * PIECE..][..out.len()]);
-        pool.isa().gelu(out);
+        let x = &x[index * PIECE..][..out.len()];
+        pool.isa().run(Apply { x, y: x, f: Gelu, out });
     });
 }
 
@@ -34,8 +34,7 @@ pub fn silu_mul(pool: &Pool, gate: &[f32], up: &[f32], out: &mut [f32]) {
     assert!(gate.len() == out.len() && up.len() == out.len());
     pool.chunks(out, PIECE, |index, _, out| {
         let part = index * PIECE..index * PIECE + out.len();
-        out.copy_from_slice(&gate[part.clone()]);
-        pool.isa().silu_mul(out, &up[part]);
+        pool.isa().run(Apply { x: &gate[part.clone()], y: &up[part], f: SiluMul, out });
     });
 }
 
@@ -59,6 +58,26 @@ pub fn silu_mul_backward(
         let (gate, up, grad) = (&gate[part.clone()], &up[part.clone()], &grad[part]);
         pool.isa().run(SiluMulBackward { gate, up, grad, dgate, dup });
     });
+}
+
+/// `out = f(x, y)`
+struct Apply<'a, F> {
+    x: &'a [f32],
+    y: &'a [f32],
+    f: F,
+    out: &'a mut [f32],
+}
+
+impl<F: Function> Kernel for Apply<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let inputs = self.x.chunks(LANES).zip(self.y.chunks(LANES));
+        for (out, (x, y)) in self.out.chunks_mut(LANES).zip(inputs) {
+            store(s, self.f.apply(s, load(s, x), load(s, y)), out);
+        }
+    }
 }
 
 struct GeluBackward<'a> {

@@ -82,7 +82,7 @@ pub fn attention(
         let tiles = room.get_or_insert_with(|| Tiles::new(shape));
         tiles.key.read(isa, key, shape, sequence, kv_head, shape.kv_heads);
         tiles.value.read(isa, value, shape, sequence, kv_head, shape.kv_heads);
-        tiles.key_t.transpose(&tiles.key);
+        tiles.key_t.transpose(isa, &tiles.key);
         for head in kv_head * share..(kv_head + 1) * share {
             tiles.query.read(isa, query, shape, sequence, head, shape.heads);
             let start = (sequence * shape.heads + head) * shape.seq;
@@ -131,8 +131,8 @@ pub fn attention_backward(
         back.dvalue.numbers.fill(0.0);
         tiles.key.read(isa, key, shape, sequence, kv_head, shape.kv_heads);
         tiles.value.read(isa, value, shape, sequence, kv_head, shape.kv_heads);
-        tiles.key_t.transpose(&tiles.key);
-        back.value_t.transpose(&tiles.value);
+        tiles.key_t.transpose(isa, &tiles.key);
+        back.value_t.transpose(isa, &tiles.value);
         for head in kv_head * share..(kv_head + 1) * share {
             tiles.query.read(isa, query, shape, sequence, head, shape.heads);
             tiles.out.read(isa, out, shape, sequence, head, shape.heads);
@@ -198,10 +198,31 @@ impl Tile {
         isa.run(write);
     }
 
-    fn transpose(&mut self, from: &Self) {
-        for (row, numbers) in from.numbers.chunks(from.stride).enumerate() {
-            for (col, number) in numbers.iter().enumerate() {
-                self.numbers[col * self.stride + row] = *number;
+    fn transpose(&mut self, isa: Isa, from: &Self) {
+        isa.run(Transpose { from, to: self });
+    }
+}
+
+struct Transpose<'a> {
+    from: &'a Tile,
+    to: &'a mut Tile,
+}
+
+impl Kernel for Transpose<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { from, to } = self;
+        for (block, rows) in from.numbers.chunks_exact(LANES * from.stride).enumerate() {
+            for col in (0..from.stride).step_by(LANES) {
+                let square = std::array::from_fn(|row| {
+                    s.float_to_bits(load(s, &rows[row * from.stride + col..][..LANES]))
+                });
+                for (i, lanes) in s.transpose(square).into_iter().enumerate() {
+                    let at = (col + i) * to.stride + block * LANES;
+                    store(s, s.bits_to_float(lanes), &mut to.numbers[at..at + LANES]);
+                }
             }
         }
     }

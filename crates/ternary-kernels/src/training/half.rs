@@ -44,11 +44,17 @@ pub fn half_product(pool: &Pool, room: &mut HalfFactors, left: View, right: View
         let range = start..k.min(start + DEPTH);
         let (left, right) = (left.transposed().rows(range.clone()).transposed(), right.rows(range.clone()));
         let k = range.len();
-        rows.resize(m * k / WIDTH, Line([0; 64]));
+        let [rows, columns] = [(&mut *rows, m), (&mut *columns, n)].map(|(lines, count)| {
+            let len = count * k / WIDTH;
+            // What was there is written over, so it never shrinks: to grow again would clear it.
+            if lines.len() < len {
+                lines.resize(len, Line([0; 64]));
+            }
+            &mut lines[..len]
+        });
         pool.chunks(rows, LANES * k / WIDTH, |index, _, out| {
             pool.isa().run(PackRows { left, first: index * LANES, out });
         });
-        columns.resize(n * k / WIDTH, Line([0; 64]));
         pool.chunks(columns, LANES * k / WIDTH, |index, _, out| {
             pool.isa().run(PackColumns { right, first: index * LANES, out });
         });
@@ -88,11 +94,11 @@ impl Kernel for PackRows<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<S: Simd>(self, s: S) {
         let Self { left, first, out } = self;
         for (step, lines) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             let (block, by_pair) = left.halves(first, step * WIDTH);
-            *lines = if by_pair { transposed(&block) } else { block };
+            *lines = if by_pair { transposed(s, &block) } else { block };
         }
     }
 }
@@ -108,23 +114,21 @@ impl Kernel for PackColumns<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<S: Simd>(self, s: S) {
         let Self { right, first, out } = self;
         for (step, lines) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             let (block, by_pair) = right.transposed().halves(first, step * WIDTH);
-            *lines = if by_pair { block } else { transposed(&block) };
+            *lines = if by_pair { block } else { transposed(s, &block) };
         }
     }
 }
 
 /// Rows for columns, of pairs of numbers.
 #[inline(always)]
-fn transposed(block: &[Line; LANES]) -> [Line; LANES] {
-    let mut out = [Line([0; 64]); LANES];
-    for (i, line) in block.iter().enumerate() {
-        for (j, pair) in line.0.as_chunks::<4>().0.iter().enumerate() {
-            out[j].0.as_chunks_mut::<4>().0[i] = *pair;
-        }
+fn transposed<S: Simd>(s: S, block: &[Line; LANES]) -> [Line; LANES] {
+    let mut out = *block;
+    for (line, column) in out.iter_mut().zip(s.transpose(block.each_ref().map(|line| s.load(line)))) {
+        s.store(column, line);
     }
     out
 }

@@ -338,18 +338,20 @@ impl Quantized {
         let blocks = self.blocks;
         let (out, sums) = self.codes_and_sums();
         let sums = Disjoint::new(sums);
-        pool.chunks(out, LANES * blocks, |index, _, out| {
-            pool.isa().run(Transpose { codes, stride, first: index * LANES, tokens, blocks, out });
-            for (i, column) in out.chunks(blocks).enumerate() {
-                // SAFETY: each column is written once.
-                let sums = unsafe { sums.slice((index * LANES + i) * 2, 2) };
-                sums[1] = column.as_flattened().iter().map(|code| i32::from(*code)).sum();
-            }
+        pool.chunks(out, LINE * blocks, |index, _, out| {
+            // SAFETY: each column is written once.
+            let sums = unsafe { sums.slice(index * LINE * 2, out.len() / blocks * 2) };
+            let (sums, _) = sums.as_chunks_mut();
+            pool.isa().run(Transpose { codes, stride, first: index * LINE, tokens, blocks, out, sums });
         });
     }
 }
 
-/// Sixteen columns of `[tokens, stride]`, from `first` on (the last may be fewer, `stride` is padded): `[columns, blocks]`.
+/// Codes in a cache line: columns that are transposed together, and tokens.
+const LINE: usize = size_of::<Line>();
+
+/// The columns `[tokens, stride]` from `first` on, a line of them (the last may be fewer, `stride` is padded): `[columns,
+/// blocks]`.
 struct Transpose<'a> {
     codes: &'a [i8],
     stride: usize,
@@ -357,6 +359,8 @@ struct Transpose<'a> {
     tokens: usize,
     blocks: usize,
     out: &'a mut [[i8; LANES]],
+    /// Of all codes of a column, in the second place.
+    sums: &'a mut [[i32; 2]],
 }
 
 impl Kernel for Transpose<'_> {
@@ -364,31 +368,38 @@ impl Kernel for Transpose<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { codes, stride, first, tokens, blocks, out } = self;
-        let columns = out.len() / blocks;
-        let mut quads = [Line([0; 64]); LANES / 4];
-        for block in 0..blocks {
-            for (quad, line) in quads.iter_mut().enumerate() {
+        let Self { codes, stride, first, tokens, blocks, out, sums } = self;
+        let mut all = [s.splat(0); LINE / LANES];
+        for start in (0..tokens).step_by(LINE) {
+            let here = start / LANES..blocks.min((start + LINE) / LANES);
+            for (group, columns) in out.chunks_mut(LANES * blocks).enumerate() {
                 // Four tokens of a column in each lane.
-                let mut lanes = s.splat(0);
-                let start = block * LANES + 4 * quad;
-                for token in (start..start + 4).rev() {
-                    lanes = s.shl::<8>(lanes);
-                    if token < tokens {
-                        let row: &[i8; LANES] =
-                            codes[token * stride + first..].first_chunk().expect("a row is padded");
-                        // The next block of tokens.
-                        s.prefetch(row, stride * LANES / size_of::<Line>());
-                        lanes = s.add(lanes, s.and(s.load_i8(row), s.splat(0xff)));
+                let mut quads = [s.splat(0); LANES];
+                for (quad, lanes) in quads.iter_mut().enumerate() {
+                    let start = start + 4 * quad;
+                    for token in (start..tokens.min(start + 4)).rev() {
+                        let at = token * stride + first + group * LANES;
+                        let row: &[i8; LANES] = codes[at..].first_chunk().expect("a row is padded");
+                        // The next tokens.
+                        s.prefetch(row, stride);
+                        let row = s.load_i8(row);
+                        all[group] = s.add(all[group], row);
+                        *lanes = s.add(s.shl::<8>(*lanes), s.and(row, s.splat(0xff)));
                     }
                 }
-                s.store(lanes, line);
-            }
-            for column in 0..columns {
-                let (to, _) = out[column * blocks + block].as_chunks_mut::<4>();
-                for (to, quad) in to.iter_mut().zip(&quads) {
-                    *to = quad.0.as_chunks::<4>().0[column].map(|byte| byte as i8);
+                for (column, lanes) in columns.chunks_exact_mut(blocks).zip(s.transpose(quads)) {
+                    let mut line = Line([0; LINE]);
+                    s.store(lanes, &mut line);
+                    let codes = line.0.map(|byte| byte as i8);
+                    column[here.clone()].copy_from_slice(&codes.as_chunks().0[..here.len()]);
                 }
+            }
+        }
+        for (sums, all) in sums.chunks_mut(LANES).zip(all) {
+            let mut line = Line([0; LINE]);
+            s.store(all, &mut line);
+            for (sums, sum) in sums.iter_mut().zip(line.0.as_chunks::<4>().0) {
+                sums[1] = i32::from_ne_bytes(*sum);
             }
         }
     }

@@ -7,6 +7,7 @@
 mod activation;
 mod attention;
 mod divergence;
+mod embedding;
 #[cfg(feature = "rayon")]
 mod float;
 #[cfg(feature = "rayon")]
@@ -23,6 +24,7 @@ mod quantize;
 pub use activation::{gelu, gelu_backward, silu_mul, silu_mul_backward};
 pub use attention::{Attention, attention, attention_backward};
 pub use divergence::{divergence, divergence_backward};
+pub use embedding::embedding_backward;
 #[cfg(feature = "rayon")]
 pub use float::{View, float_product};
 #[cfg(feature = "rayon")]

@@ -70,7 +70,8 @@ pub fn absmax_quantize(
 /// When `x` is not whole groups of `n * channels`.
 pub fn mean_abs(pool: &Pool, x: &[f32], [n, channels]: [usize; 2]) -> Vec<f32> {
     assert!(x.len().is_multiple_of(n * channels), "{} numbers, groups of {n} x {channels}", x.len());
-    let rows = (PIECE / channels).clamp(1, n);
+    // Few blocks: what is left to be added up is one thread's.
+    let rows = if channels == 1 { PIECE } else { (PIECE / channels).max(64) }.min(n);
     let blocks = n.div_ceil(rows);
     let groups = x.len() / (n * channels);
     let piece = (PIECE / (rows * channels)).max(1);

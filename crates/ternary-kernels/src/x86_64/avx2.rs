@@ -28,6 +28,33 @@ fn with_vnni<K: Kernel>(kernel: K, simd: Avx2<true>) -> K::Output {
     kernel.run(simd)
 }
 
+/// Lanes for vectors.
+#[inline(always)]
+unsafe fn transpose_8(rows: [__m256i; 8]) -> [__m256i; 8] {
+    // SAFETY: the caller has the instructions, which touch no memory.
+    unsafe {
+        // `fours[4 i + j]` has in half `q` the lanes `4 q + j` of rows `4 i` to `4 i + 3`.
+        let mut fours = rows;
+        for four in fours.as_chunks_mut::<4>().0 {
+            let [a, b, c, d] = *four;
+            let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+            let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+            *four = [
+                _mm256_unpacklo_epi64(ab, cd),
+                _mm256_unpackhi_epi64(ab, cd),
+                _mm256_unpacklo_epi64(ab_high, cd_high),
+                _mm256_unpackhi_epi64(ab_high, cd_high),
+            ];
+        }
+        let mut out = rows;
+        for j in 0..4 {
+            out[j] = _mm256_permute2x128_si256::<0x20>(fours[j], fours[4 + j]);
+            out[4 + j] = _mm256_permute2x128_si256::<0x31>(fours[j], fours[4 + j]);
+        }
+        out
+    }
+}
+
 type Int = [__m256i; 2];
 type Float = [__m256; 2];
 
@@ -69,6 +96,18 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             _mm256_storeu_si256(to, a[0]);
             _mm256_storeu_si256(to.add(1), a[1]);
         }
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [Int; LANES]) -> [Int; LANES] {
+        let mut out = rows;
+        for (i, half) in [(0, 0), (0, 1), (8, 0), (8, 1)] {
+            let square = std::array::from_fn(|row| rows[i + row][half]);
+            // SAFETY: `self` proves the instructions.
+            let lanes = unsafe { transpose_8(square) };
+            out[8 * half..][..8].iter_mut().zip(lanes).for_each(|(out, lanes)| out[i / 8] = lanes);
+        }
+        out
     }
 
     #[inline(always)]

@@ -181,6 +181,40 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn transpose(self, rows: [Int; LANES]) -> [Int; LANES] {
+        // SAFETY: `self` proves the instructions, which touch no memory.
+        unsafe {
+            // In each quarter, lanes of neighbouring rows, then of four: `fours[4 i + j]` has in quarter `q` the lanes
+            // `4 q + j` of rows `4 i` to `4 i + 3`.
+            let mut fours = rows;
+            for four in fours.as_chunks_mut::<4>().0 {
+                let [a, b, c, d] = *four;
+                let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+                let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+                *four = [
+                    _mm512_unpacklo_epi64(ab, cd),
+                    _mm512_unpackhi_epi64(ab, cd),
+                    _mm512_unpacklo_epi64(ab_high, cd_high),
+                    _mm512_unpackhi_epi64(ab_high, cd_high),
+                ];
+            }
+            let mut out = rows;
+            for j in 0..4 {
+                let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
+                // Quarters 0 and 2, 1 and 3, of two fours each.
+                let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+                let (even_2, odd_2) =
+                    (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+                out[j] = _mm512_shuffle_i32x4::<0x88>(even, even_2);
+                out[4 + j] = _mm512_shuffle_i32x4::<0x88>(odd, odd_2);
+                out[8 + j] = _mm512_shuffle_i32x4::<0xdd>(even, even_2);
+                out[12 + j] = _mm512_shuffle_i32x4::<0xdd>(odd, odd_2);
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
     fn stream_f32(self, a: Float, values: &mut [f32; LANES]) {
         if values.as_ptr().addr().is_multiple_of(size_of::<Float>()) {
             // SAFETY: 16 floats are there, at a cache line; `self` proves the instruction, and `fence` follows.

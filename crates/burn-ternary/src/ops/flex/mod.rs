@@ -48,6 +48,14 @@ impl TernaryBackend for Flex {
         quantize::absmax_quantize(input, levels, scale)
     }
 
+    fn embed_backward(
+        table: FloatTensor<Self>,
+        ids: IntTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        training::embed_backward(table, ids, grad)
+    }
+
     fn layer_norm_rows(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,

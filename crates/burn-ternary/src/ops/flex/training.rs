@@ -8,7 +8,10 @@ use super::{
 use crate::ops::{
     AdamWStep, Factors, Heads, MuonStep, activation, attention, divergence, linear, loss, norm, optimizer,
 };
-use burn::backend::{Flex, ops::FloatTensorOps};
+use burn::backend::{
+    Flex,
+    ops::{FloatTensorOps, ModuleOps},
+};
 use burn::tensor::{DType, Shape};
 use burn_flex::FlexTensor;
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -177,15 +180,26 @@ pub(super) fn causal_attention_backward(
 }
 
 /// Token ids, of whichever integer type.
-fn ids(targets: FlexTensor) -> Vec<usize> {
-    let targets = dense(targets);
-    let part = targets.layout().start_offset()..;
-    let count = targets.layout().num_elements();
-    match targets.dtype() {
-        DType::I64 => targets.storage::<i64>()[part].iter().take(count).map(|id| *id as usize).collect(),
-        DType::I32 => targets.storage::<i32>()[part].iter().take(count).map(|id| *id as usize).collect(),
+fn indices(ids: FlexTensor) -> Vec<usize> {
+    let ids = dense(ids);
+    let part = ids.layout().start_offset()..;
+    let count = ids.layout().num_elements();
+    match ids.dtype() {
+        DType::I64 => ids.storage::<i64>()[part].iter().take(count).map(|id| *id as usize).collect(),
+        DType::I32 => ids.storage::<i32>()[part].iter().take(count).map(|id| *id as usize).collect(),
         dtype => panic!("token ids are i32 or i64, not {dtype:?}"),
     }
+}
+
+pub(super) fn embed_backward(table: FlexTensor, ids: FlexTensor, grad: FlexTensor) -> FlexTensor {
+    if !is_f32(&[&grad]) {
+        return Flex::embedding_backward(table, grad, ids);
+    }
+    let grad = dense(grad);
+    let [_, d] = shape(&table).dims();
+    let mut out = room(&table);
+    kernels::embedding_backward(&POOL, &indices(ids), values(&grad), d, &mut out);
+    filled(out, shape(&table))
 }
 
 pub(super) fn log_likelihood(logits: FlexTensor, targets: FlexTensor) -> FlexTensor {
@@ -195,7 +209,7 @@ pub(super) fn log_likelihood(logits: FlexTensor, targets: FlexTensor) -> FlexTen
     let logits = dense(logits);
     let [rows, vocab] = logits.layout().shape().dims();
     let mut out = vec![[0.0; 3]; rows];
-    kernels::cross_entropy(&POOL, values(&logits), vocab, &ids(targets), &mut out);
+    kernels::cross_entropy(&POOL, values(&logits), vocab, &indices(targets), &mut out);
     tensor(out.into_flattened(), Shape::new([rows, 3]))
 }
 
@@ -217,7 +231,7 @@ pub(super) fn log_likelihood_backward(
         &POOL,
         values(&logits),
         vocab,
-        &ids(targets),
+        &indices(targets),
         &log_partition,
         &grads,
         &mut dlogits,
