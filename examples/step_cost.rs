@@ -57,7 +57,11 @@ enum Variant {
     TwoOfEight,
     /// Fake quantized weights and activations
     Bitlinear,
-    /// Ternary weights and int8 activations, integer products forward and backward
+    /// Fake quantized weights, all products of bfloat16 factors
+    Bf16,
+    /// Ternary weights and int8 activations, integer products forward and for the input's gradient
+    Int8Bf16,
+    /// The same, all products
     Int8,
 }
 
@@ -71,6 +75,8 @@ impl Variant {
             Self::Sparse => QuantConfig { sparsity: Sparsity::ZeroFraction(0.9), ..ternary },
             Self::TwoOfEight => QuantConfig { sparsity: Sparsity::NOfM([2, 8]), ..ternary },
             Self::Bitlinear => bitlinear,
+            Self::Bf16 => QuantConfig { compute: Products::Bf16, ..ternary },
+            Self::Int8Bf16 => QuantConfig { compute: Products::Int8Bf16, ..bitlinear },
             Self::Int8 => QuantConfig { compute: Products::Int8, ..bitlinear },
         }
     }

@@ -8,10 +8,10 @@ use burn_ternary::data::LmBatch;
 use burn_ternary::device;
 use burn_ternary::nn::{DuckQuantized, Family};
 use burn_ternary::ops::{
-    AdamWStep, Factors, Heads, RowScale, StraightThrough, absmax_quantize, adamw, causal_attention,
-    divergences, embed, float_linear, gelu, kth_magnitude, latent_linear, layer_norm, log_likelihood,
-    mean_abs, project, rms_norm, round_scale, silu_mul, square_sum, ternary_codes, ternary_linear,
-    ternary_quantize,
+    AdamWStep, Factors, GradientFactors, Heads, RowScale, StraightThrough, absmax_quantize, adamw,
+    causal_attention, divergences, embed, float_linear, gelu, kth_magnitude, latent_linear, layer_norm,
+    log_likelihood, mean_abs, project, rms_norm, round_scale, silu_mul, square_sum, ternary_codes,
+    ternary_linear, ternary_quantize,
 };
 use burn_ternary::quant::{
     ActivationPrecision, Dials, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity,
@@ -488,13 +488,13 @@ fn training_ops(device: &Device) -> Vec<(String, Vec<Vec<f32>>)> {
         add(
             "float_linear",
             with_gradients(rng, [x.clone(), matrix.clone(), small], device, |[x, w, b]| {
-                float_linear(x.reshape([rows, d]), w.reshape([d, 9]), Some(b))
+                float_linear(x.reshape([rows, d]), w.reshape([d, 9]), Some(b), Factors::Whole)
             }),
         );
         add(
             "float_linear without bias",
             with_gradients(rng, [x.clone(), matrix], device, |[x, w]| {
-                float_linear(x.reshape([rows, d]), w.reshape([d, 9]), None)
+                float_linear(x.reshape([rows, d]), w.reshape([d, 9]), None, Factors::Whole)
             }),
         );
         let rows_of: Vec<i32> = (0..2 * rows).map(|row| (row * row * 31 % 13) as i32).collect();
@@ -572,49 +572,68 @@ fn ops_of_a_training_step_and_their_gradients_agree() {
 }
 
 /// A ternary linear layer by integer products, and the same by float products of fake quantized factors.
+/// The norm of the difference over that of what is expected.
+fn relative_error(found: &[f32], expected: &[f32]) -> f32 {
+    let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>().sqrt();
+    let differences = &mut found.iter().zip(expected).map(|(a, b)| a - b);
+    norm(differences) / norm(&mut expected.iter().copied())
+}
+
 #[test]
 fn integer_products_give_the_fake_quantized_output_and_nearly_its_gradients() {
     let device = cpu().autodiff();
     let rng = &mut ChaCha8Rng::seed_from_u64(13);
-    for [tokens, d_input, d_output] in [[1, 1, 1], [5, 7, 3], [64, 48, 130], [100, 257, 65]] {
+    let shapes = [[1, 1, 1], [5, 7, 3], [64, 48, 130], [100, 257, 65], [64, 96, 160]];
+    for [tokens, d_input, d_output] in shapes {
         let scales: Vec<f32> = normal(rng, d_output, 0.1).iter().map(|s| s.abs() + 0.01).collect();
         let weight: Vec<f32> =
             (0..d_input * d_output).map(|i| scales[i % d_output] * rng.random_range(-1..=1) as f32).collect();
         let values =
             [normal(rng, tokens * d_input, 1.0), weight, normal(rng, d_output, 1.0)].map(|x| (x, vec![]));
-        let run = |integer: bool| {
+        let run = |product: &dyn Fn([Tensor<2>; 2], Tensor<1>) -> Tensor<2>| {
             let rng = &mut ChaCha8Rng::seed_from_u64(14);
             with_gradients(rng, values.clone(), &device, |[x, w, b]| {
-                let (x, w) = (x.reshape([tokens, d_input]), w.reshape([d_input, d_output]));
-                match integer {
-                    true => ternary_linear(x, w, Some(b)),
-                    false => float_linear(absmax_quantize(x, 127.0, RowScale::F32), w, Some(b)),
-                }
+                product([x.reshape([tokens, d_input]), w.reshape([d_input, d_output])], b)
             })
         };
-        let [integer, float] = [run(true), run(false)];
+        let rounded = |x| absmax_quantize(x, 127.0, RowScale::F32);
+        let float = run(&|[x, w], b| float_linear(rounded(x), w, Some(b), Factors::Whole));
+        let integer = run(&|[x, w], b| ternary_linear(x, w, Some(b), GradientFactors::Int8));
+        let mixed = run(&|[x, w], b| ternary_linear(x, w, Some(b), GradientFactors::Half));
+        let half = run(&|[x, w], b| float_linear(rounded(x), w, Some(b), Factors::Half));
         let case = format!("{tokens} {d_input} {d_output}");
         // A latent weight that becomes that one is multiplied as it is, to the bit.
         let latent = values[1].0.iter().enumerate();
         let latent: Vec<f32> =
             latent.map(|(i, w)| if *w == 0.0 { 0.4 * scales[i % d_output] } else { 0.7 * w }).collect();
         let of_latent = [values[0].clone(), (latent, vec![]), values[2].clone()];
-        let rng_of_gradient = &mut ChaCha8Rng::seed_from_u64(14);
-        let of_latent = with_gradients(rng_of_gradient, of_latent, &device, |[x, w, b]| {
-            let (x, w) = (x.reshape([tokens, d_input]), w.reshape([d_input, d_output]));
-            let scale = tensor(&scales, [1, 1, d_output], &device);
-            latent_linear(x, w, [scale.clone(), scale.mul_scalar(0.5)], Some(b))
-        });
-        assert_eq!(of_latent, integer, "{case}");
+        for (factors, expected) in [(GradientFactors::Int8, &integer), (GradientFactors::Half, &mixed)] {
+            let rng = &mut ChaCha8Rng::seed_from_u64(14);
+            let found = with_gradients(rng, of_latent.clone(), &device, |[x, w, b]| {
+                let (x, w) = (x.reshape([tokens, d_input]), w.reshape([d_input, d_output]));
+                let scale = tensor(&scales, [1, 1, d_output], &device);
+                latent_linear(x, w, [scale.clone(), scale.mul_scalar(0.5)], Some(b), factors)
+            });
+            assert_eq!(found, *expected, "{case}");
+        }
         assert_close(&format!("output {case}"), &integer[0], &float[0], 3e-6);
         assert_close(&format!("bias {case}"), &integer[3], &float[3], 1e-5);
         for part in [1, 2] {
-            let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>().sqrt();
-            let pairs = integer[part].iter().zip(&float[part]);
-            let error = norm(&mut pairs.map(|(a, b)| a - b)) / norm(&mut float[part].iter().copied());
+            let error = relative_error(&integer[part], &float[part]);
             // Rounding to 255 levels of the largest of a row: less than a hundredth, and not nothing.
             assert!(error < 0.02, "gradient {part} of {case} is off by {error}");
             assert!(d_output * tokens < 100 || error > 1e-5, "gradient {part} of {case} is not rounded");
+        }
+        assert_eq!([&mixed[0], &mixed[1]], [&integer[0], &integer[1]], "{case}");
+        assert_close(&format!("bias {case}"), &mixed[3], &float[3], 1e-5);
+        // Rounding to eight bits, where whole tiles and the CPU ask for it.
+        let tiles = [tokens, d_input, d_output].iter().all(|size| size % 32 == 0);
+        let bf16 = tiles && ternary_kernels::Isa::get().has_half_tiles();
+        let parts = [(&mixed, 2), (&half, 0), (&half, 1), (&half, 2)];
+        for (index, (found, part)) in parts.into_iter().enumerate() {
+            let error = relative_error(&found[part], &float[part]);
+            let fits = if bf16 { (1e-4..4e-3).contains(&error) } else { error < 3e-6 };
+            assert!(fits, "bfloat16, {index} of {case} is off by {error}");
         }
     }
 }

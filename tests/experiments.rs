@@ -166,7 +166,11 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         ("quant.dead_bias=0.001", "for only layers of model.family = \"gpt2\" have biases in files"),
         (
             "quant.compute=int8",
-            "`quant.compute` is \"int8\", expected float, as quant.compute = \"int8\" wants",
+            "`quant.compute` is \"int8\", expected float, for this wants quant.activations = \"int8\"",
+        ),
+        (
+            "quant.compute=int8_bf16",
+            "`quant.compute` is \"int8_bf16\", expected float, for this wants quant.activations = \"int8\"",
         ),
         ("quant.quantization_penalty=-1", "`quant.quantization_penalty`"),
         ("quant.scale_penalty=inf", "`quant.scale_penalty`"),
@@ -237,6 +241,17 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
         integer.set(wrong).unwrap();
         assert!(integer.validate("").unwrap_err().to_string().contains("quant.compute"), "{wrong}");
     }
+    let mut half = default();
+    for assignment in ["quant.compute=bf16", "quant.granularity={per_group=32}"] {
+        half.set(assignment).unwrap();
+    }
+    half.validate("of float activations, with a scale a group").unwrap();
+    half.set("model.compute=bf16").unwrap();
+    let told = half.validate("").unwrap_err().to_string();
+    assert!(
+        told.contains("`quant.compute` is \"bf16\", expected float, for this wants model.compute"),
+        "{told}"
+    );
     let mut frozen = default();
     for assignment in ["lora.rank=8", "run.start_from=base.gguf"] {
         frozen.set(assignment).unwrap();

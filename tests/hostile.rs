@@ -63,6 +63,7 @@ fn what_only_flex_has_is_refused_on_other_devices() {
     let out = tempfile::tempdir().unwrap();
     for (key, assignments) in [
         ("quant.compute", &["quant.activations=int8", "quant.compute=int8"][..]),
+        ("quant.compute", &["quant.compute=bf16"]),
         ("optim.moments", &["optim.moments=int8"]),
     ] {
         let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();

@@ -164,9 +164,12 @@ impl Work {
         }
         self.logits.resize(segments.len() * vocab, 0.0);
         multiply(&self.pool, &x, &mut [Product::new(&model.head, &mut self.logits)]);
-        for (segment, logits) in segments.iter_mut().zip(self.logits.chunks_exact(vocab)) {
-            segment.sequence_mut().logits.copy_from_slice(logits);
-        }
+        self.pool.chunks(segments, 1, |index, _, segment| {
+            segment[0]
+                .sequence_mut()
+                .logits
+                .copy_from_slice(&self.logits[index * vocab..(index + 1) * vocab]);
+        });
     }
 
     /// Logits of every row, `[rows, vocab]`.
@@ -231,14 +234,21 @@ impl Work {
         let half = head_dim / 2;
         let rotary = model.positions.is_none();
         let angles = |row: usize| (&cos[row * half..(row + 1) * half], &sin[row * half..(row + 1) * half]);
-        let places = key.chunks_exact_mut(kv_width).zip(value.chunks_exact(kv_width)).zip(rows.iter());
-        for (index, ((key, value), row)) in places.enumerate() {
-            if rotary {
-                let (cos, sin) = angles(index);
+        if rotary {
+            pool.chunks(key, kv_width, |row, _, key| {
+                let (cos, sin) = angles(row);
                 key.chunks_exact_mut(head_dim).for_each(|head| isa.rope(head, cos, sin));
-            }
-            segments[row.segment].sequence_mut().cache.store(isa, layer, row.position, key, value);
+            });
         }
+        pool.chunks(segments, 1, |index, _, segment| {
+            let first = rows.partition_point(|row| row.segment < index);
+            let count = segment[0].ids().len();
+            let cache = &mut segment[0].sequence_mut().cache;
+            for (at, row) in (first..).zip(&rows[first..first + count]) {
+                let numbers = at * kv_width..(at + 1) * kv_width;
+                cache.store(isa, layer, row.position, &key[numbers.clone()], &value[numbers]);
+            }
+        });
 
         let share = spec.n_heads / spec.n_kv_heads;
         let segments = &*segments;

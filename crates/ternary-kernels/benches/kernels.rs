@@ -61,7 +61,7 @@ fn check(matrix: &Matrix, x: &[f32], out: &[f32]) {
 
 fn products(c: &mut Criterion) {
     let mut shapes = vec![];
-    for (rows, cols) in [(768, 3072), (8192, 2048), (32768, 8192)] {
+    for (rows, cols) in [(768, 3072), (3072, 768), (8192, 2048), (32768, 8192)] {
         shapes.push((format!("ternary {rows}x{cols}"), ternary(rows, cols, cols)));
     }
     shapes.push(("ternary by 256 768x3072".into(), ternary(768, 3072, 256)));
@@ -191,17 +191,17 @@ fn head(c: &mut Criterion) {
         group.measurement_time(Duration::from_secs(1));
         group.throughput(Throughput::Elements((2 * tokens * width * vocab) as u64));
         group.bench_function("forward", |b| {
-            b.iter(|| half_product(&pool, &mut room, hidden, table.transposed(), &mut logits));
+            b.iter(|| half_product(&pool, &mut room, hidden, table.transposed(), None, &mut logits));
         });
         for (at, expected) in checked.into_iter().zip(expected) {
             assert!((f64::from(logits[at]) - expected).abs() < 1.0, "{} for {expected}", logits[at]);
         }
         let grad = View::new(&logits, tokens, vocab);
         group.bench_function("input's gradient", |b| {
-            b.iter(|| half_product(&pool, &mut room, grad, table, &mut dhidden));
+            b.iter(|| half_product(&pool, &mut room, grad, table, None, &mut dhidden));
         });
         group.bench_function("table's gradient", |b| {
-            b.iter(|| half_product(&pool, &mut room, grad.transposed(), hidden, &mut dtable));
+            b.iter(|| half_product(&pool, &mut room, grad.transposed(), hidden, None, &mut dtable));
         });
     }
 }

@@ -62,8 +62,12 @@ pub fn store(isa: Isa, position: usize, key: &[f32], value: &[f32], head: HeadMu
     let value_lines = value_lines(position, value.len())..value_lines(position + 1, value.len());
     match head {
         HeadMut::F16 { keys, values } => {
-            for (line, component) in keys[key_lines].iter_mut().zip(key) {
-                line[lane] = f16::from_f32(*component);
+            // All lines at once: each is far, and stores wait for theirs in turn.
+            isa.run(Ask(&keys[key_lines.clone()]));
+            for (lines, components) in keys[key_lines].chunks_mut(LANES).zip(key.chunks(LANES)) {
+                let mut halves = [f16::ZERO; LANES];
+                isa.to_f16(components, &mut halves[..components.len()]);
+                lines.iter_mut().zip(halves).for_each(|(line, half)| line[lane] = half);
             }
             for (line, components) in values[value_lines].iter_mut().zip(value.chunks(LANES)) {
                 isa.to_f16(components, &mut line[..components.len()]);
@@ -80,6 +84,19 @@ pub fn store(isa: Isa, position: usize, key: &[f32], value: &[f32], head: HeadMu
             });
             value_scales[lane] = isa.run(Quantize { x: value, put: |block, codes| values[block] = codes });
         }
+    }
+}
+
+/// Asks for lines of memory.
+struct Ask<'a, T>(&'a [T]);
+
+impl<T> Kernel for Ask<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let each = size_of::<crate::simd::Line>() / size_of::<T>();
+        self.0.iter().step_by(each).for_each(|at| s.prefetch(at, 0));
     }
 }
 

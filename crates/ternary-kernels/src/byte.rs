@@ -4,7 +4,7 @@ use crate::{
     Arena, Input, Quantized,
     arena::Block,
     input::SIX_BITS,
-    matrix::{Form, four, group_blocks, tiles, token_codes, token_floats, token_offsets, token_sums},
+    matrix::{Form, four, group_blocks, parts, tiles, token_codes, token_floats, token_offsets, token_sums},
     simd::{LANES, Line, Simd},
 };
 
@@ -125,7 +125,7 @@ impl Form for ByteMatrix {
                 }
             }
             let blocks = &blocks[start..end];
-            let codes = codes.map(|codes| &codes[start..end]);
+            let codes = parts(codes, start..end);
             for i in 0..blocks.len() {
                 for p in 0..LINES {
                     s.prefetch(&blocks[i][p], 64);

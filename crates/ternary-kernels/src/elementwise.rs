@@ -318,9 +318,15 @@ impl Kernel for ToF16<'_> {
     fn run<S: Simd>(self, s: S) {
         assert_eq!(self.x.len(), self.out.len());
         for (out, x) in self.out.chunks_mut(LANES).zip(self.x.chunks(LANES)) {
-            let mut halves = [f16::ZERO; LANES];
-            s.store_f16(load(s, x), &mut halves);
-            out.copy_from_slice(&halves[..out.len()]);
+            let x = load(s, x);
+            match out.as_mut_array::<LANES>() {
+                Some(out) => s.store_f16(x, out),
+                None => {
+                    let mut halves = [f16::ZERO; LANES];
+                    s.store_f16(x, &mut halves);
+                    out.copy_from_slice(&halves[..out.len()]);
+                }
+            }
         }
     }
 }

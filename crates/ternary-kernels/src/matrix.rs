@@ -211,6 +211,15 @@ pub(crate) fn group_blocks(cols: usize, group: usize) -> usize {
     group.div_ceil(LANES)
 }
 
+/// `range` of each. (Not `map`: that is not always inlined, and would lose the instructions.)
+#[inline(always)]
+pub(crate) fn parts<T, const N: usize>(mut slices: [&[T]; N], range: Range<usize>) -> [&[T]; N] {
+    for slice in &mut slices {
+        *slice = &slice[range.clone()];
+    }
+    slices
+}
+
 /// The codes of `T` tokens.
 #[inline(always)]
 pub(crate) fn token_codes<const T: usize>(x: &Quantized, token: usize) -> [&[[i8; LANES]]; T] {

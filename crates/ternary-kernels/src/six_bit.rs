@@ -141,10 +141,8 @@ impl Form for SixBitMatrix {
         for (group, scale) in scales.iter().enumerate() {
             let mut totals = [s.splat(0); T];
             for i in group * GROUP..self.blocks.min((group + 1) * GROUP) {
-                if T == 1 {
-                    for line in &blocks[i] {
-                        s.prefetch(line, 64);
-                    }
+                for line in &blocks[i] {
+                    s.prefetch(line, 64);
                 }
                 let factor = s.load_i8(&factors[i]);
                 let lines = std::array::from_fn(|line| s.load(&blocks[i][line]));

@@ -4,7 +4,7 @@ use crate::{
     Arena, Input, Quantized,
     arena::Block,
     matrix::{
-        Finish, Form, TOKENS, by_tokens, four, group_blocks, integer_in_registers, tiles, token_codes,
+        Finish, Form, TOKENS, by_tokens, four, group_blocks, integer_in_registers, parts, tiles, token_codes,
         token_floats, token_sums,
     },
     simd::{LANES, Line, Simd, Sums},
@@ -99,12 +99,10 @@ impl TernaryMatrix {
             while start < end {
                 let stop = end.min(start.saturating_add(limit));
                 let lines = &lines[start..stop];
-                let codes = codes.map(|codes| &codes[start..stop]);
+                let codes = parts(codes, start..stop);
                 let mut acc = [[s.splat(0); P]; T];
                 for i in 0..lines.len() {
-                    if T == 1 {
-                        s.prefetch(&lines[i], AHEAD);
-                    }
+                    s.prefetch(&lines[i], AHEAD);
                     let line = s.load(&lines[i]);
                     for p in 0..4 {
                         let w = plane::<S, P>(s, line, p);
@@ -161,6 +159,7 @@ impl TernaryMatrix {
                 let stop = end.min(start + PANEL / R);
                 for (panel, (lines, _)) in room.chunks_mut(PANEL / R).zip(tiles) {
                     for (planes, line) in panel.iter_mut().zip(&lines[start..stop]) {
+                        s.prefetch(line, AHEAD);
                         let line = s.load(line);
                         for (p, to) in planes.iter_mut().enumerate() {
                             s.store(plane::<S, 1>(s, line, p), to);
@@ -175,7 +174,7 @@ impl TernaryMatrix {
                     continue;
                 }
                 by_tokens!(S, 0..tokens.len(), |token, T| {
-                    let codes = token_codes::<T>(x, tokens.start + token).map(|codes| &codes[start..stop]);
+                    let codes = parts(token_codes::<T>(x, tokens.start + token), start..stop);
                     let sums = panel_sums::<S, T, R>(s, panels, codes);
                     for t in 0..T {
                         for r in 0..R {
@@ -222,6 +221,7 @@ const fn limit<S: Simd>(planes: usize) -> usize {
 
 /// Tokens for which a panel is not worth its making.
 const FEW: usize = 16;
+const FEW_TILES: usize = 8;
 
 /// Blocks of a panel: 1,024 columns, 16 KiB, half of the first-level cache.
 pub(crate) const PANEL: usize = 64;
@@ -240,8 +240,8 @@ pub(crate) fn panel_sums<S: Simd, const T: usize, const R: usize>(
     let (mut start, blocks) = (0, panels[0].len());
     while start < blocks {
         let stop = blocks.min(start.saturating_add(limit::<S>(1)));
-        let panels = panels.map(|panel| &panel[start..stop]);
-        let codes = codes.map(|codes| &codes[start..stop]);
+        let panels = parts(panels, start..stop);
+        let codes = parts(codes, start..stop);
         let mut acc = [[s.splat(0); T]; R];
         for i in 0..panels[0].len() {
             for p in 0..4 {
@@ -313,8 +313,10 @@ impl Form for TernaryMatrix {
         token: usize,
     ) -> [S::Float; T] {
         match T {
-            1 if S::PLANES == 4 => self.planes::<S, T, 4>(s, tile, x, token),
+            // So many sums that none waits for itself.
+            1 | 2 if S::PLANES == 4 => self.planes::<S, T, 4>(s, tile, x, token),
             1 | 2 => self.planes::<S, T, 2>(s, tile, x, token),
+            _ if S::PLANES == 4 => self.planes::<S, T, 2>(s, tile, x, token),
             _ => self.planes::<S, T, 1>(s, tile, x, token),
         }
     }
@@ -329,7 +331,7 @@ impl Form for TernaryMatrix {
         tokens: Range<usize>,
         finish: &impl Finish,
     ) {
-        if tokens.len() > FEW {
+        if tokens.len() > if s.has_tiles() { FEW_TILES } else { FEW } {
             return self.panels::<S, R>(s, tile, x, tokens, finish);
         }
         integer_in_registers(self, s, tile..tile + R, x, tokens, finish);

@@ -3,7 +3,7 @@
 use super::transformer::{BlockStates, INIT_STD, LayerFactory, QuantizedTransformer};
 use super::{Compute, DuckConfig, Family, QuantizedLinear, linear::normal};
 use crate::ops::{Factors, embed, project};
-use crate::quant::{Dials, Products, QuantConfig, TablePrecision};
+use crate::quant::{Dials, QuantConfig, TablePrecision};
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Device, FloatDType, Int, Tensor};
@@ -102,10 +102,7 @@ impl DuckQuantized {
             None => table,
         };
         let hidden: Tensor<2> = hidden.reshape([batch * seq, self.config.d_model]);
-        let factors = match self.quant.compute {
-            Products::Int8 if self.quant.enabled => Factors::Half,
-            _ => Factors::Whole,
-        };
+        let factors = if self.quant.enabled { self.quant.compute.factors() } else { Factors::Whole };
         let logits = project(hidden, self.config.compute.cast(head), factors);
         (logits.cast(FloatDType::F32).reshape([batch, seq, self.config.vocab_size]), states)
     }

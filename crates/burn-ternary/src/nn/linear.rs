@@ -1,7 +1,9 @@
 //! [`QuantizedLinear`]: a linear layer whose latent weight is multiplied as ternary.
 
 use super::{Compute, LowRank, norm::rms_normalize};
-use crate::ops::{RowScale, absmax_quantize, float_linear, latent_linear, ternary_linear};
+use crate::ops::{
+    Factors, GradientFactors, RowScale, absmax_quantize, float_linear, latent_linear, ternary_linear,
+};
 use crate::quant::{
     ActivationPrecision, Dials, Products, QuantConfig, ScaleRule, TernaryQuantizer, TernaryQuantizerConfig,
 };
@@ -87,21 +89,25 @@ impl QuantizedLinear {
         shape[D - 1] = self.config.d_output;
         let compute = self.config.compute;
         let bias = self.effective_bias().map(|bias| compute.cast(bias));
-        let integer = quant.compute == Products::Int8
-            && self.quantizer.is_some()
-            && self.config.dials.lambda.get() >= 1.0;
+        let ternary = self.quantizer.is_some();
+        let integer = quant.compute.is_integer() && ternary && self.config.dials.lambda.get() >= 1.0;
         let (output, multiplied) = if integer {
             // The op rounds its input itself; only an adapter has to be given the result.
             let multiplied = self.adapter.is_some().then(|| self.multiplied(input.clone()));
             let shared = self.quantizer.as_ref().and_then(|quantizer| quantizer.shared(&self.weight.val()));
+            let factors = match quant.compute {
+                Products::Int8 => GradientFactors::Int8,
+                _ => GradientFactors::Half,
+            };
             let output = match shared {
-                Some(shared) => latent_linear(input, self.weight.val(), shared, bias),
-                None => ternary_linear(input, self.effective_weight(), bias),
+                Some(shared) => latent_linear(input, self.weight.val(), shared, bias, factors),
+                None => ternary_linear(input, self.effective_weight(), bias, factors),
             };
             (output, multiplied)
         } else {
             let input = self.multiplied(input);
-            let output = float_linear(input.clone(), compute.cast(self.effective_weight()), bias);
+            let factors = if ternary { quant.compute.factors() } else { Factors::Whole };
+            let output = float_linear(input.clone(), compute.cast(self.effective_weight()), bias, factors);
             (output, Some(input))
         };
         let output = match (&self.adapter, multiplied) {

@@ -1,7 +1,7 @@
 //! LoRA: low-rank products beside the linear layers of a frozen model.
 
 use super::{Compute, DuckConfig, DuckQuantized, InvalidValue, linear::normal, require};
-use crate::ops::float_linear;
+use crate::ops::{Factors, float_linear};
 use crate::seed::mix;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -89,8 +89,8 @@ impl LowRank {
     /// # Shapes
     /// `[tokens, d_input]` to `[tokens, d_output]`
     pub(super) fn forward(&self, input: Tensor<2>, compute: Compute) -> Tensor<2> {
-        let inner = float_linear(compute.cast(input), compute.cast(self.a.val()), None);
-        float_linear(inner, compute.cast(self.b.val()), None).mul_scalar(self.scale())
+        let inner = float_linear(compute.cast(input), compute.cast(self.a.val()), None, Factors::Whole);
+        float_linear(inner, compute.cast(self.b.val()), None, Factors::Whole).mul_scalar(self.scale())
     }
 
     fn rank(&self) -> usize {

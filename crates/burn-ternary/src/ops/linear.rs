@@ -9,18 +9,23 @@ use burn::tensor::{Shape, Tensor};
 /// that is ternary already.
 ///
 /// On flex, forward and both products of the backward pass are integer products: of the int8 codes of the activations, the
-/// ternary codes, and gradients rounded to int8 (of the input's, by token; of the weight's, by channel). Elsewhere
-/// they are float products.
+/// ternary codes, and gradients rounded to int8 (of the input's, by token; of the weight's, by channel, if `factors` says
+/// so). Elsewhere they are float products.
 ///
 /// # Shapes
 /// - input: `[tokens, d_input]`; its gradient passes the rounding straight through
 /// - weight: `[d_input, d_output]`, each channel of `{-scale, 0, scale}`
 /// - bias: `[d_output]`
-pub fn ternary_linear(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+pub fn ternary_linear(
+    input: Tensor<2>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    factors: GradientFactors,
+) -> Tensor<2> {
     // The extension takes no optional tensors.
     let bias = bias.unwrap_or_else(|| Tensor::zeros([weight.dims()[1]], &weight.device()));
     let [input, weight, bias] = [input.into_dispatch(), weight.into_dispatch(), bias.into_dispatch()];
-    Tensor::from_dispatch(Dispatch::ternary_linear(input, weight, bias).0)
+    Tensor::from_dispatch(Dispatch::ternary_linear(input, weight, bias, factors).0)
 }
 
 /// [`ternary_linear`] of the weight that [`ternary_quantize`](super::ternary_quantize) makes of a latent one with its identity
@@ -33,22 +38,28 @@ pub fn latent_linear(
     latent: Tensor<2>,
     [scale, threshold]: [Tensor<3>; 2],
     bias: Option<Tensor<1>>,
+    factors: GradientFactors,
 ) -> Tensor<2> {
     let bias = bias.unwrap_or_else(|| Tensor::zeros([latent.dims()[1]], &latent.device()));
     let [input, latent, bias] = [input.into_dispatch(), latent.into_dispatch(), bias.into_dispatch()];
     let [scale, threshold] = [scale, threshold].map(Tensor::into_dispatch);
-    Tensor::from_dispatch(Dispatch::latent_linear(input, latent, scale, threshold, bias).0)
+    Tensor::from_dispatch(Dispatch::latent_linear(input, latent, scale, threshold, bias, factors).0)
 }
 
 /// `x W + b`.
 ///
 /// # Shapes
 /// input `[tokens, d_input]`, weight `[d_input, d_output]`, bias `[d_output]`, to `[tokens, d_output]`
-pub fn float_linear(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+pub fn float_linear(
+    input: Tensor<2>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    factors: Factors,
+) -> Tensor<2> {
     let [input, weight] = [input.into_dispatch(), weight.into_dispatch()];
     Tensor::from_dispatch(match bias {
-        Some(bias) => Dispatch::float_linear(input, weight, bias.into_dispatch()),
-        None => Dispatch::float_product(input, weight),
+        Some(bias) => Dispatch::float_linear(input, weight, bias.into_dispatch(), factors),
+        None => Dispatch::float_product(input, weight, factors),
     })
 }
 
@@ -58,6 +69,15 @@ pub enum Factors {
     /// As they are.
     Whole,
     /// Rounded to bfloat16 where the device multiplies such faster and we make use of it: on CPUs with AMX. Sums are whole.
+    Half,
+}
+
+/// What the factors of the gradient of a ternary weight are: of the output's gradient and int8 activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GradientFactors {
+    /// Codes: gradients are rounded to int8 by channel.
+    Int8,
+    /// As [`Factors::Half`].
     Half,
 }
 
@@ -80,12 +100,13 @@ pub(super) fn float_forward<B: Backend>(
 
 pub(super) fn track_float<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 3],
+    factors: Factors,
 ) -> FloatTensor<Autodiff<B, C>> {
     node::track::<B, C, 3>(inputs, |[input, weight, bias]| {
-        let output = B::float_linear(input.clone(), weight.clone(), bias);
+        let output = B::float_linear(input.clone(), weight.clone(), bias, factors);
         let gradient = node::Gradient::of_wanted(move |grad: FloatTensor<B>, [_, weight_too, bias_too]| {
             let dbias = bias_too.then(|| B::bias_gradient(grad.clone()));
-            let (dinput, dweight) = product_gradients::<B>(&input, &weight, grad, weight_too);
+            let (dinput, dweight) = product_gradients::<B>([&input, &weight], grad, weight_too, factors);
             [Some(dinput), dweight, dbias]
         });
         (output, gradient)
@@ -94,25 +115,26 @@ pub(super) fn track_float<B: TernaryBackend, C: CheckpointStrategy>(
 
 /// A frozen weight saves one of the two products.
 fn product_gradients<B: TernaryBackend>(
-    input: &FloatTensor<B>,
-    weight: &FloatTensor<B>,
+    [input, weight]: [&FloatTensor<B>; 2],
     grad: FloatTensor<B>,
     weight_too: bool,
+    factors: Factors,
 ) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
     if !weight_too {
-        return (B::project(grad, weight.clone(), Factors::Whole), None);
+        return (B::project(grad, weight.clone(), factors), None);
     }
-    let (dinput, dweight) = B::float_product_backward(input.clone(), weight.clone(), grad);
+    let (dinput, dweight) = B::float_product_backward(input.clone(), weight.clone(), grad, factors);
     (dinput, Some(dweight))
 }
 
 pub(super) fn track_product<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 2],
+    factors: Factors,
 ) -> FloatTensor<Autodiff<B, C>> {
     node::track::<B, C, 2>(inputs, |[input, weight]| {
-        let output = B::float_product(input.clone(), weight.clone());
+        let output = B::float_product(input.clone(), weight.clone(), factors);
         let gradient = node::Gradient::of_wanted(move |grad, [_, weight_too]| {
-            let (dinput, dweight) = product_gradients::<B>(&input, &weight, grad, weight_too);
+            let (dinput, dweight) = product_gradients::<B>([&input, &weight], grad, weight_too, factors);
             [Some(dinput), dweight]
         });
         (output, gradient)
@@ -140,7 +162,7 @@ pub(super) fn track_project<B: TernaryBackend, C: CheckpointStrategy>(
         let output = B::project(hidden.clone(), table.clone(), factors);
         let gradient = node::Gradient::of_wanted(move |grad, [_, table_too]| {
             if !table_too {
-                return [Some(B::float_product(grad, table.clone())), None];
+                return [Some(B::float_product(grad, table.clone(), factors)), None];
             }
             let (dhidden, dtable) = B::project_backward(hidden.clone(), table.clone(), grad, factors);
             [Some(dhidden), Some(dtable)]
@@ -172,7 +194,7 @@ pub(super) fn latent_forward<B: TernaryBackend>(
     let channels = scale.shape()[2];
     let view = B::float_reshape(latent, Shape::new([1, d_input * d_output / channels, channels]));
     let weight = B::ternary_quantize(view, scale, threshold, StraightThrough::IDENTITY);
-    B::ternary_linear(input, B::float_reshape(weight, shape), bias)
+    forward::<B>(input, B::float_reshape(weight, shape), bias)
 }
 
 pub(super) fn float_backward<B: Backend>(
@@ -201,20 +223,25 @@ pub(super) fn backward<B: Backend>(
 
 pub(super) fn track<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 3],
+    factors: GradientFactors,
 ) -> FloatTensor<Autodiff<B, C>> {
-    track_of::<B, C>(inputs, |[input, weight, bias]| B::ternary_linear(input, weight, bias))
+    track_of::<B, C>(inputs, factors, |[input, weight, bias]| B::ternary_linear(input, weight, bias, factors))
 }
 
 pub(super) fn track_latent<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 3],
     [scale, threshold]: [FloatTensor<B>; 2],
+    factors: GradientFactors,
 ) -> FloatTensor<Autodiff<B, C>> {
-    track_of::<B, C>(inputs, |[input, latent, bias]| B::latent_linear(input, latent, scale, threshold, bias))
+    track_of::<B, C>(inputs, factors, |[input, latent, bias]| {
+        B::latent_linear(input, latent, scale, threshold, bias, factors)
+    })
 }
 
 /// Straight through to a latent weight, whose gradient is that of the ternary one.
 fn track_of<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 3],
+    factors: GradientFactors,
     forward: impl FnOnce([FloatTensor<B>; 3]) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>),
 ) -> FloatTensor<Autodiff<B, C>> {
     node::track::<B, C, 3>(inputs, |inputs| {
@@ -223,7 +250,8 @@ fn track_of<B: TernaryBackend, C: CheckpointStrategy>(
             if !(weight_too || bias_too) {
                 return [Some(B::ternary_linear_input_backward(weight.clone(), grad)), None, None];
             }
-            let (dinput, dweight, dbias) = B::ternary_linear_backward(input.clone(), weight.clone(), grad);
+            let (dinput, dweight, dbias) =
+                B::ternary_linear_backward(input.clone(), weight.clone(), grad, factors);
             [Some(dinput), Some(dweight), Some(dbias)]
         });
         (output, gradient)

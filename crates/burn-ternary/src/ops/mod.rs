@@ -29,7 +29,7 @@ pub use activation::{gelu, silu_mul};
 pub use attention::{Heads, causal_attention};
 pub use divergence::divergences;
 pub use embedding::embed;
-pub use linear::{Factors, float_linear, latent_linear, project, ternary_linear};
+pub use linear::{Factors, GradientFactors, float_linear, latent_linear, project, ternary_linear};
 pub use loss::log_likelihood;
 pub use norm::{layer_norm, rms_norm};
 pub use optimizer::{AdamWStep, MuonStep, adamw, adamw_int8, int8_moments, muon, square_sum};
@@ -253,13 +253,18 @@ pub trait TernaryBackend: Backend {
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        _factors: Factors,
     ) -> FloatTensor<Self> {
         linear::float_forward::<Self>(input, weight, bias)
     }
 
     /// `input weight`, as [`float_linear`] without a bias.
     #[fusion(default)]
-    fn float_product(input: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn float_product(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        _factors: Factors,
+    ) -> FloatTensor<Self> {
         Self::float_matmul(input, weight)
     }
 
@@ -269,6 +274,7 @@ pub trait TernaryBackend: Backend {
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        _factors: Factors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         linear::float_backward::<Self>(input, weight, grad)
     }
@@ -302,6 +308,7 @@ pub trait TernaryBackend: Backend {
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        _factors: GradientFactors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         linear::forward::<Self>(input, weight, bias)
     }
@@ -314,6 +321,7 @@ pub trait TernaryBackend: Backend {
         scale: FloatTensor<Self>,
         threshold: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        _factors: GradientFactors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         linear::latent_forward::<Self>(input, latent, scale, threshold, bias)
     }
@@ -324,6 +332,7 @@ pub trait TernaryBackend: Backend {
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        _factors: GradientFactors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         linear::backward::<Self>(input, weight, grad)
     }
@@ -459,12 +468,17 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        factors: Factors,
     ) -> FloatTensor<Self> {
-        linear::track_float::<B, C>([input, weight, bias])
+        linear::track_float::<B, C>([input, weight, bias], factors)
     }
 
-    fn float_product(input: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        linear::track_product::<B, C>([input, weight])
+    fn float_product(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        factors: Factors,
+    ) -> FloatTensor<Self> {
+        linear::track_product::<B, C>([input, weight], factors)
     }
 
     fn project(hidden: FloatTensor<Self>, table: FloatTensor<Self>, factors: Factors) -> FloatTensor<Self> {
@@ -476,8 +490,9 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        factors: GradientFactors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let output = linear::track::<B, C>([input, weight, bias.clone()]);
+        let output = linear::track::<B, C>([input, weight, bias.clone()], factors);
         (output, bias.clone(), bias)
     }
 
@@ -488,9 +503,10 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         scale: FloatTensor<Self>,
         threshold: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        factors: GradientFactors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let shared = [Self::inner(scale), Self::inner(threshold)];
-        let output = linear::track_latent::<B, C>([input, latent, bias.clone()], shared);
+        let output = linear::track_latent::<B, C>([input, latent, bias.clone()], shared, factors);
         (output, bias.clone(), bias)
     }
 

@@ -1,5 +1,6 @@
 //! What is quantized, and how: the `[quant]` section of an experiment.
 
+use crate::ops::Factors;
 use serde::{Deserialize, Serialize};
 
 /// Which weights share a scale.
@@ -73,15 +74,45 @@ pub enum ActivationPrecision {
     Int8,
 }
 
-/// How the three matrix products of a ternary layer are computed, forward, for the input and for the weight.
+/// How the three matrix products of a ternary layer are computed: `y = x W`, and backward `dx = dy W^T` and `dW = x^T dy`.
+/// Sums are never rounded below 32 bits. The three products of the head, which is no ternary layer, have bfloat16 factors in
+/// all but the first.
+///
+/// | | y | dx | dW |
+/// |---|---|---|---|
+/// | `float` | float | float | float |
+/// | `bf16` | bfloat16 | bfloat16 | bfloat16 |
+/// | `int8_bf16` | int8 | int8 | bfloat16 |
+/// | `int8` | int8 | int8 | int8 |
+///
+/// Factors are rounded to bfloat16 on CPUs with AMX, whose unit multiplies them, and are as they are on others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Products {
     /// In the model's float type, on fake quantized factors.
     Float,
-    /// In int8: the forward pass as an engine computes it, gradients with the factor that comes from behind rounded to
-    /// int8. Those of the head have bfloat16 factors on CPUs with AMX, and the model's float type elsewhere.
+    /// Of fake quantized factors rounded to bfloat16.
+    Bf16,
+    /// In int8, as an engine computes the forward pass, with the gradient that comes from behind rounded to int8 by token; the
+    /// gradient of the weight from bfloat16.
+    Int8Bf16,
+    /// All in int8, the gradient that comes from behind rounded by token for `dx` and by channel for `dW`.
     Int8,
+}
+
+impl Products {
+    /// Whether activations and weights are multiplied as codes.
+    pub fn is_integer(self) -> bool {
+        matches!(self, Self::Int8 | Self::Int8Bf16)
+    }
+
+    /// The factors of products of floats.
+    pub(crate) fn factors(self) -> Factors {
+        match self {
+            Self::Float => Factors::Whole,
+            Self::Bf16 | Self::Int8Bf16 | Self::Int8 => Factors::Half,
+        }
+    }
 }
 
 /// Precision of a table (token embedding, output head), one scale a row.
@@ -107,7 +138,8 @@ pub struct QuantConfig {
     pub sparsity: Sparsity,
     pub estimator: Estimator,
     pub activations: ActivationPrecision,
-    /// `int8` wants `activations = "int8"`, a scale a tensor or a channel, and the device flex.
+    /// All but `float` want the device flex and `model.compute = "f32"`; `int8` and `int8_bf16` also `activations = "int8"` and a
+    /// scale a tensor or a channel.
     pub compute: Products,
     /// Adds this multiple of the sum of the weights of code 0 to the bias of each output channel, so that they have a
     /// gradient of their own (Tequila, 1e-3 there); 0: off. Exported as the bias.

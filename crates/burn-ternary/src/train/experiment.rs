@@ -308,26 +308,18 @@ fn check_quant(
         let expected = "0 (off), for only layers of model.family = \"gpt2\" have biases in files";
         require(model.family == Family::Gpt2, "quant.dead_bias", quant.dead_bias, expected)?;
     }
-    if quant.compute == Products::Int8 {
-        let integer = "float, as quant.compute = \"int8\" wants ";
+    let wanted = |holds: bool, what: &str| {
+        require(holds, "quant.compute", quant.compute, format!("float, for this wants {what}"))
+    };
+    if quant.compute.is_integer() {
         let activations = quant.activations == ActivationPrecision::Int8;
-        require(
-            activations,
-            "quant.compute",
-            quant.compute,
-            format!("{integer}quant.activations = \"int8\""),
-        )?;
+        wanted(activations, "quant.activations = \"int8\"")?;
         let whole = !matches!(quant.granularity, Granularity::PerGroup(_));
-        require(whole, "quant.compute", quant.compute, format!("{integer}a scale a tensor or a channel"))?;
-        let one = quant.scale != ScaleRule::Ttq;
-        require(
-            one,
-            "quant.compute",
-            quant.compute,
-            format!("{integer}another scale than ttq, which has two"),
-        )?;
-        let single = model.compute == Compute::F32;
-        require(single, "quant.compute", quant.compute, format!("{integer}model.compute = \"f32\""))?;
+        wanted(whole, "a scale a tensor or a channel")?;
+        wanted(quant.scale != ScaleRule::Ttq, "another scale than ttq, which has two")?;
+    }
+    if quant.compute != Products::Float {
+        wanted(model.compute == Compute::F32, "model.compute = \"f32\"")?;
     }
     not_negative("quant.quantization_penalty", quant.quantization_penalty)?;
     not_negative("quant.scale_penalty", quant.scale_penalty)

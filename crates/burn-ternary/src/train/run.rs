@@ -208,20 +208,20 @@ fn begun(experiment: &Experiment, device: &Device) -> Result<DuckQuantized, Trai
     Ok(begun)
 }
 
-/// Integer products, and moments at eight bits, are there on flex only, yet.
+/// Products of other factors than floats, and moments at eight bits, are there on flex only, yet.
 fn check_device(experiment: &Experiment, device: &Device) -> Result<(), TrainError> {
     if device::device("flex").is_ok_and(|flex| flex == *device) {
         return Ok(());
     }
-    let (key, what) = if experiment.quant.compute == Products::Int8 {
-        ("quant.compute", "integer products")
-    } else if experiment.optim.moments == Moments::Int8 {
-        ("optim.moments", "moments at eight bits")
+    let key = if experiment.quant.compute != Products::Float {
+        "quant.compute"
+    } else if experiment.optim.moments != Moments::Float {
+        "optim.moments"
     } else {
         return Ok(());
     };
     let message = format!(
-        "{key} = \"int8\": {} has no {what}; expected \"float\", or run.device = \"flex\"",
+        "{key}: {} has \"float\" only; expected that, or run.device = \"flex\"",
         device::describe(device)
     );
     Err(TrainError::Experiment { origin: experiment.run.name.clone(), message })

@@ -3,6 +3,7 @@
 use super::{View, float_product};
 use crate::{
     Isa, Pool,
+    elementwise::load,
     pool::Disjoint,
     simd::{Kernel, LANES, Line, Simd},
 };
@@ -23,21 +24,29 @@ pub struct HalfFactors {
     columns: Vec<Line>,
 }
 
-/// `out = left right`, of factors rounded to bfloat16 and with sums in f32, where the CPU has a unit for such products and
-/// the shape is whole tiles of it; else [`float_product`] of the factors as they are.
+/// `out = left right`, plus `bias` for each row where there is one, of factors rounded to bfloat16 and with sums in f32, where
+/// the CPU has a unit for such products and the shape is whole tiles of it; else [`float_product`] of the factors as they are.
 ///
 /// # Shapes
-/// left `[m, k]`, right `[k, n]`, out `[m, n]`
+/// left `[m, k]`, right `[k, n]`, bias `[n]`, out `[m, n]`
 ///
 /// # Panics
 /// When shapes do not fit.
-pub fn half_product(pool: &Pool, room: &mut HalfFactors, left: View, right: View, out: &mut [f32]) {
+pub fn half_product(
+    pool: &Pool,
+    room: &mut HalfFactors,
+    left: View,
+    right: View,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
     let (m, k, n) = (left.row_count(), right.row_count(), right.transposed().row_count());
     let whole = m.is_multiple_of(SIDE) && n.is_multiple_of(SIDE) && k.is_multiple_of(WIDTH);
     if !(pool.isa().has_half_tiles() && whole) {
-        return float_product(pool, left, right, None, out);
+        return float_product(pool, left, right, bias, out);
     }
     assert!(left.transposed().row_count() == k && out.len() == m * n, "the factors' and the result's shapes");
+    assert!(bias.is_none_or(|bias| bias.len() == n), "a bias for each of {n} columns");
     let HalfFactors { rows, columns } = room;
     let out = Disjoint::new(out);
     for start in (0..k).step_by(DEPTH) {
@@ -62,7 +71,8 @@ pub fn half_product(pool: &Pool, room: &mut HalfFactors, left: View, right: View
         let share = m.div_ceil(tasks).next_multiple_of(SIDE);
         pool.run(m.div_ceil(share), |index, _| {
             let rows = (&rows[..], index * share..m.min((index + 1) * share));
-            pool.isa().run(Multiply { rows, columns, k, n, add: start > 0, out: &out });
+            let before = if start > 0 { Before::Sums } else { bias.map_or(Before::Nothing, Before::Bias) };
+            pool.isa().run(Multiply { rows, columns, k, n, before, out: &out });
         });
     }
 }
@@ -141,13 +151,22 @@ pub(super) fn rounded(x: f32) -> u16 {
     if x.is_nan() { 0x7fc0 } else { nearest }
 }
 
+/// What a product is added to.
+#[derive(Clone, Copy)]
+enum Before<'a> {
+    Nothing,
+    Bias(&'a [f32]),
+    /// What `out` holds.
+    Sums,
+}
+
 struct Multiply<'a> {
     /// Of all rows those of the task.
     rows: (&'a [Line], std::ops::Range<usize>),
     columns: &'a [Line],
     k: usize,
     n: usize,
-    add: bool,
+    before: Before<'a>,
     out: &'a Disjoint<'a, f32>,
 }
 
@@ -156,7 +175,7 @@ impl Kernel for Multiply<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { rows: (rows, range), columns, k, n, add, out } = self;
+        let Self { rows: (rows, range), columns, k, n, before, out } = self;
         let (stride, tile) = (k / WIDTH, LANES * k / WIDTH);
         let mut sums = [[0.0; SIDE]; SIDE];
         for (pair, columns) in columns.chunks(2 * tile).enumerate() {
@@ -167,11 +186,16 @@ impl Kernel for Multiply<'_> {
                 for (row, sums) in sums.iter().enumerate() {
                     // SAFETY: each task has rows of its own.
                     let out = unsafe { out.slice((first + row) * n + pair * SIDE, SIDE) };
-                    for (out, sums) in out.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0) {
+                    let halves = out.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0);
+                    for (half, (out, sums)) in halves.enumerate() {
                         let sums = s.load_f32(sums);
-                        match add {
-                            true => s.store_f32(s.add_f32(s.load_f32(out), sums), out),
-                            false => s.stream_f32(sums, out),
+                        match before {
+                            Before::Nothing => s.stream_f32(sums, out),
+                            Before::Bias(bias) => {
+                                let bias = load(s, &bias[pair * SIDE + half * LANES..][..LANES]);
+                                s.stream_f32(s.add_f32(sums, bias), out);
+                            }
+                            Before::Sums => s.store_f32(s.add_f32(s.load_f32(out), sums), out),
                         }
                     }
                 }
@@ -219,9 +243,12 @@ mod tests {
                     (View::new(&a_t, k, m).transposed(), View::new(&b, k, n)),
                     (View::new(&a, m, k), View::new(&b_t, n, k).transposed()),
                 ] {
-                    let mut out = vec![f32::NAN; m * n];
-                    half_product(&pool, &mut room, left, right, &mut out);
-                    assert_close("product", &out, (0..m * n).map(exact), 2e-6);
+                    for bias in [None, Some(&numbers(n, 1.0, 3)[..])] {
+                        let mut out = vec![f32::NAN; m * n];
+                        half_product(&pool, &mut room, left, right, bias, &mut out);
+                        let exact = |i| exact(i) + bias.map_or(0.0, |bias| f64::from(bias[i % n]));
+                        assert_close("product", &out, (0..m * n).map(exact), 2e-6);
+                    }
                 }
             }
         }

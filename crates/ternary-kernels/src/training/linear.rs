@@ -4,7 +4,7 @@ use super::{pieces, rows_a_piece};
 use crate::{
     CodeMatrix, Input, Matrix, Order, Pool, Product, Quantized,
     code::Columns,
-    elementwise::{abs, load, store, store_codes},
+    elementwise::{abs, load, load_codes, store, store_codes},
     input::{ABSMAX_MIN, Summed},
     multiply,
     pool::Disjoint,
@@ -57,6 +57,41 @@ impl Saved<'_> {
     /// Codes that are kept of an input of so many tokens.
     pub fn input_len(tokens: usize, d_input: usize) -> usize {
         tokens * d_input.next_multiple_of(LANES)
+    }
+
+    /// The activations that were multiplied: codes times scales, `[tokens, d_input]`.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    pub fn activations(&self, pool: &Pool, out: &mut [f32]) {
+        let tokens = self.input_scales.len();
+        let (d, stride) = (out.len() / tokens, self.input.len() / tokens);
+        assert_eq!(self.input.len(), Self::input_len(tokens, d), "activations of {tokens} tokens");
+        let rows = rows_a_piece(d);
+        pool.chunks(out, rows * d, |index, _, out| {
+            for (row, out) in (index * rows..).zip(out.chunks_mut(d)) {
+                let (codes, scale) = (&self.input[row * stride..][..d], self.input_scales[row]);
+                pool.isa().run(Scale { codes, scale, out });
+            }
+        });
+    }
+}
+
+struct Scale<'a> {
+    codes: &'a [i8],
+    scale: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Scale<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let scale = s.splat_f32(self.scale);
+        for (out, codes) in self.out.chunks_mut(LANES).zip(self.codes.chunks(LANES)) {
+            store(s, s.mul_f32(s.to_float(load_codes(s, codes)), scale), out);
+        }
     }
 }
 

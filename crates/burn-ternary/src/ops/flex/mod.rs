@@ -4,7 +4,9 @@ mod memory;
 mod quantize;
 mod training;
 
-use super::{AdamWStep, Factors, Heads, MuonStep, RowScale, StraightThrough, TernaryBackend};
+use super::{
+    AdamWStep, Factors, GradientFactors, Heads, MuonStep, RowScale, StraightThrough, TernaryBackend,
+};
 use burn::backend::{
     Flex,
     tensor::{BoolTensor, FloatTensor, IntTensor},
@@ -166,20 +168,26 @@ impl TernaryBackend for Flex {
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        factors: Factors,
     ) -> FloatTensor<Self> {
-        training::float_linear(input, weight, bias)
+        training::float_linear(input, weight, bias, factors)
     }
 
-    fn float_product(input: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        training::float_product(input, weight)
+    fn float_product(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        factors: Factors,
+    ) -> FloatTensor<Self> {
+        training::float_product(input, weight, factors)
     }
 
     fn float_product_backward(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        factors: Factors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        training::float_product_backward(input, weight, grad)
+        training::float_product_backward(input, weight, grad, factors)
     }
 
     fn bias_gradient(grad: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -203,6 +211,7 @@ impl TernaryBackend for Flex {
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        _factors: GradientFactors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         training::ternary_linear(input, weight, bias)
     }
@@ -213,6 +222,7 @@ impl TernaryBackend for Flex {
         scale: FloatTensor<Self>,
         threshold: FloatTensor<Self>,
         bias: FloatTensor<Self>,
+        _factors: GradientFactors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         training::latent_linear(input, latent, scale, threshold, bias)
     }
@@ -221,8 +231,9 @@ impl TernaryBackend for Flex {
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        factors: GradientFactors,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        training::ternary_linear_backward(input, weight, grad)
+        training::ternary_linear_backward(input, weight, grad, factors)
     }
 
     fn ternary_linear_input_backward(

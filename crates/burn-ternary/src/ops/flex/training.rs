@@ -6,7 +6,8 @@ use super::{
     tensor, values,
 };
 use crate::ops::{
-    AdamWStep, Factors, Heads, MuonStep, activation, attention, divergence, linear, loss, norm, optimizer,
+    AdamWStep, Factors, GradientFactors, Heads, MuonStep, activation, attention, divergence, linear, loss,
+    norm, optimizer,
 };
 use burn::backend::{
     Flex,
@@ -284,39 +285,54 @@ fn view(tensor: &FlexTensor) -> kernels::View<'_> {
     kernels::View::new(values(tensor), rows, cols)
 }
 
+/// Room that products of halves use one after another.
+static HALVES: LazyLock<Mutex<kernels::HalfFactors>> = LazyLock::new(Default::default);
+
 fn product(
-    left: kernels::View,
-    right: kernels::View,
+    factors: Factors,
+    [left, right]: [kernels::View; 2],
     bias: Option<&[f32]>,
     [m, n]: [usize; 2],
 ) -> FlexTensor {
     let mut out = Room::new(m * n);
-    kernels::float_product(&POOL, left, right, bias, &mut out);
+    match factors {
+        Factors::Whole => kernels::float_product(&POOL, left, right, bias, &mut out),
+        Factors::Half => {
+            let mut room = HALVES.lock().unwrap_or_else(PoisonError::into_inner);
+            kernels::half_product(&POOL, &mut room, left, right, bias, &mut out);
+        }
+    }
     filled(out, Shape::new([m, n]))
 }
 
-pub(super) fn float_linear(input: FlexTensor, weight: FlexTensor, bias: FlexTensor) -> FlexTensor {
+pub(super) fn float_linear(
+    input: FlexTensor,
+    weight: FlexTensor,
+    bias: FlexTensor,
+    factors: Factors,
+) -> FlexTensor {
     if !is_f32(&[&input, &weight, &bias]) {
         return linear::float_forward::<Flex>(input, weight, bias);
     }
     let (input, weight, bias) = (dense(input), dense(weight), dense(bias));
-    let ([tokens, _], [_, d_output]) = (shape(&input).dims(), shape(&weight).dims());
-    product(view(&input), view(&weight), Some(values(&bias)), [tokens, d_output])
+    let ([tokens, _], [_, d_output]) = (shape(&input).dims::<2>(), shape(&weight).dims::<2>());
+    product(factors, [view(&input), view(&weight)], Some(values(&bias)), [tokens, d_output])
 }
 
-pub(super) fn float_product(input: FlexTensor, weight: FlexTensor) -> FlexTensor {
+pub(super) fn float_product(input: FlexTensor, weight: FlexTensor, factors: Factors) -> FlexTensor {
     if !is_f32(&[&input, &weight]) {
         return Flex::float_matmul(input, weight);
     }
     let (input, weight) = (dense(input), dense(weight));
     let ([tokens, _], [_, d_output]) = (shape(&input).dims::<2>(), shape(&weight).dims::<2>());
-    product(view(&input), view(&weight), None, [tokens, d_output])
+    product(factors, [view(&input), view(&weight)], None, [tokens, d_output])
 }
 
 pub(super) fn float_product_backward(
     input: FlexTensor,
     weight: FlexTensor,
     grad: FlexTensor,
+    factors: Factors,
 ) -> (FlexTensor, FlexTensor) {
     if !is_f32(&[&input, &weight, &grad]) {
         return linear::float_backward::<Flex>(input, weight, grad);
@@ -324,8 +340,8 @@ pub(super) fn float_product_backward(
     let (input, weight, grad) = (dense(input), dense(weight), dense(grad));
     let ([tokens, d_input], [_, d_output]) = (shape(&input).dims(), shape(&weight).dims());
     (
-        product(view(&grad), view(&weight).transposed(), None, [tokens, d_input]),
-        product(view(&input).transposed(), view(&grad), None, [d_input, d_output]),
+        product(factors, [view(&grad), view(&weight).transposed()], None, [tokens, d_input]),
+        product(factors, [view(&input).transposed(), view(&grad)], None, [d_input, d_output]),
     )
 }
 
@@ -344,7 +360,7 @@ pub(super) fn project(hidden: FlexTensor, table: FlexTensor, factors: Factors) -
     }
     let (hidden, table) = (dense(hidden), dense(table));
     let ([tokens, _], [vocab, _]) = (shape(&hidden).dims::<2>(), shape(&table).dims::<2>());
-    product_of(factors, view(&hidden), view(&table).transposed(), [tokens, vocab])
+    product(factors, [view(&hidden), view(&table).transposed()], None, [tokens, vocab])
 }
 
 pub(super) fn project_backward(
@@ -359,22 +375,9 @@ pub(super) fn project_backward(
     let (hidden, table, grad) = (dense(hidden), dense(table), dense(grad));
     let ([tokens, d], [vocab, _]) = (shape(&hidden).dims(), shape(&table).dims());
     (
-        product_of(factors, view(&grad), view(&table), [tokens, d]),
-        product_of(factors, view(&grad).transposed(), view(&hidden), [vocab, d]),
+        product(factors, [view(&grad), view(&table)], None, [tokens, d]),
+        product(factors, [view(&grad).transposed(), view(&hidden)], None, [vocab, d]),
     )
-}
-
-/// Room that heads use one after another.
-static FACTORS: LazyLock<Mutex<kernels::HalfFactors>> = LazyLock::new(Default::default);
-
-fn product_of(factors: Factors, left: kernels::View, right: kernels::View, [m, n]: [usize; 2]) -> FlexTensor {
-    if factors == Factors::Whole {
-        return product(left, right, None, [m, n]);
-    }
-    let mut out = Room::new(m * n);
-    let mut room = FACTORS.lock().unwrap_or_else(PoisonError::into_inner);
-    kernels::half_product(&POOL, &mut room, left, right, &mut out);
-    filled(out, Shape::new([m, n]))
 }
 
 /// Room that linear layers use one after another.
@@ -460,13 +463,26 @@ pub(super) fn ternary_linear_backward(
     input: FlexTensor,
     weight: FlexTensor,
     grad: FlexTensor,
+    factors: GradientFactors,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let grad = dense(grad);
     let [tokens, d_output] = shape(&grad).dims();
     let (input_scales, input) = unsealed(&input, tokens);
-    let (weight_scales, weight) = unsealed(&weight, d_output);
-    let d_input = weight.len() / d_output;
-    let saved = kernels::Saved { input, input_scales: &input_scales, weight, weight_scales: &weight_scales };
+    let (weight_scales, weight_codes) = unsealed(&weight, d_output);
+    let d_input = weight_codes.len() / d_output;
+    let saved = kernels::Saved {
+        input,
+        input_scales: &input_scales,
+        weight: weight_codes,
+        weight_scales: &weight_scales,
+    };
+    if factors == GradientFactors::Half {
+        let mut input = Room::new(tokens * d_input);
+        saved.activations(&POOL, &mut input);
+        let left = kernels::View::new(&input, tokens, d_input).transposed();
+        let dweight = product(Factors::Half, [left, view(&grad)], None, [d_input, d_output]);
+        return (ternary_linear_input_backward(weight, grad.clone()), dweight, bias_gradient(grad));
+    }
     let (mut dx, mut dweight) = (Room::new(tokens * d_input), Room::new(d_input * d_output));
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
     let dbias = layer.backward(&POOL, saved, values(&grad), &mut dx, &mut dweight);
