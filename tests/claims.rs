@@ -175,6 +175,21 @@ fn the_ablation_of_the_readme_is_computed_from_the_committed_results() {
     }
 }
 
+#[test]
+fn the_settings_of_compute_of_the_readme_are_computed_from_the_committed_results() {
+    let rows = rows("compute");
+    assert_eq!(rows.len(), 8, "{rows:?}");
+    let valid = |name: &str, seeds: &str| mean(&results_of(name, seeds), |result| result.valid_loss.unwrap());
+    for row in rows {
+        let [name, _, _, seeds, loss, difference] = &row[..] else { panic!("six cells expected: {row:?}") };
+        let name = name.trim_matches('`');
+        let base = valid(&format!("{}-act8-float", &name[..2]), seeds);
+        let loss_found = valid(name, seeds);
+        assert_eq!(*loss, format!("{loss_found:.3}"), "{name}");
+        assert_eq!(*difference, format!("{:+.3}", loss_found - base), "{name}");
+    }
+}
+
 /// `tests/archive.rs` of ternary-format holds the form; this is the file that the README speaks of.
 #[test]
 fn a_trained_file_of_half_a_bit_a_weight_unpacks_bit_for_bit_and_runs() {

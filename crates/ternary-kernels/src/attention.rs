@@ -62,16 +62,8 @@ pub fn store(isa: Isa, position: usize, key: &[f32], value: &[f32], head: HeadMu
     let value_lines = value_lines(position, value.len())..value_lines(position + 1, value.len());
     match head {
         HeadMut::F16 { keys, values } => {
-            // All lines at once: each is far, and stores wait for theirs in turn.
-            isa.run(Ask(&keys[key_lines.clone()]));
-            for (lines, components) in keys[key_lines].chunks_mut(LANES).zip(key.chunks(LANES)) {
-                let mut halves = [f16::ZERO; LANES];
-                isa.to_f16(components, &mut halves[..components.len()]);
-                lines.iter_mut().zip(halves).for_each(|(line, half)| line[lane] = half);
-            }
-            for (line, components) in values[value_lines].iter_mut().zip(value.chunks(LANES)) {
-                isa.to_f16(components, &mut line[..components.len()]);
-            }
+            let (keys, values) = (&mut keys[key_lines], &mut values[value_lines]);
+            isa.run(Halve { key, value, lane, keys, values });
         }
         HeadMut::Int8 { keys, values, scales } => {
             let (keys, values) = (&mut keys[key_lines], &mut values[value_lines]);
@@ -87,16 +79,28 @@ pub fn store(isa: Isa, position: usize, key: &[f32], value: &[f32], head: HeadMu
     }
 }
 
-/// Asks for lines of memory.
-struct Ask<'a, T>(&'a [T]);
+/// Writes a lane of keys and lines of values.
+struct Halve<'a> {
+    key: &'a [f32],
+    value: &'a [f32],
+    lane: usize,
+    keys: &'a mut [Line<f16>],
+    values: &'a mut [Line<f16>],
+}
 
-impl<T> Kernel for Ask<'_, T> {
+impl Kernel for Halve<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let each = size_of::<crate::simd::Line>() / size_of::<T>();
-        self.0.iter().step_by(each).for_each(|at| s.prefetch(at, 0));
+        for (lines, components) in self.keys.chunks_mut(LANES).zip(self.key.chunks(LANES)) {
+            let mut halves = [f16::ZERO; LANES];
+            s.store_f16(load(s, components), &mut halves);
+            lines.iter_mut().zip(halves).for_each(|(line, half)| line[self.lane] = half);
+        }
+        for (line, components) in self.values.iter_mut().zip(self.value.chunks(LANES)) {
+            s.store_f16(load(s, components), line);
+        }
     }
 }
 
@@ -333,6 +337,27 @@ mod tests {
             }
             let scale = row.iter().fold(1e-5f32, |max, x| max.max(x.abs())) / 127.0;
             row.iter().map(|x| f64::from((x / scale).round_ties_even()) * f64::from(scale)).collect()
+        }
+    }
+
+    #[test]
+    fn keys_and_values_are_rounded_to_the_nearest_f16_at_their_place() {
+        for isa in Isa::available() {
+            for width in [1, 16, 37, 64] {
+                let row = |step: f32| (0..width).map(|i| (i as f32 * step).sin() * 3.0).collect::<Vec<_>>();
+                let (key, value) = (row(0.7), row(1.3));
+                let mut keys = vec![[f16::NAN; LANES]; key_lines(20, width)];
+                let mut values = vec![[f16::NAN; LANES]; value_lines(20, width)];
+                let head = HeadMut::F16 { keys: &mut keys, values: &mut values };
+                store(isa, 18, &key, &value, head);
+                for i in 0..width {
+                    assert_eq!(keys[width + i][2], f16::from_f32(key[i]), "{isa:?}");
+                    let line = value_lines(18, width) + i / LANES;
+                    assert_eq!(values[line][i % LANES], f16::from_f32(value[i]), "{isa:?}");
+                }
+                let written = keys.iter().flatten().filter(|x| !x.is_nan()).count();
+                assert_eq!(written, width, "{isa:?}");
+            }
         }
     }
 

@@ -4,7 +4,6 @@ use crate::{
     Isa,
     simd::{Kernel, LANES, Simd},
 };
-use half::f16;
 
 impl Isa {
     /// `out = x / sqrt(mean(x²) + epsilon) * weight`
@@ -48,11 +47,6 @@ impl Isa {
     /// Turns the pairs `(x[i], x[i + n])` of a head of size `2 n` by angles given as cosines and sines `[n]`.
     pub fn rope(self, x: &mut [f32], cos: &[f32], sin: &[f32]) {
         self.run(Rope { x, cos, sin });
-    }
-
-    /// Rounds to f16, ties to even.
-    pub fn to_f16(self, x: &[f32], out: &mut [f16]) {
-        self.run(ToF16 { x, out });
     }
 }
 
@@ -306,31 +300,6 @@ impl Kernel for Rope<'_> {
     }
 }
 
-struct ToF16<'a> {
-    x: &'a [f32],
-    out: &'a mut [f16],
-}
-
-impl Kernel for ToF16<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        assert_eq!(self.x.len(), self.out.len());
-        for (out, x) in self.out.chunks_mut(LANES).zip(self.x.chunks(LANES)) {
-            let x = load(s, x);
-            match out.as_mut_array::<LANES>() {
-                Some(out) => s.store_f16(x, out),
-                None => {
-                    let mut halves = [f16::ZERO; LANES];
-                    s.store_f16(x, &mut halves);
-                    out.copy_from_slice(&halves[..out.len()]);
-                }
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -434,12 +403,6 @@ mod tests {
                 isa.rope(&mut x, &cos, &sin);
                 x
             });
-            let mut halves = vec![f16::ZERO; n];
-            for isa in Isa::available() {
-                let x = values(n, 3.0);
-                isa.to_f16(&x, &mut halves);
-                assert!(halves.iter().zip(&x).all(|(half, x)| *half == f16::from_f32(*x)), "{isa:?}");
-            }
         }
     }
 }
