@@ -140,7 +140,7 @@ const COMMENTS: [(&str, &str, &str); 81] = [
     (
         "quant",
         "compute",
-        "Matrix products in \"float\" or \"int8\"; int8 wants int8 activations and the device flex.",
+        "Matrix products in \"float\" or, on flex, \"bf16\", \"int8_bf16\" or \"int8\"; the last two want int8 activations.",
     ),
     (
         "quant",
