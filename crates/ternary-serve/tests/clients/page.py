@@ -535,7 +535,9 @@ def settings_by_keyboard():
     until(lambda now: now.dialog, "Space opens the settings")
     press(Keys.TAB, "1.1", Keys.ENTER)
     until(lambda now: not now.dialog, "Enter closes the settings")
-    assert json.loads(browser.execute_script("return localStorage.getItem('duck.settings')"))["temperature"] == "1.1"
+    # They are kept when the dialog tells that it is closed, which is a moment after it is.
+    kept = lambda: json.loads(browser.execute_script("return localStorage.getItem('duck.settings')"))
+    WebDriverWait(browser, PATIENCE).until(lambda _: kept()["temperature"] == "1.1", "the settings are kept")
 
 
 def the_chosen_model_is_used_and_kept():
