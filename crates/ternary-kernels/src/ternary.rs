@@ -221,6 +221,7 @@ const fn limit<S: Simd>(planes: usize) -> usize {
 
 /// Tokens for which a panel is not worth its making.
 const FEW: usize = 16;
+/// The same where there are tiles.
 const FEW_TILES: usize = 8;
 
 /// Blocks of a panel: 1,024 columns, 16 KiB, half of the first-level cache.

@@ -202,6 +202,7 @@ mod tests {
             for (activations, compute) in [
                 (ActivationPrecision::Float, Products::Float),
                 (ActivationPrecision::Int8, Products::Float),
+                (ActivationPrecision::Int8, Products::Int8Bf16),
                 (ActivationPrecision::Int8, Products::Int8),
             ] {
                 quants.push(QuantConfig { input_norm, activations, compute, ..QuantConfig::default() });
@@ -292,7 +293,7 @@ mod tests {
                 assert!((found - expected).abs() < 2e-4 * expected.abs().max(1.0), "b: {found} {expected}");
             }
             // Rounding passes straight through; a norm does not. Integer products round the gradient of the base.
-            let bound = if quant.compute == Products::Int8 { 0.05 } else { 2e-4 };
+            let bound = if quant.compute.is_integer() { 0.05 } else { 2e-4 };
             if !quant.input_norm {
                 for (index, found) in values(input.grad(&grads).unwrap()).iter().enumerate() {
                     let expected = slope(&x, &|x: &[f64]| loss(x, &a, &b), index);
