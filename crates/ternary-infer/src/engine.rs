@@ -208,6 +208,16 @@ impl Engine {
         Ok(())
     }
 
+    /// The next token of each sequence by its sampler, drawn side by side.
+    pub fn sample_batch(&self, batch: Vec<(&Sequence, &mut Sampler)>) -> Vec<u32> {
+        let mut draws: Vec<_> = batch.into_iter().map(|(sequence, sampler)| (sequence, sampler, 0)).collect();
+        self.work().pool.chunks(&mut draws, 1, |_, _, draw| {
+            let (sequence, sampler, id) = &mut draw[0];
+            *id = sampler.sample(sequence.logits());
+        });
+        draws.into_iter().map(|(_, _, id)| id).collect()
+    }
+
     /// Logits at every position of a text, `[ids][vocab]`: `logits[i]` is for the token after `ids[i]`.
     ///
     /// # Errors

@@ -9,6 +9,7 @@
 //! | draw tokens one by one | [`Engine::generate`], [`Engine::resume`] |
 //! | feed a prompt and look at the logits | [`Engine::prefill`], [`Sequence::logits`] |
 //! | continue several sequences in one pass | [`Engine::decode_batch`] |
+//! | draw their next tokens | [`Engine::sample_batch`] |
 //! | score a text | [`Engine::logits`] |
 //! | talk | [`DuckChatQuantized`] |
 //!

@@ -7,7 +7,7 @@ use rand_chacha::{
 };
 use ternary_format::{Activation, Adapter, Encoding, Family, LowRank, ModelSpec, PackedModel};
 use ternary_infer::{
-    ActivationMode, CacheType, Engine, EngineOptions, GenerateOptions, Sampling, random, reference,
+    ActivationMode, CacheType, Engine, EngineOptions, GenerateOptions, Sampler, Sampling, random, reference,
 };
 
 const FAMILIES: [(Family, Activation); 6] = [
@@ -166,6 +166,14 @@ fn chunks_tokens_batches_and_threads_give_the_same_bits() {
             for (sequence, alone) in batch.iter().zip(&alone) {
                 assert_eq!(sequence.logits(), alone, "{what}: in a batch");
             }
+            let samplers = || -> Vec<Sampler> {
+                let of = |seed| Sampling { seed, ..Sampling::default() };
+                (0..8).map(|seed| Sampler::new(of(seed), model.spec.vocab_size).unwrap()).collect()
+            };
+            let drawn: Vec<u32> =
+                samplers().iter_mut().zip(&alone).map(|(sampler, logits)| sampler.sample(logits)).collect();
+            let together = engine.sample_batch(batch.iter().zip(&mut samplers()).collect());
+            assert_eq!(together, drawn, "{what}: drawn side by side");
             let all = engine.logits(&prompts[1]).unwrap();
             assert_eq!(all[all.len() - model.spec.vocab_size..], alone[1], "{what}: all logits");
         }

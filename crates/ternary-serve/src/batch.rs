@@ -218,9 +218,11 @@ impl<'a> Batch<'a> {
     fn write(&mut self) {
         let context = self.engine.context();
         let mut going = Vec::with_capacity(self.writing.len());
-        for mut text in self.writing.drain(..) {
-            match text.draw(&self.ends, context) {
-                Ok(id) => {
+        let drawing = self.writing.iter_mut().map(|text| (&text.slot.sequence, &mut text.sampler)).collect();
+        let drawn = self.engine.sample_batch(drawing);
+        for (mut text, id) in self.writing.drain(..).zip(drawn) {
+            match text.take(id, &self.ends, context) {
+                Ok(()) => {
                     self.metric.generated(1);
                     text.slot.ids.push(id);
                     going.push(text);
@@ -250,10 +252,9 @@ impl<'a> Batch<'a> {
 }
 
 impl Writing<'_> {
-    /// Draws a token that the sequence can go on with, or says why the text ends and how many tokens this took.
-    fn draw(&mut self, ends: &[u32], context: usize) -> Result<u32, (Finish, usize)> {
+    /// Takes a drawn token that the sequence can go on with, or says why the text ends and how many tokens this took.
+    fn take(&mut self, id: u32, ends: &[u32], context: usize) -> Result<(), (Finish, usize)> {
         let logits = self.slot.sequence.logits();
-        let id = self.sampler.sample(logits);
         if ends.contains(&id) {
             return Err((Finish::Stop, 0));
         }
@@ -269,7 +270,7 @@ impl Writing<'_> {
         } else if self.drawn == self.tokens || self.slot.sequence.len() == context {
             Err((Finish::Length, 1))
         } else {
-            Ok(id)
+            Ok(())
         }
     }
 
