@@ -4,9 +4,13 @@ use crate::{
     Arena, Input, Quantized,
     arena::Block,
     input::SIX_BITS,
-    matrix::{Form, four, group_blocks, parts, tiles, token_codes, token_floats, token_offsets, token_sums},
-    simd::{LANES, Line, Simd},
+    matrix::{
+        Finish, Form, Pair, Stepper, finish_pair, four, group_blocks, integer_by_tiles, parts, tiles,
+        token_codes, token_floats, token_offsets, token_sums,
+    },
+    simd::{LANES, Line, Simd, Unit},
 };
+use std::ops::Range;
 
 /// Lines of four columns in a block of 16.
 const LINES: usize = 4;
@@ -63,11 +67,51 @@ impl ByteMatrix {
         Self { rows, cols, blocks, group, codes, scales }
     }
 
+    fn groups(&self) -> usize {
+        self.blocks.div_ceil(self.group)
+    }
+
     #[inline(always)]
     fn tile(&self, tile: usize) -> (&[[Line; LINES]], &[[f32; LANES]]) {
-        let groups = self.blocks.div_ceil(self.group);
         let (blocks, _) = self.codes.as_chunks::<LINES>();
-        (&blocks[tile * self.blocks..][..self.blocks], &self.scales[tile * groups..][..groups])
+        let scales = &self.scales[tile * self.groups()..][..self.groups()];
+        (&blocks[tile * self.blocks..][..self.blocks], scales)
+    }
+
+    /// `integer` of two tiles, by the unit.
+    #[inline(always)]
+    fn pair<S: Simd>(
+        &self,
+        s: S,
+        unit: &mut Stepper<S>,
+        tile: usize,
+        x: &Quantized,
+        tokens: Range<usize>,
+        sums: &mut [[Line; LANES]; 2],
+    ) -> Pair<S> {
+        let tiles = [self.tile(tile), self.tile(tile + 1)];
+        let codes = &x.codes[tokens.start * x.blocks..];
+        let step = unit.step;
+        let mut results = [[s.splat_f32(0.0); LANES]; 2];
+        for group in 0..self.groups() {
+            unit.unit.clear();
+            let start = group * self.group;
+            for start in (start..self.blocks.min(start + self.group)).step_by(step) {
+                let weights = tiles.map(|(blocks, _)| blocks[start..][..step].as_flattened());
+                for line in weights.into_iter().flatten() {
+                    s.prefetch(line, 64);
+                }
+                unit.unit.add(weights, &codes[start..], x.blocks);
+            }
+            unit.unit.store(sums);
+            for r in 0..2 {
+                let scale = s.load_f32(&tiles[r].1[group]);
+                for (result, sum) in results[r][..tokens.len()].iter_mut().zip(&sums[r]) {
+                    *result = s.fma(s.to_float(s.load(sum)), scale, *result);
+                }
+            }
+        }
+        results
     }
 }
 
@@ -143,6 +187,27 @@ impl Form for ByteMatrix {
             start = end;
         }
         result
+    }
+
+    #[inline(always)]
+    fn integer_tiles<S: Simd>(
+        &self,
+        s: S,
+        tiles: Range<usize>,
+        x: &Quantized,
+        tokens: Range<usize>,
+        finish: &impl Finish,
+    ) {
+        let Range { start: mut tile, end } = tiles;
+        if let Some(mut unit) = Stepper::new(s, tokens.len(), self.blocks, self.group) {
+            let mut sums = [[Line([0; 64]); LANES]; 2];
+            while end - tile >= 2 {
+                let found = self.pair(s, &mut unit, tile, x, tokens.clone(), &mut sums);
+                finish_pair(s, tile, tokens.clone(), &found, finish);
+                tile += 2;
+            }
+        }
+        integer_by_tiles(self, s, tile..end, x, tokens, finish);
     }
 
     #[inline(always)]

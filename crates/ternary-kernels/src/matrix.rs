@@ -13,7 +13,7 @@ use crate::{
     six_bit::SixBitMatrix,
     ternary::TernaryMatrix,
 };
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 /// A matrix `[rows, cols]` in any of the packed forms.
 #[derive(Debug)]
@@ -126,7 +126,20 @@ pub(crate) trait Form: Sync {
         TOKENS
     }
 
-    /// `integer` of the tiles `tile..tile + R` for at most that many tokens.
+    /// `integer` of some tiles for at most that many tokens.
+    #[inline(always)]
+    fn integer_tiles<S: Simd>(
+        &self,
+        s: S,
+        tiles: Range<usize>,
+        x: &Quantized,
+        tokens: Range<usize>,
+        finish: &impl Finish,
+    ) {
+        integer_by_tiles(self, s, tiles, x, tokens, finish);
+    }
+
+    /// The same of the tiles `tile..tile + R`.
     #[inline(always)]
     fn integer_tokens<S: Simd, const R: usize>(
         &self,
@@ -137,6 +150,65 @@ pub(crate) trait Form: Sync {
         finish: &impl Finish,
     ) {
         integer_in_registers(self, s, tile..tile + R, x, tokens, finish);
+    }
+}
+
+/// `integer_tokens` of as many tiles at a time as the registers hold.
+#[inline(always)]
+pub(crate) fn integer_by_tiles<S: Simd, F: Form + ?Sized>(
+    form: &F,
+    s: S,
+    tiles: Range<usize>,
+    x: &Quantized,
+    tokens: Range<usize>,
+    finish: &impl Finish,
+) {
+    let Range { start: mut tile, end } = tiles;
+    while S::TILES == 2 && end - tile >= 2 {
+        form.integer_tokens::<S, 2>(s, tile, x, tokens.clone(), finish);
+        tile += 2;
+    }
+    for tile in tile..end {
+        form.integer_tokens::<S, 1>(s, tile, x, tokens.clone(), finish);
+    }
+}
+
+/// Tokens for which a unit is worth its making, and that it holds.
+const UNIT_TOKENS: RangeInclusive<usize> = 4..=LANES;
+
+/// A unit, and the blocks that it takes at a time.
+pub(crate) struct Stepper<S: Simd> {
+    pub unit: S::Unit,
+    pub step: usize,
+}
+
+impl<S: Simd> Stepper<S> {
+    /// For so many tokens, where there is a unit and the groups are made of such steps.
+    #[inline(always)]
+    pub fn new(s: S, tokens: usize, blocks: usize, group: usize) -> Option<Self> {
+        let step = group.min(4);
+        let fits = group.is_multiple_of(step) && blocks.is_multiple_of(step);
+        let unit = if fits && UNIT_TOKENS.contains(&tokens) { s.unit(tokens, step) } else { None };
+        unit.map(|unit| Self { unit, step })
+    }
+}
+
+/// Sums of two tiles and of as many tokens as a unit holds.
+pub(crate) type Pair<S> = [[<S as Simd>::Float; LANES]; 2];
+
+/// Gives away those of the tiles `tile` and `tile + 1`.
+#[inline(always)]
+pub(crate) fn finish_pair<S: Simd>(
+    s: S,
+    tile: usize,
+    tokens: Range<usize>,
+    sums: &Pair<S>,
+    finish: &impl Finish,
+) {
+    for (r, sums) in sums.iter().enumerate() {
+        for (token, sum) in tokens.clone().zip(sums) {
+            finish.finish(s, tile + r, token, *sum);
+        }
     }
 }
 

@@ -118,14 +118,7 @@ impl<F: Form> Kernel for Task<'_, F> {
             if let Some(x) = self.x.int8
                 && F::INTEGER
             {
-                let Range { start: mut tile, end } = self.tiles;
-                while S::TILES == 2 && end - tile >= 2 {
-                    self.form.integer_tokens::<S, 2>(s, tile, x, tokens.clone(), &self);
-                    tile += 2;
-                }
-                for tile in tile..end {
-                    self.form.integer_tokens::<S, 1>(s, tile, x, tokens.clone(), &self);
-                }
+                self.form.integer_tiles(s, self.tiles.clone(), x, tokens, &self);
                 continue;
             }
             for tile in self.tiles.clone() {

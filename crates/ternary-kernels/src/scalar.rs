@@ -1,7 +1,7 @@
 //! Vectors as arrays, for any CPU.
 
 use crate::{
-    simd::{Kernel, LANES, Line, Simd, Sums},
+    simd::{Kernel, LANES, Line, Simd, Sums, Unit},
     ternary::Planes,
 };
 use half::{bf16, f16};
@@ -21,6 +21,7 @@ fn products(w: i32, x: i32, weight: impl Fn(u8) -> i32) -> i32 {
 impl Simd for Scalar {
     type Int = Int;
     type Float = Float;
+    type Unit = ScalarUnit;
     const NARROW: bool = false;
     /// As of AVX-512, so that what takes it off again is tried wherever tests run.
     const OFFSET: i32 = 128;
@@ -120,6 +121,11 @@ impl Simd for Scalar {
         }
     }
 
+    fn unit(self, tokens: usize, blocks: usize) -> Option<ScalarUnit> {
+        let sums = [[Line([0; 64]); LANES]; 2];
+        cfg!(test).then_some(ScalarUnit { tokens, blocks, sums })
+    }
+
     fn has_half_tiles(self) -> bool {
         cfg!(test)
     }
@@ -208,5 +214,40 @@ impl Simd for Scalar {
 
     fn float_to_bits(self, a: Float) -> Int {
         a.map(|a| a.to_bits() as i32)
+    }
+}
+
+/// For tests, as [`Simd::has_tiles`] is.
+pub struct ScalarUnit {
+    tokens: usize,
+    blocks: usize,
+    sums: [[Line; LANES]; 2],
+}
+
+impl Unit for ScalarUnit {
+    fn clear(&mut self) {
+        self.sums = [[Line([0; 64]); LANES]; 2];
+    }
+
+    fn add(&mut self, panels: [&[Line]; 2], codes: &[[i8; LANES]], stride: usize) {
+        let s = Scalar;
+        for (sums, panel) in self.sums.iter_mut().zip(panels) {
+            assert_eq!(panel.len(), 4 * self.blocks);
+            for (t, sums) in sums[..self.tokens].iter_mut().enumerate() {
+                let quads = codes[t * stride..][..self.blocks].as_flattened().as_chunks::<4>().0;
+                for (line, quad) in panel.iter().zip(quads) {
+                    let (w, x, sum) = (s.load(line), s.splat4(*quad), s.load(sums));
+                    let products =
+                        from_fn(|i| sum[i].wrapping_add(products(w[i], x[i], |w| i32::from(w as i8))));
+                    s.store(products, sums);
+                }
+            }
+        }
+    }
+
+    fn store(&self, sums: &mut [[Line; LANES]; 2]) {
+        for (to, from) in sums.iter_mut().zip(&self.sums) {
+            to[..self.tokens].copy_from_slice(&from[..self.tokens]);
+        }
     }
 }

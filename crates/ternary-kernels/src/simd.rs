@@ -5,6 +5,7 @@
 
 use crate::ternary::Planes;
 use half::f16;
+use std::convert::Infallible;
 
 /// Rows of a tile, and lanes of a vector.
 pub(crate) const LANES: usize = 16;
@@ -18,6 +19,7 @@ pub(crate) struct Line(pub [u8; 64]);
 pub(crate) trait Simd: Copy {
     type Int: Copy;
     type Float: Copy;
+    type Unit: Unit;
 
     /// Whether [`dot`](Self::dot) keeps two sums of 16 bits a lane, to be widened before they overflow.
     const NARROW: bool;
@@ -76,6 +78,12 @@ pub(crate) trait Simd: Copy {
         _sink: &mut impl Sums<Self, R>,
     ) {
         unreachable!("has_tiles says so");
+    }
+
+    /// The same unit step by step, for 1 to 16 tokens and 1 to 4 blocks of columns at a time; `None` where there is none.
+    #[inline(always)]
+    fn unit(self, _tokens: usize, _blocks: usize) -> Option<Self::Unit> {
+        None
     }
 
     /// Whether the unit also multiplies bfloat16: [`half_tiles`](Self::half_tiles) may be called.
@@ -173,6 +181,34 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn max_lanes(self, a: Self::Float) -> f32 {
         self.array(a).into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+/// A unit for products of two panels and the codes of some tokens, which keeps their sums: see [`Simd::unit`].
+///
+/// A thread has one at a time.
+pub(crate) trait Unit {
+    /// Begins sums.
+    fn clear(&mut self);
+    /// Adds the products of so many blocks as it was made for: four lines of each panel, and one block of each token, whose
+    /// codes begin at `codes[t * stride]`. Both are signed bytes, of which nothing is kept in 16 bits.
+    fn add(&mut self, panels: [&[Line]; 2], codes: &[[i8; LANES]], stride: usize);
+    /// `sums[r][t]` of panel `r` and token `t`, 16 lanes each; those of no token stay as they are.
+    fn store(&self, sums: &mut [[Line; LANES]; 2]);
+}
+
+/// Of CPUs without one.
+impl Unit for Infallible {
+    fn clear(&mut self) {
+        match *self {}
+    }
+
+    fn add(&mut self, _: [&[Line]; 2], _: &[[i8; LANES]], _: usize) {
+        match *self {}
+    }
+
+    fn store(&self, _: &mut [[Line; LANES]; 2]) {
+        match *self {}
     }
 }
 

@@ -4,10 +4,10 @@ use crate::{
     Arena, Input, Quantized,
     arena::Block,
     matrix::{
-        Finish, Form, TOKENS, by_tokens, four, group_blocks, integer_in_registers, parts, tiles, token_codes,
-        token_floats, token_sums,
+        Finish, Form, Pair, Stepper, TOKENS, by_tokens, finish_pair, four, group_blocks, integer_by_tiles,
+        integer_in_registers, parts, tiles, token_codes, token_floats, token_sums,
     },
-    simd::{LANES, Line, Simd, Sums},
+    simd::{LANES, Line, Simd, Sums, Unit},
 };
 use half::f16;
 use std::ops::Range;
@@ -133,6 +133,52 @@ impl TernaryMatrix {
         result
     }
 
+    /// `integer` of two tiles, by the unit. Weights are unpacked a step before they are used, so
+    /// that it does not wait for them.
+    #[inline(always)]
+    fn pair<S: Simd>(
+        &self,
+        s: S,
+        unit: &mut Stepper<S>,
+        tile: usize,
+        x: &Quantized,
+        tokens: Range<usize>,
+        room: &mut Room,
+    ) -> Pair<S> {
+        let tiles = [self.tile(tile), self.tile(tile + 1)];
+        let codes = &x.codes[tokens.start * x.blocks..];
+        let mut results = [[s.splat_f32(0.0); LANES]; 2];
+        let step = unit.step;
+        let (steps, of_group) = (self.blocks / step, self.group / step);
+        unpack(s, tiles, 0..step, &mut room.steps[0]);
+        for index in 0..steps {
+            if index + 1 < steps {
+                let next = (index + 1) * step..(index + 2) * step;
+                unpack(s, tiles, next, &mut room.steps[(index + 1) % 2]);
+            }
+            if index % of_group == 0 {
+                unit.unit.clear();
+            }
+            let weights = room.steps[index % 2].each_ref().map(|tile| tile[..step].as_flattened());
+            unit.unit.add(weights, &codes[index * step..], x.blocks);
+            let end = (index + 1) * step;
+            if (index + 1) % of_group != 0 && end != self.blocks {
+                continue;
+            }
+            unit.unit.store(&mut room.sums);
+            let group = index / of_group;
+            for (t, token) in tokens.clone().enumerate() {
+                let [sums] = token_sums(x, token);
+                let offset = s.splat(sums[group * self.group] - sums[end]);
+                for r in 0..2 {
+                    let sum = s.to_float(s.add(s.load(&room.sums[r][t]), offset));
+                    results[r][t] = s.fma(sum, s.load_f16(&tiles[r].1[group]), results[r][t]);
+                }
+            }
+        }
+        results
+    }
+
     /// `integer_tokens`, a panel of unpacked weights at a time.
     #[inline(always)]
     fn panels<S: Simd, const R: usize>(
@@ -197,6 +243,32 @@ impl TernaryMatrix {
             }
         }
     }
+}
+
+/// Takes the planes of some blocks of two tiles apart.
+#[inline(always)]
+fn unpack<S: Simd>(
+    s: S,
+    tiles: [(&[Line], &[[f16; LANES]]); 2],
+    blocks: Range<usize>,
+    room: &mut [[Planes; 4]; 2],
+) {
+    for (room, (lines, _)) in room.iter_mut().zip(tiles) {
+        for (planes, line) in room.iter_mut().zip(&lines[blocks.clone()]) {
+            s.prefetch(line, AHEAD);
+            let line = s.load(line);
+            for (p, to) in planes.iter_mut().enumerate() {
+                s.store(plane::<S, 1>(s, line, p), to);
+            }
+        }
+    }
+}
+
+/// What [`TernaryMatrix::pair`] works in.
+struct Room {
+    /// Of two steps, and two tiles, four blocks.
+    steps: [[[Planes; 4]; 2]; 2],
+    sums: [[Line; LANES]; 2],
 }
 
 /// Adds sums up.
@@ -320,6 +392,28 @@ impl Form for TernaryMatrix {
             _ if S::PLANES == 4 => self.planes::<S, T, 2>(s, tile, x, token),
             _ => self.planes::<S, T, 1>(s, tile, x, token),
         }
+    }
+
+    #[inline(always)]
+    fn integer_tiles<S: Simd>(
+        &self,
+        s: S,
+        tiles: Range<usize>,
+        x: &Quantized,
+        tokens: Range<usize>,
+        finish: &impl Finish,
+    ) {
+        let Range { start: mut tile, end } = tiles;
+        if let Some(mut unit) = Stepper::new(s, tokens.len(), self.blocks, self.group) {
+            let mut room =
+                Room { steps: [[[[Line([0; 64]); 4]; 4]; 2]; 2], sums: [[Line([0; 64]); LANES]; 2] };
+            while end - tile >= 2 {
+                let found = self.pair(s, &mut unit, tile, x, tokens.clone(), &mut room);
+                finish_pair(s, tile, tokens.clone(), &found, finish);
+                tile += 2;
+            }
+        }
+        integer_by_tiles(self, s, tile..end, x, tokens, finish);
     }
 
     /// For many tokens it pays to take the planes apart once.

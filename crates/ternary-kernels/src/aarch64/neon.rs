@@ -2,6 +2,7 @@
 
 use crate::simd::{Kernel, LANES, Line, Simd};
 use half::f16;
+use std::convert::Infallible;
 use std::{
     arch::{aarch64::*, asm, is_aarch64_feature_detected},
     array::from_fn,
@@ -57,6 +58,7 @@ unsafe fn sdot(mut sum: int32x4_t, w: int32x4_t, x: int32x4_t) -> int32x4_t {
 impl Simd for Neon {
     type Int = Int;
     type Float = Float;
+    type Unit = Infallible;
     const NARROW: bool = false;
     const OFFSET: i32 = 0;
     const PLANES: usize = 2;

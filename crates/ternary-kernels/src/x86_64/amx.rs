@@ -5,7 +5,7 @@
 
 use super::avx512::Avx512;
 use crate::{
-    simd::{LANES, Line, Simd, Sums},
+    simd::{LANES, Line, Simd, Sums, Unit},
     ternary::Planes,
 };
 use std::{
@@ -126,8 +126,85 @@ pub(super) fn multiply<const R: usize>(
         sink.take(s, first, sums);
         first += sums.len();
     }
+    release();
+}
+
+/// Gives the tiles up.
+#[inline(always)]
+fn release() {
     // SAFETY: it gives up what `Config::load` took.
     unsafe { asm!("tilerelease", options(nostack, nomem)) }
+}
+
+/// The tiles as a [`Unit`]: the sums of two panels are in two of them from one call to the next, as no compiled code uses
+/// them.
+pub struct Tiles {
+    tokens: usize,
+    blocks: usize,
+}
+
+impl Tiles {
+    /// # Panics
+    /// When there are no such tiles. The CPU must have AMX.
+    #[inline(always)]
+    pub(super) fn new(tokens: usize, blocks: usize) -> Self {
+        assert!((1..=LANES).contains(&tokens) && (1..=TILE_BLOCKS).contains(&blocks), "rows of a tile");
+        Config::load(tokens, blocks);
+        Self { tokens, blocks }
+    }
+}
+
+impl Drop for Tiles {
+    #[inline(always)]
+    fn drop(&mut self) {
+        release();
+    }
+}
+
+impl Unit for Tiles {
+    #[inline(always)]
+    fn clear(&mut self) {
+        // SAFETY: the tiles are configured.
+        unsafe { asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem)) }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, panels: [&[Line]; 2], codes: &[[i8; LANES]], stride: usize) {
+        assert!(panels.iter().all(|panel| panel.len() == 4 * self.blocks), "lines of the blocks");
+        assert!(codes.len() >= (self.tokens - 1) * stride + self.blocks, "codes of each token");
+        // SAFETY: the tiles are configured for so many tokens and blocks, whose weights and codes are there, as just checked.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{codes} + {stride}]",
+                "tileloadd tmm6, [{first} + {line}]",
+                "tileloadd tmm7, [{second} + {line}]",
+                "tdpbssd tmm0, tmm4, tmm6",
+                "tdpbssd tmm1, tmm4, tmm7",
+                codes = in(reg) codes.as_ptr(),
+                stride = in(reg) stride * LANES,
+                first = in(reg) panels[0].as_ptr(),
+                second = in(reg) panels[1].as_ptr(),
+                line = in(reg) size_of::<Line>(),
+                options(nostack, readonly)
+            );
+        }
+    }
+
+    #[inline(always)]
+    fn store(&self, sums: &mut [[Line; LANES]; 2]) {
+        let [first, second] = sums.each_mut().map(|sums| sums.as_mut_ptr());
+        // SAFETY: a tile has at most 16 lines.
+        unsafe {
+            asm!(
+                "tilestored [{first} + {line}], tmm0",
+                "tilestored [{second} + {line}], tmm1",
+                first = in(reg) first,
+                second = in(reg) second,
+                line = in(reg) size_of::<Line>(),
+                options(nostack)
+            );
+        }
+    }
 }
 
 /// Products of bfloat16: see [`Simd::half_tiles`](crate::simd::Simd::half_tiles).

@@ -3,6 +3,7 @@
 use crate::simd::{Kernel, LANES, Line, Simd};
 use half::f16;
 use std::arch::x86_64::*;
+use std::convert::Infallible;
 
 /// AVX2, FMA and F16C; with `VNNI` also AVX-VNNI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +70,7 @@ macro_rules! each {
 impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type Int = Int;
     type Float = Float;
+    type Unit = Infallible;
     const NARROW: bool = !VNNI;
     const OFFSET: i32 = if VNNI { 128 } else { 0 };
     const PLANES: usize = if VNNI { 4 } else { 2 };

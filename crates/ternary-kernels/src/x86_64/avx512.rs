@@ -1,6 +1,6 @@
 //! 512-bit vectors, one for 16 lanes, with the dot products of AVX-512 VNNI, with or without the tiles of AMX.
 
-use super::amx;
+use super::amx::{self, Tiles};
 use crate::{
     simd::{Kernel, LANES, Line, Simd, Sums},
     ternary::Planes,
@@ -38,6 +38,7 @@ type Float = __m512;
 impl Simd for Avx512 {
     type Int = Int;
     type Float = Float;
+    type Unit = Tiles;
     const NARROW: bool = false;
     const OFFSET: i32 = 128;
     const PLANES: usize = 4;
@@ -155,6 +156,11 @@ impl Simd for Avx512 {
     ) {
         assert!(self.tiles, "AMX");
         amx::multiply(self, panels, codes, stride, tokens, sink);
+    }
+
+    #[inline(always)]
+    fn unit(self, tokens: usize, blocks: usize) -> Option<Tiles> {
+        self.tiles.then(|| Tiles::new(tokens, blocks))
     }
 
     #[inline(always)]
