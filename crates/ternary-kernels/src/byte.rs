@@ -5,8 +5,8 @@ use crate::{
     arena::Block,
     input::SIX_BITS,
     matrix::{
-        Finish, Form, Pair, Stepper, finish_pair, four, group_blocks, integer_by_tiles, parts, tiles,
-        token_codes, token_floats, token_offsets, token_sums,
+        Finish, Form, Pair, finish_pair, four, group_blocks, integer_by_tiles, parts, tiles, token_codes,
+        token_floats, token_offsets, token_sums, unit,
     },
     simd::{LANES, Line, Simd, Unit},
 };
@@ -78,32 +78,53 @@ impl ByteMatrix {
         (&blocks[tile * self.blocks..][..self.blocks], scales)
     }
 
-    /// `integer` of two tiles, by the unit.
+    /// `integer` of the pairs of some tiles, by the unit, where it fits; how many tiles are left.
     #[inline(always)]
-    fn pair<S: Simd>(
+    fn pairs<S: Simd, const STEP: usize>(
         &self,
         s: S,
-        unit: &mut Stepper<S>,
+        mut tiles: Range<usize>,
+        x: &Quantized,
+        tokens: Range<usize>,
+        finish: &impl Finish,
+    ) -> Range<usize> {
+        let Some(mut unit) = unit::<S, STEP>(s, tokens.len(), self.blocks, self.group) else { return tiles };
+        let mut sums = [[Line([0; 64]); LANES]; 2];
+        while tiles.len() >= 2 {
+            let found = self.pair::<S, STEP>(s, &mut unit, tiles.start, x, tokens.clone(), &mut sums);
+            finish_pair(s, tiles.start, tokens.clone(), &found, finish);
+            tiles.start += 2;
+        }
+        tiles
+    }
+
+    #[inline(always)]
+    fn pair<S: Simd, const STEP: usize>(
+        &self,
+        s: S,
+        unit: &mut S::Unit,
         tile: usize,
         x: &Quantized,
         tokens: Range<usize>,
         sums: &mut [[Line; LANES]; 2],
     ) -> Pair<S> {
         let tiles = [self.tile(tile), self.tile(tile + 1)];
+        let steps = tiles.map(|(blocks, _)| blocks.as_chunks::<STEP>().0);
         let codes = &x.codes[tokens.start * x.blocks..];
-        let step = unit.step;
         let mut results = [[s.splat_f32(0.0); LANES]; 2];
         for group in 0..self.groups() {
-            unit.unit.clear();
+            unit.clear();
             let start = group * self.group;
-            for start in (start..self.blocks.min(start + self.group)).step_by(step) {
-                let weights = tiles.map(|(blocks, _)| blocks[start..][..step].as_flattened());
-                for line in weights.into_iter().flatten() {
-                    s.prefetch(line, 64);
+            for index in start / STEP..self.blocks.min(start + self.group) / STEP {
+                for steps in steps {
+                    for p in 0..STEP * LINES {
+                        s.prefetch(&steps[index].as_flattened()[p], AHEAD);
+                    }
                 }
-                unit.unit.add(weights, &codes[start..], x.blocks);
+                let weights = steps.map(|steps| steps[index].as_flattened());
+                unit.add(weights, &codes[index * STEP..], x.blocks);
             }
-            unit.unit.store(sums);
+            unit.store(sums);
             for r in 0..2 {
                 let scale = s.load_f32(&tiles[r].1[group]);
                 for (result, sum) in results[r][..tokens.len()].iter_mut().zip(&sums[r]) {
@@ -114,6 +135,9 @@ impl ByteMatrix {
         results
     }
 }
+
+/// Lines between what is asked of memory and what is in use: 4 KiB.
+const AHEAD: usize = 64;
 
 /// Blocks of a group whose offsets are added up.
 const SHORT: usize = 4;
@@ -172,7 +196,7 @@ impl Form for ByteMatrix {
             let codes = parts(codes, start..end);
             for i in 0..blocks.len() {
                 for p in 0..LINES {
-                    s.prefetch(&blocks[i][p], 64);
+                    s.prefetch(&blocks[i][p], AHEAD);
                     let w = s.load(&blocks[i][p]);
                     for t in 0..T {
                         let x = four(s, &codes[t][i], p);
@@ -198,16 +222,9 @@ impl Form for ByteMatrix {
         tokens: Range<usize>,
         finish: &impl Finish,
     ) {
-        let Range { start: mut tile, end } = tiles;
-        if let Some(mut unit) = Stepper::new(s, tokens.len(), self.blocks, self.group) {
-            let mut sums = [[Line([0; 64]); LANES]; 2];
-            while end - tile >= 2 {
-                let found = self.pair(s, &mut unit, tile, x, tokens.clone(), &mut sums);
-                finish_pair(s, tile, tokens.clone(), &found, finish);
-                tile += 2;
-            }
-        }
-        integer_by_tiles(self, s, tile..end, x, tokens, finish);
+        let tiles = self.pairs::<S, 4>(s, tiles, x, tokens.clone(), finish);
+        let tiles = self.pairs::<S, 2>(s, tiles, x, tokens.clone(), finish);
+        integer_by_tiles(self, s, tiles, x, tokens, finish);
     }
 
     #[inline(always)]

@@ -176,21 +176,16 @@ pub(crate) fn integer_by_tiles<S: Simd, F: Form + ?Sized>(
 /// Tokens for which a unit is worth its making, and that it holds.
 const UNIT_TOKENS: RangeInclusive<usize> = 4..=LANES;
 
-/// A unit, and the blocks that it takes at a time.
-pub(crate) struct Stepper<S: Simd> {
-    pub unit: S::Unit,
-    pub step: usize,
-}
-
-impl<S: Simd> Stepper<S> {
-    /// For so many tokens, where there is a unit and the groups are made of such steps.
-    #[inline(always)]
-    pub fn new(s: S, tokens: usize, blocks: usize, group: usize) -> Option<Self> {
-        let step = group.min(4);
-        let fits = group.is_multiple_of(step) && blocks.is_multiple_of(step);
-        let unit = if fits && UNIT_TOKENS.contains(&tokens) { s.unit(tokens, step) } else { None };
-        unit.map(|unit| Self { unit, step })
-    }
+/// The unit for so many tokens and `STEP` blocks at a time, where there is one and the groups are made of such steps.
+#[inline(always)]
+pub(crate) fn unit<S: Simd, const STEP: usize>(
+    s: S,
+    tokens: usize,
+    blocks: usize,
+    group: usize,
+) -> Option<S::Unit> {
+    let fits = group.is_multiple_of(STEP) && blocks.is_multiple_of(STEP);
+    if fits && UNIT_TOKENS.contains(&tokens) { s.unit(tokens, STEP) } else { None }
 }
 
 /// Sums of two tiles and of as many tokens as a unit holds.

@@ -4,8 +4,8 @@ use crate::{
     Arena, Input, Quantized,
     arena::Block,
     matrix::{
-        Finish, Form, Pair, Stepper, TOKENS, by_tokens, finish_pair, four, group_blocks, integer_by_tiles,
-        integer_in_registers, parts, tiles, token_codes, token_floats, token_sums,
+        Finish, Form, Pair, TOKENS, by_tokens, finish_pair, four, group_blocks, integer_by_tiles,
+        integer_in_registers, parts, tiles, token_codes, token_floats, token_sums, unit,
     },
     simd::{LANES, Line, Simd, Sums, Unit},
 };
@@ -139,33 +139,32 @@ impl TernaryMatrix {
     fn pair<S: Simd>(
         &self,
         s: S,
-        unit: &mut Stepper<S>,
+        unit: &mut S::Unit,
         tile: usize,
         x: &Quantized,
         tokens: Range<usize>,
         room: &mut Room,
     ) -> Pair<S> {
         let tiles = [self.tile(tile), self.tile(tile + 1)];
+        let steps = tiles.map(|(lines, _)| lines.as_chunks::<STEP>().0);
         let codes = &x.codes[tokens.start * x.blocks..];
         let mut results = [[s.splat_f32(0.0); LANES]; 2];
-        let step = unit.step;
-        let (steps, of_group) = (self.blocks / step, self.group / step);
-        unpack(s, tiles, 0..step, &mut room.steps[0]);
-        for index in 0..steps {
-            if index + 1 < steps {
-                let next = (index + 1) * step..(index + 2) * step;
-                unpack(s, tiles, next, &mut room.steps[(index + 1) % 2]);
+        let of_group = self.group / STEP;
+        unpack(s, steps, 0, &mut room.steps[0]);
+        for index in 0..steps[0].len() {
+            if index + 1 < steps[0].len() {
+                unpack(s, steps, index + 1, &mut room.steps[(index + 1) % 2]);
             }
             if index % of_group == 0 {
-                unit.unit.clear();
+                unit.clear();
             }
-            let weights = room.steps[index % 2].each_ref().map(|tile| tile[..step].as_flattened());
-            unit.unit.add(weights, &codes[index * step..], x.blocks);
-            let end = (index + 1) * step;
+            let weights = room.steps[index % 2].each_ref().map(|tile| tile.as_flattened());
+            unit.add(weights, &codes[index * STEP..], x.blocks);
+            let end = (index + 1) * STEP;
             if (index + 1) % of_group != 0 && end != self.blocks {
                 continue;
             }
-            unit.unit.store(&mut room.sums);
+            unit.store(&mut room.sums);
             let group = index / of_group;
             for (t, token) in tokens.clone().enumerate() {
                 let [sums] = token_sums(x, token);
@@ -245,29 +244,28 @@ impl TernaryMatrix {
     }
 }
 
-/// Takes the planes of some blocks of two tiles apart.
+/// Takes the planes of a step of two tiles apart.
 #[inline(always)]
-fn unpack<S: Simd>(
-    s: S,
-    tiles: [(&[Line], &[[f16; LANES]]); 2],
-    blocks: Range<usize>,
-    room: &mut [[Planes; 4]; 2],
-) {
-    for (room, (lines, _)) in room.iter_mut().zip(tiles) {
-        for (planes, line) in room.iter_mut().zip(&lines[blocks.clone()]) {
+fn unpack<S: Simd>(s: S, steps: [&[[Line; STEP]]; 2], index: usize, room: &mut [[Planes; STEP]; 2]) {
+    for r in 0..2 {
+        for i in 0..STEP {
+            let line = &steps[r][index][i];
             s.prefetch(line, AHEAD);
             let line = s.load(line);
-            for (p, to) in planes.iter_mut().enumerate() {
-                s.store(plane::<S, 1>(s, line, p), to);
+            for p in 0..4 {
+                s.store(plane::<S, 1>(s, line, p), &mut room[r][i][p]);
             }
         }
     }
 }
 
+/// Blocks that the unit takes at a time.
+const STEP: usize = 4;
+
 /// What [`TernaryMatrix::pair`] works in.
 struct Room {
-    /// Of two steps, and two tiles, four blocks.
-    steps: [[[Planes; 4]; 2]; 2],
+    /// Of two steps, two tiles each.
+    steps: [[[Planes; STEP]; 2]; 2],
     sums: [[Line; LANES]; 2],
 }
 
@@ -404,9 +402,9 @@ impl Form for TernaryMatrix {
         finish: &impl Finish,
     ) {
         let Range { start: mut tile, end } = tiles;
-        if let Some(mut unit) = Stepper::new(s, tokens.len(), self.blocks, self.group) {
+        if let Some(mut unit) = unit::<S, STEP>(s, tokens.len(), self.blocks, self.group) {
             let mut room =
-                Room { steps: [[[[Line([0; 64]); 4]; 4]; 2]; 2], sums: [[Line([0; 64]); LANES]; 2] };
+                Room { steps: [[[[Line([0; 64]); 4]; STEP]; 2]; 2], sums: [[Line([0; 64]); LANES]; 2] };
             while end - tile >= 2 {
                 let found = self.pair(s, &mut unit, tile, x, tokens.clone(), &mut room);
                 finish_pair(s, tile, tokens.clone(), &found, finish);
