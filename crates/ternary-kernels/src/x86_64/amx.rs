@@ -10,6 +10,7 @@ use crate::{
 };
 use std::{
     arch::{asm, x86_64::__cpuid_count, x86_64::__m512i},
+    marker::PhantomData,
     sync::OnceLock,
 };
 
@@ -141,6 +142,8 @@ fn release() {
 pub struct Tiles {
     tokens: usize,
     blocks: usize,
+    /// Tiles are their thread's.
+    thread: PhantomData<*mut ()>,
 }
 
 impl Tiles {
@@ -150,7 +153,7 @@ impl Tiles {
     pub(super) fn new(tokens: usize, blocks: usize) -> Self {
         assert!((1..=LANES).contains(&tokens) && (1..=TILE_BLOCKS).contains(&blocks), "rows of a tile");
         Config::load(tokens, blocks);
-        Self { tokens, blocks }
+        Self { tokens, blocks, thread: PhantomData }
     }
 }
 
