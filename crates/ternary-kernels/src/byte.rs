@@ -78,7 +78,7 @@ impl ByteMatrix {
         (&blocks[tile * self.blocks..][..self.blocks], scales)
     }
 
-    /// `integer` of the pairs of some tiles, by the unit, where it fits; how many tiles are left.
+    /// `integer` of the pairs of some tiles, by the unit, where it fits; the tiles that are left.
     #[inline(always)]
     fn pairs<S: Simd, const STEP: usize>(
         &self,
@@ -98,6 +98,7 @@ impl ByteMatrix {
         tiles
     }
 
+    /// `integer` of two tiles.
     #[inline(always)]
     fn pair<S: Simd, const STEP: usize>(
         &self,

@@ -133,8 +133,8 @@ impl TernaryMatrix {
         result
     }
 
-    /// `integer` of two tiles, by the unit. Weights are unpacked a step before they are used, so
-    /// that it does not wait for them.
+    /// `integer` of two tiles, by the unit. Weights are unpacked a step before they are used, so that it does not wait for
+    /// them.
     #[inline(always)]
     fn pair<S: Simd>(
         &self,
