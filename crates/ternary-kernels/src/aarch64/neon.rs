@@ -2,10 +2,10 @@
 
 use crate::simd::{Kernel, LANES, Line, Simd};
 use half::f16;
-use std::convert::Infallible;
 use std::{
     arch::{aarch64::*, asm, is_aarch64_feature_detected},
     array::from_fn,
+    convert::Infallible,
 };
 
 /// NEON with dot products. (Conversions of f16 are in every NEON.)

@@ -2,8 +2,7 @@
 
 use crate::simd::{Kernel, LANES, Line, Simd};
 use half::f16;
-use std::arch::x86_64::*;
-use std::convert::Infallible;
+use std::{arch::x86_64::*, convert::Infallible};
 
 /// AVX2, FMA and F16C; with `VNNI` also AVX-VNNI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
