@@ -5,10 +5,10 @@ use crate::{
     arena::Block,
     input::SIX_BITS,
     matrix::{
-        Finish, Form, Pair, finish_pair, four, group_blocks, integer_by_tiles, parts, tiles, token_codes,
-        token_floats, token_offsets, token_sums, unit,
+        Finish, Form, Held, four, group_blocks, integer_by_tiles, parts, tiles, token_codes, token_floats,
+        token_offsets, token_sums, unit,
     },
-    simd::{LANES, Line, Simd, Unit},
+    simd::{LANES, Line, PANELS, Simd, Unit},
 };
 use std::ops::Range;
 
@@ -78,9 +78,9 @@ impl ByteMatrix {
         (&blocks[tile * self.blocks..][..self.blocks], scales)
     }
 
-    /// `integer` of the pairs of some tiles, by the unit, where it fits; the tiles that are left.
+    /// `integer` of as many tiles at a time as the unit takes, where it fits; the tiles that are left.
     #[inline(always)]
-    fn pairs<S: Simd, const STEP: usize>(
+    fn by_unit<S: Simd, const STEP: usize>(
         &self,
         s: S,
         mut tiles: Range<usize>,
@@ -89,51 +89,49 @@ impl ByteMatrix {
         finish: &impl Finish,
     ) -> Range<usize> {
         let Some(mut unit) = unit::<S, STEP>(s, tokens.len(), self.blocks, self.group) else { return tiles };
-        let mut sums = [[Line([0; 64]); LANES]; 2];
-        while tiles.len() >= 2 {
-            let found = self.pair::<S, STEP>(s, &mut unit, tiles.start, x, tokens.clone(), &mut sums);
-            finish_pair(s, tiles.start, tokens.clone(), &found, finish);
-            tiles.start += 2;
+        let mut held = Held::new(s, tokens.len());
+        while tiles.len() >= PANELS {
+            self.held::<S, STEP>(s, &mut unit, tiles.start, x, tokens.clone(), &mut held);
+            held.finish(s, tiles.start, tokens.clone(), finish);
+            tiles.start += PANELS;
         }
         tiles
     }
 
-    /// `integer` of two tiles.
+    /// `integer` of so many tiles.
     #[inline(always)]
-    fn pair<S: Simd, const STEP: usize>(
+    fn held<S: Simd, const STEP: usize>(
         &self,
         s: S,
         unit: &mut S::Unit,
         tile: usize,
         x: &Quantized,
         tokens: Range<usize>,
-        sums: &mut [[Line; LANES]; 2],
-    ) -> Pair<S> {
-        let tiles = [self.tile(tile), self.tile(tile + 1)];
-        let steps = tiles.map(|(blocks, _)| blocks.as_chunks::<STEP>().0);
+        held: &mut Held<S>,
+    ) {
+        let mut steps: [&[[[Line; LINES]; STEP]]; PANELS] = [&[]; PANELS];
+        for r in 0..PANELS {
+            steps[r] = self.tile(tile + r).0.as_chunks().0;
+        }
         let codes = &x.codes[tokens.start * x.blocks..];
-        let mut results = [[s.splat_f32(0.0); LANES]; 2];
         for group in 0..self.groups() {
             unit.clear();
             let start = group * self.group;
             for index in start / STEP..self.blocks.min(start + self.group) / STEP {
-                for steps in steps {
-                    for p in 0..STEP * LINES {
-                        s.prefetch(&steps[index].as_flattened()[p], AHEAD);
+                let mut weights: [&[Line]; PANELS] = [&[]; PANELS];
+                for r in 0..PANELS {
+                    weights[r] = steps[r][index].as_flattened();
+                    for line in weights[r] {
+                        s.prefetch(line, AHEAD);
                     }
                 }
-                let weights = steps.map(|steps| steps[index].as_flattened());
                 unit.add(weights, &codes[index * STEP..], x.blocks);
             }
-            unit.store(sums);
-            for r in 0..2 {
-                let scale = s.load_f32(&tiles[r].1[group]);
-                for (result, sum) in results[r][..tokens.len()].iter_mut().zip(&sums[r]) {
-                    *result = s.fma(s.to_float(s.load(sum)), scale, *result);
-                }
+            unit.store(&mut held.sums);
+            for r in 0..PANELS {
+                held.scale(s, r, s.load_f32(&self.tile(tile + r).1[group]), group == 0);
             }
         }
-        results
     }
 }
 
@@ -223,8 +221,8 @@ impl Form for ByteMatrix {
         tokens: Range<usize>,
         finish: &impl Finish,
     ) {
-        let tiles = self.pairs::<S, 4>(s, tiles, x, tokens.clone(), finish);
-        let tiles = self.pairs::<S, 2>(s, tiles, x, tokens.clone(), finish);
+        let tiles = self.by_unit::<S, 4>(s, tiles, x, tokens.clone(), finish);
+        let tiles = self.by_unit::<S, 2>(s, tiles, x, tokens.clone(), finish);
         integer_by_tiles(self, s, tiles, x, tokens, finish);
     }
 

@@ -9,7 +9,7 @@ use crate::{
     byte::ByteMatrix,
     code::CodeMatrix,
     float::FloatMatrix,
-    simd::{LANES, Simd},
+    simd::{LANES, Line, PANELS, Simd},
     six_bit::SixBitMatrix,
     ternary::TernaryMatrix,
 };
@@ -174,7 +174,7 @@ pub(crate) fn integer_by_tiles<S: Simd, F: Form + ?Sized>(
 }
 
 /// Tokens for which a unit is worth its making, and that it holds.
-const UNIT_TOKENS: RangeInclusive<usize> = 4..=LANES;
+pub(crate) const UNIT_TOKENS: RangeInclusive<usize> = 4..=LANES;
 
 /// The unit for so many tokens and `STEP` blocks at a time, where there is one and the groups are made of such steps.
 #[inline(always)]
@@ -188,21 +188,45 @@ pub(crate) fn unit<S: Simd, const STEP: usize>(
     if fits && UNIT_TOKENS.contains(&tokens) { s.unit(tokens, STEP) } else { None }
 }
 
-/// Sums of two tiles and of as many tokens as a unit holds.
-pub(crate) type Pair<S> = [[<S as Simd>::Float; LANES]; 2];
+/// What becomes of the sums that a unit holds, of some tokens.
+pub(crate) struct Held<S: Simd> {
+    tokens: usize,
+    pub sums: [[Line; LANES]; PANELS],
+    results: [[S::Float; LANES]; PANELS],
+    /// Added to the sums of each token.
+    pub offsets: [i32; LANES],
+}
 
-/// Gives away those of the tiles `tile` and `tile + 1`.
-#[inline(always)]
-pub(crate) fn finish_pair<S: Simd>(
-    s: S,
-    tile: usize,
-    tokens: Range<usize>,
-    sums: &Pair<S>,
-    finish: &impl Finish,
-) {
-    for (r, sums) in sums.iter().enumerate() {
-        for (token, sum) in tokens.clone().zip(sums) {
-            finish.finish(s, tile + r, token, *sum);
+impl<S: Simd> Held<S> {
+    #[inline(always)]
+    pub fn new(s: S, tokens: usize) -> Self {
+        Self {
+            tokens,
+            sums: [[Line([0; 64]); LANES]; PANELS],
+            results: [[s.splat_f32(0.0); LANES]; PANELS],
+            offsets: [0; LANES],
+        }
+    }
+
+    /// Adds the sums of tile `r`, times the scale of their group, to its results, or begins these.
+    #[inline(always)]
+    pub fn scale(&mut self, s: S, r: usize, scale: S::Float, begin: bool) {
+        let offsets = &self.offsets[..self.tokens];
+        for ((result, sum), offset) in self.results[r].iter_mut().zip(&self.sums[r]).zip(offsets) {
+            let sum = s.to_float(s.add(s.load(sum), s.splat(*offset)));
+            let before = if begin { s.splat_f32(0.0) } else { *result };
+            *result = s.fma(sum, scale, before);
+        }
+    }
+
+    /// Gives the results of the tiles from `tile` on away.
+    #[inline(always)]
+    pub fn finish(&self, s: S, tile: usize, tokens: Range<usize>, finish: &impl Finish) {
+        // The lines of a token lie side by side.
+        for (t, token) in tokens.enumerate() {
+            for r in 0..PANELS {
+                finish.finish(s, tile + r, token, self.results[r][t]);
+            }
         }
     }
 }

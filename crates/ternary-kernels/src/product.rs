@@ -3,9 +3,9 @@
 use crate::{
     Input, Matrix, Pool,
     elementwise::{load, store},
-    matrix::{Finish, Form, by_tokens, each_form, tiles},
+    matrix::{Finish, Form, UNIT_TOKENS, by_tokens, each_form, tiles},
     pool::Disjoint,
-    simd::{Kernel, LANES, Simd},
+    simd::{Kernel, LANES, PANELS, Simd},
 };
 use std::ops::Range;
 
@@ -86,8 +86,9 @@ impl<'a> Part<'a> {
         assert_eq!(out.len(), x.tokens() * rows, "tokens x rows of the result");
         assert!(bias.is_none_or(|bias| bias.len() == rows), "rows of bias and matrix");
         let most = each_form!(matrix, m => tiles_of_task(m));
-        // Tiles go in pairs.
-        let share = share.min(most).max(1).next_multiple_of(2);
+        // Tiles go in pairs, or as a unit takes them.
+        let together = if UNIT_TOKENS.contains(&x.tokens()) { PANELS } else { 2 };
+        let share = share.min(most).max(1).next_multiple_of(together);
         let tasks = first..first + tiles(rows).div_ceil(share);
         let streams = !*add && size_of_val(*out) >= STREAMED;
         Self { matrix, bias: *bias, add: *add, streams, out: Disjoint::new(out), tasks, share }

@@ -1,7 +1,7 @@
 //! Vectors as arrays, for any CPU.
 
 use crate::{
-    simd::{Kernel, LANES, Line, Simd, Sums, Unit},
+    simd::{Kernel, LANES, Line, PANELS, Simd, Sums, Unit},
     ternary::Planes,
 };
 use half::{bf16, f16};
@@ -122,7 +122,7 @@ impl Simd for Scalar {
     }
 
     fn unit(self, tokens: usize, blocks: usize) -> Option<ScalarUnit> {
-        let sums = [[Line([0; 64]); LANES]; 2];
+        let sums = [[Line([0; 64]); LANES]; PANELS];
         cfg!(test).then_some(ScalarUnit { tokens, blocks, sums })
     }
 
@@ -221,15 +221,15 @@ impl Simd for Scalar {
 pub struct ScalarUnit {
     tokens: usize,
     blocks: usize,
-    sums: [[Line; LANES]; 2],
+    sums: [[Line; LANES]; PANELS],
 }
 
 impl Unit for ScalarUnit {
     fn clear(&mut self) {
-        self.sums = [[Line([0; 64]); LANES]; 2];
+        self.sums = [[Line([0; 64]); LANES]; PANELS];
     }
 
-    fn add(&mut self, panels: [&[Line]; 2], codes: &[[i8; LANES]], stride: usize) {
+    fn add(&mut self, panels: [&[Line]; PANELS], codes: &[[i8; LANES]], stride: usize) {
         let s = Scalar;
         for (sums, panel) in self.sums.iter_mut().zip(panels) {
             assert_eq!(panel.len(), 4 * self.blocks);
@@ -245,7 +245,7 @@ impl Unit for ScalarUnit {
         }
     }
 
-    fn store(&self, sums: &mut [[Line; LANES]; 2]) {
+    fn store(&self, sums: &mut [[Line; LANES]; PANELS]) {
         for (to, from) in sums.iter_mut().zip(&self.sums) {
             to[..self.tokens].copy_from_slice(&from[..self.tokens]);
         }

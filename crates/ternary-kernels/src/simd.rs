@@ -184,7 +184,10 @@ pub(crate) trait Simd: Copy {
     }
 }
 
-/// A unit for products of two panels and the codes of some tokens, which keeps their sums: see [`Simd::unit`].
+/// Panels that a unit multiplies at once.
+pub(crate) const PANELS: usize = 4;
+
+/// A unit for products of some panels and the codes of some tokens, which keeps their sums: see [`Simd::unit`].
 ///
 /// A thread has one at a time.
 pub(crate) trait Unit {
@@ -192,9 +195,9 @@ pub(crate) trait Unit {
     fn clear(&mut self);
     /// Adds the products of so many blocks as it was made for: four lines of each panel, and one block of each token, whose
     /// codes begin at `codes[t * stride]`. Both are signed bytes, of which nothing is kept in 16 bits.
-    fn add(&mut self, panels: [&[Line]; 2], codes: &[[i8; LANES]], stride: usize);
+    fn add(&mut self, panels: [&[Line]; PANELS], codes: &[[i8; LANES]], stride: usize);
     /// `sums[r][t]` of panel `r` and token `t`, 16 lanes each; those of no token stay as they are.
-    fn store(&self, sums: &mut [[Line; LANES]; 2]);
+    fn store(&self, sums: &mut [[Line; LANES]; PANELS]);
 }
 
 /// Of CPUs without one.
@@ -203,11 +206,11 @@ impl Unit for Infallible {
         match *self {}
     }
 
-    fn add(&mut self, _: [&[Line]; 2], _: &[[i8; LANES]], _: usize) {
+    fn add(&mut self, _: [&[Line]; PANELS], _: &[[i8; LANES]], _: usize) {
         match *self {}
     }
 
-    fn store(&self, _: &mut [[Line; LANES]; 2]) {
+    fn store(&self, _: &mut [[Line; LANES]; PANELS]) {
         match *self {}
     }
 }

@@ -4,10 +4,10 @@ use crate::{
     Arena, Input, Quantized,
     arena::Block,
     matrix::{
-        Finish, Form, Pair, TOKENS, by_tokens, finish_pair, four, group_blocks, integer_by_tiles,
-        integer_in_registers, parts, tiles, token_codes, token_floats, token_sums, unit,
+        Finish, Form, Held, TOKENS, by_tokens, four, group_blocks, integer_by_tiles, integer_in_registers,
+        parts, tiles, token_codes, token_floats, token_sums, unit,
     },
-    simd::{LANES, Line, Simd, Sums, Unit},
+    simd::{LANES, Line, PANELS, Simd, Sums, Unit},
 };
 use half::f16;
 use std::ops::Range;
@@ -133,49 +133,46 @@ impl TernaryMatrix {
         result
     }
 
-    /// `integer` of two tiles, by the unit. Weights are unpacked a step before they are used, so that it does not wait for
-    /// them.
+    /// `integer` of as many tiles as the unit takes at once. Weights are unpacked a step before they are used, so that it does
+    /// not wait for them.
     #[inline(always)]
-    fn pair<S: Simd>(
+    fn held<S: Simd>(
         &self,
         s: S,
         unit: &mut S::Unit,
         tile: usize,
         x: &Quantized,
         tokens: Range<usize>,
-        room: &mut Room,
-    ) -> Pair<S> {
-        let tiles = [self.tile(tile), self.tile(tile + 1)];
-        let steps = tiles.map(|(lines, _)| lines.as_chunks::<STEP>().0);
+        (planes, held): (&mut StepRoom, &mut Held<S>),
+    ) {
+        let mut steps: [&[[Line; STEP]]; PANELS] = [&[]; PANELS];
+        for r in 0..PANELS {
+            steps[r] = self.tile(tile + r).0.as_chunks().0;
+        }
+        let last = steps[0].len() - 1;
         let codes = &x.codes[tokens.start * x.blocks..];
-        let mut results = [[s.splat_f32(0.0); LANES]; 2];
-        let of_group = self.group / STEP;
-        unpack(s, steps, 0, &mut room.steps[0]);
-        for index in 0..steps[0].len() {
-            if index + 1 < steps[0].len() {
-                unpack(s, steps, index + 1, &mut room.steps[(index + 1) % 2]);
-            }
-            if index % of_group == 0 {
-                unit.clear();
-            }
-            let weights = room.steps[index % 2].each_ref().map(|tile| tile.as_flattened());
-            unit.add(weights, &codes[index * STEP..], x.blocks);
-            let end = (index + 1) * STEP;
-            if (index + 1) % of_group != 0 && end != self.blocks {
-                continue;
-            }
-            unit.store(&mut room.sums);
-            let group = index / of_group;
-            for (t, token) in tokens.clone().enumerate() {
-                let [sums] = token_sums(x, token);
-                let offset = s.splat(sums[group * self.group] - sums[end]);
-                for r in 0..2 {
-                    let sum = s.to_float(s.add(s.load(&room.sums[r][t]), offset));
-                    results[r][t] = s.fma(sum, s.load_f16(&tiles[r].1[group]), results[r][t]);
+        unpack(s, steps, 0, &mut planes[0]);
+        for group in 0..self.blocks.div_ceil(self.group) {
+            let start = group * self.group;
+            let end = self.blocks.min(start + self.group);
+            unit.clear();
+            for index in start / STEP..end / STEP {
+                unpack(s, steps, last.min(index + 1), &mut planes[(index + 1) % 2]);
+                let mut weights: [&[Line]; PANELS] = [&[]; PANELS];
+                for r in 0..PANELS {
+                    weights[r] = planes[index % 2][r].as_flattened();
                 }
+                unit.add(weights, &codes[index * STEP..], x.blocks);
+            }
+            for (offset, token) in held.offsets.iter_mut().zip(tokens.clone()) {
+                let [sums] = token_sums(x, token);
+                *offset = sums[start] - sums[end];
+            }
+            unit.store(&mut held.sums);
+            for r in 0..PANELS {
+                held.scale(s, r, s.load_f16(&self.tile(tile + r).1[group]), group == 0);
             }
         }
-        results
     }
 
     /// `integer_tokens`, a panel of unpacked weights at a time.
@@ -244,13 +241,17 @@ impl TernaryMatrix {
     }
 }
 
-/// Takes the planes of a step of two tiles apart.
+/// Takes the planes of a step of some tiles apart.
 #[inline(always)]
-fn unpack<S: Simd>(s: S, steps: [&[[Line; STEP]]; 2], index: usize, room: &mut [[Planes; STEP]; 2]) {
-    for r in 0..2 {
+fn unpack<S: Simd>(
+    s: S,
+    steps: [&[[Line; STEP]]; PANELS],
+    index: usize,
+    room: &mut [[Planes; STEP]; PANELS],
+) {
+    for r in 0..PANELS {
         for i in 0..STEP {
             let line = &steps[r][index][i];
-            s.prefetch(line, AHEAD);
             let line = s.load(line);
             for p in 0..4 {
                 s.store(plane::<S, 1>(s, line, p), &mut room[r][i][p]);
@@ -262,12 +263,8 @@ fn unpack<S: Simd>(s: S, steps: [&[[Line; STEP]]; 2], index: usize, room: &mut [
 /// Blocks that the unit takes at a time.
 const STEP: usize = 4;
 
-/// What [`TernaryMatrix::pair`] works in.
-struct Room {
-    /// Of two steps, two tiles each.
-    steps: [[[Planes; STEP]; 2]; 2],
-    sums: [[Line; LANES]; 2],
-}
+/// Planes of two steps.
+type StepRoom = [[[Planes; STEP]; PANELS]; 2];
 
 /// Adds sums up.
 struct Totals<'a, S: Simd, const R: usize>(&'a mut [[S::Int; R]]);
@@ -403,12 +400,13 @@ impl Form for TernaryMatrix {
     ) {
         let Range { start: mut tile, end } = tiles;
         if let Some(mut unit) = unit::<S, STEP>(s, tokens.len(), self.blocks, self.group) {
-            let mut room =
-                Room { steps: [[[[Line([0; 64]); 4]; STEP]; 2]; 2], sums: [[Line([0; 64]); LANES]; 2] };
-            while end - tile >= 2 {
-                let found = self.pair(s, &mut unit, tile, x, tokens.clone(), &mut room);
-                finish_pair(s, tile, tokens.clone(), &found, finish);
-                tile += 2;
+            let mut planes = [[[[Line([0; 64]); 4]; STEP]; PANELS]; 2];
+            let mut held = Held::new(s, tokens.len());
+            while end - tile >= PANELS {
+                let room = (&mut planes, &mut held);
+                self.held(s, &mut unit, tile, x, tokens.clone(), room);
+                held.finish(s, tile, tokens.clone(), finish);
+                tile += PANELS;
             }
         }
         integer_by_tiles(self, s, tile..end, x, tokens, finish);

@@ -5,7 +5,7 @@
 
 use super::avx512::Avx512;
 use crate::{
-    simd::{LANES, Line, Simd, Sums, Unit},
+    simd::{LANES, Line, PANELS, Simd, Sums, Unit},
     ternary::Planes,
 };
 use std::{
@@ -73,14 +73,14 @@ struct Config {
 }
 
 impl Config {
-    /// Tiles 0 to 3: sums of `tokens` and 16 rows; 4 and 5: codes of `tokens`, so many blocks; 6 and 7: weights.
-    fn load(tokens: usize, blocks: usize) {
-        let (tokens, columns) = (tokens as u8, (blocks * LANES) as u16);
+    /// Tiles 0 to 3: sums of `tokens` and 16 rows; 4: codes of `tokens`, so many blocks; 5: of `others`; 6 and 7: weights.
+    fn load(tokens: usize, others: usize, blocks: usize) {
+        let (tokens, others, columns) = (tokens as u8, others as u8, (blocks * LANES) as u16);
         let mut config =
             Self { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         config.row_bytes[..8].copy_from_slice(&[64, 64, 64, 64, columns, columns, 64, 64]);
         let quads = (columns / 4) as u8;
-        config.rows[..8].copy_from_slice(&[tokens, tokens, tokens, tokens, tokens, tokens, quads, quads]);
+        config.rows[..8].copy_from_slice(&[tokens, tokens, tokens, tokens, tokens, others, quads, quads]);
         // SAFETY: the configuration is a valid one: at most 16 rows of at most 64 bytes.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) }
     }
@@ -115,7 +115,7 @@ pub(super) fn multiply<const R: usize>(
         for range in parts.iter().filter(|range| !range.is_empty()) {
             let width = TILE_BLOCKS.min(range.len());
             if configured != (rows, width) {
-                Config::load(rows, width);
+                Config::load(rows, rows, width);
                 configured = (rows, width);
             }
             let panels = panels.map(|panel| panel[range.clone()].as_ptr().cast());
@@ -137,11 +137,29 @@ fn release() {
     unsafe { asm!("tilerelease", options(nostack, nomem)) }
 }
 
-/// The tiles as a [`Unit`]: the sums of two panels are in two of them from one call to the next, as no compiled code uses
+/// Steps of some 70 cycles after which the way from tiles to memory is used, lest it fall asleep.
+const NAP: usize = 4;
+
+/// Stores a tile that nobody needs.
+///
+/// After some 2,600 cycles without a `tilestored` the next one takes 1,100 cycles more (Xeon with model 167 by its CPUID: 48
+/// steps of a loop over four products took 4,600 cycles with their sums stored at the end, and 3,350 so; 12 steps do not differ).
+#[inline(always)]
+fn stay_awake() {
+    let mut line = Line([0; 64]);
+    // SAFETY: tile 5 has one line here.
+    unsafe {
+        asm!("tilestored [{} + {}], tmm5", in(reg) &mut line, in(reg) size_of::<Line>(), options(nostack))
+    }
+}
+
+/// The tiles as a [`Unit`]: the sums of four panels are in four of them from one call to the next, as no compiled code uses
 /// them.
 pub struct Tiles {
     tokens: usize,
     blocks: usize,
+    /// Steps since something was stored.
+    steps: usize,
     /// Tiles are their thread's.
     thread: PhantomData<*mut ()>,
 }
@@ -152,8 +170,8 @@ impl Tiles {
     #[inline(always)]
     pub(super) fn new(tokens: usize, blocks: usize) -> Self {
         assert!((1..=LANES).contains(&tokens) && (1..=TILE_BLOCKS).contains(&blocks), "rows of a tile");
-        Config::load(tokens, blocks);
-        Self { tokens, blocks, thread: PhantomData }
+        Config::load(tokens, 1, blocks);
+        Self { tokens, blocks, steps: 0, thread: PhantomData }
     }
 }
 
@@ -168,11 +186,13 @@ impl Unit for Tiles {
     #[inline(always)]
     fn clear(&mut self) {
         // SAFETY: the tiles are configured.
-        unsafe { asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem)) }
+        unsafe {
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+        }
     }
 
     #[inline(always)]
-    fn add(&mut self, panels: [&[Line]; 2], codes: &[[i8; LANES]], stride: usize) {
+    fn add(&mut self, panels: [&[Line]; PANELS], codes: &[[i8; LANES]], stride: usize) {
         assert!(panels.iter().all(|panel| panel.len() == 4 * self.blocks), "lines of the blocks");
         assert!(codes.len() >= (self.tokens - 1) * stride + self.blocks, "codes of each token");
         // SAFETY: the tiles are configured for so many tokens and blocks, whose weights and codes are there, as just checked.
@@ -180,29 +200,43 @@ impl Unit for Tiles {
             asm!(
                 "tileloadd tmm4, [{codes} + {stride}]",
                 "tileloadd tmm6, [{first} + {line}]",
-                "tileloadd tmm7, [{second} + {line}]",
                 "tdpbssd tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{second} + {line}]",
                 "tdpbssd tmm1, tmm4, tmm7",
+                "tileloadd tmm6, [{third} + {line}]",
+                "tdpbssd tmm2, tmm4, tmm6",
+                "tileloadd tmm7, [{fourth} + {line}]",
+                "tdpbssd tmm3, tmm4, tmm7",
                 codes = in(reg) codes.as_ptr(),
                 stride = in(reg) stride * LANES,
                 first = in(reg) panels[0].as_ptr(),
                 second = in(reg) panels[1].as_ptr(),
+                third = in(reg) panels[2].as_ptr(),
+                fourth = in(reg) panels[3].as_ptr(),
                 line = in(reg) size_of::<Line>(),
                 options(nostack, readonly)
             );
         }
+        self.steps += 1;
+        if self.steps.is_multiple_of(NAP) {
+            stay_awake();
+        }
     }
 
     #[inline(always)]
-    fn store(&self, sums: &mut [[Line; LANES]; 2]) {
-        let [first, second] = sums.each_mut().map(|sums| sums.as_mut_ptr());
+    fn store(&self, sums: &mut [[Line; LANES]; PANELS]) {
+        let [first, second, third, fourth] = sums.each_mut().map(|sums| sums.as_mut_ptr());
         // SAFETY: a tile has at most 16 lines.
         unsafe {
             asm!(
                 "tilestored [{first} + {line}], tmm0",
                 "tilestored [{second} + {line}], tmm1",
+                "tilestored [{third} + {line}], tmm2",
+                "tilestored [{fourth} + {line}], tmm3",
                 first = in(reg) first,
                 second = in(reg) second,
+                third = in(reg) third,
+                fourth = in(reg) fourth,
                 line = in(reg) size_of::<Line>(),
                 options(nostack)
             );
@@ -225,7 +259,7 @@ pub(super) fn multiply_bf16(
     if steps == 0 {
         return sums.as_flattened_mut().fill(0.0);
     }
-    Config::load(LANES, TILE_BLOCKS);
+    Config::load(LANES, LANES, TILE_BLOCKS);
     // SAFETY: the tiles are 16 rows of 64 bytes, within the factors as just checked, and within the sums' rows of 128.
     unsafe {
         asm!(
