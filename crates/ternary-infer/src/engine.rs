@@ -1,6 +1,11 @@
 //! [`Engine`]: a model that is ready to generate, and the [`Sequence`]s that it continues.
 
-use crate::{EngineError, Sampler, Sampling, cache::Cache, forward::Work, model::Model};
+use crate::{
+    EngineError, Sampler, Sampling,
+    cache::Cache,
+    forward::{Segment, Work},
+    model::Model,
+};
 use std::{
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -196,8 +201,21 @@ impl Engine {
     /// # Errors
     /// `UnknownToken`, `ContextFull`; the sequences are then unchanged.
     pub fn decode_batch(&self, batch: &mut [(&mut Sequence, u32)]) -> Result<(), EngineError> {
-        for (sequence, id) in batch.iter() {
-            self.check(&[*id], sequence.length)?;
+        self.pass(batch)
+    }
+
+    /// The same with some tokens for each, at least one: a part of a prompt is read beside texts that go on. Room for all of
+    /// them is taken at once, so that prompts want to be cut into parts.
+    ///
+    /// # Errors
+    /// `EmptyPrompt`, `UnknownToken`, `ContextFull`; the sequences are then unchanged.
+    pub fn extend_batch(&self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<(), EngineError> {
+        self.pass(batch)
+    }
+
+    fn pass<S: Segment>(&self, batch: &mut [S]) -> Result<(), EngineError> {
+        for segment in batch.iter() {
+            self.check(segment.ids(), segment.sequence().length)?;
         }
         if batch.is_empty() {
             return Ok(());

@@ -10,6 +10,7 @@
 //! | feed a prompt and look at the logits | [`Engine::prefill`], [`Sequence::logits`] |
 //! | continue several sequences in one pass | [`Engine::decode_batch`] |
 //! | draw their next tokens | [`Engine::sample_batch`] |
+//! | read prompts beside them | [`Engine::extend_batch`] |
 //! | score a text | [`Engine::logits`] |
 //! | talk | [`DuckChatQuantized`] |
 //!

@@ -6,6 +6,7 @@ use rand_chacha::{
     rand_core::{RngCore, SeedableRng},
 };
 use std::cmp::Ordering;
+use ternary_kernels::Isa;
 
 /// How the next token is drawn. Steps apply in the order of the fields, which is that of Hugging Face's `generate`.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,6 +47,11 @@ impl Sampling {
         Self { temperature: 0.0, ..Self::default() }
     }
 
+    /// Whether tokens are kept by their order.
+    fn cuts(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0
+    }
+
     /// # Errors
     /// `Option`: a number is out of range.
     pub fn check(&self) -> Result<(), EngineError> {
@@ -68,16 +74,21 @@ impl Sampling {
 pub struct Sampler {
     sampling: Sampling,
     rng: ChaCha8Rng,
+    isa: Isa,
     /// One bit a token that is in the sequence; empty where no penalty asks for it.
     seen: Vec<u64>,
+    /// Probabilities times a common factor, 1 for the likeliest, `[vocab]`.
+    weights: Vec<f32>,
+    /// Their sums, block by block.
+    sums: Vec<f64>,
     candidates: Vec<Candidate>,
 }
 
+/// A token that top-k or top-p may keep.
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     id: u32,
     logit: f32,
-    /// Probability times a common factor, 1 for the likeliest.
     weight: f32,
 }
 
@@ -97,8 +108,11 @@ impl Sampler {
         let greedy = sampling.temperature == 0.0;
         Ok(Self {
             rng: ChaCha8Rng::seed_from_u64(sampling.seed),
+            isa: Isa::get(),
             seen: vec![0; if penalty { vocab_size.div_ceil(64) } else { 0 }],
-            candidates: Vec::with_capacity(if greedy { 0 } else { vocab_size }),
+            weights: Vec::with_capacity(if greedy { 0 } else { vocab_size }),
+            sums: Vec::with_capacity(if greedy { 0 } else { vocab_size.div_ceil(BLOCK) }),
+            candidates: Vec::with_capacity(if greedy || !sampling.cuts() { 0 } else { vocab_size }),
             sampling,
         })
     }
@@ -116,16 +130,8 @@ impl Sampler {
             return self.likeliest(logits);
         }
         let unit = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let candidates = self.distribution(logits);
-        let total: f64 = candidates.iter().map(|candidate| candidate.weight as f64).sum();
-        let mut point = unit * total;
-        for candidate in candidates {
-            point -= candidate.weight as f64;
-            if point < 0.0 {
-                return candidate.id;
-            }
-        }
-        candidates.last().map_or(0, |candidate| candidate.id)
+        self.weigh(logits);
+        draw(&self.weights, &mut self.sums, unit)
     }
 
     /// The logit of a token after the penalty, finite; `None` where it cannot be drawn.
@@ -155,34 +161,87 @@ impl Sampler {
         best.0 as u32
     }
 
-    /// What may be drawn.
-    fn distribution(&mut self, logits: &[f32]) -> &[Candidate] {
+    /// Probabilities times a common factor, `[vocab]`; 0 for what may not be drawn.
+    fn weigh(&mut self, logits: &[f32]) -> &[f32] {
+        let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
+        let mut weights = std::mem::take(&mut self.weights);
+        weights.clear();
+        // What is no number compares with nothing.
+        let finite = |logit: f32| if logit >= f32::MIN { logit.min(f32::MAX) } else { f32::NEG_INFINITY };
+        weights.extend(logits.iter().map(|logit| finite(*logit)));
+        for (word, bits) in self.seen.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+            for id in (word * 64..logits.len().min(word * 64 + 64)).filter(|id| bits >> (id % 64) & 1 == 1) {
+                weights[id] = self.penalized(id, logits[id]).unwrap_or(f32::NEG_INFINITY);
+            }
+        }
+        let cut = self.sampling.cuts();
         let mut candidates = std::mem::take(&mut self.candidates);
         candidates.clear();
-        candidates.extend(logits.iter().enumerate().filter_map(|(id, logit)| {
-            let logit = self.penalized(id, *logit)?;
-            Some(Candidate { id: id as u32, logit, weight: 0.0 })
-        }));
-        let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
-        if (1..candidates.len()).contains(&top_k) {
-            candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
-            candidates.truncate(top_k);
-            candidates.sort_unstable_by(Candidate::order);
+        if cut {
+            let drawable = weights.iter().enumerate().filter(|(_, logit)| **logit >= f32::MIN);
+            candidates.extend(drawable.map(|(id, logit)| Candidate {
+                id: id as u32,
+                logit: *logit,
+                weight: 0.0,
+            }));
         }
-        let max = candidates.iter().map(|candidate| candidate.logit).fold(f32::MIN, f32::max);
-        for candidate in &mut candidates {
-            // Two steps: the difference of two huge logits may be infinite, a quotient of infinities is no number.
-            candidate.weight = ((candidate.logit - max) / temperature).exp();
-        }
-        if top_p < 1.0 {
-            keep_likeliest(&mut candidates, top_p);
+        self.isa.softmax_weights(&mut weights, temperature);
+        if cut {
+            candidates.iter_mut().for_each(|candidate| candidate.weight = weights[candidate.id as usize]);
+            if (1..candidates.len()).contains(&top_k) {
+                candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
+                candidates.truncate(top_k);
+            }
+            if top_p < 1.0 {
+                keep_likeliest(&mut candidates, top_p);
+            }
+            weights.fill(0.0);
+            candidates.iter().for_each(|candidate| weights[candidate.id as usize] = candidate.weight);
         }
         if min_p > 0.0 {
-            candidates.retain(|candidate| candidate.weight >= min_p);
+            weights.iter_mut().filter(|weight| **weight < min_p).for_each(|weight| *weight = 0.0);
         }
         self.candidates = candidates;
-        &self.candidates
+        self.weights = weights;
+        &self.weights
     }
+}
+
+/// Weights that are summed up together.
+const BLOCK: usize = 512;
+
+/// The place where the sum of the weights passes `unit` (0 to below 1) of all; the first of none.
+fn draw(weights: &[f32], sums: &mut Vec<f64>, unit: f64) -> u32 {
+    sums.clear();
+    sums.extend(weights.chunks(BLOCK).map(sum));
+    let mut point = unit * sums.iter().sum::<f64>();
+    let mut last = 0;
+    for (block, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        let start = block * BLOCK;
+        let weights = &weights[start..weights.len().min(start + BLOCK)];
+        last = start + weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0);
+        if point < *sum {
+            let mut left = point;
+            let found = weights.iter().position(|weight| {
+                left -= f64::from(*weight);
+                left < 0.0
+            });
+            // Sums in two orders may differ by a rounding.
+            return found.map_or(last, |index| start + index) as u32;
+        }
+        point -= sum;
+    }
+    last as u32
+}
+
+/// In sixteen sums side by side, which do not wait for each other.
+fn sum(weights: &[f32]) -> f64 {
+    let (blocks, rest) = weights.as_chunks::<16>();
+    let mut sums = [0.0; 16];
+    for block in blocks {
+        sums.iter_mut().zip(block).for_each(|(sum, weight)| *sum += f64::from(*weight));
+    }
+    sums.into_iter().chain(rest.iter().map(|weight| f64::from(*weight))).sum()
 }
 
 /// The fewest of the likeliest that together have `share` of the weight, sorted.
@@ -249,13 +308,9 @@ mod tests {
     }
 
     fn found(sampler: &mut Sampler, logits: &[f32]) -> Vec<f64> {
-        let mut probabilities = vec![0.0; logits.len()];
-        let candidates = sampler.distribution(logits);
-        let total: f64 = candidates.iter().map(|candidate| candidate.weight as f64).sum();
-        for candidate in candidates {
-            probabilities[candidate.id as usize] += candidate.weight as f64 / total;
-        }
-        probabilities
+        let weights = sampler.weigh(logits);
+        let total: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
+        weights.iter().map(|weight| f64::from(*weight) / total).collect()
     }
 
     fn sampling() -> impl Strategy<Value = Sampling> {

@@ -122,11 +122,12 @@ impl<'a> Batch<'a> {
         self.idle.remove(0)
     }
 
-    /// Reads a part of one prompt, and draws the next token of every text.
+    /// Draws the next token of every text, and reads all of them in one pass together with a part of one prompt.
     pub fn step(&mut self) {
         self.abandon();
-        self.read();
-        self.write();
+        let reading = self.prepare();
+        self.draw();
+        self.pass(reading);
     }
 
     /// Ends all texts with an error.
@@ -142,10 +143,10 @@ impl<'a> Batch<'a> {
         self.idle.extend(reading.map(|reading| reading.slot).chain(writing.map(|text| text.slot)));
     }
 
-    /// Reads the next chunk of the prompt whose turn it is.
-    fn read(&mut self) {
+    /// The prompt whose turn it is, with what others have read of it already.
+    fn prepare(&mut self) -> Option<Reading> {
         if self.reading.is_empty() {
-            return;
+            return None;
         }
         let mut reading = self.reading.remove(0);
         let Reading { job, slot } = &mut reading;
@@ -161,19 +162,7 @@ impl<'a> Batch<'a> {
             slot.truncate(common(other));
             self.metric.reused(slot.ids.len() - known);
         }
-        let rest = &job.prompt[slot.ids.len()..];
-        let chunk = &rest[..rest.len().min(CHUNK)];
-        if let Err(error) = self.engine.prefill(&mut slot.sequence, chunk) {
-            tracing::error!(%error, "a checked prompt was refused");
-            job.events.send(Event::Failed("the engine refused the prompt")).ok();
-            return self.idle.push(reading.slot);
-        }
-        slot.ids.extend(chunk);
-        if slot.ids.len() < job.prompt.len() {
-            self.reading.push(reading);
-        } else {
-            self.fork(reading);
-        }
+        Some(reading)
     }
 
     /// From one prompt to the texts that follow it.
@@ -214,8 +203,8 @@ impl<'a> Batch<'a> {
         });
     }
 
-    /// Draws a token for every text, and reads those that the text goes on with.
-    fn write(&mut self) {
+    /// Draws a token for every text; those that end leave.
+    fn draw(&mut self) {
         let context = self.engine.context();
         let mut going = Vec::with_capacity(self.writing.len());
         let drawing = self.writing.iter_mut().map(|text| (&text.slot.sequence, &mut text.sampler)).collect();
@@ -235,19 +224,34 @@ impl<'a> Batch<'a> {
             }
         }
         self.writing = going;
-        let mut batch: Vec<(&mut Sequence, u32)> = self
-            .writing
-            .iter_mut()
-            .map(|text| (&mut text.slot.sequence, *text.slot.ids.last().expect("just drawn")))
-            .collect();
-        let size = batch.len();
-        if let Err(error) = self.engine.decode_batch(&mut batch) {
-            tracing::error!(%error, "drawn tokens were refused");
-            self.writing.drain(..).for_each(|text| {
-                drop(text.events.send(Event::Failed("the engine refused a token")));
-            });
+    }
+
+    /// Reads the drawn tokens, and the next chunk of a prompt.
+    fn pass(&mut self, mut reading: Option<Reading>) {
+        let texts = self.writing.iter_mut().map(|Writing { slot, .. }| {
+            let Slot { sequence, ids } = slot;
+            (sequence, &ids[ids.len() - 1..])
+        });
+        let prompt = reading.as_mut().map(|Reading { job, slot }| {
+            let rest = &job.prompt[slot.ids.len()..];
+            (&mut slot.sequence, &rest[..rest.len().min(CHUNK)])
+        });
+        let mut batch: Vec<(&mut Sequence, &[u32])> = texts.chain(prompt).collect();
+        if let Err(error) = self.engine.extend_batch(&mut batch) {
+            tracing::error!(%error, "checked tokens were refused");
+            self.reading.extend(reading);
+            return self.fail("the engine refused a token");
         }
-        self.metric.step(size);
+        self.metric.step(self.writing.len());
+        let Some(mut reading) = reading else { return };
+        let Reading { job, slot } = &mut reading;
+        let read = job.prompt.len().min(slot.ids.len() + CHUNK);
+        slot.ids.extend(&job.prompt[slot.ids.len()..read]);
+        if read < job.prompt.len() {
+            self.reading.push(reading);
+        } else {
+            self.fork(reading);
+        }
     }
 }
 
