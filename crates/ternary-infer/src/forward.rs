@@ -7,7 +7,7 @@ use crate::{
 };
 use std::sync::Mutex;
 use ternary_format::Activation;
-use ternary_kernels::{Input, Isa, Pool, Product, Quantized, attention::QUERIES, multiply};
+use ternary_kernels::{Input, Pool, Product, Quantized, attention::QUERIES, multiply};
 
 /// The next tokens of one sequence.
 pub(crate) trait Segment: Send + Sync {
@@ -151,12 +151,12 @@ impl Work {
     pub fn last_logits<S: Segment>(&mut self, model: &Model, segments: &mut [S]) {
         let (d, vocab) = (model.spec.d_model, model.spec.vocab_size);
         self.input.resize(segments.len() * d, 0.0);
-        let mut end = 0;
-        for (segment, input) in segments.iter().zip(self.input.chunks_exact_mut(d)) {
-            end += segment.ids().len();
-            model.norm.forward(self.pool.isa(), &self.hidden[(end - 1) * d..end * d], input);
-        }
-        let x = quantized(&self.pool, self.activations, &self.input, d, &mut self.quantized);
+        let (isa, hidden) = (self.pool.isa(), &self.hidden);
+        let last = |index: usize, input: &mut [f32]| {
+            let end: usize = segments[..=index].iter().map(|segment| segment.ids().len()).sum();
+            model.norm.forward(isa, &hidden[(end - 1) * d..end * d], input);
+        };
+        let x = filled(&self.pool, self.activations, &mut self.input, d, &mut self.quantized, last);
         if let [segment] = segments {
             let logits = &mut segment.sequence_mut().logits;
             multiply(&self.pool, &x, &mut [Product::new(&model.head, logits)]);
@@ -174,9 +174,9 @@ impl Work {
 
     /// Logits of every row, `[rows, vocab]`.
     pub fn all_logits(&mut self, model: &Model, logits: &mut [f32]) {
-        norm(&self.pool, &model.norm, &self.hidden, model.spec.d_model, &mut self.input);
-        let x = quantized(&self.pool, self.activations, &self.input, model.spec.d_model, &mut self.quantized);
-        multiply(&self.pool, &x, &mut [Product::new(&model.head, logits)]);
+        let Self { pool, activations, hidden, input, quantized, .. } = self;
+        let x = normed(pool, *activations, &model.norm, hidden, model.spec.d_model, input, quantized);
+        multiply(pool, &x, &mut [Product::new(&model.head, logits)]);
     }
 
     fn embed<S: Segment>(&mut self, model: &Model, segments: &[S]) {
@@ -219,8 +219,7 @@ impl Work {
         let spec = &model.spec;
         let (d, head_dim, isa) = (spec.d_model, spec.head_dim(), pool.isa());
         let kv_width = spec.n_kv_heads * head_dim;
-        norm(pool, &block.attention_norm, hidden, d, input);
-        let x = quantized(pool, *activations, input, d, buffer);
+        let x = normed(pool, *activations, &block.attention_norm, hidden, d, input, buffer);
         query.resize(rows.len() * d, 0.0);
         key.resize(rows.len() * kv_width, 0.0);
         value.resize(rows.len() * kv_width, 0.0);
@@ -288,14 +287,10 @@ impl Work {
             }
         });
 
-        let input = match &block.attention_sub_norm {
-            Some(sub_norm) => {
-                norm(pool, sub_norm, mixed, d, input);
-                &*input
-            }
-            None => &*mixed,
+        let x = match &block.attention_sub_norm {
+            Some(sub_norm) => normed(pool, *activations, sub_norm, mixed, d, input, buffer),
+            None => filled(pool, *activations, mixed, d, buffer, |_, _| ()),
         };
-        let x = quantized(pool, *activations, input, d, buffer);
         multiply(pool, &x, &mut [Product { add: true, ..product(&block.output, hidden) }]);
         low_rank.add(pool, &x, &block.output, hidden);
     }
@@ -304,42 +299,38 @@ impl Work {
     fn feed_forward(&mut self, activation: Activation, block: &Block) {
         let Self { pool, activations, rows, hidden, input, quantized: buffer, low_rank, gate, up, .. } = self;
         let (d, d_ff, isa) = (block.up.matrix.cols(), block.up.matrix.rows(), pool.isa());
-        norm(pool, &block.feed_forward_norm, hidden, d, input);
-        let x = quantized(pool, *activations, input, d, buffer);
+        let x = normed(pool, *activations, &block.feed_forward_norm, hidden, d, input, buffer);
         up.resize(rows.len() * d_ff, 0.0);
-        let inner = match &block.gate {
+        let (inner, factor) = match &block.gate {
             Some(linear) => {
                 gate.resize(rows.len() * d_ff, 0.0);
                 multiply(pool, &x, &mut [product(linear, gate), product(&block.up, up)]);
                 low_rank.add(pool, &x, linear, gate);
                 low_rank.add(pool, &x, &block.up, up);
-                pool.chunks(gate, d_ff, |row, _, gate| {
-                    let up = &up[row * d_ff..(row + 1) * d_ff];
-                    match activation {
-                        Activation::SquaredRelu => isa.relu2_mul(gate, up),
-                        _ => isa.silu_mul(gate, up),
-                    }
-                });
-                gate
+                (gate, Some(&*up))
             }
             None => {
                 multiply(pool, &x, &mut [product(&block.up, up)]);
                 low_rank.add(pool, &x, &block.up, up);
-                pool.chunks(up, d_ff, |_, _, up| match activation {
-                    Activation::SquaredRelu => isa.relu2(up),
-                    _ => isa.gelu(up),
-                });
-                up
+                (up, None)
             }
         };
-        let inner = match &block.feed_forward_sub_norm {
+        let activate = |row: usize, inner: &mut [f32]| {
+            let factor = factor.map(|factor| &factor[row * d_ff..(row + 1) * d_ff]);
+            match (factor, activation) {
+                (Some(factor), Activation::SquaredRelu) => isa.relu2_mul(inner, factor),
+                (Some(factor), _) => isa.silu_mul(inner, factor),
+                (None, Activation::SquaredRelu) => isa.relu2(inner),
+                (None, _) => isa.gelu(inner),
+            }
+        };
+        let x = match &block.feed_forward_sub_norm {
             Some(sub_norm) => {
-                norm(pool, sub_norm, inner, d_ff, input);
-                &*input
+                pool.chunks(inner, d_ff, |row, _, inner| activate(row, inner));
+                normed(pool, *activations, sub_norm, inner, d_ff, input, buffer)
             }
-            None => &*inner,
+            None => filled(pool, *activations, inner, d_ff, buffer, activate),
         };
-        let x = quantized(pool, *activations, inner, d_ff, buffer);
         multiply(pool, &x, &mut [Product { add: true, ..product(&block.down, hidden) }]);
         low_rank.add(pool, &x, &block.down, hidden);
     }
@@ -349,22 +340,36 @@ fn product<'a>(linear: &'a Linear, out: &'a mut [f32]) -> Product<'a> {
     Product { bias: linear.bias.as_deref(), ..Product::new(&linear.matrix, out) }
 }
 
-fn quantized<'a>(
+/// What matrices multiply: rows of `cols` values that `fill(row, values)` computes.
+fn filled<'a>(
     pool: &Pool,
     activations: ActivationMode,
-    values: &'a [f32],
+    values: &'a mut [f32],
     cols: usize,
     buffer: &'a mut Quantized,
+    fill: impl Fn(usize, &mut [f32]) + Sync,
 ) -> Input<'a> {
     match activations {
-        ActivationMode::Int8 => Input::int8(pool, values, cols, buffer),
-        ActivationMode::F32 => Input::exact(values, cols),
+        ActivationMode::Int8 => Input::int8_of(pool, values, cols, buffer, fill),
+        ActivationMode::F32 => {
+            pool.chunks(values, cols, |row, _, values| fill(row, values));
+            Input::exact(values, cols)
+        }
     }
 }
 
-/// The norm of each row of `width`.
-fn norm(pool: &Pool, norm: &Norm, from: &[f32], width: usize, to: &mut Vec<f32>) {
-    let isa: Isa = pool.isa();
+/// The norm of each row of `width`, as what matrices multiply.
+fn normed<'a>(
+    pool: &Pool,
+    activations: ActivationMode,
+    norm: &Norm,
+    from: &[f32],
+    width: usize,
+    to: &'a mut Vec<f32>,
+    buffer: &'a mut Quantized,
+) -> Input<'a> {
     to.resize(from.len(), 0.0);
-    pool.chunks(to, width, |row, _, to| norm.forward(isa, &from[row * width..(row + 1) * width], to));
+    let isa = pool.isa();
+    let fill = |row: usize, to: &mut [f32]| norm.forward(isa, &from[row * width..(row + 1) * width], to);
+    filled(pool, activations, to, width, buffer, fill)
 }

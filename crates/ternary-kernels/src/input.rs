@@ -81,6 +81,26 @@ impl<'a> Input<'a> {
         Self { int8: Some(buffer), ..input }
     }
 
+    /// The same of values that `fill(token, values)` computes first, each token by one thread.
+    ///
+    /// # Panics
+    /// When `values` is not a whole number of tokens.
+    pub fn int8_of(
+        pool: &Pool,
+        values: &'a mut [f32],
+        cols: usize,
+        buffer: &'a mut Quantized,
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Self {
+        let places = buffer.places(values.len() / cols, cols, None, ABSMAX_MIN, Summed::Blocks);
+        pool.chunks(values, cols, |token, _, values| {
+            fill(token, values);
+            // SAFETY: each token is called once.
+            unsafe { places.quantize(pool.isa(), token, values) };
+        });
+        Self { int8: Some(buffer), ..Self::exact(values, cols) }
+    }
+
     pub fn tokens(&self) -> usize {
         self.tokens
     }
