@@ -5,8 +5,8 @@ use crate::{
     arena::Block,
     input::SIX_BITS,
     matrix::{
-        Finish, Form, Held, four, group_blocks, integer_by_tiles, parts, tiles, token_codes, token_floats,
-        token_offsets, token_sums, unit,
+        Finish, Form, Held, ahead, four, group_blocks, integer_by_tiles, parts, tiles, token_codes,
+        token_floats, token_offsets, token_sums, unit,
     },
     simd::{LANES, Line, PANELS, Simd, Unit},
 };
@@ -119,10 +119,11 @@ impl ByteMatrix {
             let start = group * self.group;
             for index in start / STEP..self.blocks.min(start + self.group) / STEP {
                 let mut weights: [&[Line]; PANELS] = [&[]; PANELS];
+                let ahead = ahead(index * STEP * LINES, self.blocks * LINES, AHEAD);
                 for r in 0..PANELS {
                     weights[r] = steps[r][index].as_flattened();
                     for line in weights[r] {
-                        s.prefetch(line, AHEAD);
+                        s.prefetch(line, ahead);
                     }
                 }
                 unit.add(weights, &codes[index * STEP..], x.blocks);

@@ -188,6 +188,13 @@ pub(crate) fn unit<S: Simd, const STEP: usize>(
     if fits && UNIT_TOKENS.contains(&tokens) { s.unit(tokens, STEP) } else { None }
 }
 
+/// So many lines lie between line `at` of each tile that a unit multiplies and what it multiplies `distance` later, where a
+/// tile has `lines`: behind the end of a tile come those of the tiles beside it, which are read already.
+#[inline(always)]
+pub(crate) fn ahead(at: usize, lines: usize, distance: usize) -> usize {
+    if at + distance < lines { distance } else { distance + (PANELS - 1) * lines }
+}
+
 /// What becomes of the sums that a unit holds, of some tokens.
 pub(crate) struct Held<S: Simd> {
     tokens: usize,

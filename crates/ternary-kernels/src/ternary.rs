@@ -4,8 +4,8 @@ use crate::{
     Arena, Input, Quantized,
     arena::Block,
     matrix::{
-        Finish, Form, Held, TOKENS, by_tokens, four, group_blocks, integer_by_tiles, integer_in_registers,
-        parts, tiles, token_codes, token_floats, token_sums, unit,
+        Finish, Form, Held, TOKENS, ahead, by_tokens, four, group_blocks, integer_by_tiles,
+        integer_in_registers, parts, tiles, token_codes, token_floats, token_sums, unit,
     },
     simd::{LANES, Line, PANELS, Simd, Sums, Unit},
 };
@@ -249,9 +249,11 @@ fn unpack<S: Simd>(
     index: usize,
     room: &mut [[Planes; STEP]; PANELS],
 ) {
+    let ahead = ahead(index * STEP, steps[0].len() * STEP, AHEAD);
     for r in 0..PANELS {
         for i in 0..STEP {
             let line = &steps[r][index][i];
+            s.prefetch(line, ahead);
             let line = s.load(line);
             for p in 0..4 {
                 s.store(plane::<S, 1>(s, line, p), &mut room[r][i][p]);
