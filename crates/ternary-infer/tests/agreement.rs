@@ -166,6 +166,20 @@ fn chunks_tokens_batches_and_threads_give_the_same_bits() {
             for (sequence, alone) in batch.iter().zip(&alone) {
                 assert_eq!(sequence.logits(), alone, "{what}: in a batch");
             }
+            // Parts of unequal length: the last of one prompt is a token, that of another nearly all of it.
+            let cut = |index: usize| prompts[index].len() - 1 - 37 * index / 2;
+            let mut batch: Vec<_> = prompts.iter().map(|_| engine.sequence()).collect();
+            for last in [false, true] {
+                let part = |index: usize| match last {
+                    false => &prompts[index][..cut(index)],
+                    true => &prompts[index][cut(index)..],
+                };
+                let mut parts: Vec<_> = batch.iter_mut().enumerate().map(|(i, s)| (s, part(i))).collect();
+                engine.extend_batch(&mut parts).unwrap();
+            }
+            for (sequence, alone) in batch.iter().zip(&alone) {
+                assert_eq!(sequence.logits(), alone, "{what}: in parts beside others");
+            }
             let samplers = || -> Vec<Sampler> {
                 let of = |seed| Sampling { seed, ..Sampling::default() };
                 (0..8).map(|seed| Sampler::new(of(seed), model.spec.vocab_size).unwrap()).collect()
