@@ -158,7 +158,7 @@ fn stay_awake() {
 pub struct Tiles {
     tokens: usize,
     blocks: usize,
-    /// Steps since something was stored.
+    /// Steps so far.
     steps: usize,
     /// Tiles are their thread's.
     thread: PhantomData<*mut ()>,
