@@ -1,9 +1,10 @@
 //! Attention of one head over keys and values in f16 or int8.
 //!
-//! Lines hold 16 numbers. Keys lie in tiles of 16 positions: line `d` of a tile is component `d` of each, so that scores
-//! need no sum across lanes. Values lie position by position, padded to whole lines. Int8 has one scale for the key of a
-//! position and one for its value; they meet the scores and the weights, never the components. Sums run over components
-//! and positions in order, whatever else is computed beside them: a query gets the same bits alone and among others.
+//! Lines hold 16 numbers. Keys lie in groups of four positions: a line has four components of each. A position by itself
+//! would leave more sums across lanes to the scores; sixteen of them in a line, and a new key is scattered over as many
+//! lines as it has components. Values lie position by position. Both are padded to whole lines with zeros. Int8 has one
+//! scale for the key of a position and one for its value; they meet the scores and the weights, never the components. Sums
+//! run in one order, whatever else is computed beside them: a query gets the same bits alone and among others.
 
 use crate::{
     Isa,
@@ -13,15 +14,18 @@ use crate::{
 };
 use half::f16;
 
-/// 16 components or positions.
+/// 16 components of a value, or 4 of the keys of 4 positions.
 pub type Line<T> = [T; LANES];
+
+/// Positions whose keys share lines, and components that each has in one.
+const FOUR: usize = 4;
 
 /// Queries that share a pass over keys and values, and rows of scores that [`attend`] needs.
 pub const QUERIES: usize = 4;
 
 /// Lines for the keys of so many positions.
 pub fn key_lines(positions: usize, width: usize) -> usize {
-    positions.div_ceil(LANES) * width
+    positions.div_ceil(FOUR) * width.div_ceil(FOUR)
 }
 
 /// Lines for the values of so many positions.
@@ -57,33 +61,39 @@ pub type Scales = [Line<f32>; 2];
 /// # Panics
 /// When there is no room for the position.
 pub fn store(isa: Isa, position: usize, key: &[f32], value: &[f32], head: HeadMut) {
-    let (tile, lane) = (position / LANES, position % LANES);
-    let key_lines = tile * key.len()..(tile + 1) * key.len();
+    let group = position / FOUR * FOUR;
+    let place = position - group;
+    let key_lines = key_lines(group, key.len())..key_lines(group + 1, key.len());
     let value_lines = value_lines(position, value.len())..value_lines(position + 1, value.len());
     match head {
         HeadMut::F16 { keys, values } => {
             let (keys, values) = (&mut keys[key_lines], &mut values[value_lines]);
-            isa.run(Halve { key, value, lane, keys, values });
+            isa.run(Halve { key, value, place, keys, values });
         }
         HeadMut::Int8 { keys, values, scales } => {
             let (keys, values) = (&mut keys[key_lines], &mut values[value_lines]);
-            let [key_scales, value_scales] = &mut scales[tile];
-            key_scales[lane] = isa.run(Quantize {
-                x: key,
-                put: |block, codes: Line<i8>| {
-                    keys[block * LANES..].iter_mut().zip(codes).for_each(|(line, code)| line[lane] = code);
-                },
-            });
+            let [key_scales, value_scales] = &mut scales[position / LANES];
+            let lane = position % LANES;
+            let put = |block, codes| put_key(&mut keys[block * FOUR..], place, codes);
+            key_scales[lane] = isa.run(Quantize { x: key, put });
             value_scales[lane] = isa.run(Quantize { x: value, put: |block, codes| values[block] = codes });
         }
     }
 }
 
-/// Writes a lane of keys and lines of values.
+/// Up to 16 components of a key, at its place among four.
+#[inline(always)]
+fn put_key<T: Copy>(lines: &mut [Line<T>], place: usize, components: Line<T>) {
+    for (line, four) in lines.iter_mut().zip(components.as_chunks::<FOUR>().0) {
+        line.as_chunks_mut::<FOUR>().0[place] = *four;
+    }
+}
+
+/// Writes a key into the lines of its group, and lines of a value.
 struct Halve<'a> {
     key: &'a [f32],
     value: &'a [f32],
-    lane: usize,
+    place: usize,
     keys: &'a mut [Line<f16>],
     values: &'a mut [Line<f16>],
 }
@@ -93,10 +103,10 @@ impl Kernel for Halve<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for (lines, components) in self.keys.chunks_mut(LANES).zip(self.key.chunks(LANES)) {
+        for (lines, components) in self.keys.chunks_mut(FOUR).zip(self.key.chunks(LANES)) {
             let mut halves = [f16::ZERO; LANES];
             s.store_f16(load(s, components), &mut halves);
-            lines.iter_mut().zip(halves).for_each(|(line, half)| line[self.lane] = half);
+            put_key(lines, self.place, halves);
         }
         for (line, components) in self.values.iter_mut().zip(self.value.chunks(LANES)) {
             s.store_f16(load(s, components), line);
@@ -170,6 +180,19 @@ struct Attend<'a, C> {
     out: &'a mut [f32],
 }
 
+/// Up to four components, zeros after them, in each quarter.
+#[inline(always)]
+fn load_four<S: Simd>(s: S, components: &[f32]) -> S::Float {
+    match components.first_chunk() {
+        Some(four) => s.quarters(four),
+        None => {
+            let mut four = [0.0; FOUR];
+            four[..components.len()].copy_from_slice(components);
+            s.quarters(&four)
+        }
+    }
+}
+
 impl<C: Number> Kernel for Attend<'_, C> {
     type Output = ();
 
@@ -181,29 +204,23 @@ impl<C: Number> Kernel for Attend<'_, C> {
             first += QUERIES;
         }
         while first < self.seen.len() {
-            self.queries::<S, 1, 4>(s, first);
+            self.queries::<S, 1, FOUR>(s, first);
             first += 1;
         }
     }
 }
 
 impl<C: Number> Attend<'_, C> {
-    /// `T` queries together, `N` lines at a time, as far as there are so many.
+    /// `T` queries together, `N` groups of keys or lines of a value at a time, as far as there are so many.
     #[inline(always)]
     fn queries<S: Simd, const T: usize, const N: usize>(&mut self, s: S, first: usize) {
         let width = self.width;
         let seen: [usize; T] = std::array::from_fn(|t| self.seen[first + t]);
-        let tiles = seen.into_iter().fold(0, usize::max).div_ceil(LANES);
+        let positions = seen.into_iter().fold(0, usize::max);
+        for start in (0..positions).step_by(LANES) {
+            self.scores::<S, T, N>(s, first, start, positions);
+        }
         let row = self.scores.len() / QUERIES;
-        let mut tile = 0;
-        while tiles - tile >= N {
-            self.scores::<S, T, N>(s, first, tile);
-            tile += N;
-        }
-        while tile < tiles {
-            self.scores::<S, T, 1>(s, first, tile);
-            tile += 1;
-        }
         for (t, seen) in seen.iter().enumerate() {
             let weights = &mut self.scores[t * row..][..*seen];
             Softmax { x: &mut *weights }.run(s);
@@ -224,34 +241,63 @@ impl<C: Number> Attend<'_, C> {
         }
     }
 
-    /// Scores over `N` tiles of positions.
+    /// Scores of up to 16 positions from `start`.
     #[inline(always)]
-    fn scores<S: Simd, const T: usize, const N: usize>(&mut self, s: S, first: usize, tile: usize) {
-        let width = self.width;
+    fn scores<S: Simd, const T: usize, const N: usize>(
+        &mut self,
+        s: S,
+        first: usize,
+        start: usize,
+        positions: usize,
+    ) {
+        let groups = (positions - start).div_ceil(FOUR).min(FOUR);
+        let mut sums = [[s.splat_f32(0.0); FOUR]; T];
+        let mut group = 0;
+        while groups - group >= N {
+            let dots = self.dots::<S, T, N>(s, first, start / FOUR + group);
+            sums.iter_mut().zip(dots).for_each(|(sums, dots)| sums[group..group + N].copy_from_slice(&dots));
+            group += N;
+        }
+        while group < groups {
+            let dots = self.dots::<S, T, 1>(s, first, start / FOUR + group);
+            sums.iter_mut().zip(dots).for_each(|(sums, [dots])| sums[group] = dots);
+            group += 1;
+        }
+        let scale = s.splat_f32(1.0 / (self.width as f32).sqrt());
+        let scale = match self.scales {
+            Some(scales) => s.mul_f32(scale, s.load_f32(&scales[start / LANES][0])),
+            None => scale,
+        };
+        let row = self.scores.len() / QUERIES;
+        for (t, sums) in sums.into_iter().enumerate() {
+            let scores = &mut self.scores[t * row + start..][..LANES];
+            store_floats(s, s.mul_f32(s.sum_fours(sums), scale), scores);
+        }
+    }
+
+    /// Products of queries and the keys of `N` groups: in each quarter of a vector those of one position, which remain to be
+    /// summed up.
+    #[inline(always)]
+    fn dots<S: Simd, const T: usize, const N: usize>(
+        &self,
+        s: S,
+        first: usize,
+        group: usize,
+    ) -> [[S::Float; N]; T] {
+        let (width, lines) = (self.width, self.width.div_ceil(FOUR));
         let queries: [&[f32]; T] = std::array::from_fn(|t| &self.queries[(first + t) * width..][..width]);
-        let tiles: [&[Line<C>]; N] = std::array::from_fn(|n| &self.keys[(tile + n) * width..][..width]);
+        let groups: [&[Line<C>]; N] = std::array::from_fn(|n| &self.keys[(group + n) * lines..][..lines]);
         let mut sums = [[s.splat_f32(0.0); N]; T];
-        for d in 0..width {
-            let keys: [S::Float; N] = std::array::from_fn(|n| C::load(s, &tiles[n][d]));
+        for line in 0..lines {
+            let keys: [S::Float; N] = std::array::from_fn(|n| C::load(s, &groups[n][line]));
             for t in 0..T {
-                let query = s.splat_f32(queries[t][d]);
+                let query = load_four(s, &queries[t][line * FOUR..]);
                 for n in 0..N {
                     sums[t][n] = s.fma(query, keys[n], sums[t][n]);
                 }
             }
         }
-        let scale = s.splat_f32(1.0 / (width as f32).sqrt());
-        let scales: [S::Float; N] = std::array::from_fn(|n| match self.scales {
-            Some(scales) => s.mul_f32(scale, s.load_f32(&scales[tile + n][0])),
-            None => scale,
-        });
-        let row = self.scores.len() / QUERIES;
-        for (t, sums) in sums.into_iter().enumerate() {
-            let scores = &mut self.scores[t * row + tile * LANES..][..N * LANES];
-            for (n, scores) in scores.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                s.store_f32(s.mul_f32(sums[n], scales[n]), scores);
-            }
-        }
+        sums
     }
 
     /// Sums of values by their weights, `N` lines of each.
@@ -351,12 +397,13 @@ mod tests {
                 let head = HeadMut::F16 { keys: &mut keys, values: &mut values };
                 store(isa, 18, &key, &value, head);
                 for i in 0..width {
-                    assert_eq!(keys[width + i][2], f16::from_f32(key[i]), "{isa:?}");
+                    let line = key_lines(16, width) + i / FOUR;
+                    assert_eq!(keys[line][2 * FOUR + i % FOUR], f16::from_f32(key[i]), "{isa:?}");
                     let line = value_lines(18, width) + i / LANES;
                     assert_eq!(values[line][i % LANES], f16::from_f32(value[i]), "{isa:?}");
                 }
                 let written = keys.iter().flatten().filter(|x| !x.is_nan()).count();
-                assert_eq!(written, width, "{isa:?}");
+                assert_eq!(written, width.next_multiple_of(FOUR), "{isa:?}, with padding");
             }
         }
     }

@@ -167,6 +167,24 @@ pub(crate) trait Simd: Copy {
         values
     }
 
+    /// The four values in each quarter of a vector.
+    #[inline(always)]
+    fn quarters(self, values: &[f32; 4]) -> Self::Float {
+        self.load_f32(&std::array::from_fn(|lane| values[lane % 4]))
+    }
+
+    /// Lane `4 i + j` is the sum of quarter `j` of vector `i`, of its lanes `(0 + 1) + (2 + 3)`.
+    #[inline(always)]
+    fn sum_fours(self, vectors: [Self::Float; 4]) -> Self::Float {
+        let mut sums = [0.0; LANES];
+        for (sums, vector) in sums.as_chunks_mut::<4>().0.iter_mut().zip(vectors) {
+            for (sum, [a, b, c, d]) in sums.iter_mut().zip(self.array(vector).as_chunks::<4>().0) {
+                *sum = (a + b) + (c + d);
+            }
+        }
+        self.load_f32(&sums)
+    }
+
     #[inline(always)]
     fn sum_lanes(self, a: Self::Float) -> f32 {
         let mut values = self.array(a);

@@ -231,6 +231,18 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn quarters(self, values: &[f32; 4]) -> Float {
+        // SAFETY: four floats are there; `self` proves the instruction.
+        unsafe { [vld1q_f32(values.as_ptr()); 4] }
+    }
+
+    #[inline(always)]
+    fn sum_fours(self, vectors: [Float; 4]) -> Float {
+        // SAFETY: `self` proves the instruction, which touches no memory.
+        vectors.map(|[a, b, c, d]| unsafe { vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)) })
+    }
+
+    #[inline(always)]
     fn add_f32(self, a: Float, b: Float) -> Float {
         each!(vaddq_f32(a, b))
     }

@@ -251,6 +251,24 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn quarters(self, values: &[f32; 4]) -> Float {
+        // SAFETY: `self` proves the instruction, and four floats are there.
+        unsafe { [_mm256_broadcast_ps(&_mm_loadu_ps(values.as_ptr())); 2] }
+    }
+
+    #[inline(always)]
+    fn sum_fours(self, [a, b, c, d]: [Float; 4]) -> Float {
+        // SAFETY: `self` proves the instructions, which touch no memory.
+        unsafe {
+            // Of quarters 0 and 2 in the low half, of 1 and 3 in the high one.
+            let ab = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(b[0], b[1]));
+            let cd = _mm256_hadd_ps(_mm256_hadd_ps(c[0], c[1]), _mm256_hadd_ps(d[0], d[1]));
+            let turned = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            [_mm256_permutevar8x32_ps(ab, turned), _mm256_permutevar8x32_ps(cd, turned)]
+        }
+    }
+
+    #[inline(always)]
     fn add_f32(self, a: Float, b: Float) -> Float {
         each!(_mm256_add_ps(a, b))
     }

@@ -256,6 +256,28 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn quarters(self, values: &[f32; 4]) -> Float {
+        // SAFETY: four floats are there; `self` proves the instruction.
+        unsafe { _mm512_broadcast_f32x4(_mm_loadu_ps(values.as_ptr())) }
+    }
+
+    #[inline(always)]
+    fn sum_fours(self, [a, b, c, d]: [Float; 4]) -> Float {
+        // SAFETY: `self` proves the instructions, which touch no memory.
+        unsafe {
+            // In each quarter: lanes 0 and 1 of two vectors in turn, and lanes 2 and 3.
+            let (ab, ab_high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let (cd, cd_high) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            // Lanes 0 + 1 and 2 + 3 of one vector after the other.
+            let low = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd));
+            let high = _mm512_shuffle_ps::<0x44>(ab_high, cd_high);
+            let high = _mm512_add_ps(high, _mm512_shuffle_ps::<0xee>(ab_high, cd_high));
+            let turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            _mm512_permutexvar_ps(turned, _mm512_add_ps(low, high))
+        }
+    }
+
+    #[inline(always)]
     fn add_f32(self, a: Float, b: Float) -> Float {
         // SAFETY: `self` proves the instruction.
         unsafe { _mm512_add_ps(a, b) }
