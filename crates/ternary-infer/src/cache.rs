@@ -34,6 +34,12 @@ enum Numbers {
     Float(Vec<f32>),
 }
 
+/// Keys and values of one head.
+enum View<'a> {
+    Lines(Head<'a>),
+    Floats { keys: &'a [f32], values: &'a [f32] },
+}
+
 /// Room for [`Cache::attend`].
 #[derive(Debug)]
 pub(crate) struct Scores(Vec<f32>);
@@ -138,6 +144,34 @@ impl Cache {
         }
     }
 
+    fn head(&self, layer: usize, head: usize) -> View<'_> {
+        let (numbers, scales) = self.place(layer, head);
+        match &self.numbers {
+            Numbers::F16(bits) => {
+                let (keys, values) = bits[numbers].split_at(self.keys);
+                let (keys, values) = (keys.reinterpret_cast(), values.reinterpret_cast());
+                View::Lines(Head::F16 { keys: keys.as_chunks().0, values: values.as_chunks().0 })
+            }
+            Numbers::Int8(codes, floats) => {
+                let (keys, values) = codes[numbers].split_at(self.keys);
+                let scales = floats[scales].as_chunks().0.as_chunks().0;
+                let (keys, values) = (keys.as_chunks().0, values.as_chunks().0);
+                View::Lines(Head::Int8 { keys, values, scales })
+            }
+            Numbers::Float(floats) => {
+                let (keys, values) = floats[numbers].split_at(self.keys);
+                View::Floats { keys, values }
+            }
+        }
+    }
+
+    /// Asks memory for what [`attend`](Self::attend) needs first.
+    pub fn prefetch(&self, isa: Isa, layer: usize, head: usize, positions: usize) {
+        if let View::Lines(head) = self.head(layer, head) {
+            attention::prefetch(isa, positions, self.head_dim, head);
+        }
+    }
+
     /// `out[t] = softmax(q[t] k^T / sqrt(head_dim)) v` over the first `seen[t]` positions.
     ///
     /// # Shapes
@@ -153,36 +187,22 @@ impl Cache {
         Scores(scores): &mut Scores,
         out: &mut [f32],
     ) {
-        let (numbers, scales) = self.place(layer, head);
-        match &self.numbers {
-            Numbers::F16(bits) => {
-                let (keys, values) = bits[numbers].split_at(self.keys);
-                let (keys, values) = (keys.reinterpret_cast(), values.reinterpret_cast());
-                let head = Head::F16 { keys: keys.as_chunks().0, values: values.as_chunks().0 };
-                attention::attend(isa, queries, seen, head, scores, out);
+        let width = self.head_dim;
+        let (keys, values) = match self.head(layer, head) {
+            View::Lines(head) => return attention::attend(isa, queries, seen, head, scores, out),
+            View::Floats { keys, values } => (keys, values),
+        };
+        let rows = queries.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(seen);
+        for ((query, out), seen) in rows {
+            let scores = &mut scores[..*seen];
+            for (score, key) in scores.iter_mut().zip(keys.chunks_exact(width)) {
+                let dot: f32 = query.iter().zip(key).map(|(q, k)| q * k).sum();
+                *score = dot / (width as f32).sqrt();
             }
-            Numbers::Int8(codes, floats) => {
-                let (keys, values) = codes[numbers].split_at(self.keys);
-                let scales = floats[scales].as_chunks().0.as_chunks().0;
-                let head = Head::Int8 { keys: keys.as_chunks().0, values: values.as_chunks().0, scales };
-                attention::attend(isa, queries, seen, head, scores, out);
-            }
-            Numbers::Float(floats) => {
-                let width = self.head_dim;
-                let (keys, values) = floats[numbers].split_at(self.keys);
-                let rows = queries.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(seen);
-                for ((query, out), seen) in rows {
-                    let scores = &mut scores[..*seen];
-                    for (score, key) in scores.iter_mut().zip(keys.chunks_exact(width)) {
-                        let dot: f32 = query.iter().zip(key).map(|(q, k)| q * k).sum();
-                        *score = dot / (width as f32).sqrt();
-                    }
-                    isa.softmax(scores);
-                    out.fill(0.0);
-                    for (weight, value) in scores.iter().zip(values.chunks_exact(width)) {
-                        out.iter_mut().zip(value).for_each(|(out, v)| *out += weight * v);
-                    }
-                }
+            isa.softmax(scores);
+            out.fill(0.0);
+            for (weight, value) in scores.iter().zip(values.chunks_exact(width)) {
+                out.iter_mut().zip(value).for_each(|(out, v)| *out += weight * v);
             }
         }
     }

@@ -252,16 +252,21 @@ impl Work {
         let share = spec.n_heads / spec.n_kv_heads;
         let segments = &*segments;
         mixed.resize(rows.len() * d, 0.0);
-        // Many rows share passes over keys and values; few are cut into their heads, so that no thread is idle.
+        // Many rows share passes over keys and values; few are cut into heads, so that no thread is idle: into some together,
+        // since a head is asked for while the one before is computed.
         let many = rows.len() >= 4 * QUERIES * pool.threads();
-        let unit = if many { QUERIES * d } else { head_dim };
+        let fits = |heads: &usize| {
+            spec.n_heads.is_multiple_of(*heads) && rows.len() * spec.n_heads >= 8 * pool.threads() * heads
+        };
+        let unit = if many { QUERIES * d } else { (1..=4).rev().find(fits).unwrap_or(1) * head_dim };
         pool.chunks(mixed, unit, |task, thread, out| {
             let Scratch { queries, mixed, scores } =
                 &mut *scratch[thread].lock().expect("no thread has panicked");
             let width = out.len().min(d);
             let first = task * unit / d;
-            let heads = (task * unit % d / head_dim..).take(width / head_dim);
-            for (place, head) in heads.enumerate() {
+            let start = task * unit % d / head_dim;
+            let heads = start..start + width / head_dim;
+            for head in heads.clone() {
                 let mut done = 0;
                 for run in rows[first..first + out.len() / width].chunk_by(|a, b| a.segment == b.segment) {
                     let mut seen = [0; QUERIES];
@@ -278,9 +283,14 @@ impl Work {
                     }
                     let cache = &segments[run[0].segment].sequence().cache;
                     let (seen, len) = (&seen[..run.len()], run.len() * head_dim);
+                    let next = (head + 1) / share;
+                    if heads.contains(&(head + 1)) && next != head / share {
+                        cache.prefetch(isa, layer, next, seen[0]);
+                    }
                     cache.attend(isa, layer, head / share, &queries[..len], seen, scores, &mut mixed[..len]);
                     for (t, mixed) in mixed[..len].chunks_exact(head_dim).enumerate() {
-                        out[(done + t) * width + place * head_dim..][..head_dim].copy_from_slice(mixed);
+                        out[(done + t) * width + (head - start) * head_dim..][..head_dim]
+                            .copy_from_slice(mixed);
                     }
                     done += run.len();
                 }

@@ -126,9 +126,9 @@ fn an_int8_cache_takes_about_half_the_memory() {
     let spec = ModelSpec { d_model: 384, ..spec(Family::Llama, Activation::Swiglu) };
     let model = random::model(&spec, |cols| Encoding::Ternary { group: cols }, Encoding::F16, 1).unwrap();
     let bytes = |options| engine(&model, options).sequence().cache_bytes();
-    // 300 positions in tiles of 16, 2 heads of 64 in 3 layers.
-    assert_eq!(bytes(INT8), 3 * 2 * (304 + 300) * 64 * 2);
-    assert_eq!(bytes(INT8_CACHE), 3 * 2 * ((304 + 300) * 64 + 2 * 304 * 4));
+    // 300 positions in 75 groups of 4, scales of 16 positions together, 2 heads of 64 in 3 layers.
+    assert_eq!(bytes(INT8), 3 * 2 * (300 + 300) * 64 * 2);
+    assert_eq!(bytes(INT8_CACHE), 3 * 2 * ((300 + 300) * 64 + 2 * 304 * 4));
     assert_eq!(bytes(EXACT), 3 * 2 * (300 + 300) * 64 * 4);
 }
 

@@ -10,7 +10,7 @@ use crate::{
     Isa,
     elementwise::{Softmax, load, store as store_floats},
     input::{ABSMAX_MIN, quantize},
-    simd::{Kernel, LANES, Simd},
+    simd::{self, Kernel, LANES, Simd},
 };
 use half::f16;
 
@@ -37,6 +37,8 @@ pub fn value_lines(positions: usize, width: usize) -> usize {
 pub fn score_row(positions: usize) -> usize {
     positions.next_multiple_of(LANES)
 }
+
+const CACHE_LINE: usize = size_of::<simd::Line>();
 
 /// Keys and values of one head.
 #[derive(Clone, Copy, Debug)]
@@ -149,6 +151,33 @@ pub fn attend(isa: Isa, queries: &[f32], seen: &[usize], head: Head, scores: &mu
     }
 }
 
+/// Asks memory for the keys of so many positions, for who is about to attend to them.
+///
+/// # Panics
+/// When there are fewer.
+pub fn prefetch(isa: Isa, positions: usize, width: usize, head: Head) {
+    let lines = ..key_lines(positions, width);
+    match head {
+        Head::F16 { keys, .. } => isa.run(Prefetch(&keys[lines])),
+        Head::Int8 { keys, .. } => isa.run(Prefetch(&keys[lines])),
+    }
+}
+
+/// Bytes that are asked for ahead, a part of the nearest cache: what follows is one stream, which the CPU foresees.
+const AHEAD: usize = 16 << 10;
+
+struct Prefetch<'a, C>(&'a [Line<C>]);
+
+impl<C> Kernel for Prefetch<'_, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let lines = self.0.iter().take(AHEAD / size_of::<Line<C>>());
+        lines.step_by(CACHE_LINE / size_of::<Line<C>>()).for_each(|line| s.prefetch(line, 0));
+    }
+}
+
 /// What a line is made of.
 trait Number: Copy {
     fn load<S: Simd>(s: S, line: &Line<Self>) -> S::Float;
@@ -200,7 +229,11 @@ impl<C: Number> Kernel for Attend<'_, C> {
     fn run<S: Simd>(mut self, s: S) {
         let mut first = 0;
         while self.seen.len() - first >= QUERIES {
-            self.queries::<S, QUERIES, 1>(s, first);
+            // As many sums as the registers hold, so that fewer wait for the one before.
+            match S::TILES {
+                1 => self.queries::<S, QUERIES, 1>(s, first),
+                _ => self.queries::<S, QUERIES, 2>(s, first),
+            }
             first += QUERIES;
         }
         while first < self.seen.len() {
@@ -250,6 +283,13 @@ impl<C: Number> Attend<'_, C> {
         start: usize,
         positions: usize,
     ) {
+        if T == 1 {
+            // The values of these positions arrive while the keys are multiplied. Several queries have them from the last ones.
+            let ahead = AHEAD / size_of::<Line<C>>();
+            let [from, to] =
+                [start, start + LANES].map(|position| value_lines(position, self.width).min(ahead));
+            Prefetch(&self.values[from..to.min(self.values.len())]).run(s);
+        }
         let groups = (positions - start).div_ceil(FOUR).min(FOUR);
         let mut sums = [[s.splat_f32(0.0); FOUR]; T];
         let mut group = 0;
