@@ -50,6 +50,13 @@ os.remove(path)
 PYTHON
 fi
 
+# GCC 12 takes `_tile_loadconfig` to read 8 bytes of its 64 and drops what fills the others: the program ends with
+# SIGSEGV at the first product by AMX.
+mmq=$folder/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
+if [[ -f $mmq ]] && ! grep -q '"r"(&tc)' "$mmq"; then
+    sed -i 's/^    _tile_loadconfig(&tc);/    asm volatile("" :: "r"(\&tc) : "memory");\n&/' "$mmq"
+fi
+
 export PATH=$folder/venv/bin:$PATH
 if [[ ! -f $folder/build/build.ninja ]]; then
     cmake -G Ninja -S "$folder/llama.cpp" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
