@@ -5,7 +5,11 @@ use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
 };
-use ternary_format::{Activation, Encoding, Family, FormatError, ModelSpec, PackedModel, Tensor, Tokenizer};
+use serde_json::json;
+use std::collections::HashMap;
+use ternary_format::{
+    Activation, Encoding, Family, FormatError, ModelSpec, PackedModel, Special, Tensor, Tokenizer,
+};
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub enum Shape {
@@ -44,16 +48,41 @@ impl Shape {
 
     /// A model without its tensors.
     pub fn model(self) -> PackedModel {
+        let spec = self.spec();
         PackedModel {
             name: format!("random {self:?}").to_lowercase(),
-            spec: self.spec(),
             tensors: Default::default(),
-            // Stock programs load no model without one.
-            tokenizer: Some(Tokenizer::byte()),
+            tokenizer: Some(tokenizer(spec.vocab_size)),
+            spec,
             chat_template: None,
             adapter: None,
         }
     }
+}
+
+/// Byte-level BPE of letters, pairs of letters and pairs of these: stock programs load no model without a tokenizer, and a
+/// server has nothing to send of tokens without a text.
+fn tokenizer(vocab_size: usize) -> Tokenizer {
+    // How byte-level BPE spells the 256 bytes.
+    let bytes = ('!'..='~').chain('\u{a1}'..='\u{ac}').chain('\u{ae}'..='\u{143}');
+    let mut tokens: Vec<String> = bytes.map(String::from).collect();
+    let mut merges = Vec::new();
+    let mut parts: Vec<String> = ('a'..='z').map(String::from).collect();
+    let count = vocab_size - Special::ALL.len();
+    while tokens.len() < count {
+        let pairs = parts.iter().flat_map(|a| parts.iter().map(move |b| [a.clone(), b.clone()]));
+        let pairs: Vec<_> = pairs.take(count - tokens.len()).collect();
+        parts = pairs.iter().map(|pair| pair.concat()).collect();
+        tokens.extend_from_slice(&parts);
+        merges.extend(pairs.iter().map(|pair| pair.join(" ")));
+    }
+    let vocab: HashMap<_, _> = tokens.into_iter().zip(0..).collect();
+    let level =
+        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    let model = json!({ "type": "BPE", "vocab": vocab, "merges": merges });
+    let file = json!({ "model": model, "pre_tokenizer": level, "decoder": level });
+    let tokenizer = Tokenizer::from_json(file.to_string().as_bytes()).and_then(Tokenizer::with_specials);
+    tokenizer.expect("a sound tokenizer")
 }
 
 /// A tensor of a random model, always the same: ternary codes that are -1, 0 and +1 equally often, embeddings in 8

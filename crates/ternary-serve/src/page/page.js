@@ -160,6 +160,10 @@ async function* events(body) {
   }
 }
 
+// Three digits: no more are measured.
+const brief = (number) => String(Number(number.toPrecision(3)));
+const duration = (ms) => (ms < 1000 ? `${brief(ms)} ms` : `${brief(ms / 1000)} s`);
+
 async function answer() {
   running = new AbortController();
   const mine = turns; // "New" may put another list in its place
@@ -170,7 +174,7 @@ async function answer() {
   const begun = performance.now();
   let [first, tokens, dropped, why] = [0, 0, 0, ""];
   const seconds = () => (performance.now() - first) / 1000;
-  const rate = () => (tokens > 1 && seconds() > 0 ? `${((tokens - 1) / seconds()).toFixed(1)} tokens/s` : "");
+  const rate = () => (tokens > 1 && seconds() > 0 ? `${brief((tokens - 1) / seconds())} tokens/s` : "");
   busy(true, item);
   say("Reading…");
   toEnd();
@@ -201,7 +205,7 @@ async function answer() {
       if (error.status === 401) askForKey();
     }
   }
-  const wait = first ? `${((first - begun) / 1000).toFixed(1)} s to the first` : "";
+  const wait = first ? `${duration(first - begun)} to the first` : "";
   const left = dropped ? `without the oldest ${dropped > 1 ? `${dropped} messages` : "message"}` : "";
   turn.note = [tokens ? `${tokens} tokens` : "", rate(), wait, left, why].filter(Boolean).join(" · ");
   note.textContent = turn.note;

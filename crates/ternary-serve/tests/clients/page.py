@@ -10,6 +10,7 @@ import http.client
 import http.server
 import json
 import os
+import re
 import select
 import shutil
 import socket
@@ -382,7 +383,8 @@ def sends_and_shows_the_answer():
     field.clear()
     now = send(QUESTION)
     assert now.turns == [QUESTION, "".join(PIECES)] and now.roles == ["user", "assistant"], now
-    assert now.note.startswith(f"{TOKENS} tokens ·") and "to the first" in now.note and not now.error, now
+    note = rf"{TOKENS} tokens · [1-9][\d.]* tokens/s · [\d.]{{1,5}} m?s to the first"
+    assert re.fullmatch(note, now.note) and not now.error, now
     assert now.input == "" and now.status == "" and now.rate == "" and now.focus == "input" and not now.welcome, now
     [body] = seen.chats()
     assert body == {"model": MODEL, "messages": [user(QUESTION)], "seed": SEED, "stream": True,
@@ -773,7 +775,7 @@ def light_and_dark_are_readable():
 
 def it_fits(width, height):
     size(width, height)
-    turns = [user("hello"), assistant("Quack. " * 50, "50 tokens · 5.0 tokens/s · 1.0 s to the first · stopped"),
+    turns = [user("hello"), assistant("Quack. " * 50, "50 tokens · 5 tokens/s · 1 s to the first · stopped"),
              user("x" * 400), assistant("y" * 400 + "\n" + "long " * 200)]
     composer = ["#input", "#send", "#new", "#open-settings", "#model"]
     for kept in ([], turns):
