@@ -105,6 +105,9 @@ def resident():
 
 
 expected = {} if options.unequal else {number: alone(number) for number in range(options.questions)}
+empty = sum(not text for text in expected.values())
+if 2 * empty > len(expected):
+    sys.exit(f"{empty} of {len(expected)} answers hold no text: there is nothing to compare")
 numbers = itertools.count()
 results, errors, memory = [], [], []
 begun = time.perf_counter()
