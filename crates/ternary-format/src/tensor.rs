@@ -1,8 +1,8 @@
 //! [`Tensor`]: bytes with a shape and an encoding, read row by row.
 
-use crate::{Encoding, FormatError, block, ternary};
+use crate::{Encoding, FormatError, block, disk, ternary};
 use half::{bf16, f16};
-use std::{fs::File, ops::Range, path::Path, sync::Arc};
+use std::{ops::Range, path::Path, sync::Arc};
 
 /// Bytes that are owned, or part of a mapped file.
 #[derive(Clone, Debug)]
@@ -52,7 +52,7 @@ impl Bytes {
     /// # Errors
     /// `Io`: missing, no permission, or not a file that can be mapped.
     pub fn map(path: &Path) -> Result<Self, FormatError> {
-        let file = File::open(path).map_err(FormatError::io(path))?;
+        let file = disk::open(path).map_err(FormatError::io(path))?;
         if file.metadata().map_err(FormatError::io(path))?.len() == 0 {
             return Ok(Vec::new().into()); // nothing can be mapped
         }

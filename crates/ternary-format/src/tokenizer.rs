@@ -1,9 +1,9 @@
 //! [`Tokenizer`]: text to ids and back: bytes, characters, or what a Hugging Face `tokenizer.json` says.
 
-use crate::{FormatError, guard, scratch, spec::LARGEST_SIZE};
+use crate::{FormatError, disk, guard, spec::LARGEST_SIZE};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, fs, io::Write, path::Path};
+use std::{collections::BTreeMap, io::Write, path::Path};
 use tokenizers::AddedToken;
 
 /// Longer texts are encoded in pieces of about this many bytes: in parallel, and in bounded memory.
@@ -250,9 +250,7 @@ impl Tokenizer {
     /// # Errors
     /// `Io`: no permission, no space.
     pub fn save(&self, path: &Path) -> Result<(), FormatError> {
-        scratch::replace(path, |file| {
-            file.write_all(self.to_json().as_bytes()).map_err(FormatError::io(path))
-        })
+        disk::replace(path, |file| file.write_all(self.to_json().as_bytes()).map_err(FormatError::io(path)))
     }
 
     /// Reads a Hugging Face `tokenizer.json`, or what [`save`](Self::save) wrote.
@@ -260,7 +258,7 @@ impl Tokenizer {
     /// # Errors
     /// `Io`: missing, or no permission. `Tokenizer`: no JSON, or no tokenizer that can be used.
     pub fn load(path: &Path) -> Result<Self, FormatError> {
-        let json = fs::read(path).map_err(FormatError::io(path))?;
+        let json = disk::read(path).map_err(FormatError::io(path))?;
         Self::from_json(&json).map_err(|error| error.in_file(path))
     }
 

@@ -136,11 +136,10 @@ mod stream;
 mod text;
 mod vocabulary;
 
-use crate::{Encoding, FormatError, PackedModel, Tensor, scratch};
+use crate::{Encoding, FormatError, PackedModel, Tensor, disk};
 use chunk::Chunk;
 use rayon::prelude::*;
 use std::{
-    fs::File,
     io::{BufReader, Read, Write},
     path::Path,
 };
@@ -160,7 +159,7 @@ const TOGETHER: usize = 16;
 /// # Errors
 /// `Io`, or what is wrong with the file, `InFile`.
 pub fn read(path: &Path) -> Result<PackedModel, FormatError> {
-    let file = File::open(path).map_err(FormatError::io(path))?;
+    let file = disk::open(path).map_err(FormatError::io(path))?;
     read_from(BufReader::new(file), path)
 }
 
@@ -198,7 +197,7 @@ fn parse(mut source: Source<impl Read>) -> Result<PackedModel, FormatError> {
 /// # Errors
 /// As [`read`].
 pub(crate) fn sizes(path: &Path) -> Result<Vec<(String, usize)>, FormatError> {
-    let file = File::open(path).map_err(FormatError::io(path))?;
+    let file = disk::open(path).map_err(FormatError::io(path))?;
     let mut source = Source::new(BufReader::new(file), path);
     let mut sizes = || {
         let model = head::read(&mut source)?;
@@ -219,7 +218,7 @@ pub(crate) fn sizes(path: &Path) -> Result<Vec<(String, usize)>, FormatError> {
 pub fn write(model: &PackedModel, path: &Path) -> Result<(), FormatError> {
     model.validate()?;
     let model = &*model.merged()?;
-    scratch::replace(path, |file| write_to(model, file, path))
+    disk::replace(path, |file| write_to(model, file, path))
 }
 
 /// Writes a model to a stream; `path` names it in errors.

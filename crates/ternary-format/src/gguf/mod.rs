@@ -7,7 +7,7 @@ mod architecture;
 mod container;
 mod vocabulary;
 
-use crate::{Bytes, Encoding, FormatError, ModelSpec, PackedModel, Tensor, scratch};
+use crate::{Bytes, Encoding, FormatError, ModelSpec, PackedModel, Tensor, disk};
 use architecture::FileTensor;
 use container::{ALIGNMENT, Container, Value};
 use std::{collections::BTreeSet, io::Write, path::Path};
@@ -100,7 +100,7 @@ pub fn write_with(
     let metadata = architecture::metadata(model, options)?;
     let infos: Vec<_> = tensors.iter().map(|(tensor, encoding)| tensor.info(*encoding)).collect();
     let head = container::head(&metadata, &infos)?;
-    scratch::replace(path, |file| {
+    disk::replace(path, |file| {
         file.write_all(&head).map_err(FormatError::io(path))?;
         for (to, encoding) in &tensors {
             let mut written = 0;

@@ -19,6 +19,7 @@ use super::{
 use crate::{
     Adapter, Family, FormatError, LowRank, ModelSpec,
     adapter::{check, matrices},
+    disk::{self, NewFolder},
     safetensors::{self, Entry, Stored},
 };
 use ::safetensors::tensor::Dtype;
@@ -26,7 +27,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     path::Path,
 };
 
@@ -234,19 +234,12 @@ pub fn write(adapter: &Adapter, spec: &ModelSpec, base: &str, folder: &Path) -> 
             });
         }
     }
-    let exists = folder.exists().then(|| std::io::ErrorKind::AlreadyExists.into());
-    exists.map_or(Ok(()), Err).map_err(FormatError::io(folder))?;
-    let scratch = folder.with_added_extension("partial");
-    let io = || FormatError::io(&scratch);
-    if scratch.exists() {
-        fs::remove_dir_all(&scratch).map_err(io())?; // of a run that was killed
-    }
-    fs::create_dir_all(&scratch).map_err(io())?;
+    let new = NewFolder::create(folder).map_err(FormatError::io(folder))?;
     let text = serde_json::to_value(&config).expect("names and numbers are JSON");
-    let path = scratch.join(CONFIG);
-    fs::write(&path, format!("{text:#}\n")).map_err(FormatError::io(&path))?;
-    safetensors::write(&scratch.join(WEIGHTS), entries)?;
-    fs::rename(&scratch, folder).map_err(FormatError::io(folder))
+    let path = new.scratch().join(CONFIG);
+    disk::write_new(&path, format!("{text:#}\n").as_bytes()).map_err(FormatError::io(&path))?;
+    safetensors::write(&new.scratch().join(WEIGHTS), entries)?;
+    new.commit().map_err(FormatError::io(folder))
 }
 
 /// One pair whose ranks are those of all, each for its own of `parts` equal parts of the outputs.
@@ -286,6 +279,7 @@ mod tests {
     use super::*;
     use crate::{Encoding, PackedModel};
     use rand::{Rng, SeedableRng, rngs::StdRng};
+    use std::fs;
 
     const FAMILIES: [Family; 3] = [Family::Gpt2, Family::Llama, Family::Bitnet];
 

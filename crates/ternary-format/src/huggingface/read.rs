@@ -2,7 +2,7 @@
 
 use super::{config::Config, fused_part, their_name};
 use crate::{
-    Bytes, Encoding, Family, FormatError, PackedModel, Tensor, Tokenizer,
+    Bytes, Encoding, Family, FormatError, PackedModel, Tensor, Tokenizer, disk,
     safetensors::{self, Stored},
 };
 use ::safetensors::tensor::Dtype;
@@ -11,6 +11,7 @@ use serde::Deserialize;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    io::Read,
     path::{Component, Path},
 };
 
@@ -54,11 +55,14 @@ pub fn read(folder: &Path) -> Result<PackedModel, FormatError> {
 
 /// A file of a sane length.
 pub(super) fn read_text(path: &Path) -> Result<Vec<u8>, FormatError> {
-    let length = fs::metadata(path).map_err(FormatError::io(path))?.len();
+    let file = disk::open(path).map_err(FormatError::io(path))?;
+    let length = file.metadata().map_err(FormatError::io(path))?.len();
     if length > LONGEST_TEXT {
         return Err(FormatError::TooLong { expected: LONGEST_TEXT, found: length }.in_file(path));
     }
-    fs::read(path).map_err(FormatError::io(path))
+    let mut bytes = Vec::new();
+    file.take(length).read_to_end(&mut bytes).map_err(FormatError::io(path))?;
+    Ok(bytes)
 }
 
 /// A JSON file of the folder.

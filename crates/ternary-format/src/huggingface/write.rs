@@ -3,12 +3,13 @@
 use super::{config, fused_part, their_name, tokenizer};
 use crate::{
     Encoding, Family, FormatError, PackedModel, Tensor, WeightType, WriteOptions,
+    disk::{self, NewFolder},
     safetensors::{self, Entry, Produce},
 };
 use ::safetensors::tensor::Dtype;
 use half::f16;
 use serde_json::Value;
-use std::{fs, io::Write, path::Path};
+use std::{io::Write, path::Path};
 
 /// Writes a new folder: packed codes unless `options` say F32 or F16.
 ///
@@ -31,19 +32,10 @@ pub fn write(model: &PackedModel, folder: &Path, options: &WriteOptions) -> Resu
         _ => return Err(FormatError::WeightType { found: weights, expected: "F32, F16 or BITNET" }),
     };
     let dtype = if weights == WeightType::Encoded(Encoding::F16) { "float16" } else { "float32" };
-    let io = FormatError::io(folder);
-    let exists = folder.exists().then(|| std::io::ErrorKind::AlreadyExists.into());
-    exists.map_or(Ok(()), Err).map_err(io)?;
-
-    let scratch = folder.with_added_extension("partial");
-    let io = || FormatError::io(&scratch);
-    if scratch.exists() {
-        fs::remove_dir_all(&scratch).map_err(io())?; // of a run that was killed
-    }
-    fs::create_dir_all(&scratch).map_err(io())?;
+    let new = NewFolder::create(folder).map_err(FormatError::io(folder))?;
     let text = |name: &str, text: String| {
-        let path = scratch.join(name);
-        fs::write(&path, text).map_err(FormatError::io(&path))
+        let path = new.scratch().join(name);
+        disk::write_new(&path, text.as_bytes()).map_err(FormatError::io(&path))
     };
     let json = |name: &str, value: &Value| text(name, format!("{value:#}\n"));
     let mut config = config::to_json(&model.spec, dtype, weights == WeightType::Bitnet);
@@ -62,8 +54,8 @@ pub fn write(model: &PackedModel, folder: &Path, options: &WriteOptions) -> Resu
     }
     json("config.json", &config)?;
     text("README.md", card(model, weights))?;
-    safetensors::write(&scratch.join("model.safetensors"), entries)?;
-    fs::rename(&scratch, folder).map_err(FormatError::io(folder))
+    safetensors::write(&new.scratch().join("model.safetensors"), entries)?;
+    new.commit().map_err(FormatError::io(folder))
 }
 
 fn float_type(encoding: Encoding, expected: &'static str) -> Result<(), FormatError> {

@@ -16,7 +16,7 @@ mod layer;
 mod proto;
 mod weight;
 
-use crate::{Encoding, FormatError, PackedModel, WeightType, WriteOptions, scratch};
+use crate::{Encoding, FormatError, PackedModel, WeightType, WriteOptions, disk};
 use graph::{Builder, Element};
 use layer::Decoder;
 use prost::Message;
@@ -33,7 +33,7 @@ use std::{io::Write, path::Path};
 /// `OnnxSize`: over 2 GiB. As [`PackedModel::merged`]. `Io`.
 pub fn write(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
     let bytes = encode(model, options)?;
-    scratch::replace(path, |file| file.write_all(&bytes).map_err(FormatError::io(path)))
+    disk::replace(path, |file| file.write_all(&bytes).map_err(FormatError::io(path)))
 }
 
 /// The bytes of a file.
@@ -80,7 +80,7 @@ pub fn encode(model: &PackedModel, options: &WriteOptions) -> Result<Vec<u8>, Fo
 /// # Errors
 /// `Io`.
 pub(crate) fn initializers(path: &Path) -> Result<Vec<(String, usize)>, FormatError> {
-    let read = || Ok(Model::decode(&std::fs::read(path)?[..])?);
+    let read = || Ok(Model::decode(&disk::read(path)?[..])?);
     let graph = read().map_err(FormatError::io(path))?.graph.unwrap_or_default();
     Ok(graph.initializer.into_iter().map(|constant| (constant.name, constant.raw_data.len())).collect())
 }

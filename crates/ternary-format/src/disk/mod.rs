@@ -1,0 +1,443 @@
+//! How this workspace reads and writes files, and who may write a run folder.
+//!
+//! Inputs are plain files, or links to such: FIFOs, sockets and devices are refused at once, and no more is read than
+//! the metadata of a file say. Outputs appear whole or not at all: they are written under a random scratch name beside
+//! their own, synced, renamed, and then their folder is synced. A plain file or a link is replaced, the link itself and
+//! never its target; anything else is an error.
+
+mod lock;
+
+use crate::FormatError;
+pub use lock::{LOCK, LockError, RunLock};
+use std::{
+    fs::{self, File, Metadata, OpenOptions},
+    io::{self, BufWriter, Read, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+use tempfile::{Builder, NamedTempFile, TempDir};
+
+/// Scratch names are this, [`RANDOM`] letters and digits, and [`SUFFIX`].
+const PREFIX: &str = ".ternary-";
+const SUFFIX: &str = ".partial";
+const RANDOM: usize = 12;
+
+/// Opens a plain file for reading.
+///
+/// # Errors
+/// What the file system says; `InvalidInput`: not a plain file (`IsADirectory`: a folder).
+pub fn open(path: &Path) -> io::Result<File> {
+    expect_plain(&fs::metadata(path)?)?;
+    let mut options = File::options();
+    // Should it have become a FIFO since, opening does not wait for its other end.
+    let file = with_flags(options.read(true), Flags::NonBlocking).open(path)?;
+    expect_plain(&file.metadata()?)?;
+    Ok(file)
+}
+
+/// The bytes of a plain file.
+///
+/// # Errors
+/// As [`open`].
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    limited(path)?.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The text of a plain file.
+///
+/// # Errors
+/// As [`open`]; `InvalidData`: not UTF-8.
+pub fn read_to_string(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    limited(path)?.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn limited(path: &Path) -> io::Result<impl Read> {
+    let file = open(path)?;
+    let length = file.metadata()?.len();
+    Ok(file.take(length))
+}
+
+/// What is at a path, in words: a plain file, a folder, a symbolic link, a FIFO, a socket or a device.
+pub fn kind(metadata: &Metadata) -> &'static str {
+    let kind = metadata.file_type();
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        if kind.is_fifo() {
+            return "a FIFO";
+        } else if kind.is_socket() {
+            return "a socket";
+        } else if kind.is_char_device() || kind.is_block_device() {
+            return "a device";
+        }
+    }
+    match () {
+        () if kind.is_file() => "a plain file",
+        () if kind.is_dir() => "a folder",
+        () if kind.is_symlink() => "a symbolic link",
+        () => "something else",
+    }
+}
+
+fn expect_plain(metadata: &Metadata) -> io::Result<()> {
+    if metadata.is_file() {
+        return Ok(());
+    }
+    let error = if metadata.is_dir() { io::ErrorKind::IsADirectory } else { io::ErrorKind::InvalidInput };
+    Err(io::Error::new(error, format!("expected a plain file, found {}", kind(metadata))))
+}
+
+/// A file that appears under its name, replacing what was there, when it is committed. Dropped before that, it leaves
+/// nothing behind.
+pub struct NewFile {
+    file: BufWriter<NamedTempFile>,
+    path: PathBuf,
+}
+
+impl NewFile {
+    /// Opens a scratch file beside `path`.
+    ///
+    /// # Errors
+    /// What the file system says; `InvalidInput` or `IsADirectory`: at `path` is neither a plain file nor a link.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        match metadata_of_entry(path)? {
+            Some(entry) if !entry.is_symlink() => expect_plain(&entry)?,
+            _ => (),
+        }
+        let file = scratch().make_in(parent(path), |scratch| File::create_new(scratch))?;
+        Ok(Self { file: BufWriter::new(file), path: path.into() })
+    }
+
+    /// Gives the file its name, once its bytes are on the disk.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn commit(self) -> io::Result<()> {
+        let file = self.file.into_inner()?;
+        file.as_file().sync_all()?;
+        file.persist(&self.path)?;
+        sync_folder(parent(&self.path))
+    }
+}
+
+impl Write for NewFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Seek for NewFile {
+    fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
+        self.file.seek(position)
+    }
+}
+
+/// Writes a whole file, or replaces one.
+///
+/// # Errors
+/// As [`NewFile`].
+pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = NewFile::create(path)?;
+    file.write_all(bytes)?;
+    file.commit()
+}
+
+/// A [`NewFile`] with the errors of model files.
+pub(crate) fn replace(
+    path: &Path,
+    write: impl FnOnce(&mut NewFile) -> Result<(), FormatError>,
+) -> Result<(), FormatError> {
+    let mut file = NewFile::create(path).map_err(FormatError::io(path))?;
+    write(&mut file)?;
+    file.commit().map_err(FormatError::io(path))
+}
+
+/// Writes a file that is not there yet, as those of a [`NewFolder`], and syncs it.
+///
+/// # Errors
+/// What the file system says; `AlreadyExists`.
+pub fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = File::create_new(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// A folder that appears under its name when it is committed. Dropped before that, it leaves nothing behind.
+pub struct NewFolder {
+    scratch: TempDir,
+    path: PathBuf,
+}
+
+impl NewFolder {
+    /// Creates a scratch folder beside `path`, and the folders above it where they are missing.
+    ///
+    /// # Errors
+    /// What the file system says; `AlreadyExists`: there is something at `path`.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        expect_nothing(path)?;
+        Self::successor(path)
+    }
+
+    /// The same for a folder whose place is made free before [`commit`](Self::commit).
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn successor(path: &Path) -> io::Result<Self> {
+        fs::create_dir_all(parent(path))?;
+        Ok(Self { scratch: scratch_folder(parent(path))?, path: path.into() })
+    }
+
+    /// Where its files go; they are synced by whoever writes them.
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// Gives the folder its name.
+    ///
+    /// # Errors
+    /// What the file system says; `AlreadyExists`.
+    pub fn commit(self) -> io::Result<()> {
+        sync_folder(self.scratch.path())?;
+        expect_nothing(&self.path)?;
+        fs::rename(self.scratch.path(), &self.path)?;
+        let _ = self.scratch.keep();
+        sync_folder(parent(&self.path))
+    }
+}
+
+/// Removes a folder, or a link to one: killed at any point, no half of it is left under its name.
+///
+/// # Errors
+/// What the file system says.
+pub fn remove_folder(path: &Path) -> io::Result<()> {
+    let scratch = scratch_folder(parent(path))?;
+    fs::rename(path, scratch.path().join("removed"))?;
+    scratch.close()
+}
+
+/// Removes the scratch files and folders that killed processes left in a folder that nobody else writes.
+///
+/// # Errors
+/// What the file system says.
+pub fn remove_leftovers(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if !entry.file_name().to_str().is_some_and(is_scratch) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn is_scratch(name: &str) -> bool {
+    let random = name.strip_prefix(PREFIX).and_then(|name| name.strip_suffix(SUFFIX));
+    random.is_some_and(|random| random.len() == RANDOM && random.bytes().all(|b| b.is_ascii_alphanumeric()))
+}
+
+fn scratch() -> Builder<'static, 'static> {
+    let mut builder = Builder::new();
+    builder.prefix(PREFIX).suffix(SUFFIX).rand_bytes(RANDOM);
+    builder
+}
+
+fn scratch_folder(parent: &Path) -> io::Result<TempDir> {
+    let mut builder = scratch();
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // As any new folder: less what the umask takes away.
+        builder.permissions(fs::Permissions::from_mode(0o777));
+    }
+    builder.tempdir_in(parent)
+}
+
+/// Opens a file of a run folder where it is, to go on writing it. A link is removed and never followed.
+///
+/// # Errors
+/// What the file system says; `InvalidInput` or `IsADirectory`: at `path` is neither a plain file nor a link.
+pub fn open_in_place(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    match metadata_of_entry(path)? {
+        Some(entry) if entry.is_symlink() => fs::remove_file(path)?,
+        Some(entry) => expect_plain(&entry)?,
+        None => (),
+    }
+    let file = with_flags(options, Flags::InPlace).open(path)?;
+    expect_plain(&file.metadata()?)?;
+    Ok(file)
+}
+
+enum Flags {
+    NonBlocking,
+    /// Not through a link, either.
+    InPlace,
+}
+
+fn with_flags(options: &mut OpenOptions, flags: Flags) -> &mut OpenOptions {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        options.custom_flags(match flags {
+            Flags::NonBlocking => libc::O_NONBLOCK,
+            Flags::InPlace => libc::O_NONBLOCK | libc::O_NOFOLLOW,
+        })
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = flags;
+        options
+    }
+}
+
+/// What is at `path` itself, not what a link there names.
+fn metadata_of_entry(path: &Path) -> io::Result<Option<Metadata>> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) => Ok(Some(metadata)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn expect_nothing(path: &Path) -> io::Result<()> {
+    match metadata_of_entry(path)? {
+        None => Ok(()),
+        Some(entry) => Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            format!("expected nothing, found {}", kind(&entry)),
+        )),
+    }
+}
+
+/// Whether `path` is in `folder` itself, however both are spelled.
+pub fn is_in(path: &Path, folder: &Path) -> bool {
+    let [found, expected] = [parent(path), folder].map(fs::canonicalize);
+    found.is_ok_and(|found| expected.is_ok_and(|expected| found == expected))
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes the names in a folder durable; only Unix has a call for it.
+///
+/// # Errors
+/// What the file system says.
+pub fn sync_folder(path: &Path) -> io::Result<()> {
+    match File::open(path) {
+        Ok(folder) if cfg!(unix) => folder.sync_all(),
+        // A folder that may be written and not read: its names are as durable as the system makes them.
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole_or_stays_as_it_was() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("file");
+        write(&path, b"old").unwrap();
+        let mut unfinished = NewFile::create(&path).unwrap();
+        unfinished.write_all(b"new").unwrap();
+        assert_eq!(names(home.path()).len(), 2);
+        drop(unfinished);
+        assert_eq!((read(&path).unwrap(), names(home.path())), (b"old".to_vec(), vec!["file".to_string()]));
+        write(&path, b"new").unwrap();
+        assert_eq!(read_to_string(&path).unwrap(), "new");
+        assert_eq!(names(home.path()), ["file"]);
+        assert_eq!(write(&home.path().join("no/file"), b"").unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(write(home.path(), b"").unwrap_err().kind(), io::ErrorKind::IsADirectory);
+    }
+
+    #[test]
+    fn a_folder_appears_as_a_whole_and_replaces_nothing() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("above/folder");
+        let unfinished = NewFolder::create(&path).unwrap();
+        write_new(&unfinished.scratch().join("file"), b"x").unwrap();
+        drop(unfinished);
+        assert!(names(&home.path().join("above")).is_empty());
+        let folder = NewFolder::create(&path).unwrap();
+        write_new(&folder.scratch().join("file"), b"x").unwrap();
+        folder.commit().unwrap();
+        assert_eq!(read(&path.join("file")).unwrap(), b"x");
+        assert_eq!(NewFolder::create(&path).err().unwrap().kind(), io::ErrorKind::AlreadyExists);
+        remove_folder(&path).unwrap();
+        assert!(names(&home.path().join("above")).is_empty());
+    }
+
+    #[test]
+    fn only_our_own_leftovers_are_removed() {
+        let home = tempfile::tempdir().unwrap();
+        let theirs = [".ternary-short.partial", "file.partial", ".ternary-0123456789a_.partial", "x.scratch"];
+        for name in theirs {
+            write(&home.path().join(name), b"theirs").unwrap();
+        }
+        std::mem::forget(NewFile::create(&home.path().join("file")).unwrap());
+        std::mem::forget(NewFolder::create(&home.path().join("folder")).unwrap());
+        assert_eq!(names(home.path()).len(), theirs.len() + 2);
+        remove_leftovers(home.path()).unwrap();
+        let mut expected = theirs.map(String::from);
+        expected.sort();
+        assert_eq!(names(home.path()), expected);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_are_replaced_and_what_is_no_plain_file_is_refused() {
+        use std::os::unix::{fs::symlink, net::UnixListener};
+        let home = tempfile::tempdir().unwrap();
+        let at = |name: &str| home.path().join(name);
+        write(&at("target"), b"mine").unwrap();
+        for name in ["written", "appended"] {
+            symlink(at("target"), at(name)).unwrap();
+        }
+        assert_eq!(read(&at("written")).unwrap(), b"mine", "inputs may be links");
+        write(&at("written"), b"ours").unwrap();
+        let mut options = File::options();
+        let file = open_in_place(&at("appended"), options.create(true).append(true));
+        file.unwrap().write_all(b"ours").unwrap();
+        for name in ["written", "appended"] {
+            assert!(fs::symlink_metadata(at(name)).unwrap().is_file());
+            assert_eq!(read(&at(name)).unwrap(), b"ours");
+        }
+        assert_eq!(read(&at("target")).unwrap(), b"mine");
+
+        let _socket = UnixListener::bind(at("socket")).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(at("fifo")).status().unwrap().success());
+        symlink("/dev/zero", at("zero")).unwrap();
+        symlink(at("fifo"), at("pipe")).unwrap();
+        for (name, found) in
+            [("fifo", "a FIFO"), ("pipe", "a FIFO"), ("socket", "a socket"), ("zero", "a device")]
+        {
+            let error = read(&at(name)).unwrap_err().to_string();
+            assert_eq!(error, format!("expected a plain file, found {found}"));
+        }
+        for name in ["fifo", "socket"] {
+            assert_eq!(write(&at(name), b"").unwrap_err().kind(), io::ErrorKind::InvalidInput);
+            let mut options = File::options();
+            let error = open_in_place(&at(name), options.write(true)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        }
+    }
+}
