@@ -9,7 +9,6 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
-    process::Command,
 };
 
 /// JSON has no NaN and no infinity: they are the strings `NaN`, `inf` and `-inf`, never a silent null.
@@ -209,9 +208,9 @@ pub struct RunResult {
     pub seed: u64,
     pub device: String,
     pub threads: usize,
-    /// Commit of the repository in which the run was started.
+    /// Commit that this crate was built from; `None` where there was no repository.
     pub git: Option<String>,
-    /// Whether tracked files differed from that commit.
+    /// Whether its source differed from that commit.
     pub git_dirty: Option<bool>,
     /// Version of this crate.
     pub version: String,
@@ -269,20 +268,20 @@ pub struct RunResult {
     pub error: Option<String>,
 }
 
+/// What `build.rs` found out; it is empty where that is nothing.
+fn known(text: &'static str) -> Option<&'static str> {
+    Some(text).filter(|text| !text.is_empty())
+}
+
 impl RunResult {
-    /// An empty result with what the process itself knows: this crate's version and the state of the repository.
+    /// An empty result with what the program itself knows: this crate's version and commit.
     pub fn new(name: impl Into<String>, seed: u64) -> Self {
-        let git = |arguments: &[&str]| {
-            let output = Command::new("git").args(arguments).output().ok()?;
-            output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-        };
         Self {
             name: name.into(),
             seed,
             version: env!("CARGO_PKG_VERSION").into(),
-            git: git(&["rev-parse", "HEAD"]),
-            git_dirty: git(&["status", "--porcelain", "--untracked-files=no"])
-                .map(|changes| !changes.is_empty()),
+            git: known(env!("BURN_TERNARY_COMMIT")).map(String::from),
+            git_dirty: known(env!("BURN_TERNARY_DIRTY")).map(|dirty| dirty == "true"),
             ..Default::default()
         }
     }
