@@ -99,19 +99,24 @@ fn an_output_folder_that_cannot_be_made_is_an_error_of_the_disk() {
 }
 
 #[test]
-fn a_full_disk_stops_the_run_with_the_path_and_keeps_what_was_there() {
+fn a_file_that_cannot_be_written_is_named_before_the_first_step() {
     let out = tempfile::tempdir().unwrap();
     let mut experiment = command(out.path(), &[]).experiment().unwrap();
     experiment.set("run.sample_prompts=[\"a\"]").unwrap();
     let run_dir = experiment.run_dir();
     fs::create_dir_all(&run_dir).unwrap();
-    std::os::unix::fs::symlink("/dev/full", run_dir.join("samples.txt")).unwrap();
+    fs::create_dir(run_dir.join("samples.txt")).unwrap();
     let error = run(experiment, &RunOptions { quiet: true, ..RunOptions::default() }).unwrap_err();
     assert_eq!(error.exit_code(), 5);
     assert!(error.to_string().contains("samples.txt"), "{error}");
-    // The result says why the run stopped.
-    let result = fs::read_to_string(run_dir.join("result.json")).unwrap();
-    assert!(result.contains("samples.txt"), "{result}");
+    assert_eq!(fs::read(run_dir.join("metrics.jsonl")).unwrap(), b"");
+
+    let out = tempfile::tempdir().unwrap();
+    let run_dir = command(out.path(), &[]).experiment().unwrap().run_dir();
+    fs::create_dir_all(run_dir.join("train.tokens")).unwrap();
+    let (code, message) = refusal(out.path(), &[]);
+    assert_eq!(code, 5, "{message}");
+    assert!(message.contains("train.tokens"), "{message}");
 }
 
 #[test]

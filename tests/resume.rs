@@ -52,7 +52,7 @@ fn last_checkpoint(run_dir: &Path) -> PathBuf {
 }
 
 /// Step and loss of every line, as text: the same bits or not.
-fn losses(run_dir: &Path) -> Vec<(String, u64, String)> {
+pub(crate) fn losses(run_dir: &Path) -> Vec<(String, u64, String)> {
     let text = fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap();
     text.lines()
         .map(|line| {

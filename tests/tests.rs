@@ -2,6 +2,7 @@ mod backends;
 mod claims;
 mod distill;
 mod experiments;
+mod folder;
 mod gradients;
 mod hostile;
 mod learns;

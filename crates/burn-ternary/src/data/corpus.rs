@@ -8,6 +8,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
 };
+use ternary_format::disk;
 
 const STORIES: &str = include_str!("../../data/pond_stories.txt");
 const DIALOGUES: &str = include_str!("../../data/duck_dialogues.jsonl");
@@ -201,7 +202,7 @@ fn kind(path: &Path) -> Option<Kind> {
 }
 
 fn read_file(path: &Path) -> Result<Vec<Document>, DataError> {
-    let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.into(), source })?;
+    let bytes = disk::read(path).map_err(|source| DataError::Read { path: path.into(), source })?;
     let text = str::from_utf8(&bytes)
         .map_err(|error| DataError::NotUtf8 { path: path.into(), offset: error.valid_up_to() })?;
     // Windows editors put a byte order mark in front; it is no part of the text.

@@ -21,12 +21,15 @@ use memmap2::Mmap;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::{
-    fs::{self, File},
-    io::{self, BufWriter, Write},
+    fs,
+    io::{self, Write},
     ops::Range,
     path::Path,
 };
-use ternary_format::Tokenizer;
+use ternary_format::{
+    Tokenizer,
+    disk::{self, NewFile},
+};
 
 const MAGIC: [u8; 8] = *b"BTTOKEN1";
 const SEAL: Range<usize> = 40..72;
@@ -67,7 +70,7 @@ impl Counts {
 impl TokenFile {
     /// Opens the token file at `path` if it is whole and was made from this `source` (see [`source_digest`]).
     pub fn open(path: &Path, source: &[u8; 32]) -> Option<Self> {
-        let file = File::open(path).ok()?;
+        let file = disk::open(path).ok()?;
         // SAFETY: the map is only read, as bytes, and the file is only ever replaced by a rename (see `replace`),
         // which leaves the mapped one as it is. Another program that shortens it in place would end ours with SIGBUS.
         #[allow(unsafe_code)]
@@ -226,27 +229,20 @@ fn seal(source: &[u8; 32], counts: Counts, words: &[u8]) -> [u8; 32] {
     Sha256::new().chain_update(source).chain_update(counts.to_bytes()).chain_update(words).finalize().into()
 }
 
-/// Writes a file under a scratch name and renames it to `path`, so that nobody ever sees half of it.
+/// Writes a file that appears as a whole or not at all, and the folders above it where they are missing.
 pub(crate) fn replace(
     path: &Path,
-    write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    write: impl FnOnce(&mut NewFile) -> io::Result<()>,
 ) -> Result<(), DataError> {
-    let mut scratch = path.as_os_str().to_owned();
-    scratch.push(".partial");
     let written = (|| {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder)?;
         }
-        let mut file = BufWriter::new(File::create(&scratch)?);
+        let mut file = NewFile::create(path)?;
         write(&mut file)?;
-        file.into_inner()?.sync_all()?;
-        fs::rename(&scratch, path)
+        file.commit()
     })();
-    written.map_err(|source| {
-        // Nothing to add to the error if the scratch file stays.
-        let _ = fs::remove_file(&scratch);
-        DataError::Write { path: path.into(), source }
-    })
+    written.map_err(|source| DataError::Write { path: path.into(), source })
 }
 
 #[cfg(test)]

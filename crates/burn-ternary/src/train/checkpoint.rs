@@ -9,18 +9,19 @@
 //! | `manifest.json` | format version, experiment hash, [`TrainState`], length and SHA-256 of the two files above |
 //! | `manifest.sha256` | SHA-256 of `manifest.json`, as `sha256sum --check` reads it |
 //!
-//! Beside the checkpoints may lie what a killed process left: `.tmp-…`, unfinished or already given up, is never
+//! Beside the checkpoints may lie what a killed process left: scratch folders, unfinished or already given up, are never
 //! read; `.old-step-…`, a checkpoint that was about to be replaced, counts as long as its successor is not there.
-//! One process writes a folder at a time; readers change nothing.
+//! One process writes a folder at a time, the one that has the [`RunLock`] of the run; readers change nothing.
+//!
+//! [`RunLock`]: ternary_format::disk::RunLock
 
 use super::TrainState;
 use std::{
     cmp::Reverse,
     fmt::Display,
     fs::{self, File},
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
-    process,
 };
 
 use burn::{
@@ -30,6 +31,7 @@ use burn::{
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use ternary_format::disk::{self, NewFolder};
 
 const MODEL: &str = "model.bpk";
 const OPTIMIZER: &str = "optimizer.bpk";
@@ -72,6 +74,16 @@ pub enum CheckpointError {
     Read { path: PathBuf, source: io::Error },
     #[error("no good checkpoint in {path}: {}", join(refused))]
     NoneGood { path: PathBuf, refused: Vec<Refusal> },
+    /// A checkpoint that is whole and of another model than its experiment's.
+    #[error(transparent)]
+    Unfit(Refusal),
+}
+
+impl CheckpointError {
+    /// A sound model record whose tensors are not those of the model.
+    pub(super) fn unfit(path: &Path, error: RecordError) -> Self {
+        Self::Unfit(Refusal { path: path.into(), reason: bad_tensors(MODEL)(error) })
+    }
 }
 
 /// A checkpoint that is not used, and why.
@@ -124,7 +136,12 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Opens the folder, which is created where it does not exist; of its checkpoints the last `keep` stay
+    /// The folder of a run that is only read.
+    pub fn existing(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into(), keep: 1 }
+    }
+
+    /// Opens the folder to write it; it is created where it does not exist. Of its checkpoints the last `keep` stay
     /// (at least one).
     ///
     /// # Errors
@@ -151,13 +168,9 @@ impl Checkpoints {
     ) -> Result<PathBuf, CheckpointError> {
         self.recover()?;
         let path = self.dir.join(folder_name(state.step));
-        let scratch = self.scratch(state.step);
-        write_folder(&scratch, model, optimizer, state, experiment_sha256)
-            .and_then(|()| self.publish(&scratch, &path, state.step))
-            .inspect_err(|_| {
-                // The write has failed; a scratch folder that stays as well is the next save's to remove.
-                let _ = fs::remove_dir_all(&scratch);
-            })?;
+        let folder = NewFolder::successor(&path).map_err(write_error(&path))?;
+        write_folder(&folder, &path, model, optimizer, state, experiment_sha256)?;
+        self.publish(folder, &path, state.step)?;
         self.prune(state.step)?;
         Ok(path)
     }
@@ -188,7 +201,9 @@ impl Checkpoints {
 
     /// Clears up after a process that was killed inside [`save`](Self::save).
     fn recover(&self) -> Result<(), CheckpointError> {
+        disk::remove_leftovers(&self.dir).map_err(write_error(&self.dir))?;
         for path in self.entries()? {
+            // As earlier versions called them.
             if name(&path).starts_with(&format!("{SCRATCH}{STEP}")) {
                 fs::remove_dir_all(&path).map_err(write_error(&path))?;
             }
@@ -204,22 +219,21 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Moves a complete scratch folder to its name, over an older checkpoint of the same step.
-    fn publish(&self, scratch: &Path, path: &Path, step: usize) -> Result<(), CheckpointError> {
+    /// Gives a complete folder its name, in place of an older checkpoint of the same step.
+    fn publish(&self, folder: NewFolder, path: &Path, step: usize) -> Result<(), CheckpointError> {
         let aside = self.dir.join(format!("{ASIDE}{}", folder_name(step)));
         // A folder cannot be renamed over a full one, so the old one steps aside first.
         let replaces = path.exists();
         if replaces {
             fs::rename(path, &aside).map_err(write_error(path))?;
         }
-        if let Err(source) = fs::rename(scratch, path) {
+        if let Err(source) = folder.commit() {
             if replaces {
                 // Where this fails too, `recover` does it.
                 let _ = fs::rename(&aside, path);
             }
             return Err(write_error(path)(source));
         }
-        sync_folder(&self.dir)?;
         if replaces {
             fs::remove_dir_all(&aside).map_err(write_error(&aside))?;
         }
@@ -230,17 +244,10 @@ impl Checkpoints {
     fn prune(&self, step: usize) -> Result<(), CheckpointError> {
         let mut folders = self.folders("")?;
         folders.retain(|&(other, _)| other <= step);
-        for (other, path) in folders.drain(..).skip(self.keep).rev() {
-            // Renamed first, so that a kill in between leaves no half a checkpoint under a good name.
-            let scratch = self.scratch(other);
-            fs::rename(&path, &scratch).map_err(write_error(&path))?;
-            fs::remove_dir_all(&scratch).map_err(write_error(&scratch))?;
+        for (_, path) in folders.drain(..).skip(self.keep).rev() {
+            disk::remove_folder(&path).map_err(write_error(&path))?;
         }
         Ok(())
-    }
-
-    fn scratch(&self, step: usize) -> PathBuf {
-        self.dir.join(format!("{SCRATCH}{}-{}", folder_name(step), process::id()))
     }
 
     /// Step and path of everything named `<prefix>step-00001200`, newest first.
@@ -257,9 +264,11 @@ impl Checkpoints {
     }
 
     fn entries(&self) -> Result<Vec<PathBuf>, CheckpointError> {
-        fs::read_dir(&self.dir)
-            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
-            .map_err(|source| CheckpointError::Read { path: self.dir.clone(), source })
+        let entries = match fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()),
+        };
+        entries.map_err(|source| CheckpointError::Read { path: self.dir.clone(), source })
     }
 }
 
@@ -282,19 +291,21 @@ fn manifest_hash(manifest: &[u8]) -> String {
     format!("{}  {MANIFEST}\n", sha256(manifest))
 }
 
+/// Writes the files of the checkpoint that will be at `path`.
 fn write_folder(
-    folder: &Path,
+    folder: &NewFolder,
+    path: &Path,
     model: ModuleRecord,
     optimizer: OptimizerRecord,
     state: &TrainState,
     experiment_sha256: &str,
 ) -> Result<(), CheckpointError> {
-    fs::create_dir(folder).map_err(write_error(folder))?;
     // Burn streams the tensors to the file and syncs it; hashing what it wrote costs no second copy in memory.
     let record_error = |name| {
-        let path = folder.join(name);
+        let path = path.join(name);
         move |error: RecordError| write_error(&path)(io::Error::other(error))
     };
+    let folder = folder.scratch();
     model.save(folder.join(MODEL)).map_err(record_error(MODEL))?;
     optimizer.save(folder.join(OPTIMIZER)).map_err(record_error(OPTIMIZER))?;
     let manifest = Manifest {
@@ -305,9 +316,10 @@ fn write_folder(
         optimizer: file_entry(folder.join(OPTIMIZER))?,
     };
     let manifest = serde_json::to_vec_pretty(&manifest).expect("plain structs are always JSON");
-    write_file(&folder.join(MANIFEST), &manifest)?;
-    write_file(&folder.join(MANIFEST_HASH), manifest_hash(&manifest).as_bytes())?;
-    sync_folder(folder)
+    for (name, bytes) in [(MANIFEST, &manifest[..]), (MANIFEST_HASH, manifest_hash(&manifest).as_bytes())] {
+        disk::write_new(&folder.join(name), bytes).map_err(write_error(&path.join(name)))?;
+    }
+    Ok(())
 }
 
 fn file_entry(path: PathBuf) -> Result<FileEntry, CheckpointError> {
@@ -316,23 +328,6 @@ fn file_entry(path: PathBuf) -> Result<FileEntry, CheckpointError> {
         .and_then(|mut file| io::copy(&mut file, &mut hash))
         .map_err(|source| CheckpointError::Read { path, source })?;
     Ok(FileEntry { bytes, sha256: format!("{:x}", hash.finalize()) })
-}
-
-fn write_file(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
-    File::create(path)
-        .and_then(|mut file| {
-            file.write_all(bytes)?;
-            file.sync_all()
-        })
-        .map_err(write_error(path))
-}
-
-/// Makes the names in a folder durable; only Unix has a call for it.
-fn sync_folder(path: &Path) -> Result<(), CheckpointError> {
-    if cfg!(unix) {
-        File::open(path).and_then(|folder| folder.sync_all()).map_err(write_error(path))?;
-    }
-    Ok(())
 }
 
 fn write_error(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError {
@@ -404,7 +399,7 @@ fn file_length(folder: &Path, file: &'static str) -> Result<u64, RefusalReason> 
 }
 
 fn read_file(folder: &Path, file: &'static str) -> Result<Vec<u8>, RefusalReason> {
-    fs::read(folder.join(file)).map_err(unreadable(file))
+    disk::read(&folder.join(file)).map_err(unreadable(file))
 }
 
 fn unreadable(file: &'static str) -> impl FnOnce(io::Error) -> RefusalReason {

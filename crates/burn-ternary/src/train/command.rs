@@ -1,11 +1,13 @@
 //! The command line of training: an experiment file, and what overrides it.
 
 use std::{
+    ffi::OsString,
     fs, io,
     path::{Path, PathBuf},
 };
 
-use crate::train::{self, Experiment, RunOptions, TrainError, experiment, report::RunResult};
+use crate::train::{Experiment, RunOptions, TrainError, experiment, report::RunResult, run::run_locked};
+use ternary_format::disk::{self, RunLock};
 use toml::Value;
 
 /// What is trained when no file is named.
@@ -157,40 +159,61 @@ impl TrainCommand {
     /// Every [`TrainError`].
     pub fn run(&self) -> Result<RunResult, TrainError> {
         let experiment = self.experiment()?;
-        self.claim(&experiment.run_dir())?;
-        train::run(experiment, &RunOptions { resume: self.resume, quiet: self.quiet, epochs: self.epochs })
+        let options = RunOptions { resume: self.resume, quiet: self.quiet, epochs: self.epochs };
+        run_locked(experiment, &options, |run_dir| self.claim(run_dir))
     }
 
-    /// Make way for a run in `run_dir`: a folder that is missing, empty or holds only prepared texts (which a run that
-    /// could not start may leave) is free, `--resume` keeps what is there, `--overwrite` moves it to `<run_dir>.old-N`.
+    /// Locks `run_dir` and makes way for a run in it: a folder that is missing, empty or holds only prepared texts (which
+    /// a run that could not start may leave) is free, `--resume` keeps what is there, `--overwrite` moves it to
+    /// `<run_dir>.old-N`. The folder is the caller's until the lock is dropped.
     ///
     /// # Errors
-    /// [`TrainError::NotEmpty`] when there is a run and neither flag says what becomes of it; [`TrainError::Read`] and
-    /// [`TrainError::Write`] when the folder cannot be listed or moved.
-    pub fn claim(&self, run_dir: &Path) -> Result<(), TrainError> {
+    /// [`TrainError::Lock`] when another process writes the folder; [`TrainError::NotEmpty`] when there is a run and
+    /// neither flag says what becomes of it; [`TrainError::Read`] and [`TrainError::Write`] when the folder cannot be
+    /// listed or its files cannot be moved.
+    pub fn claim(&self, run_dir: &Path) -> Result<RunLock, TrainError> {
+        let lock = RunLock::acquire(run_dir)?;
         let path = run_dir.to_path_buf();
-        let free = match fs::read_dir(run_dir) {
-            Ok(entries) => {
-                entries.flatten().all(|entry| PREPARED.iter().any(|name| entry.file_name() == *name))
-            }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => true,
-            Err(source) => return Err(TrainError::Read { path, source }),
-        };
+        let names = fs::read_dir(run_dir)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>());
+        let mut names = names.map_err(|source| TrainError::Read { path: path.clone(), source })?;
+        names.retain(|name| name != disk::LOCK);
+        let free = names.iter().all(|name| PREPARED.iter().any(|prepared| name == prepared));
         if free || self.resume {
-            return Ok(());
+            return Ok(lock);
         }
         if !self.overwrite {
             return Err(TrainError::NotEmpty { path });
         }
-        let old = |n: usize| {
-            let mut name = run_dir.as_os_str().to_owned();
-            name.push(format!(".old-{n}"));
-            PathBuf::from(name)
-        };
-        let aside = (1..).map(old).find(|old| fs::symlink_metadata(old).is_err());
-        let aside = aside.expect("numbers do not end");
-        fs::rename(run_dir, aside).map_err(|source| TrainError::Write { path, source })
+        move_aside(run_dir, names).map_err(|source| TrainError::Write { path, source })?;
+        Ok(lock)
     }
+}
+
+/// Moves what is in a run folder to `<run_dir>.old-N`. The folder and its lock stay, so that nobody else can take the
+/// name meanwhile; a move that fails is undone.
+fn move_aside(run_dir: &Path, mut names: Vec<OsString>) -> io::Result<()> {
+    let mut number = 1;
+    let aside = loop {
+        let mut name = run_dir.as_os_str().to_owned();
+        name.push(format!(".old-{number}"));
+        match fs::create_dir(&name) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
+            created => break created.map(|()| PathBuf::from(name))?,
+        }
+    };
+    // Killed in between, the folder still has its checkpoints.
+    names.sort_by_key(|name| name == "checkpoints");
+    for (moved, name) in names.iter().enumerate() {
+        if let Err(error) = fs::rename(run_dir.join(name), aside.join(name)) {
+            for name in &names[..moved] {
+                let _ = fs::rename(aside.join(name), run_dir.join(name));
+            }
+            let _ = fs::remove_dir(&aside);
+            return Err(error);
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -282,18 +305,25 @@ mod tests {
             names
         };
         command(&[]).claim(&run).unwrap();
-        fs::create_dir(&run).unwrap();
         command(&[]).claim(&run).unwrap();
         fs::write(run.join("metrics.jsonl"), "first").unwrap();
         assert!(matches!(command(&[]).claim(&run), Err(TrainError::NotEmpty { .. })));
         command(&["--resume"]).claim(&run).unwrap();
         assert_eq!(names(), ["x-1"]);
         command(&["--overwrite"]).claim(&run).unwrap();
-        fs::create_dir(&run).unwrap();
         fs::write(run.join("metrics.jsonl"), "second").unwrap();
-        command(&["--overwrite"]).claim(&run).unwrap();
-        assert_eq!(names(), ["x-1.old-1", "x-1.old-2"]);
+        fs::create_dir(run.join("checkpoints")).unwrap();
+        let lock = command(&["--overwrite"]).claim(&run).unwrap();
+        assert_eq!(names(), ["x-1", "x-1.old-1", "x-1.old-2"]);
         let old = home.path().join("x-1.old-1/metrics.jsonl");
         assert_eq!(fs::read_to_string(old).unwrap(), "first");
+        assert!(home.path().join("x-1.old-2/checkpoints").exists());
+        // Whatever another process was told, the folder is that of the first until it is done.
+        for flags in [&[][..], &["--resume"], &["--overwrite"]] {
+            assert!(matches!(command(flags).claim(&run), Err(TrainError::Lock(_))), "{flags:?}");
+        }
+        drop(lock);
+        command(&[]).claim(&run).unwrap();
+        assert_eq!(names(), ["x-1", "x-1.old-1", "x-1.old-2"]);
     }
 }

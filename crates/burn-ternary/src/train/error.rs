@@ -1,4 +1,7 @@
+use super::checkpoint::CheckpointError;
+use crate::data::DataError;
 use std::{io, path::PathBuf};
+use ternary_format::disk::LockError;
 
 /// Why a run could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -13,8 +16,17 @@ pub enum TrainError {
         path.display()
     )]
     NotEmpty { path: PathBuf },
+    /// The run folder cannot be locked: another process writes it, or the disk refuses.
     #[error(transparent)]
-    Data(#[from] crate::data::DataError),
+    Lock(#[from] LockError),
+    /// The run folder was moved or removed while the run was writing it.
+    #[error(
+        "{}: the run folder was moved or removed during the run; expected it to stay until the run has ended",
+        path.display()
+    )]
+    Moved { path: PathBuf },
+    #[error(transparent)]
+    Data(#[from] DataError),
     #[error(transparent)]
     Device(#[from] crate::device::DeviceError),
     /// In bytes.
@@ -29,7 +41,7 @@ pub enum TrainError {
     #[error("{}: cannot write: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
     #[error(transparent)]
-    Checkpoint(#[from] super::checkpoint::CheckpointError),
+    Checkpoint(#[from] CheckpointError),
     /// No model file of this model, or a model file that cannot be read or written.
     #[error(transparent)]
     Model(#[from] crate::ExportError),
@@ -52,11 +64,13 @@ pub enum TrainError {
 
 impl TrainError {
     /// Exit code of a program that stops with this error: 2 usage or experiment, 3 data, 4 device or memory, 5 disk,
-    /// 6 diverged, 1 anything else. A model that does not fit a file, or a file that holds no model, is data.
+    /// 6 diverged, 1 anything else. A model that does not fit a file, a file that holds no model, and a checkpoint of another
+    /// model are data; a run folder that another process writes is usage.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Experiment { .. } | Self::NotEmpty { .. } => 2,
-            Self::Data(_) => 3,
+            Self::Experiment { .. } | Self::NotEmpty { .. } | Self::Lock(LockError::Held { .. }) => 2,
+            Self::Lock(_) | Self::Moved { .. } | Self::Data(DataError::Write { .. }) => 5,
+            Self::Data(_) | Self::Checkpoint(CheckpointError::Unfit(_)) => 3,
             Self::Model(error) if error.is_io() => 5,
             Self::Model(_) | Self::Import(_) => 3,
             Self::Device(_) | Self::MemoryTooSmall { .. } => 4,
@@ -70,7 +84,7 @@ impl TrainError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::checkpoint::CheckpointError;
+    use crate::train::checkpoint::{Refusal, RefusalReason};
 
     #[test]
     fn each_cause_has_its_exit_code_and_says_what_to_look_at() {
@@ -78,15 +92,23 @@ mod tests {
         let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
         let (origin, message) = ("x.toml:3".to_string(), "bad".to_string());
         let checkpoint = Some(path.join("step-9"));
+        let reason = RefusalReason::Tensors { file: "model.bpk", detail: "missing".into() };
+        let refusal = Refusal { path: path.join("step-9"), reason };
         for (error, code, fragment) in [
             (TrainError::Experiment { origin, message: message.clone() }, 2, "x.toml:3: bad"),
             (TrainError::NotEmpty { path: path.clone() }, 2, "runs/x-1: expected an empty run folder"),
+            (LockError::Held { folder: path.clone(), process: Some(77) }.into(), 2, "process 77"),
+            (LockError::Io { path: path.clone(), source: denied() }.into(), 5, "runs/x-1: cannot write"),
+            (TrainError::Moved { path: path.clone() }, 5, "runs/x-1: the run folder was moved"),
+            (DataError::Write { path: path.clone(), source: denied() }.into(), 5, "cannot write runs/x-1"),
+            (DataError::Read { path: path.clone(), source: denied() }.into(), 3, "cannot read runs/x-1"),
             (crate::ExportError::InputNorm.into(), 3, "input_norm = false"),
             (crate::device::device("abacus").unwrap_err().into(), 4, "flex"),
             (TrainError::MemoryTooSmall { needed: 3 << 30, available: 1 << 30 }, 4, "3072 MiB"),
             (TrainError::Read { path: path.clone(), source: denied() }, 5, "runs/x-1: cannot read"),
             (TrainError::Write { path: path.clone(), source: denied() }, 5, "runs/x-1: cannot write"),
             (CheckpointError::Write { path, source: denied() }.into(), 5, "runs/x-1"),
+            (CheckpointError::Unfit(refusal).into(), 3, "runs/x-1/step-9: model.bpk does not hold"),
             (TrainError::Diverged { step: 9, rollbacks: 3, checkpoint }, 6, "runs/x-1/step-9"),
             (TrainError::Diverged { step: 9, rollbacks: 0, checkpoint: None }, 6, "no good checkpoint"),
             (TrainError::Burn("shape".into()), 1, "shape"),

@@ -1,9 +1,6 @@
 //! An experiment: everything that a run depends on, as strict TOML.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use crate::{
     data::DataConfig,
@@ -13,6 +10,7 @@ use crate::{
     train::{TrainError, distill::DistillConfig, optim::OptimConfig, schedule::ScheduleConfig},
 };
 use serde::{Deserialize, Serialize};
+use ternary_format::disk;
 use toml::Value;
 
 /// One run, complete and explicit: every key is written, an unknown one is an error.
@@ -189,7 +187,7 @@ impl Experiment {
 /// The text of an experiment file, and its name for errors.
 pub(super) fn read(path: &Path) -> Result<(String, String), TrainError> {
     let origin = path.display().to_string();
-    match fs::read_to_string(path) {
+    match disk::read_to_string(path) {
         Ok(text) => Ok((text, origin)),
         Err(e) => Err(experiment_error(&origin, format!("expected an experiment in TOML: {e}"))),
     }

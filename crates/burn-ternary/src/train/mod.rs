@@ -29,3 +29,4 @@ pub use run::{RunOptions, run, train_duck_quantized};
 pub use saved::{SavedRun, packed_model};
 pub use state::TrainState;
 pub use step::{LanguageModel, QuantizationTrainer, SpikeGuard};
+pub use ternary_format::disk::{LockError, RunLock};

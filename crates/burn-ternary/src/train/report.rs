@@ -10,6 +10,7 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
 };
+use ternary_format::disk;
 
 /// JSON has no NaN and no infinity: they are the strings `NaN`, `inf` and `-inf`, never a silent null.
 pub(super) mod real {
@@ -71,20 +72,7 @@ fn at(path: &Path) -> impl Fn(io::Error) -> io::Error {
 /// # Errors
 /// What the file system says, with the path.
 pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut scratch = path.as_os_str().to_owned();
-    scratch.push(".scratch");
-    let scratch = PathBuf::from(scratch);
-    let write = || {
-        let mut file = File::create(&scratch)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&scratch, path)
-    };
-    write().map_err(|error| {
-        // A full disk should not be left fuller; the first error is the one that counts.
-        let _ = fs::remove_file(&scratch);
-        at(path)(error)
-    })
+    disk::write(path, bytes).map_err(at(path))
 }
 
 #[derive(Serialize, Deserialize)]
@@ -131,7 +119,7 @@ impl MetricsFile {
         let path = path.into();
         let mut kept = Vec::new();
         if let Some(last) = resume_step {
-            let bytes = match fs::read(&path) {
+            let bytes = match disk::read(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
                 other => other.map_err(at(&path))?,
             };
@@ -143,7 +131,7 @@ impl MetricsFile {
             }
         }
         write_atomic(&path, &kept)?;
-        let file = File::options().append(true).open(&path).map_err(at(&path))?;
+        let file = disk::open_in_place(&path, File::options().append(true)).map_err(at(&path))?;
         Ok(Self { path, file, length: kept.len() as u64 })
     }
 
@@ -163,15 +151,19 @@ impl MetricsFile {
     }
 }
 
-/// Keeps the lines `step N ...` of `samples.txt` up to and including `last`: a resumed run writes the others again.
+/// Keeps the lines `step N ...` of `samples.txt` up to and including `resume_step`: a resumed run writes the others again.
+/// A new run keeps none.
 ///
 /// # Errors
 /// What the file system says.
-pub(super) fn keep_samples(path: &Path, last: usize) -> io::Result<()> {
-    let text = match fs::read_to_string(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(at(path))?,
+pub(super) fn keep_samples(path: &Path, resume_step: Option<usize>) -> io::Result<()> {
+    if fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        return Ok(());
+    }
+    let Some(last) = resume_step else {
+        return write_atomic(path, b"");
     };
+    let text = disk::read_to_string(path).map_err(at(path))?;
     let step = |line: &str| line.strip_prefix("step ")?.split(' ').next()?.parse::<usize>().ok();
     let kept: String =
         text.split_inclusive('\n').filter(|line| step(line).is_some_and(|step| step <= last)).collect();
@@ -190,7 +182,7 @@ pub struct History {
 /// # Errors
 /// What the file system says; a complete line that is no metrics line, by number.
 pub fn read(path: &Path) -> io::Result<History> {
-    let bytes = fs::read(path).map_err(at(path))?;
+    let bytes = disk::read(path).map_err(at(path))?;
     let mut history = History::default();
     for (_, line) in lines(path, &bytes)? {
         match line.split {
@@ -301,7 +293,7 @@ impl RunResult {
     /// # Errors
     /// What the file system says; a key that is missing or has another type.
     pub fn read(path: &Path) -> io::Result<Self> {
-        let bytes = fs::read(path).map_err(at(path))?;
+        let bytes = disk::read(path).map_err(at(path))?;
         serde_json::from_slice(&bytes).map_err(|error| at(path)(error.into()))
     }
 

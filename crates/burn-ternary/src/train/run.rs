@@ -11,7 +11,7 @@ use super::report::{self, History, MetricsFile, RunResult, write_atomic};
 use super::saved::{check_frozen, frozen_model, start_model};
 use super::schedule::Schedule;
 use super::step::{SpikeGuard, TrainPlan};
-use super::strategy::{Outcome, Session, StepStrategy};
+use super::strategy::{Outcome, Session, StepStrategy, expect_in_place};
 use super::{Experiment, TrainError, TrainState};
 use crate::data::{Dataset, LmLoader};
 use crate::device;
@@ -27,7 +27,12 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
-use ternary_format::{Tokenizer, WriteOptions, huggingface::write_adapter, write_model};
+use ternary_format::{
+    Tokenizer, WriteOptions,
+    disk::{self, RunLock},
+    huggingface::write_adapter,
+    write_model,
+};
 
 /// How a run is run; what it computes is the experiment's alone.
 #[derive(Clone, Copy, Debug, Default)]
@@ -65,15 +70,26 @@ impl Drop for StepMemory {
 /// on), `loss.svg`, `codes.svg` (not for a float twin) and `result.json`; the last three also when the run stops with an
 /// error after its first step.
 ///
+/// The run folder is locked from the start to the end: [`TrainError::Lock`] names the process that has it already.
+///
 /// # Errors
 /// Every [`TrainError`].
-pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult, TrainError> {
+pub fn run(experiment: Experiment, options: &RunOptions) -> Result<RunResult, TrainError> {
+    run_locked(experiment, options, |run_dir| Ok(RunLock::acquire(run_dir)?))
+}
+
+/// The same, in a folder that `lock` locks before anything is written.
+pub(super) fn run_locked(
+    mut experiment: Experiment,
+    options: &RunOptions,
+    lock: impl FnOnce(&Path) -> Result<RunLock, TrainError>,
+) -> Result<RunResult, TrainError> {
     let _memory = StepMemory;
     let started = Instant::now();
     let device = device::device(&experiment.run.device)?;
     check_device(&experiment, &device)?;
     let run_dir = experiment.run_dir();
-    fs::create_dir_all(&run_dir).map_err(|source| TrainError::Write { path: run_dir.clone(), source })?;
+    let lock = Arc::new(lock(&run_dir)?);
     let data = Dataset::prepare(&experiment.data, experiment.model.context, experiment.run.seed, &run_dir)?;
     resolve(&mut experiment, options, &data)?;
     let experiment_sha256 = sha256(experiment.to_toml().as_bytes());
@@ -112,10 +128,9 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     let at_metrics = |source| TrainError::Write { path: metrics_path.clone(), source };
     let metrics = MetricsFile::open(&metrics_path, (step > 0).then_some(step)).map_err(at_metrics)?;
     let history = report::read(&metrics_path).map_err(at_metrics)?;
-    if options.resume {
-        let path = run_dir.join("samples.txt");
-        report::keep_samples(&path, step).map_err(|source| TrainError::Write { path, source })?;
-    }
+    let path = run_dir.join("samples.txt");
+    report::keep_samples(&path, options.resume.then_some(step))
+        .map_err(|source| TrainError::Write { path, source })?;
     let size = trainer.model().size();
     let tui = std::io::stdout().is_terminal() && !options.quiet;
     let run = &experiment.run;
@@ -132,6 +147,7 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
         experiment: experiment.clone(),
         experiment_sha256,
         run_dir: run_dir.clone(),
+        lock: lock.clone(),
         device: autodiff,
         tokenizer: data.tokenizer,
         train: data.train,
@@ -172,6 +188,7 @@ pub fn run(mut experiment: Experiment, options: &RunOptions) -> Result<RunResult
     result.fp32_bytes = size.fp32_bytes() as u64;
     result.packed_bytes = size.packed_bytes() as u64;
     let mut failed = outcome.error.take();
+    expect_in_place(&lock, &run_dir)?;
     if failed.is_none() && learned.error.is_none() {
         let model = learned.model.model.valid();
         export(&model, &tokenizer, &run_dir, &mut result);
@@ -386,7 +403,7 @@ fn export_adapter(
     let path = run_dir.join("adapter");
     if path.exists() {
         // Of a session of this run that ended here too.
-        fs::remove_dir_all(&path).map_err(|source| TrainError::Write { path: path.clone(), source })?;
+        disk::remove_folder(&path).map_err(|source| TrainError::Write { path: path.clone(), source })?;
     }
     write_adapter(&adapter, &model.config().spec(), base, &path).map_err(ExportError::from)?;
     result.adapter_bytes = Some(adapter.bytes() as u64);

@@ -29,7 +29,7 @@ impl SavedRun {
         let experiment = Experiment::load(run_dir.join("experiment.toml"))?;
         let tokenizer = tokenizer::load(&run_dir.join("tokenizer.json"))?;
         let checkpoints = run_dir.join("checkpoints");
-        let loaded = Checkpoints::open(&checkpoints, experiment.run.keep_checkpoints)?.latest_good()?;
+        let loaded = Checkpoints::existing(&checkpoints).latest_good()?;
         let loaded = loaded.ok_or_else(|| TrainError::Experiment {
             origin: checkpoints.display().to_string(),
             message: "expected a checkpoint, found none yet".into(),

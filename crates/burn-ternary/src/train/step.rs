@@ -1,6 +1,6 @@
 //! One optimizer step: forward, backward, guard, clip, update.
 
-use super::checkpoint::Loaded;
+use super::checkpoint::{CheckpointError, Loaded};
 use super::distill::Teacher;
 use super::gradients::{accumulate, clip_factor, global_norm};
 use super::loss::language_model_loss;
@@ -13,7 +13,7 @@ use crate::nn::DuckQuantized;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::{Module, ParamGroup};
 use burn::optim::{ModuleOptimizer, OptimizerRecord};
-use burn::store::{ModuleRecord, RecordError};
+use burn::store::ModuleRecord;
 use burn::tensor::Tensor;
 use burn::train::{InferenceStep, Learner, TrainOutput, TrainStep};
 use std::path::Path;
@@ -332,8 +332,8 @@ pub(super) fn restore(
 ) -> Result<DuckQuantized, TrainError> {
     // The record is of the model with what its training needs.
     let holder = LanguageModel::new(model, optim, None);
-    let misfit = |error: RecordError| TrainError::Burn(format!("{}: {error}", path.display()));
-    Ok(holder.try_load_record(record).map_err(misfit)?.model)
+    let restored = holder.try_load_record(record).map_err(|error| CheckpointError::unfit(path, error))?;
+    Ok(restored.model)
 }
 
 /// Everything a trainer is made of besides the model.

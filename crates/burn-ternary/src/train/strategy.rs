@@ -23,12 +23,16 @@ use burn::train::{
 };
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use std::fs::OpenOptions;
+use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use ternary_format::{Tokenizer, chat::encode_prompt};
+use ternary_format::{
+    Tokenizer,
+    chat::encode_prompt,
+    disk::{self, RunLock},
+};
 
 /// Temperature of the text samples.
 const SAMPLE_TEMPERATURE: f64 = 0.7;
@@ -38,6 +42,8 @@ pub(super) struct Session {
     pub experiment: Experiment,
     pub experiment_sha256: String,
     pub run_dir: PathBuf,
+    /// Held until the run has written its result.
+    pub lock: Arc<RunLock>,
     pub device: Device,
     pub tokenizer: Tokenizer,
     pub train: TokenWindows,
@@ -259,6 +265,7 @@ impl Loop {
         if run.sample_tokens == 0 {
             return Ok(());
         }
+        expect_in_place(&self.session.lock, &self.session.run_dir)?;
         for prompt in &run.sample_prompts {
             let tokenizer = &self.session.tokenizer;
             let ids = encode_prompt(tokenizer, prompt).map_err(DataError::from)?;
@@ -268,10 +275,7 @@ impl Loop {
                 tokenizer.decode(&model.sample(&ids, run.sample_tokens, SAMPLE_TEMPERATURE, stop, &mut rng));
             let line = ProgressLine::sample(prompt, &text);
             let path = self.session.run_dir.join("samples.txt");
-            OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(&path)
+            disk::open_in_place(&path, File::options().create(true).append(true))
                 .and_then(|mut file| writeln!(file, "step {step}  {line}"))
                 .map_err(|source| TrainError::Write { path, source })?;
             self.print(|| line);
@@ -303,6 +307,7 @@ impl Loop {
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
+        expect_in_place(&self.session.lock, &self.session.run_dir)?;
         let elapsed = self.elapsed();
         self.trainer.state_mut().elapsed_s = elapsed;
         let (model, optimizer) = self.trainer.records();
@@ -333,6 +338,14 @@ impl Loop {
     fn elapsed(&self) -> f64 {
         self.elapsed_before + self.started.elapsed().as_secs_f64()
     }
+}
+
+/// Refuses to write under a name that is no longer that of the run's folder: another run may be there.
+pub(super) fn expect_in_place(lock: &RunLock, run_dir: &Path) -> Result<(), TrainError> {
+    if lock.is_in_place() {
+        return Ok(());
+    }
+    Err(TrainError::Moved { path: run_dir.into() })
 }
 
 /// The losses of the validation batches.

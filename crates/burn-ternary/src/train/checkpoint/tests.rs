@@ -9,7 +9,12 @@ use burn::{
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::{env, process::Command, thread, time::Duration};
+use std::{
+    env,
+    process::{self, Command},
+    thread,
+    time::Duration,
+};
 use tempfile::TempDir;
 
 const FILES: [&str; 4] = [MODEL, OPTIMIZER, MANIFEST, MANIFEST_HASH];

@@ -13,7 +13,10 @@ use distance::{divergence, hidden_distance, recorded_divergence, relation_diverg
 pub use recording::{Recording, record};
 use serde::{Deserialize, Serialize};
 use std::{path::Path, sync::Arc};
-use ternary_format::{ModelSpec, Tokenizer};
+use ternary_format::{
+    ModelSpec, Tokenizer,
+    disk::{self, RunLock},
+};
 
 /// Which way the divergence of teacher `p` and student `q` is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -249,20 +252,23 @@ impl Teacher {
 /// Writes what the teacher of an experiment thinks of its training text to `path`: the `kept` likeliest next tokens at
 /// every position. `distill.teacher` may then name that file, and no step waits for the teacher.
 ///
-/// Leaves the prepared texts in the run folder, as the run itself does. `advance` is told how many positions are done
+/// Leaves the prepared texts in the run folder, as the run itself does, and locks it meanwhile. `advance` is told how many positions are done
 /// more, and how many there are.
 ///
 /// # Errors
-/// Those of [`Dataset::prepare`], [`Teacher::load`] and [`record`]; `Experiment`: no teacher, or one that is a recording.
+/// `Lock`; those of [`Dataset::prepare`], [`Teacher::load`] and [`record`]; `Experiment`: no teacher, or one that is a recording.
 pub fn record_teacher(
     mut experiment: Experiment,
     kept: usize,
     path: &Path,
     mut advance: impl FnMut(usize, usize),
 ) -> Result<(), TrainError> {
+    let run_dir = experiment.run_dir();
+    let _lock = RunLock::acquire(&run_dir)?;
+    let _other = if disk::is_in(path, &run_dir) { None } else { RunLock::of_file(path)? };
     let device = device::device(&experiment.run.device)?;
     let seq_len = experiment.model.context;
-    let data = Dataset::prepare(&experiment.data, seq_len, experiment.run.seed, &experiment.run_dir())?;
+    let data = Dataset::prepare(&experiment.data, seq_len, experiment.run.seed, &run_dir)?;
     resolve(&mut experiment, &RunOptions::default(), &data)?;
     let tokens = data.train.tokens();
     // What a recording does not have is not asked for while it is made.

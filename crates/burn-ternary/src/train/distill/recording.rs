@@ -23,12 +23,12 @@ use memmap2::Mmap;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::{
-    fs::File,
     io::{Read, Seek, SeekFrom, Write},
     ops::Range,
     path::Path,
     sync::Arc,
 };
+use ternary_format::disk;
 
 const MAGIC: [u8; 8] = *b"BTLOGIT1";
 const TEXT: Range<usize> = 32..64;
@@ -51,7 +51,7 @@ impl Recording {
     /// Whether the file at `path` begins as a recording does.
     pub fn is_at(path: &Path) -> bool {
         let mut magic = [0; MAGIC.len()];
-        let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+        let read = disk::open(path).and_then(|mut file| file.read_exact(&mut magic));
         read.is_ok() && magic == MAGIC
     }
 
@@ -61,7 +61,7 @@ impl Recording {
     /// `Read`: it cannot be read. `Experiment`: it is damaged, or of another text; `origin` is the setting that names it.
     pub fn open(path: &Path, tokens: &TokenFile, origin: &str) -> Result<Self, TrainError> {
         let at_path = |source| TrainError::Read { path: path.into(), source };
-        let file = File::open(path).map_err(at_path)?;
+        let file = disk::open(path).map_err(at_path)?;
         // SAFETY: the map is only read, as bytes, and the file is only ever replaced by a rename, as a token file is.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(at_path)?;
