@@ -4,16 +4,19 @@
 
 use burn_ternary::train::TrainCommand;
 use clap::Parser;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     match TrainCommand::parse().run() {
-        Ok(result) => {
+        Ok(result) => match writeln!(std::io::stdout(), "{}", result.summary()) {
             // Whoever reads this may have gone away (`| head`).
-            let _ = writeln!(std::io::stdout(), "{}", result.summary());
-            ExitCode::SUCCESS
-        }
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+                let _ = writeln!(std::io::stderr(), "error: standard output: {error}");
+                ExitCode::from(5)
+            }
+            _ => ExitCode::SUCCESS,
+        },
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::from(error.exit_code())

@@ -34,7 +34,7 @@ const HELP: &str = "\
 /system TEXT     begin a new dialogue with a system message
 /set KEY=VALUE   change temperature, top_k, top_p, min_p, repetition_penalty, seed or max_tokens
 /stats           tokens and speed
-/save FILE       write the dialogue as JSON
+/save FILE       write the dialogue as JSON; /save --overwrite FILE replaces a file
 /quit            leave";
 
 /// Talk to a model.
@@ -151,7 +151,7 @@ impl Chat {
             ("system", text) if !text.is_empty() => self.restart(Some(text))?,
             ("set", assignment) if !assignment.is_empty() => self.set(assignment)?,
             ("stats", "") => terminal::say(self.stats()),
-            ("save", file) if !file.is_empty() => self.save(Path::new(file))?,
+            ("save", file) if !file.is_empty() => self.save(file)?,
             ("quit" | "exit", "") => return Ok(false),
             _ => return Err(Error::Usage(format!("`{line}` is no command; /help lists them"))),
         }
@@ -234,9 +234,11 @@ impl Chat {
         )
     }
 
-    fn save(&self, path: &Path) -> Result<(), Error> {
+    fn save(&self, file: &str) -> Result<(), Error> {
+        let replaced = file.strip_prefix("--overwrite ").map(str::trim_start);
         let text = serde_json::to_string_pretty(self.dialogue.messages()).expect("texts are JSON");
-        terminal::write_file(path, (text + "\n").as_bytes())
+        let path = Path::new(replaced.unwrap_or(file));
+        terminal::write_file(path, (text + "\n").as_bytes(), replaced.is_some())
     }
 }
 

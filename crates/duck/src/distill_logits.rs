@@ -29,6 +29,9 @@ pub struct Command {
     /// File to write; without it, teacher.logits in the run folder
     #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
+    /// Replace the file if it is there and a plain file
+    #[arg(long)]
+    overwrite: bool,
     #[command(flatten)]
     args: ExperimentArgs,
 }
@@ -41,6 +44,7 @@ impl Command {
         }
         let experiment = self.args.experiment()?;
         let path = self.to.unwrap_or_else(|| experiment.run_dir().join(RECORDING));
+        terminal::expect_free(&path, self.overwrite)?;
         let mut progress = None;
         record_teacher(experiment, self.top as usize, &path, |done, total| {
             progress.get_or_insert_with(|| terminal::Progress::new("recording", total as u64)).advance(done);

@@ -1,7 +1,7 @@
 //! [`Error`]: what went wrong, and the exit code that tells scripts.
 
 use std::{io, path::PathBuf};
-use ternary_format::FormatError;
+use ternary_format::{FormatError, disk::LockError};
 use ternary_infer::EngineError;
 
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +25,9 @@ pub enum Error {
     /// A file that is not what it has to be.
     #[error("{origin}: expected {expected}, found {found}")]
     Data { origin: String, expected: String, found: String },
+    /// A run folder that another process writes.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// What the program writes has nowhere to go.
     #[error("standard output: {0}")]
     Output(io::Error),
@@ -59,13 +62,13 @@ impl Error {
         use EngineError::{ContextFull, EmptyPrompt, Option as OutOfRange};
         match self {
             _ if self.is_closed_pipe() => 0,
-            Self::Usage(_) => 2,
+            Self::Usage(_) | Self::Lock(LockError::Held { .. }) => 2,
             Self::Engine { source: OutOfRange { .. } | ContextFull { .. } | EmptyPrompt, .. } => 2,
             Self::Model(_) | Self::Engine { .. } | Self::Data { .. } | Self::Read { .. } | Self::Input(_) => {
                 3
             }
             Self::Export(error) if !matches!(error.kind(), FormatError::Io { .. }) => 3,
-            Self::Export(_) | Self::Write { .. } | Self::Output(_) => 5,
+            Self::Export(_) | Self::Write { .. } | Self::Lock(_) | Self::Output(_) => 5,
             Self::Network(_) => 1,
             #[cfg(feature = "train")]
             Self::Train(error) => error.exit_code(),

@@ -6,7 +6,7 @@ use crate::{
     terminal,
 };
 use std::path::PathBuf;
-use ternary_format::{Encoding, SizeReport, WeightType, WriteOptions, write_model};
+use ternary_format::{Encoding, SizeReport, WeightType, WriteOptions, disk::RunLock, write_model};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -35,7 +35,7 @@ pub struct Command {
     embedding: Option<Encoding>,
     #[command(flatten)]
     adapter: AdapterFlag,
-    /// Replace OUT if it is there
+    /// Replace OUT if it is there and a plain file; a folder is never replaced
     #[arg(long)]
     overwrite: bool,
     /// Print the sizes as JSON
@@ -46,12 +46,8 @@ pub struct Command {
 impl Command {
     pub fn run(self) -> Result<(), Error> {
         let Self { model, out, weights, embedding, adapter, overwrite, json } = self;
-        if out.exists() && !overwrite {
-            let path = out.display();
-            return Err(Error::Usage(format!(
-                "{path}: expected nothing, found a file or folder; --overwrite replaces it"
-            )));
-        }
+        terminal::expect_free(&out, overwrite)?;
+        let _lock = RunLock::of_file(&out)?;
         let model = adapter.read(Some(&model))?;
         let options = WriteOptions { weights, embedding };
         let write = || write_model(&model, &out, &options);

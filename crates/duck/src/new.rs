@@ -31,7 +31,7 @@ pub struct Command {
     /// Name of the run, and of its folder; without it, that of the file
     #[arg(long)]
     name: Option<String>,
-    /// Replace FILE if it is there
+    /// Replace FILE if it is there and a plain file
     #[arg(long)]
     overwrite: bool,
 }
@@ -45,13 +45,7 @@ impl Command {
         if to_output {
             return terminal::stream(&text);
         }
-        if file.exists() && !overwrite {
-            let path = file.display();
-            return Err(Error::Usage(format!(
-                "{path}: expected nothing, found a file; --overwrite replaces it"
-            )));
-        }
-        terminal::write_file(&file, text.as_bytes())?;
+        terminal::write_file(&file, text.as_bytes(), overwrite)?;
         terminal::print(file.display())
     }
 }

@@ -36,13 +36,28 @@ impl Completions {
 pub struct Man {
     /// Folder; made where it is missing
     dir: PathBuf,
+    /// Replace the pages that are there
+    #[arg(long)]
+    overwrite: bool,
 }
 
 impl Man {
     pub fn run(self) -> Result<(), Error> {
-        let path = self.dir;
-        let written =
-            fs::create_dir_all(&path).and_then(|()| clap_mangen::generate_to(crate::Duck::command(), &path));
-        written.map_err(|source| Error::Write { path, source })
+        let Self { dir, overwrite } = self;
+        let mut command = crate::Duck::command().disable_help_subcommand(true);
+        command.build();
+        let pages = std::iter::once(&command).chain(command.get_subcommands());
+        let pages = pages.map(|command| clap_mangen::Man::new(command.clone())).collect::<Vec<_>>();
+        fs::create_dir_all(&dir).map_err(|source| Error::Write { path: dir.clone(), source })?;
+        // All of them are written or none is.
+        for page in &pages {
+            terminal::expect_free(&dir.join(page.get_filename()), overwrite)?;
+        }
+        for page in &pages {
+            let mut text = Vec::new();
+            page.render(&mut text).expect("memory takes every page");
+            terminal::write_file(&dir.join(page.get_filename()), &text, overwrite)?;
+        }
+        Ok(())
     }
 }

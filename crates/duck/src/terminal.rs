@@ -10,6 +10,7 @@ use std::{
     path::Path,
     time::{Duration, Instant},
 };
+use ternary_format::disk;
 
 /// Work that is done sooner shows no progress.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -44,15 +45,31 @@ pub fn print_json(value: &impl serde::Serialize) -> Result<(), Error> {
     print(serde_json::to_string(value).expect("texts and numbers are JSON"))
 }
 
-/// Writes a file, under a scratch name until it is whole.
-pub fn write_file(path: &Path, contents: &[u8]) -> Result<(), Error> {
-    let mut scratch = path.as_os_str().to_owned();
-    scratch.push(".partial");
-    let written = fs::write(&scratch, contents).and_then(|()| fs::rename(&scratch, path));
-    written.map_err(|source| {
-        let _ = fs::remove_file(&scratch);
-        Error::Write { path: path.into(), source }
-    })
+/// Refuses to write where there is something already. With `overwrite` a plain file may be replaced, and nothing else:
+/// no folder, link, FIFO, socket or device.
+pub fn expect_free(path: &Path, overwrite: bool) -> Result<(), Error> {
+    let entry = match fs::symlink_metadata(path) {
+        Ok(entry) => entry,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(Error::Write { path: path.into(), source }),
+    };
+    let (path, found) = (path.display(), disk::kind(&entry));
+    match (entry.is_file(), overwrite) {
+        (true, true) => Ok(()),
+        (true, false) => {
+            Err(Error::Usage(format!("{path}: expected nothing, found {found}; --overwrite replaces it")))
+        }
+        (false, true) => {
+            Err(Error::Usage(format!("{path}: expected nothing or a plain file, found {found}")))
+        }
+        (false, false) => Err(Error::Usage(format!("{path}: expected nothing, found {found}"))),
+    }
+}
+
+/// Writes a file that appears as a whole, by the rule of [`expect_free`].
+pub fn write_file(path: &Path, contents: &[u8], overwrite: bool) -> Result<(), Error> {
+    expect_free(path, overwrite)?;
+    disk::write(path, contents).map_err(|source| Error::Write { path: path.into(), source })
 }
 
 /// The message of an error on one line, whatever a file put into it.
@@ -121,9 +138,9 @@ mod tests {
     #[test]
     fn a_file_that_cannot_be_written_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        let error = write_file(&folder.path().join("missing/file"), b"x").unwrap_err();
+        let error = write_file(&folder.path().join("missing/file"), b"x", false).unwrap_err();
         assert_eq!(error.exit_code(), 5);
-        write_file(&folder.path().join("file"), b"x").unwrap();
+        write_file(&folder.path().join("file"), b"x", false).unwrap();
         let names: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names, ["file"]);
     }

@@ -5,6 +5,7 @@ mod broken;
 mod chat;
 #[cfg(feature = "train")]
 mod convert;
+mod disk;
 mod eval;
 mod file;
 mod serve;

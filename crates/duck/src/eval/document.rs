@@ -2,8 +2,8 @@
 
 use crate::Error;
 use serde_json::{Map, Value};
-use std::{fs, path::Path};
-use ternary_format::Special;
+use std::path::Path;
+use ternary_format::{Special, disk};
 
 /// A part of a text file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub fn read(path: &Path) -> Result<Vec<Document>, Error> {
         Some("jsonl") => true,
         _ => return Err(unfit("a file that ends in .txt or .jsonl", "another ending".into())),
     };
-    let bytes = fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
+    let bytes = disk::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
     let text = str::from_utf8(&bytes)
         .map_err(|error| unfit("UTF-8 text", format!("an invalid byte at offset {}", error.valid_up_to())))?;
     // Windows editors put a byte order mark in front; it is no part of the text.
@@ -107,6 +107,7 @@ fn choice(object: &Map<String, Value>) -> Result<Document, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn read_as(name: &str, text: &str) -> Result<Vec<Document>, Error> {
         let folder = tempfile::tempdir().unwrap();

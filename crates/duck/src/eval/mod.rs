@@ -66,6 +66,9 @@ pub struct Command {
     /// Write the answers as .jsonl
     #[arg(long, value_name = "FILE", requires = "answers")]
     save_answers: Option<PathBuf>,
+    /// Replace that file if it is there and a plain file
+    #[arg(long, requires = "save_answers")]
+    overwrite: bool,
     /// Words of BLEU, as sacrebleu cuts them
     #[arg(long, value_enum, value_name = "NAME", default_value = "13a")]
     bleu_tokenize: Tokenization,
@@ -140,7 +143,10 @@ impl File {
 
 impl Command {
     pub fn run(self) -> Result<(), Error> {
-        // What cannot be read is said before anything is computed.
+        // What cannot be read or written is said before anything is computed.
+        if let Some(path) = &self.save_answers {
+            terminal::expect_free(path, self.overwrite)?;
+        }
         let files = self.data.iter().map(|path| File::read(path)).collect::<Result<Vec<_>, _>>()?;
         if self.answers && files.iter().all(|file| file.dialogues().is_empty()) {
             let origin = files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>().join(", ");
@@ -171,7 +177,7 @@ impl Command {
             }
         }
         if let Some(path) = &self.save_answers {
-            terminal::write_file(path, saved.as_bytes())?;
+            terminal::write_file(path, saved.as_bytes(), self.overwrite)?;
         }
         self.print(tables)
     }
