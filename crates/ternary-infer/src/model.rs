@@ -243,7 +243,8 @@ impl Form {
                 let read = |row, scales: &mut [f16]| {
                     tensor.read_integer_row(row, &mut codes.0, &mut codes.1, scales);
                 };
-                Self::Byte { group: shared(tensor, BLOCK, read) }
+                let group = shared(tensor, BLOCK, read);
+                Self::Byte { group: if group <= ByteMatrix::LONGEST_GROUP { group } else { BLOCK } }
             }
             Encoding::Q4_1 | Encoding::Q4K if activations == ActivationMode::Int8 => Self::Rounded,
             Encoding::Q4_1 | Encoding::Q4K => Self::Float,

@@ -31,6 +31,9 @@ pub struct ByteMatrix {
 }
 
 impl ByteMatrix {
+    /// Most columns that share a scale: `128 * 127` times as many fit into a sum of 32 bits.
+    pub const LONGEST_GROUP: usize = 1 << 17;
+
     /// Bytes that [`pack`](Self::pack) takes from its arena.
     pub fn bytes(rows: usize, cols: usize, group: usize) -> usize {
         tiles(rows) * (cols.div_ceil(LANES) * LINES + cols.div_ceil(group)) * size_of::<Line>()
@@ -39,7 +42,8 @@ impl ByteMatrix {
     /// `read(row, codes, scales)` gives codes `[cols]` and scales `[cols / group, rounded up]` of each row in turn.
     ///
     /// # Panics
-    /// When `group` is neither a multiple of 16 nor the whole row.
+    /// When `group` is neither a multiple of 16 nor the whole row, or has more than
+    /// [`LONGEST_GROUP`](Self::LONGEST_GROUP) columns.
     pub fn pack(
         arena: &mut Arena,
         rows: usize,
@@ -47,6 +51,11 @@ impl ByteMatrix {
         group: usize,
         mut read: impl FnMut(usize, &mut [i8], &mut [f32]),
     ) -> Self {
+        assert!(
+            group <= Self::LONGEST_GROUP,
+            "{group} columns share a scale, more than {}",
+            Self::LONGEST_GROUP
+        );
         let (blocks, group) = (cols.div_ceil(LANES), group_blocks(cols, group));
         let groups = blocks.div_ceil(group);
         let mut codes = arena.take::<Line>(tiles(rows) * blocks * LINES);

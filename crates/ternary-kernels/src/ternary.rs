@@ -282,10 +282,11 @@ impl<S: Simd, const R: usize> Sums<S, R> for Totals<'_, S, R> {
     }
 }
 
-/// Blocks that a sum of `planes` holds: pairs of products of at most `2 * 4^(planes - 1) * 127`, for each of the
-/// `4 / planes` planes that share it, within 2^15.
+/// Blocks that a sum of `planes` holds. For each of the `4 / planes` planes that share it, a block adds products of at most
+/// `2 * 4^(planes - 1) * 127`: a pair of them to a sum of 16 bits, four to one of 32.
 const fn limit<S: Simd>(planes: usize) -> usize {
-    if S::NARROW { 32_767 / (508 * (1 << (2 * (planes - 1))) * (4 / planes)) } else { usize::MAX }
+    let (largest, terms) = if S::NARROW { (i16::MAX as usize, 2) } else { (i32::MAX as usize, 4) };
+    largest / (terms * 254 * (1 << (2 * (planes - 1))) * (4 / planes))
 }
 
 /// Tokens for which a panel is not worth its making.

@@ -178,11 +178,20 @@ impl TernaryLinear {
 
         let scales: Vec<f32> = maxima.iter().map(|max| max.max(GRADIENT_MIN) / 127.0).collect();
         let inverse: Vec<f32> = scales.iter().map(|scale| 1.0 / scale).collect();
-        let codes = Codes { grad, factors: saved.input_scales, inverse: &inverse };
-        self.matrix.pack_columns(pool, tokens, &scales, false, &codes);
-        self.tokens.transpose(pool, saved.input, d_input, tokens);
-        let input = Input::codes(&self.tokens, tokens);
-        with_matrix(&mut self.matrix, |matrix| multiply(pool, &input, &mut [Product::new(matrix, dweight)]));
+        let stride = saved.input.len() / tokens;
+        for start in (0..tokens).step_by(SUMMED) {
+            let part = start..tokens.min(start + SUMMED);
+            let grad = &grad[part.start * d_output..part.end * d_output];
+            let codes = Codes { grad, factors: &saved.input_scales[part.clone()], inverse: &inverse };
+            self.matrix.pack_columns(pool, part.len(), &scales, false, &codes);
+            let input = &saved.input[part.start * stride..part.end * stride];
+            self.tokens.transpose(pool, input, d_input, part.len());
+            let input = Input::codes(&self.tokens, part.len());
+            with_matrix(&mut self.matrix, |matrix| {
+                let product = Product { add: start > 0, ..Product::new(matrix, dweight) };
+                multiply(pool, &input, &mut [product]);
+            });
+        }
         sums
     }
 
@@ -216,6 +225,9 @@ impl TernaryLinear {
         with_matrix(&mut self.matrix, |matrix| multiply(pool, &input, &mut [Product::new(matrix, dx)]));
     }
 }
+
+/// Tokens whose products of bytes are summed before they become floats: `128 * 127` times as many fit into 32 bits.
+const SUMMED: usize = 1 << 17;
 
 /// Lends the matrix as one of all kinds.
 fn with_matrix(matrix: &mut CodeMatrix, f: impl FnOnce(&Matrix)) {
@@ -447,6 +459,36 @@ mod tests {
         Room,
         training::tests::{assert_close, numbers, pools},
     };
+
+    /// All products of one sign, and so many that their sum exceeds 32 bits.
+    #[test]
+    #[cfg_attr(miri, ignore = "takes minutes")]
+    fn gradients_of_very_many_tokens_are_sums_of_all() {
+        for (tokens, sign) in [(SUMMED, 1.0), (SUMMED + 3, -1.0), (3 * SUMMED / 2 + 1, 1.0)] {
+            for pool in pools() {
+                let mut layer = TernaryLinear::default();
+                let (mut input, mut input_scales) = (vec![0; Saved::input_len(tokens, 1)], vec![0.0; tokens]);
+                let (mut weight, mut weight_scales) = ([0], [0.0]);
+                let saved = SavedMut {
+                    input: &mut input,
+                    input_scales: &mut input_scales,
+                    weight: &mut weight,
+                    weight_scales: &mut weight_scales,
+                };
+                let mut out = vec![0.0; tokens];
+                layer.forward(&pool, &vec![sign; tokens], Weight::Ternary(&[1.0]), None, &mut out, saved);
+                let saved = Saved {
+                    input: &input,
+                    input_scales: &input_scales,
+                    weight: &weight,
+                    weight_scales: &weight_scales,
+                };
+                let mut dweight = [f32::NAN];
+                layer.backward(&pool, saved, &vec![1.0; tokens], &mut out, &mut dweight);
+                assert_close("dw", &dweight, [f64::from(sign) * tokens as f64], 1e-5);
+            }
+        }
+    }
 
     #[test]
     fn products_are_those_of_rounded_factors() {
