@@ -4,10 +4,10 @@
 //! the work and memory of rendering are bounded. Special tokens are only what the template writes itself; the same
 //! characters in a message stay characters.
 
-use crate::{FormatError, Special, Tokenizer};
+use crate::{FormatError, Special, Tokenizer, tokenizer::CUT};
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 /// The template of our own models: `<|user|>{question}<|assistant|>{answer}<|endoftext|>`; system messages, which no
 /// such model has seen, are left out.
@@ -134,6 +134,20 @@ impl ChatTemplate {
         messages: &[Message],
         generate: bool,
     ) -> Result<Vec<u32>, FormatError> {
+        self.ids_within(tokenizer, messages, generate, usize::MAX)
+    }
+
+    /// The ids of a dialogue, as [`Tokenizer::encode_within`] takes those of a text.
+    ///
+    /// # Errors
+    /// As [`ids`](Self::ids). `TooManyTokens`: the dialogue has more than `most`.
+    pub fn ids_within(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+        generate: bool,
+        most: usize,
+    ) -> Result<Vec<u32>, FormatError> {
         let parts = self.parts(tokenizer, messages, generate)?;
         let ends = tokenizer.ends();
         let begun = parts.first() == ends.bos.map(Part::Special).as_ref();
@@ -141,7 +155,17 @@ impl ChatTemplate {
         for part in parts {
             match part {
                 Part::Special(id) => ids.push(id),
-                Part::Text(text) => ids.extend(tokenizer.encode(&text)?),
+                Part::Text(text) => {
+                    let left = most.saturating_sub(ids.len());
+                    let encoded = tokenizer.encode_within(&text, left).map_err(|error| match error {
+                        FormatError::TooManyTokens { .. } => FormatError::TooManyTokens { most },
+                        other => other,
+                    });
+                    ids.extend(encoded?);
+                }
+            }
+            if ids.len() > most.saturating_add(CUT) {
+                return Err(FormatError::TooManyTokens { most });
             }
         }
         Ok(ids)
@@ -188,9 +212,10 @@ impl<'a> Marks<'a> {
             .collect();
         ends.sort_unstable();
         ends.dedup();
-        let used = |mark: char| messages.iter().any(|message| message.content.contains(mark));
+        let characters = messages.iter().flat_map(|message| message.content.chars());
+        let used: HashSet<char> = characters.filter(|&c| MARKS.contains(&u32::from(c))).collect();
         let marks: Vec<char> =
-            MARKS.filter_map(char::from_u32).filter(|&c| !used(c)).take(ends.len()).collect();
+            MARKS.filter_map(char::from_u32).filter(|c| !used.contains(c)).take(ends.len()).collect();
         if marks.len() < ends.len() {
             let why = "messages with all characters of plane 15".into();
             return Err(FormatError::ChatTemplate { why });

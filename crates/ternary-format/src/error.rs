@@ -56,6 +56,8 @@ pub enum FormatError {
     DuplicateToken { token: String },
     #[error("no tokenizer that can be used: {why}")]
     Tokenizer { why: String },
+    #[error("a text of more than {most} tokens")]
+    TooManyTokens { most: usize },
     #[error("no id for {character:?} (U+{:04X}) among {known} characters", *character as u32)]
     UnknownCharacter { character: char, known: usize },
     #[error("cannot encode {text:?}: {why}")]

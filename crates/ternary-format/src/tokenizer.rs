@@ -9,6 +9,12 @@ use tokenizers::AddedToken;
 /// Longer texts are encoded in pieces of about this many bytes: in parallel, and in bounded memory.
 const PIECE: usize = 1 << 18;
 
+/// More tokens than cutting a text adds: it changes the tokens beside the cut only.
+pub(crate) const CUT: usize = 1024;
+
+/// Bytes of a text for each token that it may have: more than ordinary text has.
+const BYTES_PER_TOKEN: usize = 8;
+
 /// More ids than this without a character of text, and what there is of them is given out as it is.
 const PENDING: usize = 16;
 
@@ -185,6 +191,30 @@ impl Tokenizer {
                     _ => Ok(pieces.into_par_iter().map(encode).collect::<Result<Vec<_>, _>>()?.concat()),
                 }
             }
+        }
+    }
+
+    /// The ids of plain text, in time and memory that are bounded by `most` tokens and not by the length of the text.
+    ///
+    /// A growing beginning of the text is encoded, until it is the whole text or has too many tokens. No bound on the
+    /// bytes alone would do: normalizers shrink texts, and a token for what is unknown may stand for any number of bytes.
+    ///
+    /// # Errors
+    /// `TooManyTokens`: it has more than `most`, which shows before all of it is encoded. A text that is not much longer
+    /// is encoded nevertheless. Those of [`encode`](Self::encode).
+    pub fn encode_within(&self, text: &str, most: usize) -> Result<Vec<u32>, FormatError> {
+        let enough = most.saturating_add(CUT);
+        let mut end = enough.saturating_mul(BYTES_PER_TOKEN);
+        loop {
+            let beginning = &text[..text.floor_char_boundary(end)];
+            let ids = self.encode(beginning)?;
+            if beginning.len() == text.len() {
+                return Ok(ids);
+            }
+            if ids.len() > enough {
+                return Err(FormatError::TooManyTokens { most });
+            }
+            end = end.saturating_mul(2);
         }
     }
 

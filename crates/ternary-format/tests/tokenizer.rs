@@ -4,6 +4,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{collections::BTreeMap, path::PathBuf};
 use ternary_format::{
     Activation, Encoding, Ends, Family, FormatError, ModelSpec, PackedModel, Special, Tensor, Tokenizer,
+    chat::{ChatTemplate, Message, Role, TEMPLATE},
     gguf::{self, GgufOptions},
 };
 
@@ -229,4 +230,83 @@ fn gpt2_ids_are_those_of_the_reference() {
         cases += 1;
     }
     assert!(cases > 10);
+}
+
+/// Tokenizers of which no number of bytes bounds a token.
+fn unbounded() -> [Tokenizer; 3] {
+    let load = |json: serde_json::Value| Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+    let with = |normalizer: serde_json::Value, model: serde_json::Value| {
+        load(serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": normalizer,
+            "pre_tokenizer": { "type": "WhitespaceSplit" }, "post_processor": null, "decoder": null, "model": model,
+        }))
+    };
+    let vocab = serde_json::json!({ "[UNK]": 0, "x": 1, "y": 2, "xx": 3 });
+    let word = serde_json::json!({
+        "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "", "max_input_chars_per_word": 100,
+        "vocab": vocab,
+    });
+    let fused = serde_json::json!({
+        "type": "BPE", "dropout": null, "unk_token": "[UNK]", "continuing_subword_prefix": null, "end_of_word_suffix": null,
+        "fuse_unk": true, "byte_fallback": false, "ignore_merges": false, "vocab": vocab, "merges": [["x", "x"]],
+    });
+    let squeeze = serde_json::json!({ "type": "Replace", "pattern": { "Regex": "z+" }, "content": "y" });
+    [with(serde_json::Value::Null, word), with(serde_json::Value::Null, fused.clone()), with(squeeze, fused)]
+}
+
+/// The tokenizer of the Duck that is shipped.
+fn duck() -> Tokenizer {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../duck/duck.gguf");
+    ternary_format::read_model(file.as_ref()).unwrap().tokenizer.unwrap()
+}
+
+#[test]
+fn a_bounded_encoding_is_the_encoding_of_a_text_that_fits() {
+    let mut tokenizers = vec![Tokenizer::byte(), characters("abcdefghijklmnopqrstuvwxyz .,\n🦆"), duck()];
+    tokenizers.extend(unbounded());
+    let prose = "the duck swims, and the goose\nwaits. 🦆 ".repeat(4000);
+    for (i, tokenizer) in tokenizers.iter().enumerate() {
+        for text in ["", "x", &prose, &"x".repeat(200_000), &"z".repeat(200_000), &" ".repeat(100_000)] {
+            let whole = tokenizer.encode(text).unwrap();
+            for most in [0, 1, 128, 5000, 40_000, 150_000, usize::MAX] {
+                match tokenizer.encode_within(text, most) {
+                    Ok(ids) => assert_eq!(ids, whole),
+                    Err(FormatError::TooManyTokens { most: told }) => {
+                        assert!(
+                            told == most && whole.len() > most,
+                            "tokenizer {i}: {} and {most}",
+                            whole.len()
+                        );
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+    }
+    // A text of any length may be one token.
+    for tokenizer in unbounded() {
+        assert_eq!(tokenizer.encode_within(&"z".repeat(1_000_000), 4).unwrap().len(), 1);
+    }
+}
+
+#[test]
+fn long_texts_are_refused_without_encoding_them() {
+    let tokenizer = duck();
+    let template = ChatTemplate::new(TEMPLATE).unwrap();
+    let long = "x".repeat(100_000_000);
+    let begun = std::time::Instant::now();
+    assert!(matches!(tokenizer.encode_within(&long, 128), Err(FormatError::TooManyTokens { most: 128 })));
+    assert!(begun.elapsed().as_secs() < 5, "{:?}", begun.elapsed());
+    let many = |count: usize, content: &str| vec![Message::new(Role::User, content); count];
+    for messages in
+        [many(1, &long[..1_000_000]), many(2, &long[..500_000]), many(5000, "x"), many(1000, "a duck")]
+    {
+        let ids = template.ids_within(&tokenizer, &messages, true, 128);
+        assert!(matches!(ids, Err(FormatError::TooManyTokens { most: 128 })), "{}", messages.len());
+    }
+    // What fits, or nearly so, is counted.
+    for messages in [many(1, "Who are you?"), many(40, "a duck"), many(1, &"duck ".repeat(500))] {
+        let whole = template.ids(&tokenizer, &messages, true).unwrap();
+        assert_eq!(template.ids_within(&tokenizer, &messages, true, 128).unwrap(), whole);
+    }
 }
