@@ -7,6 +7,11 @@ use clap::Parser;
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
+/// Where memory is out, it ends with exit code 4.
+#[cfg(feature = "flex")]
+#[global_allocator]
+static ALLOCATOR: ternary_kernels::ExitAllocator = ternary_kernels::ExitAllocator;
+
 fn main() -> ExitCode {
     match TrainCommand::parse().run() {
         Ok(result) => match writeln!(std::io::stdout(), "{}", result.summary()) {
@@ -18,7 +23,7 @@ fn main() -> ExitCode {
             _ => ExitCode::SUCCESS,
         },
         Err(error) => {
-            eprintln!("error: {error}");
+            let _ = writeln!(std::io::stderr(), "error: {error}");
             ExitCode::from(error.exit_code())
         }
     }

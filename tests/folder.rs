@@ -8,6 +8,7 @@ use burn_ternary::train::{
 use clap::Parser;
 use std::{
     env, fs,
+    io::Write,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -44,7 +45,7 @@ fn child_process_of_the_folder_tests() {
     let result = TrainCommand::try_parse_from(arguments.lines()).unwrap().run();
     let code = result.map_or_else(
         |error| {
-            eprintln!("error: {error}");
+            let _ = writeln!(std::io::stderr(), "error: {error}");
             error.exit_code()
         },
         |_| 0,
@@ -264,7 +265,7 @@ fn a_sealed_checkpoint_without_a_tensor_is_an_error_of_the_data() {
     let loaded = checkpoints.latest_good().unwrap().unwrap();
     let device = burn_ternary::device::device("flex").unwrap().autodiff();
     let other = LinearConfig::new(2, 2).init(&device).into_record();
-    checkpoints.save(other, loaded.optimizer, &loaded.state, &loaded.experiment_sha256).unwrap();
+    checkpoints.save(other, loaded.optimizer, &loaded.state, &loaded.identity.unwrap()).unwrap();
     for error in [
         command(out.path(), &["--steps", "4", "--resume"]).run().unwrap_err(),
         packed_model(&run_dir).unwrap_err(),

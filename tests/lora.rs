@@ -259,7 +259,7 @@ fn the_engine_with_an_adapter_has_the_logits_of_the_module() {
             let adapter = packed.adapter.take().unwrap();
             let pairs = adapter.pairs.iter().map(|(name, pair)| (name.clone(), fill(name, pair)));
             let plain = packed.clone();
-            packed.adapter = Some(Adapter { pairs: pairs.collect() });
+            packed.adapter = Some(Adapter { pairs: pairs.collect(), ..Adapter::default() });
             let module = DuckQuantized::from_packed(&packed, &device()).unwrap();
             assert_eq!(module.adapter().unwrap(), packed.adapter);
             let ids = some_ids(13);

@@ -5,6 +5,7 @@ mod experiments;
 mod folder;
 mod gradients;
 mod hostile;
+mod identity;
 mod learns;
 mod lora;
 mod oracle;
@@ -13,6 +14,7 @@ mod resume;
 mod roundtrip;
 mod sparsity;
 mod start;
+mod targets;
 
 use burn_ternary::nn::{Activation, DuckConfig, Family};
 use burn_ternary::train::Experiment;

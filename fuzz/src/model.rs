@@ -42,6 +42,7 @@ pub fn small(family: Family, d_model: usize, tokenizer: Tokenizer) -> PackedMode
         tokenizer: Some(tokenizer),
         chat_template: Some(chat::TEMPLATE.into()),
         adapter: None,
+        warnings: Vec::new(),
         spec,
     }
 }

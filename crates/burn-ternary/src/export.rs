@@ -131,6 +131,7 @@ fn write_down(
         tokenizer: tokenizer.cloned(),
         chat_template: tokenizer.map(|_| chat::TEMPLATE.into()),
         adapter: model.adapter()?,
+        warnings: Vec::new(),
     })
 }
 

@@ -39,7 +39,7 @@ impl DuckConfig {
     ///
     /// # Errors
     /// `Shape`: another shape than the file's. `Requantized`: a rule that spoils ternary weights. `Format`: an adapter
-    /// that cannot be merged. `Format`, `Mixed`, `Scale`: see [`from_packed`](DuckQuantized::from_packed).
+    /// that cannot be merged, or a weight that is not finite. `Format`, `Mixed`, `Scale`: see [`from_packed`](DuckQuantized::from_packed).
     pub fn init_from(
         &self,
         model: &PackedModel,
@@ -48,6 +48,7 @@ impl DuckConfig {
         device: &Device,
     ) -> Result<DuckQuantized, ImportError> {
         model.validate()?;
+        model.check_finite()?;
         let model = &*model.merged()?;
         self.check_start(&model.spec)?;
         if let Some(own) = granularity(model)?

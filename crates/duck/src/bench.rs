@@ -82,6 +82,14 @@ impl Command {
         let half = (engine.context() / 2).max(1);
         let [prompt, generate] = [(self.prompt, 512), (self.generate, 128)]
             .map(|(tokens, usual)| tokens.unwrap_or(usual.min(half)).max(1));
+        for (flag, tokens) in [("prompt", prompt), ("generate", generate)] {
+            if tokens > engine.context() {
+                let context = engine.context();
+                let message =
+                    format!("--{flag} is {tokens}, expected at most the context of {context} tokens");
+                return Err(Error::Usage(message));
+            }
+        }
         let total = (self.repetitions + 1) * (prompt + generate + generate * self.batch);
         let bench = Bench {
             engine: &engine,

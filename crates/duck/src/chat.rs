@@ -17,7 +17,7 @@ use std::{
     },
     time::Instant,
 };
-use ternary_infer::{DuckChatQuantized, EngineError};
+use ternary_infer::{DuckChatQuantized, EngineError, Finish};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -177,12 +177,13 @@ impl Chat {
             generate_s: start.elapsed().as_secs_f64() - prompt_s,
         };
         self.total += self.last.tokens;
+        let finish = answer.finish().map(Finish::check).transpose().map_err(Error::engine(&self.name))?;
         match self.json {
             false => terminal::print(""),
             true => terminal::print_json(&Turn {
                 question,
                 answer: answer.text(),
-                finish: finish_name(answer.finish()),
+                finish: finish_name(finish),
                 took: self.last,
             }),
         }

@@ -1,7 +1,7 @@
 //! [`Error`]: what went wrong, and the exit code that tells scripts.
 
 use std::{io, path::PathBuf};
-use ternary_format::{FormatError, disk::LockError};
+use ternary_format::{FormatError, disk::LockError, memory, threads::ThreadError};
 use ternary_infer::EngineError;
 
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +33,8 @@ pub enum Error {
     Output(io::Error),
     #[error("standard input: {0}")]
     Input(io::Error),
+    #[error(transparent)]
+    Threads(#[from] ThreadError),
     #[error("the network: {0}")]
     Network(String),
     #[cfg(feature = "train")]
@@ -62,7 +64,14 @@ impl Error {
         use EngineError::{ContextFull, EmptyPrompt, Option as OutOfRange};
         match self {
             _ if self.is_closed_pipe() => 0,
-            Self::Usage(_) | Self::Lock(LockError::Held { .. }) => 2,
+            // Wherever it was refused.
+            _ if memory::is_cause_of(self) => 4,
+            Self::Threads(ThreadError::Start { .. }) => 4,
+            Self::Engine { source: EngineError::Memory(_) | EngineError::Weights { .. }, .. } => 4,
+            Self::Engine { source: EngineError::Threads { .. }, .. } => 4,
+            Self::Usage(_)
+            | Self::Lock(LockError::Held { .. })
+            | Self::Threads(ThreadError::TooMany { .. }) => 2,
             Self::Engine { source: OutOfRange { .. } | ContextFull { .. } | EmptyPrompt, .. } => 2,
             Self::Model(_) | Self::Engine { .. } | Self::Data { .. } | Self::Read { .. } | Self::Input(_) => {
                 3

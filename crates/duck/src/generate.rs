@@ -90,13 +90,17 @@ impl Command {
         write(&rest)?;
         text.push_str(&rest);
         if !self.json {
-            return terminal::print("");
+            terminal::print("")?;
+        }
+        let finish = generation.finish().map(Finish::check).transpose().map_err(failed)?;
+        if !self.json {
+            return Ok(());
         }
         terminal::print_json(&Report {
             model: &name,
             prompt: &prompt,
             text: &text,
-            finish: finish_name(generation.finish()),
+            finish: finish_name(finish),
             seed,
             prompt_tokens: ids.len(),
             tokens,
@@ -111,6 +115,7 @@ pub fn finish_name(finish: Option<Finish>) -> &'static str {
     match finish {
         Some(Finish::Stop(_)) => "stop",
         Some(Finish::Context) => "context",
+        Some(Finish::NotFinite) => "not_finite",
         Some(Finish::MaxTokens) | None => "max_tokens",
     }
 }

@@ -11,6 +11,7 @@ mod eval;
 mod export;
 mod generate;
 mod inspect;
+mod log;
 mod model;
 mod new;
 mod serve;
@@ -22,6 +23,10 @@ mod train;
 use clap::{Parser, Subcommand};
 use error::Error;
 use std::process::ExitCode;
+use ternary_format::threads;
+
+#[global_allocator]
+static ALLOCATOR: ternary_kernels::ExitAllocator = ternary_kernels::ExitAllocator;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -34,8 +39,8 @@ Examples:
   duck serve mine.gguf --port 8080
 
 A MODEL is a file (.gguf, .ternary), a folder of Hugging Face's, or a run folder; without one, it is the Duck of this
-program. Exit codes: 0 done, 2 usage, 3 data or model file, 4 device or memory, 5 disk, 6 a training that diverged,
-1 anything else.";
+program. Exit codes: 0 done, 2 usage, 3 data or model file, 4 device or memory, 5 disk, 6 a training that diverged, 7 one
+that was interrupted, 1 anything else.";
 
 /// Train, convert, measure, serve and talk to language models with ternary weights.
 #[derive(Parser)]
@@ -68,6 +73,9 @@ enum Command {
 
 impl Command {
     fn run(self) -> Result<(), Error> {
+        if !matches!(self, Self::New(_) | Self::Completions(_) | Self::Man(_)) {
+            threads::start()?;
+        }
         match self {
             #[cfg(feature = "train")]
             Self::Train(command) => train::run(&command),

@@ -39,7 +39,17 @@ pub fn read(path: Option<&Path>) -> Result<PackedModel, Error> {
     }
     let bytes = fs::metadata(&file).map_or(0, |file| file.len() as usize);
     let reading = format!("reading {}", path.display());
-    terminal::waiting(reading, bytes, || read_model(&file)).map_err(Error::Model)
+    let model = terminal::waiting(reading, bytes, || read_model(&file)).map_err(Error::Model)?;
+    warn(path, &model.warnings);
+    Ok(model)
+}
+
+/// Says what the reader of a file did not understand.
+fn warn(path: &Path, warnings: &[String]) {
+    for warning in warnings {
+        let warning = format!("warning: {}: {warning}", path.display());
+        terminal::say(terminal::line(&warning));
+    }
 }
 
 /// The model of a run that has not ended, or that no GGUF file can hold: that of its last checkpoint.
@@ -47,8 +57,9 @@ fn unfinished(run: &Path) -> Result<PackedModel, Error> {
     let data =
         |expected: String, found: String| Error::Data { origin: run.display().to_string(), expected, found };
     #[cfg(feature = "train")]
-    return burn_ternary::train::packed_model(run).map_err(|error| {
-        data(format!("a run folder with {RUN_MODEL} or a good checkpoint"), error.to_string())
+    return burn_ternary::train::packed_model(run).map_err(|error| match error.exit_code() {
+        4 => Error::Train(error),
+        _ => data(format!("a run folder with {RUN_MODEL} or a good checkpoint"), error.to_string()),
     });
     #[cfg(not(feature = "train"))]
     Err(data(format!("a run folder with {RUN_MODEL}, as a finished run leaves it"), "none".into()))
@@ -106,7 +117,9 @@ impl AdapterFlag {
                     "{name}: has an adapter of its own; expected the model that it started from for --adapter"
                 )));
             }
-            model.adapter = Some(huggingface::read_adapter(folder, &model.spec).map_err(Error::Model)?);
+            let adapter = huggingface::read_adapter(folder, &model.spec).map_err(Error::Model)?;
+            warn(folder, &adapter.warnings);
+            model.adapter = Some(adapter);
         }
         Ok(model)
     }

@@ -2,23 +2,26 @@
 
 use crate::{
     Error,
+    log::Log,
     model::{self, EngineFlags},
     terminal,
 };
 use std::{
-    io::{self, IsTerminal},
+    future::{Future, poll_fn},
+    io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
+    task::Poll,
 };
 use ternary_serve::{Limits, Models, ServeError, ServeOptions};
-use tracing_subscriber::EnvFilter;
 
 const EXAMPLES: &str = "\
 Examples:
   duck serve                                   the Duck of this program; open the address that is printed
   duck serve model.gguf small=runs/small-1 --port 8000
   DUCK_API_KEY=secret duck serve model.gguf --host 0.0.0.0
+  duck serve model.gguf --host 0.0.0.0 --allow-remote --host-name duck.lan
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{\"model\": \"duck\", \"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}]}'
 
@@ -43,6 +46,9 @@ pub struct Command {
     /// Listen on other addresses than loopback without a key
     #[arg(long)]
     allow_remote: bool,
+    /// A name, besides localhost and addresses, by which clients reach the server; may be given more than once
+    #[arg(long = "host-name", value_name = "NAME")]
+    host_names: Vec<String>,
     /// Texts in the making at a time, by model
     #[arg(long, value_name = "N", default_value_t = Limits::default().batch)]
     batch: usize,
@@ -57,14 +63,12 @@ impl Command {
     pub fn run(self) -> Result<(), Error> {
         let limits = Limits { batch: self.batch, queue: self.queue, ..Limits::default() };
         let address = SocketAddr::new(self.host, self.port);
-        let options =
-            ServeOptions { address, api_key: self.api_key, allow_remote: self.allow_remote, limits };
+        let Self { api_key, allow_remote, host_names, .. } = self;
+        let options = ServeOptions { address, api_key, allow_remote, host_names, limits };
         // What cannot be served is said before models are loaded.
         options.check().map_err(failed)?;
-        let filter = EnvFilter::try_from_env("DUCK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-        let colours =
-            io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colours).init();
+        let network = |error: io::Error| Error::Network(error.to_string());
+        let log = Log::install().map_err(network)?;
         let mut engines = Vec::new();
         for argument in &self.models {
             let (name, path) = named(argument);
@@ -75,13 +79,16 @@ impl Command {
         }
         let models = Models::new(engines).map_err(failed)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-        let runtime = runtime.map_err(|error| Error::Network(error.to_string()))?;
-        runtime.block_on(async {
+        let served = runtime.map_err(network)?.block_on(async {
             let listener = ternary_serve::bind(&options).await.map_err(failed)?;
-            let address = listener.local_addr().map_err(|error| Error::Network(error.to_string()))?;
+            let address = listener.local_addr().map_err(network)?;
+            // Who reads the address may ask the program to stop at once.
+            let stopped = stopped().map_err(network)?;
             terminal::print(format_args!("http://{address}"))?;
-            ternary_serve::serve(listener, models, options, stopped()).await.map_err(failed)
-        })
+            ternary_serve::serve(listener, models, options, stopped).await.map_err(failed)
+        });
+        log.drain();
+        served
     }
 }
 
@@ -109,27 +116,22 @@ fn failed(error: ServeError) -> Error {
     }
 }
 
-/// Ends when the program is asked to: by Ctrl-C, or by SIGTERM.
-async fn stopped() {
-    let interrupted = tokio::signal::ctrl_c();
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        let Ok(mut terminated) = signal(SignalKind::terminate()) else {
-            return interrupted.await.unwrap_or_default();
-        };
-        let mut interrupted = std::pin::pin!(interrupted);
-        std::future::poll_fn(|context| {
-            use std::{future::Future, task::Poll};
-            match terminated.poll_recv(context) {
-                Poll::Ready(_) => Poll::Ready(()),
-                Poll::Pending => interrupted.as_mut().poll(context).map(|_| ()),
-            }
-        })
-        .await;
-    }
-    #[cfg(not(unix))]
-    interrupted.await.unwrap_or_default();
+/// Ends when the program is asked to: by Ctrl-C, or by SIGTERM. From this call on, neither ends the program itself.
+#[cfg(unix)]
+fn stopped() -> io::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut signals = [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?];
+    Ok(poll_fn(move |context| {
+        let arrived = signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
+        if arrived { Poll::Ready(()) } else { Poll::Pending }
+    }))
+}
+
+/// Ends when the program is asked to, by Ctrl-C. From this call on, that does not end the program itself.
+#[cfg(windows)]
+fn stopped() -> io::Result<impl Future<Output = ()>> {
+    let mut signal = tokio::signal::windows::ctrl_c()?;
+    Ok(poll_fn(move |context| signal.poll_recv(context).map(|_| ())))
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ pub fn print(line: impl Display) -> Result<(), Error> {
     stream(&format!("{line}\n"))
 }
 
-/// Writes a line to standard error; that nobody reads it is no error.
+/// Writes a line to standard error; a line that cannot be written is lost.
 pub fn say(line: impl Display) {
     let _ = writeln!(io::stderr(), "{line}");
 }

@@ -1,6 +1,6 @@
 //! Model files that are none, or half of one.
 
-use crate::{failure, home};
+use crate::{duck, failure, home};
 use std::{fs, path::Path};
 
 /// Every command that reads a model, up to its path.
@@ -39,6 +39,29 @@ fn a_model_file_that_cannot_be_read_is_one_line_and_exit_code_3() {
         }
     }
     assert_eq!(fs::read(path("model.gguf")).unwrap(), whole, "an export that fails replaces nothing");
+}
+
+/// A conversion that overflowed: one weight of the last tensor, a norm, is NaN or infinite.
+#[test]
+fn a_weight_that_is_not_finite_is_named_by_every_command() {
+    let home = home();
+    fs::write(home.path().join("text.txt"), "a text").unwrap();
+    duck(&home, &["export", "model.gguf", "floats", "--type", "F32"]).assert().success();
+    let file = home.path().join("floats/model.safetensors");
+    let whole = fs::read(&file).unwrap();
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut damaged = whole.clone();
+        let end = damaged.len() - 4;
+        damaged[end..].copy_from_slice(&value.to_le_bytes());
+        fs::write(&file, damaged).unwrap();
+        for command in COMMANDS.into_iter().filter(|command| command[0] != "inspect") {
+            let mut arguments = command.to_vec();
+            let place = if command[0] == "export" { arguments.len() - 1 } else { arguments.len() };
+            arguments.insert(place, "floats");
+            let error = failure(&home, &arguments, 3);
+            assert!(error.contains("tensor `") && error.contains("finite"), "{arguments:?}: {error}");
+        }
+    }
 }
 
 #[test]

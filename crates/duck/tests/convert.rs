@@ -19,7 +19,7 @@ fn a_float_model_becomes_a_ternary_one_and_its_loss_is_told_before_and_after() {
             summary.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("{summary}"));
         line.split_whitespace().next().unwrap().parse().unwrap()
     };
-    let [before, rounded, after] = ["start, float", "start, rounded", "valid loss"].map(number);
+    let [before, rounded, after] = ["start, float", "start, rounded", "packed valid loss"].map(number);
     assert!(before != rounded && after < before.min(rounded), "{summary}");
     let report = json(&output(&home, &["inspect", "runs/converted-1", "--json"]));
     assert_eq!((&report["spec"]["d_model"], &report["tokens"]), (&64.into(), &259.into()));
@@ -51,7 +51,8 @@ fn a_conversion_that_cannot_be_says_why() {
     let error = failure(&home, &["convert", "--from", "missing.gguf", "--data", "text.txt"], 3);
     assert!(error.contains("missing.gguf"), "{error}");
     // This one is ternary already.
-    let error = failure(&home, &["convert", "--from", "model.gguf", "--data", "text.txt", "--quiet"], 2);
+    let ternary = ["convert", "--from", "model.gguf", "--data", "text.txt", "--quiet", "--device", "flex"];
+    let error = failure(&home, &ternary, 2);
     assert!(error.contains("is ternary") && error.contains("quant.scale"), "{error}");
 }
 

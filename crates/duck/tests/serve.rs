@@ -5,10 +5,11 @@
 use crate::home;
 use serde_json::Value;
 use std::{
+    fs::{File, OpenOptions},
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tempfile::TempDir;
 
@@ -24,9 +25,14 @@ impl Drop for Server {
 
 /// A server of `pond`, and where it is.
 fn start(home: &TempDir, port: &str) -> (Server, String) {
+    spawn(home, &["pond=model.gguf", "--port", port], Stdio::null())
+}
+
+/// A server, and where it is.
+fn spawn(home: &TempDir, arguments: &[&str], stderr: Stdio) -> (Server, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_duck"));
-    command.current_dir(home).args(["serve", "pond=model.gguf", "--port", port]).env_remove("DUCK_API_KEY");
-    let mut server = Server(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
+    command.current_dir(home).arg("serve").args(arguments).env_remove("DUCK_API_KEY").env_remove("DUCK_LOG");
+    let mut server = Server(command.stdout(Stdio::piped()).stderr(stderr).spawn().unwrap());
     let mut line = String::new();
     BufReader::new(server.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
     (server, line.trim().strip_prefix("http://").unwrap().to_string())
@@ -50,9 +56,181 @@ fn a_server_says_where_it_is_answers_and_stops_when_asked() {
     let (mut server, address) = start(&home, "0");
     let response = ask(&address, "GET", "/v1/models", "");
     assert!(response.starts_with("HTTP/1.1 200") && response.contains("\"pond\""), "{response}");
+    terminate(&mut server);
+}
+
+/// Ends a server by SIGTERM, which it must hear in time and end well.
+#[track_caller]
+fn terminate(server: &mut Server) {
     let pid = server.0.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-    assert!(server.0.wait().unwrap().success());
+    let begun = Instant::now();
+    let status = loop {
+        match server.0.try_wait().unwrap() {
+            Some(status) => break status,
+            None => {
+                assert!(begun.elapsed() < Duration::from_secs(20), "still there after {:?}", begun.elapsed())
+            }
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert!(status.success(), "{status}");
+}
+
+#[test]
+fn a_server_that_has_printed_its_address_ends_well() {
+    let home = home();
+    for _ in 0..10 {
+        terminate(&mut start(&home, "0").0);
+    }
+}
+
+/// A file that is always full.
+fn full() -> Option<File> {
+    let full = OpenOptions::new().write(true).open("/dev/full");
+    full.inspect_err(|error| println!("skipped: /dev/full: {error}")).ok()
+}
+
+#[test]
+fn a_server_whose_log_cannot_be_written_serves() {
+    let home = home();
+    let (reader, closed) = std::io::pipe().unwrap();
+    drop(reader);
+    let (_unread, blocked) = std::io::pipe().unwrap();
+    let logs = [Some(closed.into()), full().map(Stdio::from), Some(blocked.into())];
+    for log in logs.into_iter().flatten() {
+        let (mut server, address) = spawn(&home, &["model.gguf", "--port", "0"], log);
+        let begun = Instant::now();
+        let body = r#"{"model": "model", "prompt": "quack", "max_tokens": 1}"#;
+        // A pipe holds some 600 lines, the queue behind it 1,024.
+        for i in 0..2000 {
+            let (path, body, status) = match i % 20 {
+                0 => ("/v1/completions", body, "HTTP/1.1 200"),
+                _ => ("/v1/completions", "{}", "HTTP/1.1 400"),
+            };
+            let response = ask(&address, "POST", path, body);
+            assert!(response.starts_with(status), "request {i} after {:?}: {response}", begun.elapsed());
+        }
+        assert!(ask(&address, "GET", "/health", "").starts_with("HTTP/1.1 200"));
+        let metrics = ask(&address, "GET", "/metrics", "");
+        let counted = "duck_http_responses_total{route=\"/v1/completions\",status=\"400\"} 1900";
+        assert!(metrics.contains(counted), "{metrics}");
+        terminate(&mut server);
+    }
+}
+
+/// The most memory that a process has had, in bytes.
+#[cfg(target_os = "linux")]
+fn peak(server: &Server) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.0.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// The time of a request that has nothing to do with what else goes on.
+fn time(address: &str) -> Duration {
+    let begun = Instant::now();
+    let body = r#"{"model": "duck", "prompt": "One", "max_tokens": 2}"#;
+    let response = ask(address, "POST", "/v1/completions", body);
+    assert!(response.starts_with("HTTP/1.1 200"), "{response}");
+    begun.elapsed()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn forty_prompts_of_a_megabyte_take_little_memory_and_hold_up_nobody() {
+    let home = home();
+    // The Duck of the program, whose tokenizer is byte-pair encoding.
+    let (mut server, address) = spawn(&home, &["--port", "0"], Stdio::null());
+    time(&address);
+    let text = "x".repeat(1_000_000);
+    let words = "a duck ".repeat(140_000);
+    let message = |content: &str| format!(r#"{{"role": "user", "content": {content}}}"#);
+    let part = r#"{"type": "text", "text": "quack"}"#;
+    let parts = vec![part; 30_000].join(",");
+    let messages = vec![message("\"quack\""); 20_000].join(",");
+    let bodies = [
+        ("/v1/completions", format!(r#"{{"model": "duck", "prompt": "{text}"}}"#)),
+        ("/v1/completions", format!(r#"{{"model": "duck", "prompt": ["x", "{words}"]}}"#)),
+        (
+            "/v1/chat/completions",
+            format!(r#"{{"model": "duck", "messages": [{}]}}"#, message(&format!("\"{words}\""))),
+        ),
+        (
+            "/v1/chat/completions",
+            format!(r#"{{"model": "duck", "messages": [{}]}}"#, message(&format!("[{parts}]"))),
+        ),
+        ("/v1/chat/completions", format!(r#"{{"model": "duck", "messages": [{messages}]}}"#)),
+    ];
+    let slowest = std::thread::scope(|scope| {
+        let large: Vec<_> = (0..40)
+            .map(|i| {
+                let (path, body) = &bodies[i % bodies.len()];
+                let address = &address;
+                scope.spawn(move || ask(address, "POST", path, body))
+            })
+            .collect();
+        let mut slowest = Duration::ZERO;
+        while !large.iter().all(|request| request.is_finished()) {
+            slowest = slowest.max(time(&address));
+        }
+        for request in large {
+            let response = request.join().unwrap();
+            assert!(response.starts_with("HTTP/1.1 400"), "{response}");
+            assert!(response.contains("context_length_exceeded"), "{response}");
+        }
+        slowest
+    });
+    let peak = peak(&server) >> 20;
+    println!("{peak} MB at most, {slowest:?} for a small request");
+    assert!(peak < 300, "{peak} MB");
+    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+    terminate(&mut server);
+}
+
+#[test]
+fn connections_without_the_key_do_not_keep_out_its_owner() {
+    const STRANGERS: usize = 530;
+    let home = home();
+    let (mut server, address) =
+        spawn(&home, &["model.gguf", "--port", "0", "--api-key", "quack"], Stdio::null());
+    let owner = || {
+        let begun = Instant::now();
+        let mut stream = TcpStream::connect(&address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let head = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer quack\r\nConnection: close\r\n\r\n";
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        assert!(response.starts_with("HTTP/1.1 200"), "{response}");
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    };
+    let health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let mut strangers = Vec::new();
+    for _ in 0..STRANGERS {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        stream.write_all(health).unwrap();
+        strangers.push(stream);
+    }
+    owner();
+    // And clients that send their headers byte by byte, and come again when they are sent away.
+    let until = Instant::now() + Duration::from_secs(3);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while Instant::now() < until {
+                for stream in &mut strangers {
+                    if stream.write_all(b"x").is_err() {
+                        *stream = TcpStream::connect(&address).unwrap();
+                    }
+                }
+            }
+        });
+        while Instant::now() < until {
+            owner();
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    });
+    terminate(&mut server);
 }
 
 #[test]

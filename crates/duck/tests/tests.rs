@@ -8,7 +8,13 @@ mod convert;
 mod disk;
 mod eval;
 mod file;
+#[cfg(target_os = "linux")]
+mod memory;
 mod serve;
+#[cfg(all(feature = "train", unix))]
+mod signals;
+#[cfg(feature = "train")]
+mod train;
 mod usage;
 
 use assert_cmd::Command;

@@ -77,6 +77,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         tokenizer: Some(tokenizer),
         chat_template,
         adapter: None,
+        warnings: Vec::new(),
     };
     let weights = rest.first().map(|name| name.parse()).transpose()?;
     write_model(&model, Path::new(out), &WriteOptions { weights, embedding: None })?;

@@ -12,6 +12,8 @@ use std::{borrow::Cow, collections::BTreeMap};
 pub struct Adapter {
     /// By the matrix that each stands beside, such as `blk.0.attn_q.weight`.
     pub pairs: BTreeMap<String, LowRank>,
+    /// What the reader of its folder did not understand, for users.
+    pub warnings: Vec<String>,
 }
 
 /// `alpha / rank B A`, which has the shape of a matrix `[out, in]`.
@@ -133,6 +135,21 @@ impl Adapter {
         let is_known = |name: &String| matrices(spec).any(|(known, _)| known == *name);
         let tensor = self.pairs.keys().find(|name| !is_known(name)).cloned().unwrap_or_default();
         Err(FormatError::UnknownTensor { tensor })
+    }
+
+    /// Checks that no factor is NaN or infinite.
+    ///
+    /// # Errors
+    /// `NotFinite`: in the first pair beside the matrix that is named.
+    pub fn check_finite(&self) -> Result<(), FormatError> {
+        for (name, pair) in &self.pairs {
+            for (factor, width) in [(&pair.a, pair.a.len() / pair.rank), (&pair.b, pair.rank)] {
+                if let Some(place) = factor.iter().position(|value| !value.is_finite()) {
+                    return Err(FormatError::NotFinite { row: place / width }.in_tensor(name));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Bytes of all factors in f32.

@@ -87,6 +87,18 @@ impl Encoding {
         self.ggml().map_or(0, |known| known.block_bytes)
     }
 
+    /// Where the f16 scales and minimums are in a block; none where weights are floats or scales are apart.
+    pub(crate) fn scale_offsets(self) -> &'static [usize] {
+        match self {
+            Self::Q8_0 | Self::Q4_0 | Self::Q2_0 => &[0],
+            Self::Q4_1 | Self::Q4K => &[0, 2],
+            Self::Q6K => &[208],
+            Self::Tq1_0 => &[52],
+            Self::Tq2_0 => &[64],
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Ternary { .. } => &[],
+        }
+    }
+
     /// Bytes of a tensor of `shape`.
     ///
     /// # Errors

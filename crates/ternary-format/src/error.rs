@@ -104,6 +104,11 @@ pub enum FormatError {
          model (`--adapter` of duck), or merge it into a float model"
     )]
     Unmergeable { encoding: Encoding },
+    #[error(
+        "row {row}: a weight or scale that is NaN, infinite or too large for its type: expected finite numbers; was the \
+         model damaged, or converted to a type with too small a range, such as F16?"
+    )]
+    NotFinite { row: usize },
     #[error("{encoding} is read, never written")]
     ReadOnly { encoding: Encoding },
 
@@ -111,6 +116,11 @@ pub enum FormatError {
     ArchiveMagic { found: [u8; 4] },
     #[error("archive version {found}, expected {expected}")]
     ArchiveVersion { found: u8, expected: u8 },
+    #[error(
+        "its first {packed} bytes unpack to {found}, expected at most {expected}: no model packs so well that is not \
+         zero nearly everywhere"
+    )]
+    Expands { packed: usize, found: usize, expected: usize },
     #[error("{part}: {why}: the file is damaged")]
     Damaged { part: String, why: &'static str },
 

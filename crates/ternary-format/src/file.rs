@@ -81,9 +81,10 @@ pub fn read_model(path: &Path) -> Result<PackedModel, FormatError> {
 /// Face's. An adapter is merged into float matrices.
 ///
 /// # Errors
-/// `Unmergeable`: an adapter beside matrices that are not float. Those of [`huggingface::write`], [`onnx::write`], [`archive::write()`] and [`gguf::write()`]. `WeightType`: a type of
+/// `Unmergeable`: an adapter beside matrices that are not float. `NotFinite`: a weight is NaN or infinite. Those of [`huggingface::write`], [`onnx::write`], [`archive::write()`] and [`gguf::write()`]. `WeightType`: a type of
 /// another kind of file.
 pub fn write_model(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
+    model.check_finite()?;
     let model = &*model.merged()?;
     match extension(path) {
         Some("gguf") => write_gguf(model, path, options),

@@ -14,6 +14,8 @@ mod file;
 pub mod gguf;
 mod guard;
 pub mod huggingface;
+mod key;
+pub mod memory;
 mod model;
 pub mod onnx;
 mod safetensors;
@@ -21,6 +23,7 @@ mod size;
 mod spec;
 mod tensor;
 mod ternary;
+pub mod threads;
 mod tokenizer;
 
 pub use adapter::{Adapter, LowRank};

@@ -23,6 +23,8 @@ pub struct PackedModel {
     /// Beside the matrices. No model file holds one: see [`merged`](Self::merged), and
     /// [`huggingface::write_adapter`](crate::huggingface::write_adapter) for a file of its own.
     pub adapter: Option<Adapter>,
+    /// What the reader of its file did not understand, for users; empty for a model that was not read.
+    pub warnings: Vec<String>,
 }
 
 impl PackedModel {
@@ -54,6 +56,18 @@ impl PackedModel {
             return Err(FormatError::UnknownTensor { tensor });
         }
         self.adapter.as_ref().map_or(Ok(()), |adapter| adapter.validate(&self.spec))
+    }
+
+    /// Checks that no weight, and none of an adapter, is NaN or infinite. It reads the whole model, which
+    /// [`validate`](Self::validate) does not.
+    ///
+    /// # Errors
+    /// `NotFinite`, in the first such tensor.
+    pub fn check_finite(&self) -> Result<(), FormatError> {
+        let tensor =
+            |(name, tensor): (&String, &Tensor)| tensor.check_finite().map_err(|error| error.in_tensor(name));
+        self.tensors.iter().try_for_each(tensor)?;
+        self.adapter.as_ref().map_or(Ok(()), Adapter::check_finite)
     }
 }
 
@@ -102,6 +116,7 @@ pub(crate) fn random(family: crate::Family, scales_a_row: Option<usize>) -> Pack
         tokenizer: None,
         chat_template: None,
         adapter: None,
+        warnings: Vec::new(),
         spec,
     }
 }

@@ -246,6 +246,7 @@ mod tests {
             tokenizer: None,
             chat_template: None,
             adapter: None,
+            warnings: Vec::new(),
         };
         let folder = tempfile::tempdir().unwrap();
         // Codes at two bits; scales a row of 128 or 256 weights; the embedding is f32.
@@ -339,6 +340,7 @@ mod tests {
             tokenizer: None,
             chat_template: None,
             adapter: None,
+            warnings: Vec::new(),
             spec: spec.clone(),
         };
         let ternary = Encoding::Ternary { group: 64 };

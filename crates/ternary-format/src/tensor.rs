@@ -4,6 +4,9 @@ use crate::{Encoding, FormatError, block, disk, ternary};
 use half::{bf16, f16};
 use std::{ops::Range, path::Path, sync::Arc};
 
+/// The bits of an f16 that are all set in NaN and infinity.
+const F16_EXPONENT: u16 = 0x7c00;
+
 /// Bytes that are owned, or part of a mapped file.
 #[derive(Clone, Debug)]
 pub struct Bytes {
@@ -242,6 +245,40 @@ impl Tensor {
         }
     }
 
+    /// Checks that no weight is NaN or infinite; of weights with scales, only the scales are read.
+    ///
+    /// # Errors
+    /// `NotFinite`: the first row that has one.
+    pub fn check_finite(&self) -> Result<(), FormatError> {
+        let row = (0..self.rows()).find(|&row| !self.is_finite(row));
+        row.map_or(Ok(()), |row| Err(FormatError::NotFinite { row }))
+    }
+
+    fn is_finite(&self, row: usize) -> bool {
+        let bytes = &self.data[self.row_bytes(row)];
+        // A value is finite unless all bits of its exponent are set. No early end, so that many are compared at once.
+        let halves = |bytes: &[u8], exponent: u16| {
+            let finite = |pair: &[u8]| u16::from_le_bytes([pair[0], pair[1]]) & exponent != exponent;
+            bytes.chunks_exact(2).fold(true, |all, pair| all & finite(pair))
+        };
+        match self.encoding {
+            Encoding::F32 => bytes.chunks_exact(4).fold(true, |all, b| {
+                const EXPONENT: u32 = 0x7f80_0000;
+                all & (u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & EXPONENT != EXPONENT)
+            }),
+            Encoding::F16 => halves(bytes, F16_EXPONENT),
+            Encoding::Bf16 => halves(bytes, 0x7f80),
+            Encoding::Ternary { group } => {
+                let scales = 2 * (self.cols() / group);
+                let start = self.rows() * bytes.len() + row * scales;
+                halves(&self.data[start..start + scales], F16_EXPONENT)
+            }
+            encoding => bytes.chunks_exact(encoding.block_bytes()).all(|block| {
+                encoding.scale_offsets().iter().all(|&at| halves(&block[at..at + 2], F16_EXPONENT))
+            }),
+        }
+    }
+
     /// How many consecutive weights of a row share a stored scale; `None` where the encoding is not ternary.
     pub fn ternary_group(&self) -> Option<usize> {
         self.encoding.is_ternary().then(|| self.encoding.block_weights())
@@ -296,7 +333,8 @@ impl Tensor {
     /// rounded as GGML does. Weights that are not ternary never become ternary.
     ///
     /// # Errors
-    /// `RowLength`, `ScalesDiffer`: rows or scales do not fit the blocks. `NotTernary`. `ReadOnly`.
+    /// `RowLength`, `ScalesDiffer`: rows or scales do not fit the blocks. `NotTernary`. `ReadOnly`. `NotFinite`: weights
+    /// that are not finite, or not in the range of the encoding.
     pub fn encode(&self, encoding: Encoding) -> Result<Self, FormatError> {
         if encoding == self.encoding {
             return Ok(self.clone());
@@ -324,7 +362,8 @@ impl Tensor {
                 _ => return Err(FormatError::ReadOnly { encoding }),
             }
         }
-        Self::new(self.shape.clone(), encoding, data)
+        let tensor = Self::new(self.shape.clone(), encoding, data)?;
+        tensor.check_finite().map(|()| tensor)
     }
 
     /// [`encode`](Self::encode) from ternary to whatever has codes and scales.
@@ -594,6 +633,64 @@ mod tests {
         }
         // Every byte of TQ1_0 is five codes.
         assert!(values(&new(&[256], Encoding::Tq1_0, 54).unwrap())[..5].iter().all(|v| v.is_nan()));
+    }
+
+    /// Bytes of one row of two blocks of every encoding, all finite; each scale made NaN or infinite in turn.
+    #[test]
+    fn a_value_that_is_not_finite_is_found_in_every_encoding() {
+        let check = |encoding, cols: usize, bytes: &[u8]| {
+            let bytes = [vec![0; bytes.len()], bytes.to_vec()].concat();
+            Tensor::new(vec![2, cols], encoding, bytes).unwrap().check_finite()
+        };
+        for (encoding, places) in [
+            (Encoding::F16, vec![0, 2, 254]),
+            (Encoding::Q8_0, vec![0, 34]),
+            (Encoding::Q4_0, vec![0, 18]),
+            (Encoding::Q4_1, vec![0, 2, 20, 22]),
+            (Encoding::Q4K, vec![0, 2, 144, 146]),
+            (Encoding::Q6K, vec![208, 418]),
+            (Encoding::Tq1_0, vec![52, 106]),
+            (Encoding::Tq2_0, vec![64, 130]),
+            (Encoding::Q2_0, vec![0, 18]),
+        ] {
+            let cols = if encoding == Encoding::F16 { 128 } else { 2 * encoding.block_weights() };
+            let sound = vec![0; encoding.bytes(&[cols]).unwrap()];
+            check(encoding, cols, &sound).unwrap();
+            for place in places {
+                for bad in [f16::NAN, f16::INFINITY, f16::NEG_INFINITY] {
+                    let mut bytes = sound.clone();
+                    bytes[place..place + 2].copy_from_slice(&bad.to_le_bytes());
+                    let error = check(encoding, cols, &bytes).unwrap_err();
+                    assert!(
+                        matches!(error, FormatError::NotFinite { row: 1 }),
+                        "{encoding} {place}: {error}"
+                    );
+                    bytes[place..place + 2].copy_from_slice(&f16::MAX.to_le_bytes());
+                    check(encoding, cols, &bytes).unwrap();
+                }
+            }
+        }
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let values = [[f32::MAX; 40], [bad; 40]].concat();
+            let tensor = Tensor::f32(&[80], &values).unwrap();
+            assert!(matches!(tensor.check_finite(), Err(FormatError::NotFinite { row: 0 })));
+            let halves: Vec<u8> =
+                values.iter().flat_map(|x| bf16::from_f32(x.min(1e38)).to_le_bytes()).collect();
+            let tensor = Tensor::new(vec![2, 40], Encoding::Bf16, halves).unwrap();
+            assert_eq!(tensor.check_finite().is_ok(), bad == f32::INFINITY || bad.is_nan());
+            let ternary =
+                Tensor::ternary(2, 8, 4, |row, _, scales| scales[1] = f16::from_f32(bad * row as f32));
+            assert!(ternary.unwrap().check_finite().is_err());
+        }
+    }
+
+    #[test]
+    fn weights_beyond_the_range_of_an_encoding_are_refused() {
+        let tensor = Tensor::f32(&[2, 32], &[[1.0; 32], [1e9; 32]].concat()).unwrap();
+        for encoding in [Encoding::F16, Encoding::Q8_0, Encoding::Q4_0] {
+            let error = tensor.encode(encoding).unwrap_err();
+            assert!(matches!(error, FormatError::NotFinite { row: 1 }), "{error}");
+        }
     }
 
     #[test]

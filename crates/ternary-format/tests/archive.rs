@@ -51,6 +51,7 @@ fn model(spec: ModelSpec, mut tensor: impl FnMut(&str, Vec<usize>) -> Tensor) ->
         tokenizer: Some(Tokenizer::byte()),
         chat_template: Some(chat::TEMPLATE.into()),
         adapter: None,
+        warnings: Vec::new(),
         spec,
     }
 }

@@ -48,6 +48,7 @@ fn random(spec: ModelSpec, seed: u64) -> PackedModel {
         tokenizer: None,
         chat_template: Some("{{ messages }}".into()),
         adapter: None,
+        warnings: Vec::new(),
     }
 }
 

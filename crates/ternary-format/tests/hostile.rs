@@ -491,6 +491,7 @@ fn archived() -> Vec<u8> {
         tokenizer: Some(Tokenizer::from_characters(vec!['a', 'b', 'c']).unwrap()),
         chat_template: None,
         adapter: None,
+        warnings: Vec::new(),
         spec,
     };
     let mut file = Vec::new();

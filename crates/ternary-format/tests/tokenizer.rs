@@ -43,7 +43,15 @@ fn model(tokenizer: Option<Tokenizer>, vocab_size: usize) -> PackedModel {
     };
     let zero = |shape: Vec<usize>| Tensor::f32(&shape, &vec![0.0; shape.iter().product()]).unwrap();
     let tensors: BTreeMap<_, _> = spec.tensors().map(|(name, shape)| (name, zero(shape))).collect();
-    PackedModel { name: "tokens".into(), spec, tensors, tokenizer, chat_template: None, adapter: None }
+    PackedModel {
+        name: "tokens".into(),
+        spec,
+        tensors,
+        tokenizer,
+        chat_template: None,
+        adapter: None,
+        warnings: Vec::new(),
+    }
 }
 
 /// What a GGUF file makes of a tokenizer. Without `ours`, as if a stock program had written it: our copy of the

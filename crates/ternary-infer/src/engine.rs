@@ -10,7 +10,7 @@ use std::{
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
-use ternary_format::{ModelSpec, PackedModel, Tokenizer, read_model};
+use ternary_format::{ModelSpec, PackedModel, Tokenizer, read_model, threads};
 use ternary_kernels::Pool;
 
 /// Rows of a prompt that go through the layers together.
@@ -109,6 +109,12 @@ impl Sequence {
         self.cache.bytes()
     }
 
+    /// # Errors
+    /// `NotFinite`: a logit of the next token is NaN or infinite.
+    fn check_logits(&self) -> Result<(), EngineError> {
+        check_finite(&self.logits)
+    }
+
     /// Logits of the next token, `[vocab]`; zeros before the first.
     pub fn logits(&self) -> &[f32] {
         &self.logits
@@ -127,11 +133,17 @@ impl Engine {
     /// Packs the weights, and those of an adapter, for this CPU; the model, and the file that it is mapped from, are then let go.
     ///
     /// # Errors
-    /// `Format`: the tensors are not those of the spec. `Option`: no context.
+    /// `Format`: the tensors are not those of the spec. `Option`: no context, or more threads than [`threads::most`].
+    /// `Memory`, `Weights`, `Threads`: the system has no memory for the model, or starts no more threads.
     pub fn from_model(model: PackedModel, options: EngineOptions) -> Result<Self, EngineError> {
         if options.context == 0 {
             let found = options.context.to_string();
             return Err(EngineError::Option { key: "context", found, expected: "at least 1" });
+        }
+        if options.threads > threads::most() {
+            let found = options.threads.to_string();
+            let expected = "0 (one per core) to 256, or to the number of cores where there are more";
+            return Err(EngineError::Option { key: "threads", found, expected });
         }
         let threads = match options.threads {
             0 => std::thread::available_parallelism().map_or(1, |threads| threads.get()),
@@ -140,7 +152,8 @@ impl Engine {
         let activations = options.activations;
         let packed = Model::pack(&model, activations)?;
         let context = options.context.min(packed.spec.context);
-        let work = Mutex::new(Work::new(&packed, Pool::new(threads), activations, context));
+        let pool = Pool::try_new(threads).map_err(|source| EngineError::Threads { threads, source })?;
+        let work = Mutex::new(Work::new(&packed, pool, activations, context));
         let PackedModel { name, tokenizer, chat_template, .. } = model;
         let options = EngineOptions { context, ..options };
         Ok(Self { name, model: packed, tokenizer, chat_template, work, options })
@@ -182,7 +195,7 @@ impl Engine {
     /// Appends `ids`, chunk by chunk; the sequence then has the logits of the token after them.
     ///
     /// # Errors
-    /// `EmptyPrompt`, `UnknownToken`, `ContextFull`; the sequence is then unchanged.
+    /// `EmptyPrompt`, `UnknownToken`, `ContextFull`; the sequence is then unchanged. `NotFinite`: the logits are no numbers.
     pub fn prefill(&self, sequence: &mut Sequence, ids: &[u32]) -> Result<(), EngineError> {
         self.check(ids, sequence.length)?;
         let work = &mut *self.work();
@@ -193,7 +206,7 @@ impl Engine {
                 work.last_logits(&self.model, segments);
             }
         }
-        Ok(())
+        sequence.check_logits()
     }
 
     /// Appends one token to each of several sequences in one pass; each gets the logits it would get alone.
@@ -226,12 +239,14 @@ impl Engine {
         Ok(())
     }
 
-    /// The next token of each sequence by its sampler, drawn side by side.
-    pub fn sample_batch(&self, batch: Vec<(&Sequence, &mut Sampler)>) -> Vec<u32> {
-        let mut draws: Vec<_> = batch.into_iter().map(|(sequence, sampler)| (sequence, sampler, 0)).collect();
+    /// The next token of each sequence by its sampler, drawn side by side; `NotFinite` for a sequence whose logits are no
+    /// numbers.
+    pub fn sample_batch(&self, batch: Vec<(&Sequence, &mut Sampler)>) -> Vec<Result<u32, EngineError>> {
+        let mut draws: Vec<_> =
+            batch.into_iter().map(|(sequence, sampler)| (sequence, sampler, Ok(0))).collect();
         self.work().pool.chunks(&mut draws, 1, |_, _, draw| {
             let (sequence, sampler, id) = &mut draw[0];
-            *id = sampler.sample(sequence.logits());
+            *id = sequence.check_logits().map(|()| sampler.sample(sequence.logits()));
         });
         draws.into_iter().map(|(_, _, id)| id).collect()
     }
@@ -239,7 +254,7 @@ impl Engine {
     /// Logits at every position of a text, `[ids][vocab]`: `logits[i]` is for the token after `ids[i]`.
     ///
     /// # Errors
-    /// `EmptyPrompt`, `UnknownToken`, `ContextFull`
+    /// `EmptyPrompt`, `UnknownToken`, `ContextFull`, `NotFinite`
     pub fn logits(&self, ids: &[u32]) -> Result<Vec<f32>, EngineError> {
         self.check(ids, 0)?;
         let vocab = self.model.spec.vocab_size;
@@ -249,6 +264,7 @@ impl Engine {
         for (chunk, logits) in ids.chunks(CHUNK).zip(logits.chunks_mut(CHUNK * vocab)) {
             work.forward(&self.model, &mut [(&mut sequence, chunk)]);
             work.all_logits(&self.model, logits);
+            check_finite(logits)?;
         }
         Ok(logits)
     }
@@ -257,7 +273,7 @@ impl Engine {
     ///
     /// # Errors
     /// `EmptyPrompt`, `UnknownToken`, `ContextFull`: the prompt does not fit. `Option`: a sampling number is out of
-    /// range.
+    /// range. `NotFinite`: the logits after the prompt are no numbers.
     pub fn generate(&self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>, EngineError> {
         self.resume(self.sequence(), prompt, options)
     }
@@ -303,6 +319,12 @@ impl Engine {
     }
 }
 
+/// Without an early end, so that many are compared at once: for each drawn token it reads all logits.
+fn check_finite(logits: &[f32]) -> Result<(), EngineError> {
+    let finite = logits.iter().fold(true, |all, logit| all & logit.is_finite());
+    if finite { Ok(()) } else { Err(EngineError::NotFinite) }
+}
+
 pub(crate) fn check_ids(ids: &[u32], vocab_size: usize) -> Result<(), EngineError> {
     if ids.is_empty() {
         return Err(EngineError::EmptyPrompt);
@@ -338,6 +360,16 @@ pub enum Finish {
     MaxTokens,
     /// The context is full.
     Context,
+    /// The logits of the next token are no numbers; [`EngineError::NotFinite`].
+    NotFinite,
+}
+
+impl Finish {
+    /// # Errors
+    /// `NotFinite`: the text did not end, the model failed.
+    pub fn check(self) -> Result<Self, EngineError> {
+        if self == Self::NotFinite { Err(EngineError::NotFinite) } else { Ok(self) }
+    }
 }
 
 /// An iterator of drawn tokens; see [`Engine::generate`].
@@ -372,6 +404,7 @@ impl Generation<'_> {
             // The id comes from the sampler; only the context can be in the way.
             let fed = self.engine.decode_batch(&mut [(&mut self.sequence, id)]);
             fed.map_err(|_| Finish::Context)?;
+            self.sequence.check_logits().map_err(|_| Finish::NotFinite)?;
         }
         let id = self.sampler.sample(self.sequence.logits());
         if self.stop.contains(&id) {

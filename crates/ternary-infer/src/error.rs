@@ -1,6 +1,7 @@
 //! [`EngineError`]: what can be wrong with a model or a request.
 
-use ternary_format::FormatError;
+use std::io;
+use ternary_format::{FormatError, memory::OutOfMemory};
 
 /// A model that the engine cannot run, or a request that it cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -9,6 +10,13 @@ pub enum EngineError {
     /// The file cannot be read, or its tensors are not those of its spec.
     #[error(transparent)]
     Format(#[from] FormatError),
+    /// The weights do not fit into memory.
+    #[error("{0}; a smaller model fits")]
+    Memory(#[from] OutOfMemory),
+    #[error("no memory for {} MiB of weights: {source}", bytes >> 20)]
+    Weights { bytes: usize, source: io::Error },
+    #[error("cannot start {threads} threads: {source}; expected fewer, or higher limits")]
+    Threads { threads: usize, source: io::Error },
     /// The model knows ids only.
     #[error("the model has no tokenizer")]
     NoTokenizer,
@@ -21,6 +29,11 @@ pub enum EngineError {
     EmptyPrompt,
     #[error("{found} tokens exceed the context of {context}")]
     ContextFull { found: usize, context: usize },
+    /// The weights are finite, and a sum of their products is not.
+    #[error(
+        "the model computes logits that are not finite (NaN or infinite): it is damaged, or its weights are too large"
+    )]
+    NotFinite,
     #[error("`{key}` is {found}, expected {expected}")]
     Option { key: &'static str, found: String, expected: &'static str },
 }

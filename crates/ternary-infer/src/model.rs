@@ -2,7 +2,7 @@
 
 use crate::{ActivationMode, EngineError};
 use half::f16;
-use ternary_format::{Encoding, Family, LowRank, ModelSpec, PackedModel, Tensor};
+use ternary_format::{Encoding, Family, LowRank, ModelSpec, PackedModel, Tensor, memory};
 use ternary_kernels::{Arena, ByteMatrix, FloatMatrix, Isa, Matrix, SixBitMatrix, TernaryMatrix};
 
 /// All weights of a model.
@@ -68,11 +68,12 @@ impl Norm {
 
 impl Model {
     /// # Errors
-    /// `Format`: the model does not fit together.
+    /// `Format`: the model does not fit together, or a weight is not finite. `Memory`, `Weights`: it does not fit into memory.
     pub fn pack(model: &PackedModel, activations: ActivationMode) -> Result<Self, EngineError> {
         // From here on every tensor is there, of the shape that the spec gives it.
         model.validate()?;
         let spec = &model.spec;
+        model.check_finite()?;
         let matrices = model.tensors.values().filter(|tensor| tensor.shape().len() == 2);
         let measure = |tensor: &Tensor| {
             let bytes = Form::of(tensor, activations).bytes(tensor);
@@ -85,7 +86,9 @@ impl Model {
             FloatMatrix::bytes(pair.rank(), inputs) + FloatMatrix::bytes(out, pair.rank())
         };
         let bytes = matrices.map(measure).sum::<usize>() + pairs.map(pair_bytes).sum::<usize>();
-        let mut packer = Packer { model, activations, arena: Arena::new(bytes) };
+        memory::check(bytes as u64)?;
+        let arena = Arena::try_new(bytes).map_err(|source| EngineError::Weights { bytes, source })?;
+        let mut packer = Packer { model, activations, arena };
         let (embedding, head) = if spec.tied {
             (None, "token_embd.weight")
         } else {

@@ -59,6 +59,7 @@ pub fn model(
         tokenizer: None,
         chat_template: None,
         adapter: None,
+        warnings: Vec::new(),
     })
 }
 

@@ -79,7 +79,7 @@ fn adapter(spec: &ModelSpec, rank: usize) -> Adapter {
         let b = (0..out * rank).map(|_| number(1.0)).collect();
         (name, LowRank::new(rank, (rank as f64).sqrt() * 0.5, a, b).unwrap())
     });
-    Adapter { pairs: pairs.collect() }
+    Adapter { pairs: pairs.collect(), ..Adapter::default() }
 }
 
 const EXACT: EngineOptions =
@@ -187,6 +187,7 @@ fn chunks_tokens_batches_and_threads_give_the_same_bits() {
             let drawn: Vec<u32> =
                 samplers().iter_mut().zip(&alone).map(|(sampler, logits)| sampler.sample(logits)).collect();
             let together = engine.sample_batch(batch.iter().zip(&mut samplers()).collect());
+            let together: Vec<u32> = together.into_iter().map(Result::unwrap).collect();
             assert_eq!(together, drawn, "{what}: drawn side by side");
             let all = engine.logits(&prompts[1]).unwrap();
             assert_eq!(all[all.len() - model.spec.vocab_size..], alone[1], "{what}: all logits");

@@ -51,6 +51,7 @@ fn model(spec: ModelSpec, tensors: BTreeMap<String, Tensor>) -> PackedModel {
         tokenizer: None,
         chat_template: None,
         adapter: None,
+        warnings: Vec::new(),
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::simd::{LANES, Line};
 use half::f16;
 use memmap2::{MmapMut, MmapRaw};
-use std::{ptr::NonNull, sync::Arc};
+use std::{io, ptr::NonNull, sync::Arc};
 
 const HUGE: usize = 2 << 20;
 const LINE: usize = 64;
@@ -19,17 +19,29 @@ pub struct Arena {
 
 impl Arena {
     /// An arena for about this many bytes; more is mapped when they are used up.
+    ///
+    /// # Panics
+    /// When the system has no memory for them.
     pub fn new(bytes: usize) -> Self {
-        let mut arena = Self { map: None, next: 0, end: 0 };
-        if bytes > 0 {
-            arena.grow(bytes);
-        }
-        arena
+        Self::try_new(bytes).expect("memory for the weights")
     }
 
-    fn grow(&mut self, bytes: usize) {
+    /// As [`new`](Self::new).
+    ///
+    /// # Errors
+    /// The system has no memory for them.
+    pub fn try_new(bytes: usize) -> io::Result<Self> {
+        let mut arena = Self { map: None, next: 0, end: 0 };
+        if bytes > 0 {
+            arena.grow(bytes)?;
+        }
+        Ok(arena)
+    }
+
+    fn grow(&mut self, bytes: usize) -> io::Result<()> {
         // Room to begin at a huge page wherever the system puts the map.
-        let map = MmapMut::map_anon(bytes.next_multiple_of(HUGE) + HUGE).expect("memory for the weights");
+        let size = bytes.checked_next_multiple_of(HUGE).and_then(|size| size.checked_add(HUGE));
+        let map = MmapMut::map_anon(size.ok_or(io::ErrorKind::OutOfMemory)?)?;
         // Raw: a reference to the whole would take the blocks from their owners.
         let map = MmapRaw::from(map);
         #[cfg(all(target_os = "linux", not(miri)))] // which knows no advice
@@ -39,6 +51,7 @@ impl Arena {
         self.next = start.next_multiple_of(HUGE);
         self.end = start + map.len();
         self.map = Some(Arc::new(map));
+        Ok(())
     }
 
     /// Bytes that it has before it grows.
@@ -51,7 +64,7 @@ impl Arena {
     pub(crate) fn take<T: Plain>(&mut self, len: usize) -> Block<T> {
         let size = (len * size_of::<T>()).next_multiple_of(LINE);
         if self.map.is_none() || self.end - self.next < size {
-            self.grow(size);
+            self.grow(size).expect("memory for the weights");
         }
         let map = self.map.clone().expect("the arena has grown");
         let offset = self.next - map.as_mut_ptr() as usize;

@@ -8,7 +8,10 @@ use crate::{
     scalar::Scalar,
     simd::{Kernel, Simd},
 };
-use std::sync::OnceLock;
+use std::{
+    io::{self, Write},
+    sync::OnceLock,
+};
 
 /// An instruction set that this CPU has: each variant holds the proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +45,13 @@ impl Isa {
             let Ok(name) = std::env::var("TERNARY_ISA") else { return best };
             all.iter().find(|isa| isa.name() == name).copied().unwrap_or_else(|| {
                 let names: Vec<_> = all.iter().map(|isa| isa.name()).collect();
-                eprintln!("TERNARY_ISA={name}: this CPU has {}; using {}", names.join(", "), best.name());
+                // A warning that cannot be written is lost.
+                let _ = writeln!(
+                    io::stderr(),
+                    "TERNARY_ISA={name}: this CPU has {}; using {}",
+                    names.join(", "),
+                    best.name()
+                );
                 best
             })
         })

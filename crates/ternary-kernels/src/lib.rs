@@ -17,6 +17,7 @@
 //! assert_eq!(y, [-63.0, 64.5]);
 //! ```
 
+mod allocator;
 mod arena;
 pub mod attention;
 mod byte;
@@ -43,6 +44,7 @@ mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub use allocator::ExitAllocator;
 pub use arena::Arena;
 pub use byte::ByteMatrix;
 pub use code::{CodeMatrix, Order};

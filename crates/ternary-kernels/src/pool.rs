@@ -4,6 +4,7 @@ use crate::Isa;
 use std::{
     cell::UnsafeCell,
     hint::spin_loop,
+    io,
     marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
@@ -75,20 +76,36 @@ unsafe fn call<F: Fn(usize, usize) + Sync>(task: *const (), index: usize, thread
 
 impl Pool {
     /// A pool of this many threads, the caller's included, with the best instruction set.
+    ///
+    /// # Panics
+    /// When the system does not start so many.
     pub fn new(threads: usize) -> Self {
         Self::with_isa(threads, Isa::get())
     }
 
+    /// # Panics
+    /// As [`new`](Self::new).
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
-        let shared = Arc::new(Shared::default());
-        let workers = (1..threads).map(|thread| {
-            let shared = shared.clone();
+        Self::start(threads, isa).expect("the system starts a thread")
+    }
+
+    /// As [`new`](Self::new).
+    ///
+    /// # Errors
+    /// The system does not start so many threads; those that it started have ended.
+    pub fn try_new(threads: usize) -> io::Result<Self> {
+        Self::start(threads, Isa::get())
+    }
+
+    fn start(threads: usize, isa: Isa) -> io::Result<Self> {
+        let (shared, running, workers) = (Arc::default(), Mutex::new(()), Vec::new());
+        let mut pool = Self { shared, running, workers, isa };
+        for thread in 1..threads {
+            let shared: Arc<Shared> = pool.shared.clone();
             let name = format!("ternary-{thread}");
-            let spawned = thread::Builder::new().name(name).spawn(move || shared.work(thread));
-            spawned.expect("the system starts a thread")
-        });
-        let workers = workers.collect();
-        Self { shared, running: Mutex::new(()), workers, isa }
+            pool.workers.push(thread::Builder::new().name(name).spawn(move || shared.work(thread))?);
+        }
+        Ok(pool)
     }
 
     pub fn threads(&self) -> usize {

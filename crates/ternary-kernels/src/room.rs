@@ -12,8 +12,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// Bytes of a map, unless more are asked for at once; pages are the system's until they are written to.
-const MAP: usize = 256 << 20;
+/// Bytes of a map, unless more are asked for at once; pages are the system's until they are written to. The second is for where
+/// address space is scarce.
+const MAPS: [usize; 2] = [256 << 20, 16 << 20];
 /// Rooms begin at cache lines.
 const LINE: usize = 64;
 /// Smaller rooms are the usual allocator's.
@@ -43,11 +44,11 @@ unsafe impl Sync for Room {}
 impl Room {
     pub fn new(len: usize) -> Self {
         let bytes = len * size_of::<f32>();
-        let place = if bytes < LEAST {
-            Place::Own(vec![0.0; len])
-        } else {
-            let (map, offset, start) = heap().take(bytes.next_multiple_of(LINE));
-            Place::Heap { start: start.cast(), len, map, offset }
+        let taken = if bytes < LEAST { None } else { heap().take(bytes.next_multiple_of(LINE)) };
+        let place = match taken {
+            Some((map, offset, start)) => Place::Heap { start: start.cast(), len, map, offset },
+            // Where there is no map either, what follows is the program's allocator's to say.
+            None => Place::Own(vec![0.0; len]),
         };
         let mut room = Self(place);
         if cfg!(debug_assertions) {
@@ -114,16 +115,20 @@ struct Map {
 }
 
 impl Heap {
-    /// The first place that is large enough: number of the map, offset, address.
-    fn take(&mut self, bytes: usize) -> (usize, usize, NonNull<u8>) {
+    /// The first place that is large enough: number of the map, offset, address. `None`: the system maps no more.
+    fn take(&mut self, bytes: usize) -> Option<(usize, usize, NonNull<u8>)> {
         let fits = self.maps.iter().enumerate().find_map(|(index, map)| {
             let (offset, _) = map.free.iter().find(|(_, free)| **free >= bytes)?;
             Some((index, *offset))
         });
-        let (index, offset) = fits.unwrap_or_else(|| {
-            self.maps.push(Map::new(bytes.max(MAP)));
-            (self.maps.len() - 1, 0)
-        });
+        let (index, offset) = match fits {
+            Some(place) => place,
+            None => {
+                let mut sizes = MAPS.map(|size| size.max(bytes)).into_iter().chain([bytes]);
+                self.maps.push(sizes.find_map(Map::new)?);
+                (self.maps.len() - 1, 0)
+            }
+        };
         self.rooms += 1;
         let map = &mut self.maps[index];
         let free = map.free.remove(&offset).expect("it was found");
@@ -131,7 +136,7 @@ impl Heap {
             map.free.insert(offset + bytes, free - bytes);
         }
         // SAFETY: the offset lies within the map.
-        (index, offset, unsafe { NonNull::new_unchecked(map.map.as_mut_ptr().add(offset)) })
+        Some((index, offset, unsafe { NonNull::new_unchecked(map.map.as_mut_ptr().add(offset)) }))
     }
 
     fn give(&mut self, map: usize, offset: usize, bytes: usize) {
@@ -157,12 +162,13 @@ impl Heap {
 }
 
 impl Map {
-    fn new(bytes: usize) -> Self {
-        let map = MmapRaw::from(MmapMut::map_anon(bytes).expect("memory for the numbers of a step"));
+    /// `None`: the system has no place for it.
+    fn new(bytes: usize) -> Option<Self> {
+        let map = MmapRaw::from(MmapMut::map_anon(bytes).ok()?);
         #[cfg(all(target_os = "linux", not(miri)))] // which knows no advice
         // Only advice: where it is refused, 4 KiB pages serve, slower.
         let _ = map.advise(memmap2::Advice::HugePage);
-        Self { map, free: BTreeMap::from([(0, bytes)]) }
+        Some(Self { map, free: BTreeMap::from([(0, bytes)]) })
     }
 }
 
@@ -172,7 +178,7 @@ mod tests {
 
     #[test]
     fn places_are_apart_and_neighbours_become_one_again() {
-        let mut heap = Heap { maps: vec![Map::new(1 << 20)], rooms: 0 };
+        let mut heap = Heap { maps: vec![Map::new(1 << 20).unwrap()], rooms: 0 };
         let mut taken: Vec<(usize, usize, usize)> = vec![];
         let mut state = 1u64;
         for turn in 0..2000 {
@@ -183,7 +189,7 @@ mod tests {
                 heap.give(map, offset, bytes);
             } else {
                 let bytes = LINE * (1 + random % 2000);
-                let (map, offset, start) = heap.take(bytes);
+                let (map, offset, start) = heap.take(bytes).unwrap();
                 assert!(start.as_ptr().cast::<[u8; 64]>().is_aligned() && offset.is_multiple_of(LINE));
                 let apart = |(other, at, len): &(usize, usize, usize)| {
                     *other != map || offset + bytes <= *at || at + len <= offset
@@ -206,6 +212,16 @@ mod tests {
         heap.release();
         assert!(!heap.maps.is_empty(), "a room is taken");
         heap.give(last, offset, bytes);
+        heap.release();
+        assert!(heap.maps.is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_is_none_and_the_heap_goes_on() {
+        let mut heap = Heap { maps: vec![], rooms: 0 };
+        assert!(heap.take(isize::MAX as usize / LINE * LINE).is_none() && heap.rooms == 0);
+        let (map, offset, _) = heap.take(LINE).unwrap();
+        heap.give(map, offset, LINE);
         heap.release();
         assert!(heap.maps.is_empty());
     }

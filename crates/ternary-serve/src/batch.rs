@@ -210,6 +210,11 @@ impl<'a> Batch<'a> {
         let drawing = self.writing.iter_mut().map(|text| (&text.slot.sequence, &mut text.sampler)).collect();
         let drawn = self.engine.sample_batch(drawing);
         for (mut text, id) in self.writing.drain(..).zip(drawn) {
+            let Ok(id) = id else {
+                text.events.send(Event::NotFinite).ok();
+                self.idle.push(text.slot);
+                continue;
+            };
             match text.take(id, &self.ends, context) {
                 Ok(()) => {
                     self.metric.generated(1);

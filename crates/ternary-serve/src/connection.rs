@@ -1,98 +1,45 @@
-//! [`Listener`]: connections that may be slow only while we work for them.
+//! [`Connection`]: a connection that may be slow only while we work for it, and [`departed`], when its client has gone.
 
-use axum::{extract::connect_info::Connected, serve::IncomingStream};
+use crate::{api::ApiError, slot::Client};
+use axum::http::StatusCode;
 use std::{
     io,
-    net::SocketAddr,
+    net::Shutdown,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, Sleep, sleep},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    net::TcpStream,
+    time::{Instant, Sleep, sleep, timeout},
 };
 
-/// Accepts so many connections at a time; the others wait in the system's queue.
-pub struct Listener {
-    listener: TcpListener,
-    places: Arc<Semaphore>,
-    patience: Duration,
-}
-
-impl Listener {
-    pub fn new(listener: TcpListener, connections: usize, patience: Duration) -> Self {
-        let places = Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS)));
-        Self { listener, places, patience }
-    }
-}
-
-impl axum::serve::Listener for Listener {
-    type Io = Connection;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Connection, SocketAddr) {
-        let place = self.places.clone().acquire_owned().await.expect("nobody closes it");
-        let (stream, address) = axum::serve::Listener::accept(&mut self.listener).await;
-        // Tokens are small and should not wait for each other.
-        stream.set_nodelay(true).ok();
-        let patience = self.patience;
-        let (requests, reading, writing) = (Requests::default(), None, None);
-        (Connection { stream, requests, patience, reading, writing, _place: place }, address)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
-
-/// How many requests of a connection are being answered.
-#[derive(Clone, Debug, Default)]
-pub struct Requests(Arc<AtomicUsize>);
-
-/// A request that is being answered, until the last clone is dropped.
-#[derive(Clone, Debug)]
-pub struct Busy(#[allow(dead_code)] Arc<Counted>);
-
-#[derive(Debug)]
-struct Counted(Requests);
-
-impl Requests {
-    pub fn begin(&self) -> Busy {
-        self.0.fetch_add(1, Relaxed);
-        Busy(Arc::new(Counted(self.clone())))
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Relaxed);
-    }
-}
-
-impl Connected<IncomingStream<'_, Listener>> for Requests {
-    fn connect_info(stream: IncomingStream<'_, Listener>) -> Self {
-        stream.io().requests.clone()
-    }
-}
+/// Between two looks at whether a client still waits.
+const GLANCE: Duration = Duration::from_millis(200);
 
 /// A connection that ends when, while no request is being answered, the headers of the next do not come in time, or
 /// when what is sent is not taken in time.
 pub struct Connection {
-    stream: TcpStream,
-    requests: Requests,
+    stream: Arc<TcpStream>,
+    client: Arc<Client>,
     patience: Duration,
+    /// The longest headers, in bytes.
+    header: usize,
     /// Until the headers have to be there. Single bytes that come do not prolong it.
     reading: Option<Pin<Box<Sleep>>>,
     /// Until something has to be taken.
     writing: Option<Pin<Box<Sleep>>>,
-    _place: OwnedSemaphorePermit,
+    /// What is sent in place of hyper's answer, and how much of it has been sent.
+    refusal: Option<(Vec<u8>, usize)>,
+}
+
+impl Connection {
+    pub fn new(stream: Arc<TcpStream>, client: Arc<Client>, patience: Duration, header: usize) -> Self {
+        let (reading, writing, refusal) = Default::default();
+        Self { stream, client, patience, header, reading, writing, refusal }
+    }
 }
 
 impl AsyncRead for Connection {
@@ -102,14 +49,21 @@ impl AsyncRead for Connection {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if let Poll::Ready(read) = Pin::new(&mut this.stream).poll_read(context, buffer) {
-            return Poll::Ready(read);
+        while this.stream.poll_read_ready(context)?.is_ready() {
+            match this.stream.try_read(buffer.initialize_unfilled()) {
+                Ok(read) => {
+                    buffer.advance(read);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
+                Err(error) => return Poll::Ready(Err(error)),
+            }
         }
         // Who waits here is not asked again when its request has been answered, so the time runs always.
         let reading = this.reading.get_or_insert_with(|| Box::pin(sleep(this.patience)));
         loop {
             ready!(reading.as_mut().poll(context));
-            if this.requests.0.load(Relaxed) == 0 {
+            if !this.client.is_busy() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
             reading.as_mut().reset(Instant::now() + this.patience);
@@ -118,18 +72,23 @@ impl AsyncRead for Connection {
 }
 
 impl Connection {
-    fn written(
-        &mut self,
-        context: &mut Context<'_>,
-        written: Poll<io::Result<usize>>,
-    ) -> Poll<io::Result<usize>> {
-        if written.is_ready() {
-            self.writing = None;
-            if let Some(reading) = &mut self.reading {
-                reading.as_mut().reset(Instant::now() + self.patience);
+    /// Writes what the stream takes.
+    fn write(&mut self, context: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        while self.stream.poll_write_ready(context)?.is_ready() {
+            match self.stream.try_write_vectored(slices) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
+                written => {
+                    let all = slices.iter().map(|slice| slice.len()).sum();
+                    self.client.set_unsent(written.as_ref().is_ok_and(|written| *written < all));
+                    self.writing = None;
+                    if let Some(reading) = &mut self.reading {
+                        reading.as_mut().reset(Instant::now() + self.patience);
+                    }
+                    return Poll::Ready(written);
+                }
             }
-            return written;
         }
+        self.client.set_unsent(true);
         let writing = self.writing.get_or_insert_with(|| Box::pin(sleep(self.patience)));
         ready!(writing.as_mut().poll(context));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
@@ -137,13 +96,8 @@ impl Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.written(context, written)
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(context, &[io::IoSlice::new(bytes)])
     }
 
     fn poll_write_vectored(
@@ -151,19 +105,86 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
-        self.written(context, written)
+        let this = &mut *self;
+        let Some(first) = slices.iter().find(|slice| !slice.is_empty()) else { return Poll::Ready(Ok(0)) };
+        let Some((refusal, mut sent)) =
+            this.refusal.take().or_else(|| Some((refusal(first, this.header)?, 0)))
+        else {
+            return this.write(context, slices);
+        };
+        while sent < refusal.len() {
+            match this.write(context, &[io::IoSlice::new(&refusal[sent..])]) {
+                Poll::Ready(Ok(written)) => sent += written,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    this.refusal = Some((refusal, sent));
+                    return Poll::Pending;
+                }
+            }
+        }
+        Poll::Ready(Ok(first.len()))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+    fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(socket2::SockRef::from(&*self.stream).shutdown(Shutdown::Write))
+    }
+}
+
+/// The answer to bytes that are no request, in place of hyper's.
+///
+/// Such bytes reach no handler: hyper answers them itself, with a status and an empty body, and offers no way to choose
+/// another. All other errors here have a body, so an error without one is hyper's.
+fn refusal(answer: &[u8], header: usize) -> Option<Vec<u8>> {
+    let status = answer.strip_prefix(b"HTTP/1.1 ")?.first_chunk::<3>().filter(|status| status[0] == b'4')?;
+    let head = str::from_utf8(answer).ok()?.strip_suffix("\r\n\r\n")?;
+    head.split("\r\n").find(|line| line.eq_ignore_ascii_case("content-length: 0"))?;
+    let status = StatusCode::from_bytes(status).ok()?;
+    let message = match status {
+        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => {
+            format!("the headers are too long or too many, expected at most {header} bytes and 100 headers")
+        }
+        StatusCode::URI_TOO_LONG => "the path is too long".into(),
+        _ => "the request is not valid HTTP/1.1: its first line or one of its headers is malformed".into(),
+    };
+    let body = ApiError::new(status, message).code("invalid_http").json().to_string();
+    let length = body.len();
+    let head = format!(
+        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\nx-content-type-options: nosniff\r\n\
+         content-length: {length}\r\nconnection: close\r\n\r\n"
+    );
+    Some((head + &body).into_bytes())
+}
+
+/// Ends when the client of a request that has not been answered has gone.
+///
+/// A client may close its half of the connection and still wait for the answer; one that has gone looks the same until it
+/// is sent something, which its system then refuses. So an `interim` response is sent, once, to a client whose half is closed.
+/// Clients of HTTP/1.0 know no such responses; their requests go on.
+pub async fn departed(stream: &TcpStream, client: &Client, interim: bool) -> io::Error {
+    let mut asked = !interim;
+    loop {
+        sleep(GLANCE).await;
+        let ready = timeout(Duration::ZERO, stream.ready(Interest::READABLE | Interest::ERROR)).await;
+        match ready {
+            Ok(Err(error)) => return error,
+            Ok(Ok(ready)) if ready.is_error() => return io::ErrorKind::ConnectionReset.into(),
+            Ok(Ok(ready)) if ready.is_read_closed() && !asked && !client.has_unsent() => {
+                asked = true;
+                if let Err(error) = stream.try_write(b"HTTP/1.1 102 Processing\r\n\r\n")
+                    && error.kind() != io::ErrorKind::WouldBlock
+                {
+                    return error;
+                }
+            }
+            _ => (),
+        }
     }
 }

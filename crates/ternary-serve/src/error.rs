@@ -17,6 +17,8 @@ pub enum ServeError {
     Open { address: SocketAddr },
     #[error("the API key is empty or has other characters than visible ASCII")]
     Key,
+    #[error("`{name}` is no host name, expected letters, digits, dots and hyphens, without a port")]
+    HostName { name: String },
     #[error("no models, expected at least one")]
     NoModels,
     #[error("two models have the name `{name}`")]

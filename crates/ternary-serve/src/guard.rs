@@ -1,8 +1,8 @@
 //! [`guard`]: who gets in.
 
-use crate::{api::ApiError, connection::Requests, server::Server};
+use crate::{ServeOptions, api::ApiError, server::Server, slot::Busy};
 use axum::{
-    extract::{ConnectInfo, Request, State},
+    extract::{Request, State},
     http::{HeaderMap, Method, StatusCode, header, uri::Authority},
     middleware::Next,
     response::{IntoResponse, Response},
@@ -31,15 +31,12 @@ fn route(path: &str) -> &'static str {
 }
 
 /// Lets a request through to its handler, or refuses it; counts and logs either way.
-pub async fn guard(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
+pub async fn guard(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let method = request.method().clone();
     let route = route(request.uri().path());
-    let connection = request.extensions().get::<ConnectInfo<Requests>>();
-    let busy = connection.map(|ConnectInfo(requests)| requests.begin());
-    if let Some(busy) = busy.clone() {
-        request.extensions_mut().insert(busy);
-    }
+    // Until the response is there.
+    let _busy = request.extensions().get::<Busy>().cloned();
     let response = match admit(&server, &request, route) {
         Ok(()) => next.run(request).await,
         Err(error) => error.into_response(),
@@ -63,8 +60,8 @@ fn admit(server: &Server, request: &Request, route: &str) -> Result<(), ApiError
         let message = format!("headers of {size} bytes, expected at most {}", server.limits.header);
         return Err(ApiError::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, message));
     }
-    if server.loopback {
-        local(headers)?;
+    if let Some(hosts) = &server.hosts {
+        hosts.check(headers)?;
     }
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         same_origin(headers)?;
@@ -72,32 +69,62 @@ fn admit(server: &Server, request: &Request, route: &str) -> Result<(), ApiError
     // What the page consists of, and whether the server is there, everybody may know.
     let open = matches!(route, "/" | "/page.js" | "/style.css" | "/icon.svg" | "/health");
     match &server.key {
-        Some(key) if !open => authorized(headers, key),
+        Some(key) if !open => {
+            authorized(headers, key)?;
+            request.extensions().get::<Busy>().inspect(|busy| busy.authenticate());
+            Ok(())
+        }
         _ => Ok(()),
     }
 }
 
-/// A page that makes its own name point at this machine still sends that name.
-fn local(headers: &HeaderMap) -> Result<(), ApiError> {
-    let mut hosts = headers.get_all(header::HOST).iter().peekable();
-    if hosts.peek().is_none() {
-        return Err(ApiError::body("there is no Host header"));
+/// How the `Host` header may name the server.
+///
+/// A page can make its own name point at this server, whose answers its scripts then read (DNS rebinding); but its requests
+/// still send that name. It cannot do that with an address, nor without knowing the key.
+#[derive(Debug)]
+pub struct Hosts {
+    names: Vec<String>,
+    /// Other addresses than those of loopback reach the server.
+    remote: bool,
+}
+
+impl Hosts {
+    /// `None`: everybody who has the key may name it as they like.
+    pub fn new(options: &ServeOptions) -> Option<Self> {
+        let remote = !options.address.ip().is_loopback();
+        let names = options.host_names.clone();
+        let open = remote && names.is_empty() && options.api_key.is_some();
+        (!open).then_some(Self { names, remote })
     }
-    let is_local = |host: &axum::http::HeaderValue| {
-        let authority: Authority = host.to_str().ok()?.parse().ok()?;
+
+    fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+        let mut hosts = headers.get_all(header::HOST).iter().peekable();
+        if hosts.peek().is_none() {
+            return Err(ApiError::body("there is no Host header"));
+        }
+        if hosts.all(|host| host.to_str().is_ok_and(|host| self.is_ours(host))) {
+            return Ok(());
+        }
+        let expected = match (&self.names[..], self.remote) {
+            ([], false) => "localhost or a loopback address".to_string(),
+            ([], true) => "localhost or an address; --host-name NAME allows a name".into(),
+            (names, _) => format!("localhost, an address or {}", names.join(", ")),
+        };
+        let message = format!("the Host header names another machine, expected {expected}");
+        Err(ApiError::new(StatusCode::FORBIDDEN, message).code("foreign_host"))
+    }
+
+    fn is_ours(&self, host: &str) -> bool {
+        let Ok(authority) = host.parse::<Authority>() else { return false };
         let name = authority.host();
-        let address = name.trim_start_matches('[').trim_end_matches(']');
-        let loopback = address.parse().is_ok_and(|address: IpAddr| address.is_loopback());
-        let named = name.eq_ignore_ascii_case("localhost");
-        ((loopback || named) && !authority.as_str().contains('@')).then_some(())
-    };
-    match hosts.all(|host| is_local(host).is_some()) {
-        true => Ok(()),
-        false => Err(ApiError::new(
-            StatusCode::FORBIDDEN,
-            "the Host header names another machine, expected localhost or a loopback address",
-        )
-        .code("foreign_host")),
+        let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+        let names = self.names.iter().map(String::as_str).chain(["localhost"]);
+        let known = match address {
+            Ok(address) => self.remote || address.is_loopback(),
+            Err(_) => names.into_iter().any(|known| name.eq_ignore_ascii_case(known)),
+        };
+        known && !host.contains('@')
     }
 }
 
@@ -141,8 +168,9 @@ mod tests {
 
     #[test]
     fn only_names_of_this_machine_are_local() {
+        let local = Hosts::new(&ServeOptions::default()).unwrap();
         for host in ["localhost", "LOCALHOST:1", "127.0.0.1:8080", "127.9.9.9", "[::1]", "[::1]:80"] {
-            local(&headers(header::HOST, host)).unwrap();
+            local.check(&headers(header::HOST, host)).unwrap();
         }
         for host in [
             "evil.example",
@@ -154,12 +182,36 @@ mod tests {
             "",
             "0.0.0.0",
         ] {
-            assert_eq!(local(&headers(header::HOST, host)).unwrap_err().status, 403, "{host}");
+            assert_eq!(local.check(&headers(header::HOST, host)).unwrap_err().status, 403, "{host}");
         }
-        assert_eq!(local(&HeaderMap::new()).unwrap_err().status, 400);
+        assert_eq!(local.check(&HeaderMap::new()).unwrap_err().status, 400);
         let mut two = headers(header::HOST, "localhost");
         two.append(header::HOST, "evil.example".parse().unwrap());
-        assert_eq!(local(&two).unwrap_err().status, 403);
+        assert_eq!(local.check(&two).unwrap_err().status, 403);
+    }
+
+    #[test]
+    fn a_remote_server_without_a_key_has_the_names_that_it_was_given() {
+        let mut options =
+            ServeOptions { address: "0.0.0.0:80".parse().unwrap(), allow_remote: true, ..Default::default() };
+        for names in [&[][..], &["duck.lan", "pond"]] {
+            options.host_names = names.iter().map(|name| name.to_string()).collect();
+            let hosts = Hosts::new(&options).unwrap();
+            for host in ["localhost", "127.0.0.1:80", "10.0.0.1", "[2001:db8::1]:80"] {
+                hosts.check(&headers(header::HOST, host)).unwrap();
+            }
+            for host in ["evil.example", "x@10.0.0.1", "duck.lan.evil.example", "10.0.0.1.nip.io", ""] {
+                assert_eq!(hosts.check(&headers(header::HOST, host)).unwrap_err().status, 403, "{host}");
+            }
+            for host in ["duck.lan", "Duck.LAN:80", "pond"] {
+                assert_eq!(hosts.check(&headers(header::HOST, host)).is_ok(), !names.is_empty(), "{host}");
+            }
+        }
+        // A key is as good: a page does not know it.
+        options.api_key = Some("quack".into());
+        assert!(Hosts::new(&options).is_some());
+        options.host_names.clear();
+        assert!(Hosts::new(&options).is_none());
     }
 
     #[test]

@@ -17,7 +17,8 @@
 //! refused, not ignored, and so are fields that nobody knows. Beyond OpenAI's, requests have `top_k`, `min_p` and
 //! `repetition_penalty`.
 //!
-//! Without an API key the server listens on loopback only, unless told otherwise; a page of another origin gets nothing.
+//! Without an API key the server listens on loopback only, unless told otherwise, and requests must name it by an address or by a
+//! name that it was given. A page of another origin gets nothing.
 //!
 //! # Example
 //! ```no_run
@@ -43,6 +44,8 @@ mod body;
 mod connection;
 mod error;
 mod guard;
+mod intake;
+mod listener;
 mod metric;
 mod model;
 mod option;
@@ -50,6 +53,7 @@ mod page;
 mod scheduler;
 mod score;
 mod server;
+mod slot;
 mod stop;
 
 pub use error::ServeError;

@@ -15,6 +15,8 @@ pub struct ServeOptions {
     pub api_key: Option<String>,
     /// Listen on another address than loopback without a key.
     pub allow_remote: bool,
+    /// Names by which clients reach the server, besides localhost and addresses.
+    pub host_names: Vec<String>,
     pub limits: Limits,
 }
 
@@ -22,18 +24,25 @@ impl Default for ServeOptions {
     /// Port 8080 of loopback.
     fn default() -> Self {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
-        Self { address, api_key: None, allow_remote: false, limits: Limits::default() }
+        Self {
+            address,
+            api_key: None,
+            allow_remote: false,
+            host_names: Vec::new(),
+            limits: Limits::default(),
+        }
     }
 }
 
 impl std::fmt::Debug for ServeOptions {
     /// Without the key.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { address, api_key, allow_remote, limits } = self;
+        let Self { address, api_key, allow_remote, host_names, limits } = self;
         f.debug_struct("ServeOptions")
             .field("address", address)
             .field("api_key", &api_key.as_ref().map(|_| "..."))
             .field("allow_remote", allow_remote)
+            .field("host_names", host_names)
             .field("limits", limits)
             .finish()
     }
@@ -41,9 +50,12 @@ impl std::fmt::Debug for ServeOptions {
 
 impl ServeOptions {
     /// # Errors
-    /// `Open`: everybody could reach the models. `Key`, `Limit`: values that cannot be.
+    /// `Open`: everybody could reach the models. `Key`, `HostName`, `Limit`: values that cannot be.
     pub fn check(&self) -> Result<(), ServeError> {
         self.limits.check()?;
+        if let Some(name) = self.host_names.iter().find(|name| !is_host_name(name)) {
+            return Err(ServeError::HostName { name: name.clone() });
+        }
         match &self.api_key {
             Some(key) if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) => {
                 Err(ServeError::Key)
@@ -56,6 +68,12 @@ impl ServeOptions {
     }
 }
 
+/// A name as a `Host` header has it, without a port.
+fn is_host_name(name: &str) -> bool {
+    let named = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    !name.is_empty() && name.chars().all(named)
+}
+
 /// What one client, or all together, may ask for. More is refused, never cut.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -65,8 +83,10 @@ pub struct Limits {
     pub header: usize,
     /// Until headers, and again until the body, have to be there, and until a client takes what it is sent.
     pub patience: Duration,
-    /// Open connections; more wait.
+    /// Open connections; when more come, idle ones are closed, first those of the address that has the most.
     pub connections: usize,
+    /// Open connections that have not shown the API key, where there is one.
+    pub unauthenticated: usize,
     /// Texts in the making at a time, by model; each takes memory for its keys and values.
     pub batch: usize,
     /// Texts that wait for their turn, by model; more: 429.
@@ -88,6 +108,7 @@ impl Default for Limits {
             header: 16 << 10,
             patience: Duration::from_secs(30),
             connections: 512, // below the files that a process may usually open
+            unauthenticated: 128,
             batch: 16,
             queue: 256,
             tokens: 1 << 15,
@@ -104,6 +125,7 @@ impl Limits {
             ("body", self.body),
             ("header", self.header),
             ("connections", self.connections),
+            ("unauthenticated", self.unauthenticated),
             ("batch", self.batch),
             ("queue", self.queue),
             ("tokens", self.tokens),

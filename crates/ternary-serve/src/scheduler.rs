@@ -36,6 +36,8 @@ pub enum Event {
     Text { choice: usize, text: String, scores: Vec<Score> },
     /// Its end, after so many tokens.
     End { choice: usize, finish: Finish, tokens: usize },
+    /// The logits of a text are no numbers: no more comes of it.
+    NotFinite,
     /// No more comes, of any text.
     Failed(&'static str),
 }

@@ -3,8 +3,9 @@
 use crate::{
     Limits, Models, ServeError, ServeOptions,
     api::{self, ApiError},
-    connection::{Listener, Requests},
-    guard::guard,
+    guard::{Hosts, guard},
+    intake::Intake,
+    listener,
     metric::{Metric, ModelMetric},
     model::Model,
     page,
@@ -32,8 +33,9 @@ pub struct Server {
     pub served: Vec<Arc<Served>>,
     pub limits: Limits,
     pub key: Option<String>,
-    /// Only this machine can reach the server.
-    pub loopback: bool,
+    /// How requests may name the server; `None`: as they like.
+    pub hosts: Option<Hosts>,
+    pub intake: Intake,
     pub metric: Metric,
     /// Since when, in seconds of the Unix epoch.
     pub created: u64,
@@ -59,7 +61,8 @@ impl Server {
             served: served.collect::<Result<_, ServeError>>()?,
             limits: options.limits.clone(),
             key: options.api_key.clone(),
-            loopback: options.address.ip().is_loopback(),
+            hosts: Hosts::new(options),
+            intake: Intake::default(),
             metric: Metric::default(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
         })
@@ -126,9 +129,7 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let options = ServeOptions { address: listener.local_addr()?, ..options };
     let server = Arc::new(Server::new(models, &options)?);
-    let Limits { connections, patience, drain, .. } = options.limits;
-    let listener = Listener::new(listener, connections, patience);
-    let service = server.router().into_make_service_with_connect_info::<Requests>();
+    let drain = options.limits.drain;
     tracing::info!(address = %options.address, models = server.served.len(), key = server.key.is_some(), "serving");
     let (told, tell) = oneshot::channel();
     let open = server.clone();
@@ -146,7 +147,7 @@ pub async fn serve(
         sleep(GRACE).await;
     };
     tokio::select! {
-        served = axum::serve(listener, service).with_graceful_shutdown(ending) => served?,
+        () = listener::answer(listener, server.router(), &server.limits, server.key.is_some(), ending) => (),
         () = late => (),
     }
     stop();

@@ -3,6 +3,7 @@
 use crate::site::{Site, engine};
 use serde_json::json;
 use ternary_serve::{Limits, Models, ServeError, ServeOptions, bind, router};
+use tower::ServiceExt;
 
 const TEXT: &str = "/v1/completions";
 
@@ -34,6 +35,10 @@ fn without_a_key_nothing_but_loopback_is_served() {
     for key in ["", "qu ack", "quäck", "quack\n"] {
         let options = ServeOptions { api_key: Some(key.into()), ..ServeOptions::default() };
         assert!(matches!(options.check(), Err(ServeError::Key)), "{key:?}");
+    }
+    for name in ["", "duck.lan:80", "http://duck.lan", "dück", "a b"] {
+        let options = ServeOptions { host_names: vec![name.into()], ..ServeOptions::default() };
+        assert!(matches!(options.check(), Err(ServeError::HostName { .. })), "{name:?}");
     }
     let nothing =
         ServeOptions { limits: Limits { batch: 0, ..Limits::default() }, ..ServeOptions::default() };
@@ -101,4 +106,28 @@ fn a_name_that_was_bound_to_this_machine_gets_nothing() {
     assert_eq!(get("Host: evil.example\r\n").refused(403).0, "foreign_host");
     assert_eq!(get("Host: localhost\r\nHost: evil.example\r\n").refused(403).0, "foreign_host");
     assert_eq!(get("").status, 400);
+}
+
+#[test]
+fn a_server_has_the_names_that_it_was_given() {
+    let options = ServeOptions {
+        address: "0.0.0.0:0".parse().unwrap(),
+        allow_remote: true,
+        host_names: vec!["duck.lan".into()],
+        ..ServeOptions::default()
+    };
+    let models = Models::new([("duck".to_string(), engine())]).unwrap();
+    let router = router(models, &options).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let status = |host: &str| {
+        let request = axum::http::Request::get("/v1/models").header("host", host);
+        let response = router.clone().oneshot(request.body(axum::body::Body::empty()).unwrap());
+        runtime.block_on(response).unwrap().status().as_u16()
+    };
+    for host in ["duck.lan", "DUCK.lan:8080", "localhost", "127.0.0.1", "10.1.2.3"] {
+        assert_eq!(status(host), 200, "{host}");
+    }
+    for host in ["evil.example", "duck.lan.evil.example"] {
+        assert_eq!(status(host), 403, "{host}");
+    }
 }

@@ -132,6 +132,22 @@ fn prompts_longer_than_the_context_are_refused() {
         site.post(CHAT, &json!({ "model": "duck", "messages": messages })).refused(400).0,
         "context_length_exceeded"
     );
+    // A megabyte, wherever it may be.
+    let long = "quack ".repeat(170_000);
+    for prompt in [json!(long), json!(["x", long]), json!(vec![7; 400_000])] {
+        let body = json!({ "model": "duck", "prompt": prompt });
+        assert_eq!(site.post(TEXT, &body).refused(400).0, "context_length_exceeded");
+    }
+    let part = json!({ "type": "text", "text": "quack" });
+    for messages in [
+        json!([{ "role": "user", "content": long }]),
+        json!([{ "role": "system", "content": "x" }, { "role": "user", "content": [{ "type": "text", "text": long }] }]),
+        json!([{ "role": "user", "content": vec![part; 25_000] }]),
+        json!(vec![json!({ "role": "user", "content": "quack" }); 15_000]),
+    ] {
+        let body = json!({ "model": "duck", "messages": messages });
+        assert_eq!(site.post(CHAT, &body).refused(400).0, "context_length_exceeded");
+    }
     // All of the context leaves room for one token, that nobody reads.
     let full = site
         .post(TEXT, &json!({ "model": "duck", "prompt": "x".repeat(512), "max_tokens": 9, "temperature": 0 }))
@@ -214,11 +230,17 @@ fn patience_is_for_clients_and_not_for_work() {
     }
 }
 
+fn stream_to_end(mut stream: std::net::TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
 #[test]
 fn long_headers_and_bytes_that_are_no_http_are_refused() {
     let site = Site::new(|_| ());
     let header = format!("X-Long: {}\r\n", "x".repeat(17 << 10));
-    assert_eq!(site.send(&site.request("GET", "/health", &header, b"")).status, 431);
+    site.send(&site.request("GET", "/health", &header, b"")).refused(431);
     let flood = format!("X-Long: {}\r\n", "x".repeat(1 << 10)).repeat(2000);
     let mut stream = site.connect();
     // The server may hang up in the middle.
@@ -226,17 +248,35 @@ fn long_headers_and_bytes_that_are_no_http_are_refused() {
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).ok();
     assert!(bytes.is_empty() || bytes.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&bytes));
-    for bytes in [
-        &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello\r\n\r\n"[..],
-        b"GET\r\n\r\n",
-        b"quack quack quack\r\n\r\n",
+    let head = |line: &str, headers: &str| format!("{line}\r\nHost: localhost\r\n{headers}\r\n").into_bytes();
+    for (bytes, status) in [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello\r\n\r\n".to_vec(), 400),
+        (b"GET\r\n\r\n".to_vec(), 400),
+        (b"quack quack quack\r\n\r\n".to_vec(), 400),
+        (head("GET /health HTTP/7.1", ""), 400),
+        (head("GET /hea lth HTTP/1.1", ""), 400),
+        (head("GET /health HTTP/1.1", "a header\r\n"), 400),
+        (head("GET /health HTTP/1.1", "x\0: y\r\n"), 400),
+        (head("POST /v1/completions HTTP/1.1", "Transfer-Encoding: gzip\r\n"), 400),
+        (head("POST /v1/completions HTTP/1.1", "Transfer-Encoding: chunked, gzip\r\n"), 400),
+        (head("POST /v1/completions HTTP/1.1", "Content-Length: -1\r\n"), 400),
+        (head("POST /v1/completions HTTP/1.1", "Content-Length: 1\r\nContent-Length: 2\r\n"), 400),
+        (head("GET /health HTTP/1.1", &"X-Many: 1\r\n".repeat(200)), 431),
+        (head(&format!("GET /{} HTTP/1.1", "x".repeat(70_000)), ""), 414),
     ] {
         let mut stream = site.connect();
-        stream.write_all(bytes).unwrap();
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).ok();
-        assert!(answer.starts_with(b"HTTP/1.1 400"), "{}", String::from_utf8_lossy(&answer));
+        stream.write_all(&bytes).unwrap();
+        let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(100)]).into_owned();
+        let answer = Response::read(stream);
+        assert_eq!(answer.refused(status).0, "invalid_http", "{shown}");
+        assert_eq!(answer.header("content-type"), Some("application/json"), "{shown}");
     }
+    // In the middle of a connection as well.
+    let mut stream = site.connect();
+    stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nquack quack\r\n\r\n").unwrap();
+    let text = String::from_utf8(stream_to_end(stream)).unwrap();
+    assert!(text.starts_with("HTTP/1.1 200") && text.contains("HTTP/1.1 400"), "{text}");
+    assert!(text.contains(r#""code":"invalid_http""#), "{text}");
     for path in ["/%ff", "/v1/models/%ff%fe", "/v1/models/%00", "/v1/../health", "//", "/v1/models/"] {
         let status = site.get(path).status;
         assert!((400..500).contains(&status), "{path}: {status}");

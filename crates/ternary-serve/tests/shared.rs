@@ -48,6 +48,110 @@ fn a_client_that_goes_away_stops_its_work() {
 }
 
 #[test]
+fn a_client_that_has_closed_its_half_gets_its_answer() {
+    let site = Site::endless(|_| ());
+    let ask = |version: &str, body: &Value| {
+        let body = body.to_string();
+        let mut stream = site.connect();
+        let length = body.len();
+        write!(
+            stream,
+            "POST {TEXT} HTTP/{version}\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+        .unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    let mut body = endless();
+    for (tokens, slow) in [(1, false), (6000, true)] {
+        body["max_tokens"] = tokens.into();
+        for version in ["1.0", "1.1"] {
+            let begun = Instant::now();
+            let text = ask(version, &body);
+            if slow && begun.elapsed() < Duration::from_millis(300) {
+                println!("skipped: the work took {:?} only", begun.elapsed());
+            }
+            // While it waits, it is asked whether it still does.
+            let text = text.trim_start_matches("HTTP/1.1 102 Processing\r\n\r\n");
+            assert!(text.starts_with(&format!("HTTP/{version} 200")), "{text}");
+            assert!(
+                text.contains(&format!("\"completion_tokens\":{tokens}")),
+                "{}",
+                &text[text.len() - 200..]
+            );
+        }
+        let text = ask("1.1", &streamed(body.clone()));
+        assert!(text.starts_with("HTTP/1.1 200") && text.contains("data: [DONE]"), "{text}");
+    }
+    let mut stream = site.connect();
+    stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(Response::read(stream).status, 200);
+}
+
+#[test]
+fn idle_connections_make_room_for_new_ones() {
+    let site = Site::endless(|options| options.limits.connections = 8);
+    let head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let closed = |mut stream: &TcpStream| {
+        stream.set_nonblocking(true).unwrap();
+        let mut buffer = [0; 1024];
+        let read = std::iter::repeat_with(|| stream.read(&mut buffer)).find(|read| !matches!(read, Ok(1..)));
+        !matches!(read, Some(Err(error)) if error.kind() == std::io::ErrorKind::WouldBlock)
+    };
+    // Silent ones, slow ones, and ones that have had an answer; and a request that takes its time.
+    let mut work = begin(&site, &streamed(endless()));
+    work.read_exact(&mut [0; 500]).unwrap();
+    let idle: Vec<TcpStream> = (0..30)
+        .map(|i| {
+            let mut stream = site.connect();
+            stream.write_all(&head[..[0, 10, head.len()][i % 3]]).unwrap();
+            std::thread::sleep(Duration::from_millis(2));
+            stream
+        })
+        .collect();
+    let started = Instant::now();
+    assert_eq!(site.get("/health").status, 200);
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    std::thread::sleep(Duration::from_millis(50));
+    let closed: Vec<bool> = idle.iter().map(closed).collect();
+    let first_open = closed.iter().position(|closed| !closed).unwrap();
+    assert!(first_open >= 30 - 8 && !closed[first_open..].contains(&true), "{closed:?}");
+    // The one that works was there first, and is there still.
+    work.read_exact(&mut [0; 500]).unwrap();
+}
+
+#[test]
+fn clients_without_the_key_do_not_keep_out_its_owner() {
+    let site = Site::new(|options| {
+        options.api_key = Some("quack".into());
+        (options.limits.connections, options.limits.unauthenticated) = (16, 4);
+    });
+    let models = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer quack\r\n\r\n";
+    let ask = |mut stream: &TcpStream| {
+        stream.write_all(models).unwrap();
+        let mut buffer = [0; 1024];
+        let read = stream.read(&mut buffer).unwrap();
+        assert!(buffer[..read].starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&buffer[..read]));
+    };
+    let kept = site.connect();
+    ask(&kept);
+    let mut strangers = Vec::new();
+    for _ in 0..10 {
+        for _ in 0..10 {
+            let mut stream = site.connect();
+            stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+            strangers.push(stream);
+        }
+        let new = site.connect();
+        ask(&new);
+        ask(&kept);
+    }
+}
+
+#[test]
 fn a_full_queue_refuses_at_once() {
     let site = Site::endless(|options| (options.limits.batch, options.limits.queue) = (2, 1));
     let busy = [(); 3].map(|()| begin(&site, &endless()));

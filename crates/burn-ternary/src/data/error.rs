@@ -61,6 +61,13 @@ pub enum DataError {
     #[error(transparent)]
     Encode(FormatError),
 
+    /// A training text whose windows hold questions only.
+    #[error(
+        "expected learned tokens, found none in the {windows} windows of the training text: answers are too short for a \
+         context of {context}, or lie outside of its whole windows; choose another context or add dialogues"
+    )]
+    NothingLearned { windows: usize, context: usize },
+
     /// A corpus that is shorter than one window.
     #[error(
         "the {split} text has {tokens} tokens, but one window needs {needed} (context + 1): \

@@ -16,11 +16,15 @@ use serde::{Deserialize, Serialize};
 use std::{path::Path, sync::Arc};
 use ternary_format::{FormatError, Tokenizer};
 use tokens::{TokenFile, source_digest};
-use window::TokenWindows;
+use window::{TokenWindows, training_windows};
 
 /// Which documents are held out, and the order of the others, does not depend on the run's seed: runs with different seeds are
 /// measured on the same text, and share a token file.
 const SPLIT_SEED: u64 = 0;
+
+const TOKENIZER: &str = "tokenizer.json";
+const TRAIN: &str = "train.tokens";
+const VALID: &str = "valid.tokens";
 
 /// The `[data]` section of an experiment: which texts, and how they become tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -64,6 +68,28 @@ impl Dataset {
         seed: u64,
         cache_dir: &Path,
     ) -> Result<Self, DataError> {
+        Texts::read(config, cache_dir, false)?.prepare(seq_len, seed, cache_dir)
+    }
+}
+
+/// The texts of a run and their tokenizer, in memory: nothing is written yet.
+#[derive(Clone, Debug)]
+pub struct Texts {
+    pub tokenizer: Tokenizer,
+    recipe: String,
+    train: Vec<Document>,
+    valid: Vec<Document>,
+}
+
+impl Texts {
+    /// Reads and splits the texts of `config`, and makes their tokenizer.
+    ///
+    /// A `bpe` tokenizer that was trained on the same texts is taken from `cache_dir`. A run that goes on (`resumes`) takes the
+    /// one that is there, whatever the texts are now, and never trains another: weights and ids belong together.
+    ///
+    /// # Errors
+    /// As [`Dataset::prepare`], but for those of encoding and writing. `Read`, `Tokenizer`: a resumed run without its tokenizer.
+    pub fn read(config: &DataConfig, cache_dir: &Path, resumes: bool) -> Result<Self, DataError> {
         let documents = corpus::read("train", &config.train)?;
         let (mut train, valid) = if config.valid.is_empty() {
             corpus::split(documents, config.checked_fraction()?, SPLIT_SEED)
@@ -71,8 +97,7 @@ impl Dataset {
             (documents, corpus::read("valid", &config.valid)?)
         };
         corpus::shuffle(&mut train, SPLIT_SEED);
-        let [tokenizer_path, train_path, valid_path] =
-            ["tokenizer.json", "train.tokens", "valid.tokens"].map(|name| cache_dir.join(name));
+        let tokenizer_path = cache_dir.join(TOKENIZER);
         let recipe = config.recipe();
         let tokenizer = match config.tokenizer.as_str() {
             "byte" => Tokenizer::byte(),
@@ -81,21 +106,45 @@ impl Dataset {
                 let held_out: &[Document] = if config.valid.is_empty() { &valid } else { &[] };
                 tokenizer::char(train.iter().chain(held_out))
             }
+            "bpe" if resumes => tokenizer::load(&tokenizer_path)?,
             "bpe" => match tokenizer::load(&tokenizer_path) {
-                Ok(trained) if is_made_from(&train_path, &trained, &recipe, &train) => trained,
+                Ok(trained) if is_made_from(&cache_dir.join(TRAIN), &trained, &recipe, &train) => trained,
                 _ => tokenizer::train_bpe(&train, config.bpe_vocab_size)?,
             },
             path => tokenizer::load(Path::new(path))?,
         };
-        let train = tokens::prepare(&train_path, &train, &tokenizer, &recipe)?;
+        Ok(Self { tokenizer, recipe, train, valid })
+    }
+
+    /// SHA-256 of the training and of the validation text.
+    pub fn digests(&self) -> [[u8; 32]; 2] {
+        [&self.train, &self.valid].map(|documents| tokens::text_digest(documents))
+    }
+
+    /// Training windows of `seq_len` inputs per epoch.
+    ///
+    /// # Errors
+    /// `UnknownCharacter`, `Encode`: the tokenizer cannot encode a text.
+    pub fn windows(&self, seq_len: usize, cache_dir: &Path) -> Result<usize, DataError> {
+        let tokens = tokens::count(&cache_dir.join(TRAIN), &self.train, &self.tokenizer, &self.recipe)?;
+        Ok(training_windows(tokens, seq_len))
+    }
+
+    /// Tokenizes the texts and cuts them into windows of `seq_len` inputs; writes what [`Dataset::prepare`] leaves.
+    ///
+    /// # Errors
+    /// As [`Dataset::prepare`].
+    pub fn prepare(self, seq_len: usize, seed: u64, cache_dir: &Path) -> Result<Dataset, DataError> {
+        let Self { tokenizer, recipe, train, valid } = self;
+        let train = tokens::prepare(&cache_dir.join(TRAIN), &train, &tokenizer, &recipe)?;
         let train = TokenWindows::new(Arc::new(train), seq_len, seed)?;
-        let valid = tokens::prepare(&valid_path, &valid, &tokenizer, &recipe)?;
+        let valid = tokens::prepare(&cache_dir.join(VALID), &valid, &tokenizer, &recipe)?;
         let valid = TokenWindows::sequential(Arc::new(valid), seq_len)?;
-        tokenizer.save(&tokenizer_path).map_err(|error| match error {
+        tokenizer.save(&cache_dir.join(TOKENIZER)).map_err(|error| match error {
             FormatError::Io { path, source } => DataError::Write { path, source },
             other => DataError::Encode(other),
         })?;
-        Ok(Self { tokenizer, train, valid })
+        Ok(Dataset { tokenizer, train, valid })
     }
 }
 

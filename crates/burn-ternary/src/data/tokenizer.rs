@@ -1,16 +1,27 @@
 //! Tokenizers made from the training text: its characters, or a byte-level BPE.
 
 use super::{DataError, chat::Special, corpus::Document};
-use std::{collections::BTreeSet, path::Path};
+use crate::train::progress::say;
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
 use ternary_format::{FormatError, Tokenizer, read_model};
 use tokenizers::{
-    AddedToken,
-    models::{
-        TrainerWrapper,
-        bpe::{BPE, BpeTrainer},
-    },
+    AddedToken, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Trainer,
+    models::bpe::{BPE, BpeTrainer},
     pre_tokenizers::byte_level::ByteLevel,
 };
+
+/// Bytes of the longest word that a BPE is trained on. Merging takes time quadratic in the length of a word; longer ones (DNA, base64,
+/// a line of one character) are learned in parts of this length. Ordinary texts have none, not even those without spaces.
+const LONGEST_WORD: usize = 1024;
+
+/// Time between two lines about a training that lasts.
+const PROGRESS: Duration = Duration::from_secs(5);
 
 /// The characters of `documents` in code point order, then the special tokens.
 pub fn char<'a>(documents: impl IntoIterator<Item = &'a Document>) -> Tokenizer {
@@ -33,9 +44,7 @@ pub fn train_bpe(documents: &[Document], vocab_size: usize) -> Result<Tokenizer,
         });
     }
     let bytes = ByteLevel::new(false, true, true);
-    let mut tokenizer = tokenizers::Tokenizer::new(BPE::default());
-    tokenizer.with_pre_tokenizer(Some(bytes)).with_decoder(Some(bytes));
-    let trainer = BpeTrainer::builder()
+    let mut trainer = BpeTrainer::builder()
         .vocab_size(vocab_size)
         .min_frequency(2)
         .show_progress(false)
@@ -44,10 +53,53 @@ pub fn train_bpe(documents: &[Document], vocab_size: usize) -> Result<Tokenizer,
         .build();
     // The specials are not known yet, so that one written in a text is learned as the characters it is.
     let texts = documents.iter().flat_map(Document::texts).flat_map(Tokenizer::pieces);
-    let trained = tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), texts);
-    trained.map_err(|error| DataError::Training { reason: error.to_string() })?;
+    let mut model = BPE::default();
+    let failed = |error: tokenizers::Error| DataError::Training { reason: error.to_string() };
+    let specials = telling_progress(documents, || {
+        trainer.feed(texts, |text| words(text, bytes))?;
+        trainer.train(&mut model)
+    });
+    let mut tokenizer = tokenizers::Tokenizer::new(model);
+    tokenizer.with_pre_tokenizer(Some(bytes)).with_decoder(Some(bytes));
+    tokenizer.add_special_tokens(&specials.map_err(failed)?);
     let tokenizer = Tokenizer::from_hf(tokenizer).and_then(Tokenizer::with_specials);
-    tokenizer.map_err(|error| DataError::Training { reason: error.to_string() })
+    tokenizer.map_err(|error| failed(error.into()))
+}
+
+/// The words of `text`, a character a byte, and long ones in parts.
+fn words(text: &str, bytes: ByteLevel) -> tokenizers::Result<Vec<String>> {
+    let mut text = PreTokenizedString::from(text);
+    bytes.pre_tokenize(&mut text)?;
+    let mut words = Vec::new();
+    for (word, ..) in text.get_splits(OffsetReferential::Original, OffsetType::Byte) {
+        let mut rest = word;
+        while let Some((end, _)) = rest.char_indices().nth(LONGEST_WORD) {
+            let (part, tail) = rest.split_at(end);
+            words.push(part.into());
+            rest = tail;
+        }
+        words.push(rest.into());
+    }
+    Ok(words)
+}
+
+/// Writes to standard error every few seconds that a tokenizer is still being trained.
+fn telling_progress<T>(documents: &[Document], train: impl FnOnce() -> T) -> T {
+    let (done, waiting) = mpsc::channel::<()>();
+    let began = Instant::now();
+    let tell = move || {
+        let bytes: usize = documents.iter().flat_map(Document::texts).map(str::len).sum();
+        while let Err(RecvTimeoutError::Timeout) = waiting.recv_timeout(PROGRESS) {
+            let (megabytes, seconds) = (bytes as f64 / 1e6, began.elapsed().as_secs());
+            say(format_args!("training the bpe tokenizer on {megabytes:.1} MB of text: {seconds} s"));
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(tell);
+        let trained = train();
+        drop(done);
+        trained
+    })
 }
 
 /// Reads a `tokenizer.json`, that of a folder, or that of a model file, and adds the special tokens where they are
@@ -187,6 +239,53 @@ mod tests {
         let error = train_bpe(&[text("duck")], 258).unwrap_err();
         assert!(matches!(error, DataError::BadValue { key: "bpe_vocab_size", .. }));
         assert_eq!(train_bpe(&[text("duck")], 259).unwrap().vocab_size(), 259);
+    }
+
+    /// The vocabulary of the crate's own training, with words as long as they are.
+    fn unbounded(documents: &[Document], vocab_size: usize) -> Tokenizer {
+        let bytes = ByteLevel::new(false, true, true);
+        let mut tokenizer = tokenizers::Tokenizer::new(BPE::default());
+        tokenizer.with_pre_tokenizer(Some(bytes)).with_decoder(Some(bytes));
+        let trainer = BpeTrainer::builder()
+            .vocab_size(vocab_size)
+            .min_frequency(2)
+            .show_progress(false)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .special_tokens(Special::ALL.map(|s| AddedToken::from(s.text(), true)).into())
+            .build();
+        let texts = documents.iter().flat_map(Document::texts).flat_map(Tokenizer::pieces);
+        tokenizer.train(&mut tokenizers::models::TrainerWrapper::BpeTrainer(trainer), texts).unwrap();
+        Tokenizer::from_hf(tokenizer).and_then(Tokenizer::with_specials).unwrap()
+    }
+
+    #[test]
+    fn the_bound_on_words_changes_no_vocabulary_of_ordinary_text() {
+        let chinese = "小鸭子在池塘里游泳然后慢慢地走回家去睡觉".repeat(16) + "。";
+        let odd = text(&(chinese.repeat(3) + "\n\t  zwölf Boxkämpfer\u{0}🦆🦆 <|user|> it's 3.14159\r\n"));
+        let documents = [corpus::read("train", &["embedded".into()]).unwrap(), vec![odd]].concat();
+        for vocab_size in [259, 300, 1500] {
+            let expected = unbounded(&documents, vocab_size).to_json();
+            assert_eq!(train_bpe(&documents, vocab_size).unwrap().to_json(), expected);
+        }
+    }
+
+    #[test]
+    fn training_takes_time_linear_in_the_longest_word() {
+        let mut state = 1u64;
+        let mut base = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ['A', 'C', 'G', 'T'][(state >> 62) as usize]
+        };
+        let dna: String = (0..400_000).map(|_| base()).collect();
+        for word in [dna, "a".repeat(3_000_000), "\u{0}".repeat(200_000), "é".repeat(100_000)] {
+            let began = Instant::now();
+            let tokenizer = train_bpe(&[text(&word)], 512).unwrap();
+            // A word of a fourth of the DNA took 9 seconds, and time is quadratic in its length.
+            assert!(began.elapsed() < Duration::from_secs(30), "{:?} {:?}", &word[..4], began.elapsed());
+            let part = &word[..100];
+            let ids = tokenizer.encode(part).unwrap();
+            assert!(ids.len() < 60 && tokenizer.decode(&ids) == part, "{}", ids.len());
+        }
     }
 
     #[test]

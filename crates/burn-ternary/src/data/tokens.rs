@@ -146,18 +146,47 @@ impl TokenFile {
 /// What a token file is made from: the tokenizer, `recipe` (how the tokenizer was come by) and the documents.
 pub fn source_digest(tokenizer: &Tokenizer, recipe: &str, documents: &[Document]) -> [u8; 32] {
     let mut digest = Sha256::new();
-    let mut add = |text: &str| {
-        digest.update((text.len() as u64).to_le_bytes());
-        digest.update(text);
-    };
-    add(&tokenizer.to_json());
-    add(recipe);
+    add(&mut digest, &tokenizer.to_json());
+    add(&mut digest, recipe);
+    add_documents(&mut digest, documents);
+    digest.finalize().into()
+}
+
+/// SHA-256 of the documents in their order, whatever tokenizer they meet.
+pub fn text_digest(documents: &[Document]) -> [u8; 32] {
+    let mut digest = Sha256::new();
+    add_documents(&mut digest, documents);
+    digest.finalize().into()
+}
+
+fn add_documents(digest: &mut Sha256, documents: &[Document]) {
     for document in documents {
         // How many texts a document has tells its kind.
-        document.texts().for_each(&mut add);
-        add(if matches!(document, Document::Text(_)) { "text" } else { "dialogue" });
+        document.texts().for_each(|text| add(digest, text));
+        add(digest, if matches!(document, Document::Text(_)) { "text" } else { "dialogue" });
     }
-    digest.finalize().into()
+}
+
+fn add(digest: &mut Sha256, text: &str) {
+    digest.update((text.len() as u64).to_le_bytes());
+    digest.update(text);
+}
+
+/// Tokens of `documents`, counted without writing anything: those of the file at `path` if it was made from the same.
+///
+/// # Errors
+/// `UnknownCharacter`, `Encode`: the tokenizer cannot encode a text.
+pub fn count(
+    path: &Path,
+    documents: &[Document],
+    tokenizer: &Tokenizer,
+    recipe: &str,
+) -> Result<usize, DataError> {
+    if let Some(file) = TokenFile::open(path, &source_digest(tokenizer, recipe, documents)) {
+        return Ok(file.len());
+    }
+    let lengths = documents.par_iter().map(|document| Ok(encode(document, tokenizer)?.words.len()));
+    lengths.sum()
 }
 
 /// Tokenizes `documents` into the file at `path`, or opens the one that is there if it was made from the same.

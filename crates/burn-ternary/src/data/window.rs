@@ -32,6 +32,12 @@ enum Order {
     Sequential,
 }
 
+/// Training windows of `seq_len` inputs per epoch of a text of `tokens`.
+pub(super) fn training_windows(tokens: usize, seq_len: usize) -> usize {
+    // One window less than fit, if there is one to spare: it is the room in which the offset moves.
+    (tokens / seq_len).saturating_sub(1).max(1)
+}
+
 impl TokenWindows {
     /// Windows of `seq_len` inputs in training order, without end.
     ///
@@ -39,8 +45,7 @@ impl TokenWindows {
     /// `TooShort`: the corpus has fewer than `seq_len + 1` tokens.
     pub fn new(tokens: Arc<TokenFile>, seq_len: usize, seed: u64) -> Result<Self, DataError> {
         let whole = Self::sequential(tokens, seq_len)?;
-        // One window less than fit, if there is one to spare: it is the room in which the offset moves.
-        let per_epoch = (whole.tokens.len() / seq_len - 1).max(1);
+        let per_epoch = training_windows(whole.tokens.len(), seq_len);
         Ok(Self { per_epoch, order: Order::Shuffled { seed }, ..whole })
     }
 
@@ -87,6 +92,16 @@ impl TokenWindows {
     /// How many targets of window `index` carry loss.
     pub fn target_tokens(&self, index: usize) -> usize {
         self.mask(self.start(index)).filter(|&learned| learned).count()
+    }
+
+    /// How many windows of the first epoch, up to `limit`, have no target that carries loss.
+    pub fn without_targets(&self, limit: usize) -> usize {
+        if self.tokens.target_tokens() == self.tokens.len() {
+            return 0;
+        }
+        (0..limit.min(self.per_epoch))
+            .filter(|&index| !self.mask(self.start(index)).any(|learned| learned))
+            .count()
     }
 
     fn mask(&self, start: usize) -> impl Iterator<Item = bool> + '_ {
@@ -249,6 +264,19 @@ mod tests {
         assert_eq!(window.ids.len(), 7);
         assert_eq!(window.mask, [false, false, false, true, true, true]);
         assert_eq!(windows.target_tokens(0), 3);
+    }
+
+    #[test]
+    fn windows_without_targets_are_counted() {
+        let dialogue = |n: usize| Document::Dialogue { question: "q".repeat(n), answer: "cd".into() };
+        let windows = TokenWindows::sequential(byte_tokens(&[dialogue(30), dialogue(9)]), 8).unwrap();
+        let none = |limit: usize| (0..limit).filter(|&i| windows.target_tokens(i) == 0).count();
+        assert_eq!(windows.per_epoch(), 6);
+        for limit in 0..=6 {
+            assert_eq!(windows.without_targets(limit), none(limit));
+        }
+        assert_eq!((windows.without_targets(usize::MAX), none(6)), (3, 3));
+        assert_eq!(TokenWindows::new(counting(50), 8, 1).unwrap().without_targets(usize::MAX), 0);
     }
 
     #[test]

@@ -15,6 +15,8 @@ mod divergence;
 mod embedding;
 #[cfg(feature = "flex")]
 mod flex;
+#[cfg(feature = "flex")]
+pub(crate) use flex::start_threads;
 mod identity;
 mod linear;
 mod loss;

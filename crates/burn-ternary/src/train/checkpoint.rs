@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `model.bpk` | Burn's [`ModuleRecord`] |
 //! | `optimizer.bpk` | Burn's [`OptimizerRecord`] |
-//! | `manifest.json` | format version, experiment hash, [`TrainState`], length and SHA-256 of the two files above |
+//! | `manifest.json` | format version, [`Identity`] of the run, [`TrainState`], length and SHA-256 of the two files above |
 //! | `manifest.sha256` | SHA-256 of `manifest.json`, as `sha256sum --check` reads it |
 //!
 //! Beside the checkpoints may lie what a killed process left: scratch folders, unfinished or already given up, are never
@@ -15,7 +15,7 @@
 //!
 //! [`RunLock`]: ternary_format::disk::RunLock
 
-use super::TrainState;
+use super::{TrainState, identity::Identity};
 use std::{
     cmp::Reverse,
     fmt::Display,
@@ -39,7 +39,7 @@ const MANIFEST: &str = "manifest.json";
 const MANIFEST_HASH: &str = "manifest.sha256";
 /// Format of the folder; any other is refused.
 const VERSION: u64 = 1;
-/// Bytes; a manifest has about a thousand, so a larger file is no manifest and is not read.
+/// Bytes; a manifest has a few thousand, so a larger file is no manifest and is not read.
 const MANIFEST_LIMIT: u64 = 1 << 20;
 const STEP: &str = "step-";
 const SCRATCH: &str = ".tmp-";
@@ -49,7 +49,11 @@ const ASIDE: &str = ".old-";
 #[serde(deny_unknown_fields)]
 struct Manifest {
     version: u64,
-    experiment_sha256: String,
+    /// Of the experiment, in place of an identity: manifests of version 0.1.0 of this crate have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    experiment_sha256: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    identity: Option<Identity>,
     state: TrainState,
     #[serde(rename = "model.bpk")]
     model: FileEntry,
@@ -81,8 +85,8 @@ pub enum CheckpointError {
 
 impl CheckpointError {
     /// A sound model record whose tensors are not those of the model.
-    pub(super) fn unfit(path: &Path, error: RecordError) -> Self {
-        Self::Unfit(Refusal { path: path.into(), reason: bad_tensors(MODEL)(error) })
+    pub(super) fn unfit(path: &Path, detail: impl Display) -> Self {
+        Self::Unfit(Refusal { path: path.into(), reason: bad_tensors(MODEL)(detail) })
     }
 }
 
@@ -120,10 +124,14 @@ pub enum RefusalReason {
 pub struct Loaded {
     pub path: PathBuf,
     pub model: ModuleRecord,
+    /// Of its file.
+    pub model_bytes: u64,
     pub optimizer: OptimizerRecord,
     pub state: TrainState,
-    /// As given to [`Checkpoints::save`].
-    pub experiment_sha256: String,
+    /// As given to [`Checkpoints::save`]; those that version 0.1.0 of this crate saved have none.
+    pub identity: Option<Identity>,
+    /// Of the experiment as TOML, in place of an identity.
+    pub experiment_sha256: Option<String>,
     /// Newer checkpoints that were passed over.
     pub refused: Vec<Refusal>,
 }
@@ -164,12 +172,12 @@ impl Checkpoints {
         model: ModuleRecord,
         optimizer: OptimizerRecord,
         state: &TrainState,
-        experiment_sha256: &str,
+        identity: &Identity,
     ) -> Result<PathBuf, CheckpointError> {
         self.recover()?;
         let path = self.dir.join(folder_name(state.step));
         let folder = NewFolder::successor(&path).map_err(write_error(&path))?;
-        write_folder(&folder, &path, model, optimizer, state, experiment_sha256)?;
+        write_folder(&folder, &path, model, optimizer, state, identity)?;
         self.publish(folder, &path, state.step)?;
         self.prune(state.step)?;
         Ok(path)
@@ -298,7 +306,7 @@ fn write_folder(
     model: ModuleRecord,
     optimizer: OptimizerRecord,
     state: &TrainState,
-    experiment_sha256: &str,
+    identity: &Identity,
 ) -> Result<(), CheckpointError> {
     // Burn streams the tensors to the file and syncs it; hashing what it wrote costs no second copy in memory.
     let record_error = |name| {
@@ -310,7 +318,8 @@ fn write_folder(
     optimizer.save(folder.join(OPTIMIZER)).map_err(record_error(OPTIMIZER))?;
     let manifest = Manifest {
         version: VERSION,
-        experiment_sha256: experiment_sha256.to_owned(),
+        experiment_sha256: None,
+        identity: Some(identity.clone()),
         state: state.clone(),
         model: file_entry(folder.join(MODEL))?,
         optimizer: file_entry(folder.join(OPTIMIZER))?,
@@ -341,9 +350,11 @@ fn read_folder(folder: &Path, step: usize) -> Result<Loaded, RefusalReason> {
     let optimizer = read_tensors(folder, OPTIMIZER, &manifest.optimizer)?;
     Ok(Loaded {
         path: folder.to_owned(),
+        model_bytes: manifest.model.bytes,
         model: ModuleRecord::from_bytes(model).map_err(bad_tensors(MODEL))?,
         optimizer: OptimizerRecord::from_bytes(optimizer).map_err(bad_tensors(OPTIMIZER))?,
         state: manifest.state,
+        identity: manifest.identity,
         experiment_sha256: manifest.experiment_sha256,
         refused: Vec::new(),
     })
@@ -414,7 +425,7 @@ fn bad_manifest(detail: impl Display) -> RefusalReason {
     RefusalReason::Manifest { detail }
 }
 
-fn bad_tensors(file: &'static str) -> impl FnOnce(RecordError) -> RefusalReason {
+fn bad_tensors<E: Display>(file: &'static str) -> impl FnOnce(E) -> RefusalReason {
     move |error| RefusalReason::Tensors { file, detail: error.to_string() }
 }
 

@@ -27,7 +27,9 @@ Examples:
   train --set quant.scale=learned --set quant.granularity='{ per_group = 64 }' --out scale_runs
   train experiments/30-duck-persona.toml --resume    go on where that run stopped
 
-Exit codes: 2 usage or experiment, 3 data, 4 device or memory, 5 disk, 6 diverged, 1 anything else.";
+Ctrl-C, SIGTERM and SIGHUP stop the run after the current step, with a checkpoint; a second one stops it at once.
+Exit codes: 0 finished, 2 usage or experiment, 3 data, 4 device or memory, 5 disk, 6 diverged, 7 interrupted, 1 anything
+else.";
 
 /// Which experiment: a file, and what overrides it.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -77,7 +79,7 @@ pub struct TrainCommand {
     /// Peak learning rate of AdamW (that of Muon: --set optim.muon_lr=...)
     #[arg(long, allow_negative_numbers = true)]
     pub lr: Option<f64>,
-    /// Continue the run folder from its last good checkpoint
+    /// Continue the run folder from its last good checkpoint; texts, tokenizer, teacher and settings must be those of the run
     #[arg(long, conflicts_with = "overwrite")]
     pub resume: bool,
     /// Start anew in an existing run folder; the old one is moved to FOLDER.old-N, never deleted
@@ -159,7 +161,8 @@ impl TrainCommand {
     /// Every [`TrainError`].
     pub fn run(&self) -> Result<RunResult, TrainError> {
         let experiment = self.experiment()?;
-        let options = RunOptions { resume: self.resume, quiet: self.quiet, epochs: self.epochs };
+        let (resume, quiet, epochs) = (self.resume, self.quiet, self.epochs);
+        let options = RunOptions { resume, quiet, epochs, signals: true };
         run_locked(experiment, &options, |run_dir| self.claim(run_dir))
     }
 

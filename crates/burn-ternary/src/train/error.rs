@@ -1,7 +1,10 @@
 use super::checkpoint::CheckpointError;
 use crate::data::DataError;
 use std::{io, path::PathBuf};
-use ternary_format::disk::LockError;
+use ternary_format::{disk::LockError, memory, threads::ThreadError};
+
+/// Exit code of a run that a signal or the terminal interface ended.
+pub(super) const INTERRUPTED: u8 = 7;
 
 /// Why a run could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +19,18 @@ pub enum TrainError {
         path.display()
     )]
     NotEmpty { path: PathBuf },
+    /// `--resume` of a run that is not this one.
+    #[error(
+        "{}: expected the settings and inputs of the run to resume it, found others: {}. Restore them to resume it, or \
+         train another run from its weights with run.start_from = \"{}\"; nothing in the folder was changed",
+        path.display(),
+        differences.join("; "),
+        path.display()
+    )]
+    OtherRun { path: PathBuf, differences: Vec<String> },
+    /// A signal or the terminal interface ended the run; its last checkpoint is of this step.
+    #[error("interrupted after step {step} of {steps}; --resume continues {} from there", path.display())]
+    Interrupted { step: usize, steps: usize, path: PathBuf },
     /// The run folder cannot be locked: another process writes it, or the disk refuses.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -29,13 +44,10 @@ pub enum TrainError {
     Data(#[from] DataError),
     #[error(transparent)]
     Device(#[from] crate::device::DeviceError),
-    /// In bytes.
-    #[error(
-        "this run needs about {} MiB of memory and {} MiB are available; a smaller batch_size, context or model fits",
-        needed >> 20,
-        available >> 20
-    )]
-    MemoryTooSmall { needed: u64, available: u64 },
+    #[error("{0}; a smaller batch_size, context or model fits")]
+    MemoryTooSmall(#[from] memory::OutOfMemory),
+    #[error(transparent)]
+    Threads(#[from] ThreadError),
     #[error("{}: cannot read: {source}", path.display())]
     Read { path: PathBuf, source: io::Error },
     #[error("{}: cannot write: {source}", path.display())]
@@ -57,6 +69,9 @@ pub enum TrainError {
         }
     )]
     Diverged { step: usize, rollbacks: usize, checkpoint: Option<PathBuf> },
+    /// Signals cannot be listened to, or the terminal interface cannot read keys.
+    #[error("the terminal: {0}; --quiet runs without its interface")]
+    Terminal(io::Error),
     /// What Burn reports.
     #[error("{0}")]
     Burn(String),
@@ -64,19 +79,26 @@ pub enum TrainError {
 
 impl TrainError {
     /// Exit code of a program that stops with this error: 2 usage or experiment, 3 data, 4 device or memory, 5 disk,
-    /// 6 diverged, 1 anything else. A model that does not fit a file, a file that holds no model, and a checkpoint of another
-    /// model are data; a run folder that another process writes is usage.
+    /// 6 diverged, 7 interrupted, 1 anything else. A model that does not fit a file, a file that holds no model, and a
+    /// checkpoint of another model are data; a run folder that another process writes is usage.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Experiment { .. } | Self::NotEmpty { .. } | Self::Lock(LockError::Held { .. }) => 2,
+            // Wherever it was refused.
+            _ if memory::is_cause_of(self) => 4,
+            Self::Threads(ThreadError::TooMany { .. }) => 2,
+            Self::Experiment { .. }
+            | Self::NotEmpty { .. }
+            | Self::OtherRun { .. }
+            | Self::Lock(LockError::Held { .. }) => 2,
             Self::Lock(_) | Self::Moved { .. } | Self::Data(DataError::Write { .. }) => 5,
             Self::Data(_) | Self::Checkpoint(CheckpointError::Unfit(_)) => 3,
             Self::Model(error) if error.is_io() => 5,
             Self::Model(_) | Self::Import(_) => 3,
-            Self::Device(_) | Self::MemoryTooSmall { .. } => 4,
+            Self::Device(_) | Self::MemoryTooSmall(_) | Self::Threads(_) => 4,
             Self::Read { .. } | Self::Write { .. } | Self::Checkpoint(_) => 5,
             Self::Diverged { .. } => 6,
-            Self::Burn(_) => 1,
+            Self::Interrupted { .. } => INTERRUPTED,
+            Self::Terminal(_) | Self::Burn(_) => 1,
         }
     }
 }
@@ -89,6 +111,8 @@ mod tests {
     #[test]
     fn each_cause_has_its_exit_code_and_says_what_to_look_at() {
         let path = PathBuf::from("runs/x-1");
+        let run = path.clone();
+        let differences = vec!["optim.lr is 1".into(), "data.train".into()];
         let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
         let (origin, message) = ("x.toml:3".to_string(), "bad".to_string());
         let checkpoint = Some(path.join("step-9"));
@@ -104,13 +128,19 @@ mod tests {
             (DataError::Read { path: path.clone(), source: denied() }.into(), 3, "cannot read runs/x-1"),
             (crate::ExportError::InputNorm.into(), 3, "input_norm = false"),
             (crate::device::device("abacus").unwrap_err().into(), 4, "flex"),
-            (TrainError::MemoryTooSmall { needed: 3 << 30, available: 1 << 30 }, 4, "3072 MiB"),
+            (memory::check(u64::MAX).unwrap_err().into(), 4, "MiB are available"),
             (TrainError::Read { path: path.clone(), source: denied() }, 5, "runs/x-1: cannot read"),
             (TrainError::Write { path: path.clone(), source: denied() }, 5, "runs/x-1: cannot write"),
             (CheckpointError::Write { path, source: denied() }.into(), 5, "runs/x-1"),
             (CheckpointError::Unfit(refusal).into(), 3, "runs/x-1/step-9: model.bpk does not hold"),
             (TrainError::Diverged { step: 9, rollbacks: 3, checkpoint }, 6, "runs/x-1/step-9"),
             (TrainError::Diverged { step: 9, rollbacks: 0, checkpoint: None }, 6, "no good checkpoint"),
+            (
+                TrainError::OtherRun { path: run.clone(), differences },
+                2,
+                "found others: optim.lr is 1; data.train",
+            ),
+            (TrainError::Interrupted { step: 9, steps: 12, path: run }, 7, "after step 9 of 12; --resume"),
             (TrainError::Burn("shape".into()), 1, "shape"),
         ] {
             assert_eq!(error.exit_code(), code, "{error}");

@@ -59,7 +59,7 @@ pub struct RunConfig {
     pub sample_prompts: Vec<String>,
     /// Tokens of a text sample; 0: no samples.
     pub sample_tokens: usize,
-    /// A step whose loss exceeds this multiple of its running mean is skipped; 0: never.
+    /// A step whose loss exceeds this multiple of its running mean, and that mean by a nat or more, is skipped; 0: never.
     pub spike_factor: f64,
     /// After so many skipped steps in a row the run goes back to its last checkpoint.
     pub max_bad_steps: usize,

@@ -27,7 +27,8 @@ pub struct StepReport {
     /// Passes over the training text.
     #[serde(with = "real")]
     pub epoch: f64,
-    /// Target tokens that `loss` and `accuracy` are means over: the weight of this report in an average.
+    /// Learned tokens that `loss` and `accuracy` are means over: the weight of this report in an average. Where there
+    /// is none, both are NaN.
     pub tokens: usize,
     /// Cross entropy in nats a token, regularizers left out.
     #[serde(with = "real")]

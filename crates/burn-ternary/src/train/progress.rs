@@ -9,6 +9,15 @@ use burn::train::{
         EvaluationName, MetricState, MetricsRenderer, MetricsRendererEvaluation, MetricsRendererTraining,
     },
 };
+use std::{
+    fmt::Display,
+    io::{self, Write},
+};
+
+/// Writes a line to standard error; a line that cannot be written is lost.
+pub fn say(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
 
 /// The lines that a run prints, without line feeds and escape codes. What a report does not have is left out, so the
 /// columns of a run stay where they are.
@@ -63,9 +72,12 @@ impl ProgressLine {
 /// The columns that both splits have.
 fn start(name: &str, report: &StepReport, total_steps: usize) -> String {
     let width = total_steps.to_string().len();
+    let step = format!("{name:<5} {:>width$}/{total_steps}", report.step);
+    if report.tokens == 0 {
+        return format!("{step}  {:<35}", "no learned token");
+    }
     format!(
-        "{name:<5} {:>width$}/{total_steps}  loss {:>7.4}  ppl {:>6}  acc {:>5.3}",
-        report.step,
+        "{step}  loss {:>7.4}  ppl {:>6}  acc {:>5.3}",
         report.loss,
         significant(report.perplexity(), 3),
         report.accuracy,
@@ -153,6 +165,7 @@ mod tests {
     fn report() -> StepReport {
         StepReport {
             step: 120,
+            tokens: 64,
             loss: 3.2145,
             accuracy: 0.31,
             tokens_per_s: 1234.0,
@@ -185,6 +198,19 @@ mod tests {
             ProgressLine::valid(&valid, 700),
             "valid 120/700  loss  3.2145  ppl   24.9  acc 0.310  bpb 2.113  zeros 0.312  flipped 0.018  \
              drift 0.024"
+        );
+    }
+
+    #[test]
+    fn a_step_without_a_learned_token_says_so() {
+        let empty = StepReport { tokens: 0, loss: f64::NAN, accuracy: f64::NAN, ..report() };
+        let (line, usual) =
+            (ProgressLine::train(&empty, 700, 72.0), ProgressLine::train(&report(), 700, 72.0));
+        assert!(line.starts_with("step  120/700  no learned token  ") && !line.contains("NaN"), "{line}");
+        assert_eq!(line.find("tok/s"), usual.find("tok/s"), "{line}\n{usual}");
+        assert_eq!(
+            ProgressLine::valid(&empty, 700).find("zeros"),
+            ProgressLine::valid(&report(), 700).find("zeros")
         );
     }
 

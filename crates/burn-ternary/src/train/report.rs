@@ -5,7 +5,9 @@ use super::{
     progress::{compact, duration},
 };
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, value::RawValue};
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
@@ -82,12 +84,28 @@ struct Line {
     report: StepReport,
 }
 
+impl Line {
+    /// Parses a line, its numbers bit for bit: serde_json's parser of floats may be one unit in the last place off, that of
+    /// [`real`] for strings is the standard library's.
+    fn parse(text: &[u8]) -> serde_json::Result<Self> {
+        let fields: BTreeMap<String, &RawValue> = serde_json::from_slice(text)?;
+        let exact = |(key, value): (String, &RawValue)| {
+            let text = value.get();
+            let float = text.starts_with(|first: char| first == '-' || first.is_ascii_digit())
+                && text.contains(['.', 'e', 'E']);
+            Ok((key, if float { Value::from(text) } else { serde_json::from_str(text)? }))
+        };
+        let fields: Map<_, _> = fields.into_iter().map(exact).collect::<serde_json::Result<_>>()?;
+        serde_json::from_value(fields.into())
+    }
+}
+
 /// The complete lines of a metrics file with their bytes. A process that is killed can tear the last line only; one
 /// that has no line feed and does not parse is left out.
 fn lines<'a>(path: &Path, bytes: &'a [u8]) -> io::Result<Vec<(&'a [u8], Line)>> {
     let mut lines = Vec::new();
     for (index, text) in bytes.split_inclusive(|byte| *byte == b'\n').enumerate() {
-        match serde_json::from_slice(text) {
+        match Line::parse(text) {
             Ok(line) => lines.push((text.trim_ascii_end(), line)),
             Err(_) if !text.ends_with(b"\n") => break,
             Err(error) => {
@@ -207,10 +225,13 @@ pub struct RunResult {
     /// Version of this crate.
     pub version: String,
     pub steps: usize,
-    /// Target tokens trained on.
+    /// Learned tokens trained on: positions of the windows whose target carries loss.
     pub tokens: u64,
+    /// Wall time of all sessions of the run, in seconds: steps, evaluations, samples and checkpoints, and what this session
+    /// took before and after them.
     #[serde(with = "real")]
     pub wall_s: f64,
+    /// `tokens` over the wall time of all sessions between their first step and their last.
     #[serde(with = "real")]
     pub tokens_per_s: f64,
     pub peak_rss_bytes: Option<u64>,
@@ -221,8 +242,11 @@ pub struct RunResult {
     pub start_float_loss: Option<f64>,
     #[serde(default, with = "real::option")]
     pub start_rounded_loss: Option<f64>,
+    /// Loss of the last logged step with a learned token.
     #[serde(with = "real::option")]
     pub train_loss: Option<f64>,
+    /// Over packed windows: documents follow each other, and a window begins wherever the one before ended. `duck eval` scores each
+    /// document by itself.
     #[serde(with = "real::option")]
     pub valid_loss: Option<f64>,
     #[serde(with = "real::option")]
@@ -252,10 +276,16 @@ pub struct RunResult {
     pub compression: Option<f64>,
     /// Steps that the spike guard skipped.
     pub skipped_steps: usize,
+    /// Steps without a learned token, which changed nothing.
+    #[serde(default)]
+    pub empty_steps: usize,
     /// Returns to the last checkpoint.
     pub rollbacks: usize,
     /// Whether all steps were done.
     pub finished: bool,
+    /// Whether a signal or the terminal interface ended the run before that; `--resume` continues it.
+    #[serde(default)]
+    pub interrupted: bool,
     /// Why not, otherwise.
     pub error: Option<String>,
 }
@@ -318,19 +348,17 @@ impl RunResult {
         };
         rows.push(("code", format!("burn-ternary {}{commit}", self.version)));
         rows.push(("device", format!("{}, {} threads", self.device, self.threads)));
+        let empty = match self.empty_steps {
+            0 => String::new(),
+            n => format!(", {n} without a learned token"),
+        };
         rows.push((
             "steps",
-            format!("{} ({} skipped, {} rollbacks)", self.steps, self.skipped_steps, self.rollbacks),
+            format!("{} ({} skipped, {} rollbacks{empty})", self.steps, self.skipped_steps, self.rollbacks),
         ));
-        rows.push((
-            "tokens",
-            format!(
-                "{} in {}, {} tok/s",
-                compact(self.tokens as f64),
-                duration(self.wall_s),
-                compact(self.tokens_per_s)
-            ),
-        ));
+        let speed = compact(self.tokens_per_s);
+        rows.push(("learned tokens", format!("{}, {speed} tok/s", compact(self.tokens as f64))));
+        rows.push(("wall time", duration(self.wall_s)));
         rows.push(("parameters", compact(self.parameters as f64)));
         let mut number = |name, value: Option<f64>, unit: &str| {
             rows.extend(value.map(|value| (name, significant(value, 4) + unit)));
@@ -338,11 +366,11 @@ impl RunResult {
         number("start, float", self.start_float_loss, " nats/token");
         number("start, rounded", self.start_rounded_loss, " nats/token");
         number("train loss", self.train_loss, " nats/token");
-        number("valid loss", self.valid_loss, " nats/token");
+        number("packed valid loss", self.valid_loss, " nats/token");
         number("perplexity", self.valid_perplexity, "");
         number("bits per byte", self.valid_bits_per_byte, "");
         let step = self.best_valid_step.map(|step| format!(" at step {step}")).unwrap_or_default();
-        number("best valid loss", self.best_valid_loss, &step);
+        number("best packed valid loss", self.best_valid_loss, &step);
         number("zero fraction", self.zero_fraction, "");
         number("bits per weight", self.bits_per_weight, "");
         number("compression", self.compression, "x");
@@ -405,6 +433,30 @@ mod tests {
         assert!(train[0].loss.is_nan());
         assert_eq!(StepReport { loss: 0.0, ..train[0] }, StepReport { loss: 0.0, ..full });
         assert_eq!(valid, [report(8)]);
+    }
+
+    #[test]
+    fn floats_read_back_bit_for_bit() {
+        use rand::Rng;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut file = MetricsFile::open(&path, None).unwrap();
+        let mut random = rand::rng();
+        let mut reports = vec![StepReport { loss: -0.0, lr: 5e-324, ..report(1) }];
+        reports.extend((0..500).map(|_| StepReport {
+            loss: random.random_range(0.0..6.0),
+            bits_per_byte: Some(random.random()),
+            grad_norm: f64::from_bits(random.random_range(0..0x7ff0_0000_0000_0000)),
+            ..report(1)
+        }));
+        for report in &reports {
+            file.append(Split::Train, report).unwrap();
+        }
+        let bits = |report: &StepReport| {
+            [report.loss, report.bits_per_byte.unwrap_or(0.0), report.grad_norm, report.lr].map(f64::to_bits)
+        };
+        let read = read(&path).unwrap().train;
+        assert_eq!(read.iter().map(bits).collect::<Vec<_>>(), reports.iter().map(bits).collect::<Vec<_>>());
     }
 
     #[test]
@@ -546,12 +598,13 @@ mod tests {
             assert_eq!(&line[column - 2..column], "  ", "{line}");
             assert_ne!(&line[column..column + 1], " ", "{line}");
         }
-        for part in ["finished", "0123456789, changed", "1m57s", "best valid loss  1.250 at step 600"] {
+        for part in ["finished", "0123456789, changed", "1m57s", "best packed valid loss  1.250 at step 600"]
+        {
             assert!(summary.contains(part), "{part} is not in\n{summary}");
         }
         assert!(!summary.contains("compression"), "{summary}");
         let unfit = RunResult { no_file: Some("d_model is 24".into()), ..result() };
-        assert!(unfit.summary().contains("no model file    d_model is 24"), "{}", unfit.summary());
+        assert!(unfit.summary().contains("no model file           d_model is 24"), "{}", unfit.summary());
         let failed = RunResult { error: Some("loss is NaN".into()), ..RunResult::default() };
         assert!(failed.summary().contains("stopped: loss is NaN"));
     }

@@ -1,37 +1,41 @@
 //! A whole run: data, model, Burn's `SupervisedTraining`, and the files that stay.
 
-use super::checkpoint::{Checkpoints, Loaded, sha256};
+use super::checkpoint::{Checkpoints, Loaded};
 use super::codes::CodeTracker;
-use super::distill::Teacher;
+use super::distill::{Teacher, TeacherFile};
+use super::identity::{Identity, Inputs, model_digest};
 use super::metrics;
 use super::optim::Moments;
 use super::plot;
-use super::progress::PlainRenderer;
+use super::progress::{PlainRenderer, say};
 use super::report::{self, History, MetricsFile, RunResult, write_atomic};
 use super::saved::{check_frozen, frozen_model, start_model};
 use super::schedule::Schedule;
+use super::signals::Signals;
 use super::step::{SpikeGuard, TrainPlan};
 use super::strategy::{Outcome, Session, StepStrategy, expect_in_place};
-use super::{Experiment, TrainError, TrainState};
-use crate::data::{Dataset, LmLoader};
+use super::terminal::{self, Screen};
+use super::{Experiment, TrainError, TrainState, experiment::RunConfig};
+use crate::data::{DataError, Dataset, LmLoader, Texts};
 use crate::device;
 use crate::nn::DuckQuantized;
 use crate::quant::Products;
-use crate::{ExportError, export_for_inference};
+use crate::{ExportError, ImportError, export_for_inference};
 use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::logger::InMemoryMetricLogger;
 use burn::train::{SupervisedTraining, TrainingStrategy};
 use std::fs;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use ternary_format::{
-    Tokenizer, WriteOptions,
+    PackedModel, Tokenizer, WriteOptions,
+    chat::encode_prompt,
     disk::{self, RunLock},
     huggingface::write_adapter,
-    write_model,
+    memory, write_model,
 };
 
 /// How a run is run; what it computes is the experiment's alone.
@@ -43,6 +47,9 @@ pub struct RunOptions {
     pub quiet: bool,
     /// Passes over the training text, in place of the experiment's steps.
     pub epochs: Option<f64>,
+    /// On INT, TERM and HUP, save a checkpoint after the current step and end with [`TrainError::Interrupted`]; another signal ends
+    /// the process at once. For programs that do nothing else; after the run these signals are ignored.
+    pub signals: bool,
 }
 
 /// Runs an experiment from its start, in an empty run folder.
@@ -86,29 +93,65 @@ pub(super) fn run_locked(
 ) -> Result<RunResult, TrainError> {
     let _memory = StepMemory;
     let started = Instant::now();
+    device::start_threads()?;
     let device = device::device(&experiment.run.device)?;
     check_device(&experiment, &device)?;
     let run_dir = experiment.run_dir();
     let lock = Arc::new(lock(&run_dir)?);
-    let data = Dataset::prepare(&experiment.data, experiment.model.context, experiment.run.seed, &run_dir)?;
-    resolve(&mut experiment, options, &data)?;
-    let experiment_sha256 = sha256(experiment.to_toml().as_bytes());
-    preflight(&experiment, &device, options)?;
-    let text = data.train.tokens();
-    let teacher = Teacher::load(&experiment.distill, &data.tokenizer, text, &experiment.model, &device)?;
-
-    let checkpoints = Checkpoints::open(run_dir.join("checkpoints"), experiment.run.keep_checkpoints)?;
     let loaded = match options.resume {
-        true => resumed(&checkpoints, &experiment_sha256, &run_dir)?,
+        true => resumed(&run_dir)?,
         false => None,
     };
+    let texts = Texts::read(&experiment.data, &run_dir, loaded.is_some())?;
+    resolve_vocabulary(&mut experiment, &texts.tokenizer)?;
+    let teacher = TeacherFile::open(&experiment.distill)?;
+    let (start, start_digest) = start(&experiment, loaded.as_ref())?;
+    let inputs = Inputs {
+        teacher: teacher.as_ref().map(TeacherFile::digest),
+        start: start_digest,
+        ..Inputs::of(&texts)
+    };
+    let mut identity = Identity::new(&experiment, inputs);
+    if let Some(loaded) = &loaded {
+        if loaded.identity.is_none() {
+            say(format_args!(
+                "warning: {} is of an older version and has no digests: texts, tokenizer, teacher and model to start from are \
+                 taken for those of the run",
+                loaded.path.display()
+            ));
+        }
+        let mut asked = experiment.clone();
+        identity.expect_same(loaded, &run_dir, &experiment.schedule, |same_text| {
+            if options.epochs.is_some() {
+                if !same_text {
+                    return Ok(None);
+                }
+                let windows = texts.windows(asked.model.context, &run_dir)?;
+                resolve_steps(&mut asked, options, windows);
+            }
+            Ok(Some(asked.run.steps))
+        })?;
+        say(format_args!("resuming {} at step {}", loaded.path.display(), loaded.state.step));
+    }
+    // From here on files are written.
+    let data = texts.prepare(experiment.model.context, experiment.run.seed, &run_dir)?;
+    resolve_steps(&mut experiment, options, data.train.per_epoch());
+    identity.steps = experiment.run.steps;
+    preflight(&experiment, &data, &device, options)?;
+    let prompts = sample_prompts(&experiment.run, &data.tokenizer);
+    let text = data.train.tokens();
+    let Experiment { distill, model, .. } = &experiment;
+    let teacher =
+        teacher.map(|file| Teacher::new(file, distill, &data.tokenizer, text, model, &device)).transpose()?;
+
+    let checkpoints = Checkpoints::open(run_dir.join("checkpoints"), experiment.run.keep_checkpoints)?;
     write(&run_dir.join("experiment.toml"), experiment.to_toml().as_bytes())?;
 
     let autodiff = device.clone().autodiff();
-    // A checkpoint has all weights.
-    let model = match experiment.run.start_from.is_empty() || loaded.is_some() {
-        true => experiment.model.init(&experiment.quant, experiment.run.seed, &autodiff),
-        false => begun(&experiment, &autodiff)?,
+    let model = match (start, &loaded) {
+        (Some(start), None) => begun(&experiment, &start, &autodiff)?,
+        // A checkpoint has all weights.
+        _ => experiment.model.init(&experiment.quant, experiment.run.seed, &autodiff),
     };
     let model = model.with_lora(&experiment.lora, experiment.run.seed);
     let codes = CodeTracker::new(&model.valid());
@@ -122,7 +165,7 @@ pub(super) fn run_locked(
         }
         Some(loaded) => plan.resume(model, loaded, guard)?,
     };
-    let step = trainer.state().step;
+    let TrainState { step, elapsed_s: earlier, .. } = *trainer.state();
 
     let metrics_path = run_dir.join("metrics.jsonl");
     let at_metrics = |source| TrainError::Write { path: metrics_path.clone(), source };
@@ -132,7 +175,7 @@ pub(super) fn run_locked(
     report::keep_samples(&path, options.resume.then_some(step))
         .map_err(|source| TrainError::Write { path, source })?;
     let size = trainer.model().size();
-    let tui = std::io::stdout().is_terminal() && !options.quiet;
+    let tui = terminal::can_draw() && !options.quiet;
     let run = &experiment.run;
     let train = LmLoader::training(
         data.train.clone(),
@@ -145,11 +188,12 @@ pub(super) fn run_locked(
     let tokenizer = data.tokenizer.clone();
     let session = Session {
         experiment: experiment.clone(),
-        experiment_sha256,
+        identity,
         run_dir: run_dir.clone(),
         lock: lock.clone(),
         device: autodiff,
         tokenizer: data.tokenizer,
+        prompts,
         train: data.train,
         valid: data.valid,
         checkpoints,
@@ -173,22 +217,40 @@ pub(super) fn run_locked(
     for metric in metrics::all() {
         training = training.metric_train_numeric(metric.clone()).metric_valid_numeric(metric);
     }
-    if !tui {
-        training = training.renderer(Box::new(PlainRenderer));
-    }
+    let interrupter = training.interrupter();
+    let signals = options.signals.then(|| Signals::listen(interrupter.clone(), !tui)).transpose();
+    let _signals = signals.map_err(TrainError::Terminal)?;
+    let screen = match tui {
+        true => {
+            let opened = Screen::open(interrupter, intervals_done);
+            let (screen, renderer) =
+                opened.map_err(|error| TrainError::Burn(format!("the terminal: {error}")))?;
+            training = training.renderer(Box::new(renderer));
+            Some(screen)
+        }
+        false => {
+            training = training.renderer(Box::new(PlainRenderer));
+            None
+        }
+    };
     let learned = training.launch(learner);
     drop(learned.renderer);
+    drop(screen);
 
     let mut outcome =
         outcome.lock().expect("held for one line").take().expect("the strategy leaves an outcome");
     let mut result = summarize(&experiment, &device, &outcome);
-    result.wall_s = started.elapsed().as_secs_f64();
+    result.wall_s = earlier + started.elapsed().as_secs_f64();
     let size = learned.model.model.size();
     result.parameters = size.parameters as u64;
     result.fp32_bytes = size.fp32_bytes() as u64;
     result.packed_bytes = size.packed_bytes() as u64;
     let mut failed = outcome.error.take();
     expect_in_place(&lock, &run_dir)?;
+    if failed.is_none() && outcome.interrupted {
+        let (steps, path) = (experiment.run.steps, run_dir.clone());
+        failed = Some(TrainError::Interrupted { step: result.steps, steps, path });
+    }
     if failed.is_none() && learned.error.is_none() {
         let model = learned.model.model.valid();
         export(&model, &tokenizer, &run_dir, &mut result);
@@ -207,20 +269,49 @@ pub(super) fn run_locked(
     }
 }
 
-/// The model that `run.start_from` names.
-fn begun(experiment: &Experiment, device: &Device) -> Result<DuckQuantized, TrainError> {
-    let Experiment { model, quant, run, lora, .. } = experiment;
-    let path = Path::new(&run.start_from);
-    let start = match lora.is_on() {
-        true => frozen_model(path, quant)?,
-        false => start_model(path)?,
+/// What `run.start_from` names, and its digest; `None` where the experiment names none.
+///
+/// The checkpoint of a resumed run has all weights: where the model is gone, the digest is the recorded one, with a warning.
+fn start(
+    experiment: &Experiment,
+    loaded: Option<&Loaded>,
+) -> Result<(Option<PackedModel>, Option<String>), TrainError> {
+    let path = Path::new(&experiment.run.start_from);
+    if path.as_os_str().is_empty() {
+        return Ok((None, None));
+    }
+    let model = match experiment.lora.is_on() {
+        true => frozen_model(path, &experiment.quant),
+        false => start_model(path),
     };
-    let begun = model.init_from(&start, quant, run.seed, device).map_err(|error| {
+    let recorded =
+        loaded.map(|loaded| loaded.identity.as_ref().map(|identity| identity.inputs.start.clone()));
+    match (model, recorded) {
+        (Ok(model), _) => {
+            model.check_finite().map_err(ImportError::from)?;
+            let digest = model_digest(&model);
+            Ok((Some(model), Some(digest)))
+        }
+        // Not a run that started from nothing.
+        (Err(error), Some(recorded)) if recorded != Some(None) => {
+            say(format_args!(
+                "warning: {error}; run.start_from cannot be compared, the checkpoint has all weights"
+            ));
+            Ok((None, recorded.flatten()))
+        }
+        (Err(error), _) => Err(error),
+    }
+}
+
+/// The model that a run begins with, made from `start`.
+fn begun(experiment: &Experiment, start: &PackedModel, device: &Device) -> Result<DuckQuantized, TrainError> {
+    let Experiment { model, quant, run, lora, .. } = experiment;
+    let begun = model.init_from(start, quant, run.seed, device).map_err(|error| {
         let origin = format!("run.start_from = \"{}\"", run.start_from);
         TrainError::Experiment { origin, message: error.to_string() }
     })?;
     if lora.is_on() {
-        check_frozen(&begun.valid(), &start)?;
+        check_frozen(&begun.valid(), start)?;
     }
     Ok(begun)
 }
@@ -244,13 +335,12 @@ fn check_device(experiment: &Experiment, device: &Device) -> Result<(), TrainErr
     Err(TrainError::Experiment { origin: experiment.run.name.clone(), message })
 }
 
-/// Puts in what only the data can tell: the vocabulary, and the steps of so many epochs.
-pub(super) fn resolve(
+/// Puts in what only the tokenizer can tell: the vocabulary.
+pub(super) fn resolve_vocabulary(
     experiment: &mut Experiment,
-    options: &RunOptions,
-    data: &Dataset,
+    tokenizer: &Tokenizer,
 ) -> Result<(), TrainError> {
-    let found = data.tokenizer.vocab_size();
+    let found = tokenizer.vocab_size();
     let vocab_size = &mut experiment.model.vocab_size;
     if *vocab_size == 0 {
         *vocab_size = found;
@@ -263,26 +353,46 @@ pub(super) fn resolve(
         );
         return Err(TrainError::Experiment { origin: experiment.run.name.clone(), message });
     }
-    if let Some(epochs) = options.epochs {
-        let windows = epochs * data.train.per_epoch() as f64;
-        let windows_a_step = experiment.run.batch_size * experiment.run.accumulation;
-        experiment.run.steps = (windows / windows_a_step as f64).ceil().max(1.0) as usize;
-    }
     Ok(())
 }
 
-/// Says what is about to happen, and refuses what cannot fit into memory.
-fn preflight(experiment: &Experiment, device: &Device, options: &RunOptions) -> Result<(), TrainError> {
+/// Puts in what only the text can tell: the steps of so many epochs of `windows`.
+fn resolve_steps(experiment: &mut Experiment, options: &RunOptions, windows: usize) {
+    if let Some(epochs) = options.epochs {
+        let windows_a_step = experiment.run.batch_size * experiment.run.accumulation;
+        experiment.run.steps = (epochs * windows as f64 / windows_a_step as f64).ceil().max(1.0) as usize;
+    }
+}
+
+/// Says what is about to happen, and refuses what cannot be learned or cannot fit into memory.
+fn preflight(
+    experiment: &Experiment,
+    data: &Dataset,
+    device: &Device,
+    options: &RunOptions,
+) -> Result<(), TrainError> {
     let needed = memory_estimate(experiment);
     let run = &experiment.run;
     let tokens = run.steps * run.batch_size * run.accumulation * experiment.model.context;
+    let (windows, empty) = (data.train.per_epoch(), data.train.without_targets(usize::MAX));
+    if empty == windows {
+        return Err(DataError::NothingLearned { windows, context: experiment.model.context }.into());
+    }
+    for warning in without_effect(experiment, data) {
+        say(format_args!("warning: {warning}"));
+    }
     if !options.quiet {
         let trained = match experiment.lora.is_on() {
             true => format!(", {} of adapters trained", experiment.lora.num_params(&experiment.model)),
             false => String::new(),
         };
+        let text = data.train.tokens();
+        let learned = match text.target_tokens() as f64 / text.len() as f64 {
+            1.0 => String::new(),
+            share => format!(" ({:.1} % learned)", 100.0 * share),
+        };
         let mut line = format!(
-            "{}: {} parameters{trained}, {} steps, {:.2} M tokens, about {} MiB, on {}",
+            "{}: {} parameters{trained}, {} steps, {:.2} M tokens{learned}, about {} MiB, on {}",
             run.name,
             experiment.model.num_params(),
             run.steps,
@@ -290,6 +400,13 @@ fn preflight(experiment: &Experiment, device: &Device, options: &RunOptions) -> 
             needed >> 20,
             device::describe(device)
         );
+        if empty > 0 {
+            let share = 100.0 * empty as f64 / windows as f64;
+            line += &format!(
+                "\n{share:.1} % of the training windows ({empty} of {windows}) have no learned token; a step of such \
+                 windows alone changes nothing"
+            );
+        }
         if !device::is_cpu(device) {
             line += "\nthe first steps tune their kernels and take longer";
         }
@@ -298,12 +415,48 @@ fn preflight(experiment: &Experiment, device: &Device, options: &RunOptions) -> 
         }
         let _ = writeln!(std::io::stdout(), "{line}");
     }
-    match device::available_memory_bytes() {
-        Some(available) if device::is_cpu(device) && needed > available => {
-            Err(TrainError::MemoryTooSmall { needed, available })
-        }
-        _ => Ok(()),
+    if device::is_cpu(device) {
+        memory::check(needed)?;
     }
+    Ok(())
+}
+
+/// What of the run has no effect.
+fn without_effect(Experiment { run, schedule, .. }: &Experiment, data: &Dataset) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if schedule.warmup_steps >= run.steps {
+        warnings.push(format!(
+            "schedule.warmup_steps = {}, but the run has {} steps: the learning rate never reaches its peak; \
+             expected fewer warm-up steps or a longer run",
+            schedule.warmup_steps, run.steps
+        ));
+    }
+    let limit = if run.eval_windows == 0 { usize::MAX } else { run.eval_windows };
+    let windows = limit.min(data.valid.per_epoch());
+    if data.valid.without_targets(windows) == windows {
+        warnings.push(format!(
+            "the {windows} windows of the validation text have no learned token: the run has no validation loss; \
+             expected a longer validation text or more run.eval_windows"
+        ));
+    }
+    warnings
+}
+
+/// The prompts of text samples as ids; warns of those that the tokenizer cannot express, which are left out.
+fn sample_prompts(run: &RunConfig, tokenizer: &Tokenizer) -> Vec<(String, Vec<u32>)> {
+    if run.sample_tokens == 0 {
+        return Vec::new();
+    }
+    let encode = |prompt: &String| {
+        let why = match encode_prompt(tokenizer, prompt) {
+            Ok(ids) if !ids.is_empty() => return Some((prompt.clone(), ids)),
+            Ok(_) => "the tokenizer makes no token of it".into(),
+            Err(error) => DataError::from(error).to_string(),
+        };
+        say(format_args!("warning: run.sample_prompts: {prompt:?} is left out: {why}"));
+        None
+    };
+    run.sample_prompts.iter().filter_map(encode).collect()
 }
 
 /// Bytes that training takes, roughly: latent and fake quantized weights, gradients, optimizer moments and one
@@ -323,35 +476,32 @@ fn memory_estimate(Experiment { model, run, lora, optim, .. }: &Experiment) -> u
     4 * (weights + activations) as u64
 }
 
-/// The checkpoint to go on from; warns of those that were refused.
-fn resumed(
-    checkpoints: &Checkpoints,
-    experiment_sha256: &str,
-    run_dir: &Path,
-) -> Result<Option<Loaded>, TrainError> {
-    let Some(loaded) = checkpoints.latest_good()? else {
-        eprintln!("{}: no checkpoint yet, starting from the first step", run_dir.display());
+/// The checkpoint to go on from; warns of those that were refused. `None`: the run was killed before its first checkpoint.
+///
+/// # Errors
+/// `Experiment`: the run has finished, and its checkpoints are gone.
+fn resumed(run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
+    let Some(loaded) = Checkpoints::existing(run_dir.join("checkpoints")).latest_good()? else {
+        if RunResult::read(&run_dir.join("result.json")).is_ok_and(|result| result.finished) {
+            let message = format!(
+                "{} holds a finished run without a checkpoint; expected one to resume. --overwrite moves the run aside",
+                run_dir.display()
+            );
+            return Err(TrainError::Experiment { origin: "--resume".into(), message });
+        }
+        say(format_args!("{}: no checkpoint yet, starting from the first step", run_dir.display()));
         return Ok(None);
     };
     for refusal in &loaded.refused {
-        eprintln!("warning: {refusal}");
+        say(format_args!("warning: {refusal}"));
     }
-    if loaded.experiment_sha256 != experiment_sha256 {
-        let message = format!(
-            "the run in {} was made by another experiment (see experiment.toml there); expected the same settings to \
-             resume it",
-            run_dir.display()
-        );
-        return Err(TrainError::Experiment { origin: "--resume".into(), message });
-    }
-    eprintln!("resuming {} at step {}", loaded.path.display(), loaded.state.step);
     Ok(Some(loaded))
 }
 
 fn summarize(experiment: &Experiment, device: &Device, outcome: &Outcome) -> RunResult {
     let run = &experiment.run;
-    let train = outcome.history.train.last();
-    let valid = outcome.history.valid.last();
+    let train = outcome.history.train.iter().rfind(|report| report.tokens > 0);
+    let valid = outcome.history.valid.last().filter(|report| report.tokens > 0);
     let step = outcome.state.step;
     RunResult {
         device: device::describe(device),
@@ -367,11 +517,13 @@ fn summarize(experiment: &Experiment, device: &Device, outcome: &Outcome) -> Run
         valid_bits_per_byte: valid.and_then(|report| report.bits_per_byte),
         valid_perplexity: valid.map(|report| report.perplexity()),
         best_valid_loss: outcome.state.best_valid_loss,
-        best_valid_step: outcome.best_valid_step,
+        best_valid_step: outcome.state.best_valid_step,
         zero_fraction: valid.and_then(|report| report.zero_fraction),
         bits_per_weight: valid.and_then(|report| report.bits_per_weight),
         skipped_steps: outcome.state.skipped_steps,
+        empty_steps: outcome.state.empty_steps,
         rollbacks: outcome.state.rollbacks,
+        interrupted: outcome.interrupted,
         finished: step == run.steps,
         ..RunResult::new(&run.name, run.seed)
     }
@@ -425,4 +577,53 @@ fn illustrate(run_dir: &Path, result: &RunResult, outcome: &Outcome) -> Result<(
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     write_atomic(path, bytes).map_err(|source| TrainError::Write { path: path.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::tokenizer;
+
+    #[test]
+    fn prompts_that_the_tokenizer_cannot_express_are_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        // Words, and none for those that are unknown.
+        let words = r#"{"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+            "model": {"type": "WordLevel", "vocab": {"duck": 0, "swims": 1}, "unk_token": "[UNK]"}}"#;
+        fs::write(&path, words).unwrap();
+        let mut run = Experiment::load("experiments/00-default.toml").unwrap().run;
+        run.sample_prompts =
+            ["duck", "One day", "<|user|>swims", "", "<|user|>Who?"].map(String::from).into();
+        let kept = |run: &RunConfig, tokenizer: &Tokenizer| -> Vec<String> {
+            sample_prompts(run, tokenizer)
+                .into_iter()
+                .map(|(prompt, ids)| {
+                    assert!(!ids.is_empty());
+                    prompt
+                })
+                .collect()
+        };
+        let letters = Tokenizer::from_characters("cdikmsuw".chars().collect()).unwrap();
+        for tokenizer in [letters, tokenizer::load(&path).unwrap()] {
+            assert_eq!(kept(&run, &tokenizer), ["duck", "<|user|>swims", ""]);
+        }
+        assert_eq!(kept(&run, &Tokenizer::byte()).len(), 5);
+        run.sample_tokens = 0;
+        assert!(kept(&run, &Tokenizer::byte()).is_empty());
+    }
+
+    #[test]
+    fn a_warm_up_as_long_as_the_run_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
+        experiment.data.tokenizer = "byte".into();
+        let data = Dataset::prepare(&experiment.data, 64, 1, folder.path()).unwrap();
+        assert_eq!(without_effect(&experiment, &data), [""; 0]);
+        experiment.run.steps = 50;
+        let warnings = without_effect(&experiment, &data);
+        assert!(warnings[0].contains("schedule.warmup_steps = 50, but the run has 50 steps"), "{warnings:?}");
+        experiment.schedule.warmup_steps = 49;
+        assert_eq!(without_effect(&experiment, &data), [""; 0]);
+    }
 }

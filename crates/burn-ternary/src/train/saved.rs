@@ -1,4 +1,4 @@
-use super::checkpoint::Checkpoints;
+use super::checkpoint::{CheckpointError, Checkpoints, Loaded};
 use super::schedule::Schedule;
 use super::step::restore;
 use super::{Experiment, TrainError};
@@ -10,7 +10,7 @@ use crate::quant::QuantConfig;
 use burn::module::Module;
 use burn::tensor::Device;
 use std::path::Path;
-use ternary_format::{PackedModel, Tensor, Tokenizer, read_model};
+use ternary_format::{PackedModel, Tensor, Tokenizer, memory, read_model};
 
 /// What a run folder holds, for use after the run.
 pub struct SavedRun {
@@ -34,6 +34,7 @@ impl SavedRun {
             origin: checkpoints.display().to_string(),
             message: "expected a checkpoint, found none yet".into(),
         })?;
+        check_size(&experiment, &loaded, run_dir)?;
         let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
         let last_step = loaded.state.step.saturating_sub(1);
         let seed = experiment.run.seed;
@@ -51,6 +52,24 @@ impl SavedRun {
     pub fn export(&self) -> Result<PackedModel, ExportError> {
         export_for_inference(&self.model, Some(&self.tokenizer), &self.experiment.run.name)
     }
+}
+
+/// An error where the settings of a run folder make a model that its checkpoint cannot fill, or that memory cannot hold:
+/// they may be a stranger's.
+fn check_size(experiment: &Experiment, loaded: &Loaded, run_dir: &Path) -> Result<(), TrainError> {
+    let parameters = experiment.model.num_params() + experiment.lora.num_params(&experiment.model);
+    let bytes = (size_of::<f32>() * parameters) as u64;
+    if loaded.model_bytes < bytes {
+        let detail = format!(
+            "[model] of {} has {parameters} parameters, which take {bytes} bytes, the file has {}; expected the settings that \
+             the run was made with",
+            run_dir.join("experiment.toml").display(),
+            loaded.model_bytes
+        );
+        return Err(CheckpointError::unfit(&loaded.path, detail).into());
+    }
+    // The first weights, and those of the checkpoint as they replace them.
+    Ok(memory::check(2 * bytes)?)
 }
 
 /// The weights that a run may start from: the latent ones of a run folder, or those of a model file of any kind.

@@ -132,6 +132,26 @@ impl Schedule {
         1.0 - (1.0 - ramp(step, self.float_until, self.sparse_until)).powi(3)
     }
 
+    /// The first of the first `steps` steps at which two schedules of the same keys differ, and the key that makes them differ.
+    pub fn first_difference(&self, other: &Self, steps: usize) -> Option<(&'static str, usize)> {
+        type Factor = fn(&Schedule, usize) -> f64;
+        let rate = match self.shape {
+            Shape::WarmupStableDecay => "schedule.decay_fraction",
+            _ => "the decay of schedule.shape",
+        };
+        let factors: [(&str, Factor); 4] = [
+            (rate, Self::lr_factor),
+            ("schedule.weight_decay_until", Self::weight_decay_factor),
+            ("schedule.float_until or ramp_until", Self::lambda),
+            ("schedule.sparse_until", Self::sparsity),
+        ];
+        let first = |(key, factor): (&'static str, Factor)| {
+            let step = (0..steps).find(|&step| factor(self, step) != factor(other, step))?;
+            Some((key, step))
+        };
+        factors.into_iter().filter_map(first).min_by_key(|&(_, step)| step)
+    }
+
     /// Sets the dials of a model for a step.
     pub fn turn(&self, step: usize, dials: &Dials) {
         dials.lambda.set(self.lambda(step) as f32);

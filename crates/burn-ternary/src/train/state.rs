@@ -20,11 +20,17 @@ pub struct TrainState {
     pub bad_steps: usize,
     /// Skipped steps of the whole run.
     pub skipped_steps: usize,
+    /// Steps of the whole run without a learned token, which changed nothing.
+    #[serde(default)]
+    pub empty_steps: usize,
     /// Returns to an earlier checkpoint.
     pub rollbacks: usize,
     /// Nats per token.
     #[serde(with = "exact_option")]
     pub best_valid_loss: Option<f64>,
+    /// The step of that loss; not known of a checkpoint of before this was kept.
+    #[serde(default)]
+    pub best_valid_step: Option<usize>,
     /// Validation losses of the weights that the run started from, where it started from a model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<StartLoss>,
@@ -99,8 +105,10 @@ mod tests {
                 loss_average: Some(value),
                 bad_steps: 1,
                 skipped_steps: 2,
+                empty_steps: 4,
                 rollbacks: 3,
                 best_valid_loss: random.random::<bool>().then_some(value),
+                best_valid_step: random.random::<bool>().then_some(5),
                 start: Some(StartLoss { float: value, rounded: 1.0 / 3.0 }),
                 elapsed_s: value,
                 tokens: u64::MAX - 1,

@@ -10,9 +10,9 @@ use super::schedule::{Schedule, ScheduleConfig};
 use super::{TrainError, TrainState};
 use crate::data::LmBatch;
 use crate::nn::DuckQuantized;
-use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
+use burn::lr_scheduler::module_lr_scheduler::{ModuleLearningRate, ModuleLrScheduler};
 use burn::module::{Module, ParamGroup};
-use burn::optim::{ModuleOptimizer, OptimizerRecord};
+use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
 use burn::store::ModuleRecord;
 use burn::tensor::Tensor;
 use burn::train::{InferenceStep, Learner, TrainOutput, TrainStep};
@@ -23,6 +23,10 @@ use std::sync::Arc;
 const AVERAGE_RATE: f64 = 0.02;
 /// Steps before which the running mean is too young to call anything a spike.
 const GUARD_AFTER: usize = 20;
+/// Nats per token by which a spike exceeds the running mean at least: a perplexity `e` times as high.
+const SPIKE_FLOOR: f64 = 1.0;
+/// The same for a step of one token, by which its loss may exceed the mean by chance: four standard deviations of 2.5 nats.
+const TOKEN_NOISE: f64 = 10.0;
 
 /// A model with what its training needs.
 #[derive(Module, Debug)]
@@ -147,10 +151,25 @@ impl InferenceStep for LanguageModel {
 const BETWEEN_STEPS: &str = "a trainer has a model between steps";
 
 /// When a step is not taken.
+///
+/// The loss of a step with `n` learned tokens is a spike if it exceeds its running mean both by the factor and by
+/// `max(1, 10 / sqrt(n))` nats per token. The ratio alone would call every step of a text that is learned by heart a spike,
+/// whose mean is near 0, and rare tokens of a step that has few.
+///
+/// # Source
+/// Relative and absolute tolerance as in Lightning's `SpikeDetection` (`rtol`, `atol`).
 #[derive(Clone, Copy, Debug)]
 pub struct SpikeGuard {
-    /// A loss above this multiple of its running mean is a spike; 0: none is.
+    /// A loss above this multiple of its running mean may be a spike; 0: none is.
     pub factor: f64,
+}
+
+impl SpikeGuard {
+    /// Whether the mean `loss` of `tokens` learned tokens is a spike above the running mean `average`.
+    fn is_spike(self, loss: f64, tokens: usize, average: f64) -> bool {
+        let floor = SPIKE_FLOOR.max(TOKEN_NOISE / (tokens as f64).sqrt());
+        self.factor > 0.0 && loss > average * self.factor && loss > average + floor
+    }
 }
 
 /// Trains a [`DuckQuantized`], an optimizer step at a time, for people with a loop of their own.
@@ -199,12 +218,14 @@ impl QuantizationTrainer {
     /// One optimizer step on micro-batches whose weights sum to 1 (or a single batch).
     ///
     /// The step is skipped, and counted, when the loss or the gradient norm is not finite or the guard sees a spike;
-    /// schedule and data order go on all the same. A pure function of the trainer's state and the batches: dropout
+    /// schedule and data order go on all the same. So they do in a step without a learned token, which changes neither weights nor
+    /// moments nor the mean of the guard; its loss is NaN. A pure function of the trainer's state and the batches: dropout
     /// draws from a generator that is seeded with (seed, step).
     ///
     /// # Panics
     /// Without a batch.
     pub fn train_step(&mut self, batches: Vec<LmBatch>) -> StepReport {
+        assert!(!batches.is_empty(), "a step has at least one batch");
         let step = self.state.step;
         let model = self.model();
         self.schedule.turn(step, model.dials());
@@ -219,6 +240,10 @@ impl QuantizationTrainer {
         for batch in batches {
             let weight = f64::from(batch.weight);
             self.state.windows_seen += batch.inputs.dims()[0] as u64;
+            // Its gradient would be that of nothing.
+            if batch.tokens == 0 {
+                continue;
+            }
             let output = TrainStep::step(self.language_model(), batch);
             let LmItem(part) = output.item;
             report.tokens += part.tokens;
@@ -236,32 +261,41 @@ impl QuantizationTrainer {
             }
             grads = Some(accumulate(grads, output.grads, self.model()));
         }
-        let grads = grads.expect("a step has at least one batch");
-        let (grads, norm) = global_norm(grads, self.model());
-        self.dials.clip.set(clip_factor(norm, self.clip_norm));
-
         let rate = self.rates.step();
         let lr = rate.base();
-        if self.accepts(report.loss, norm) {
-            let model = self.model.take().expect(BETWEEN_STEPS);
-            self.model = Some(self.optimizer.step(rate, model, grads));
-            self.state.bad_steps = 0;
-            let average = self.state.loss_average.unwrap_or(report.loss);
-            self.state.loss_average = Some(average + AVERAGE_RATE * (report.loss - average));
-        } else {
-            self.state.bad_steps += 1;
-            self.state.skipped_steps += 1;
+        match grads {
+            Some(grads) => report.grad_norm = self.update(rate, grads, &report),
+            None => {
+                (report.loss, report.accuracy) = (f64::NAN, f64::NAN);
+                self.state.empty_steps += 1;
+            }
         }
         self.state.step += 1;
         self.state.tokens += report.tokens as u64;
         StepReport {
             step: self.state.step,
-            grad_norm: norm,
             lr,
             lambda: Some(self.schedule.lambda(step)),
             skipped_steps: self.state.skipped_steps,
             ..report
         }
+    }
+
+    /// Takes the step, or skips it; the gradient's norm.
+    fn update(&mut self, rate: ModuleLearningRate, grads: GradientsParams, report: &StepReport) -> f64 {
+        let (grads, norm) = global_norm(grads, self.model());
+        if !self.accepts(report, norm) {
+            self.state.bad_steps += 1;
+            self.state.skipped_steps += 1;
+            return norm;
+        }
+        self.dials.clip.set(clip_factor(norm, self.clip_norm));
+        let model = self.model.take().expect(BETWEEN_STEPS);
+        self.model = Some(self.optimizer.step(rate, model, grads));
+        self.state.bad_steps = 0;
+        let average = self.state.loss_average.unwrap_or(report.loss);
+        self.state.loss_average = Some(average + AVERAGE_RATE * (report.loss - average));
+        norm
     }
 
     /// The model as it stands, under autodiff.
@@ -307,15 +341,11 @@ impl QuantizationTrainer {
         self.language_model().valid()
     }
 
-    fn accepts(&self, loss: f64, norm: f64) -> bool {
-        let spike = match self.state.loss_average {
-            Some(average) => {
-                self.guard.factor > 0.0
-                    && self.state.step >= GUARD_AFTER
-                    && loss > average * self.guard.factor
-            }
-            None => false,
-        };
+    fn accepts(&self, report: &StepReport, norm: f64) -> bool {
+        let StepReport { loss, tokens, .. } = *report;
+        let learned_steps = self.state.step - self.state.empty_steps;
+        let spike = learned_steps >= GUARD_AFTER
+            && self.state.loss_average.is_some_and(|average| self.guard.is_spike(loss, tokens, average));
         loss.is_finite() && norm.is_finite() && !spike
     }
 }
@@ -380,5 +410,32 @@ impl TrainPlan {
         let mut trainer = self.trainer(model, state, guard);
         trainer.optimizer = trainer.optimizer.load_record(optimizer);
         Ok(trainer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spike_exceeds_the_mean_by_its_ratio_and_by_a_floor() {
+        let guard = SpikeGuard { factor: 3.0 };
+        // Loss, learned tokens and mean.
+        for (loss, tokens, average, spike) in [
+            (6.1, 2048, 2.0, true),
+            (5.9, 2048, 2.0, false),
+            (f64::INFINITY, 2048, 2.0, true),
+            // Three times nothing.
+            (1e-3, 2048, 1e-5, false),
+            (0.9, 2048, 1e-5, false),
+            (1.1, 2048, 1e-5, true),
+            (1.1, 100, 0.3, false),
+            // Few tokens, of which one may be rare.
+            (9.0, 1, 0.3, false),
+            (9.0, 16, 0.3, true),
+        ] {
+            assert_eq!(guard.is_spike(loss, tokens, average), spike, "{loss} {tokens} {average}");
+        }
+        assert!(!SpikeGuard { factor: 0.0 }.is_spike(1e9, 2048, 1.0));
     }
 }

@@ -5,6 +5,7 @@
 
 use super::checkpoint::Checkpoints;
 use super::codes::{CodeStats, CodeTracker};
+use super::identity::Identity;
 use super::metrics::{LmItem, Split, StepReport};
 use super::progress::ProgressLine;
 use super::report::{History, MetricsFile};
@@ -12,7 +13,7 @@ use super::state::StartLoss;
 use super::step::{LanguageModel, QuantizationTrainer};
 use super::{Experiment, TrainError, TrainState};
 use crate::data::window::TokenWindows;
-use crate::data::{DataError, LmBatch, chat};
+use crate::data::{LmBatch, chat};
 use crate::nn::{DuckQuantized, ModelSize};
 use burn::data::dataloader::Progress;
 use burn::module::Module;
@@ -30,7 +31,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use ternary_format::{
     Tokenizer,
-    chat::encode_prompt,
     disk::{self, RunLock},
 };
 
@@ -40,12 +40,14 @@ const SAMPLE_TEMPERATURE: f64 = 0.7;
 /// One session of a run: from its start or its last checkpoint to its end.
 pub(super) struct Session {
     pub experiment: Experiment,
-    pub experiment_sha256: String,
+    pub identity: Identity,
     pub run_dir: PathBuf,
     /// Held until the run has written its result.
     pub lock: Arc<RunLock>,
     pub device: Device,
     pub tokenizer: Tokenizer,
+    /// What the text samples start with, as text and as ids.
+    pub prompts: Vec<(String, Vec<u32>)>,
     pub train: TokenWindows,
     pub valid: TokenWindows,
     pub checkpoints: Checkpoints,
@@ -62,7 +64,8 @@ pub(super) struct Outcome {
     pub history: History,
     pub state: TrainState,
     pub counts: Vec<(String, [u64; 3])>,
-    pub best_valid_step: Option<usize>,
+    /// Whether a signal or the terminal interface ended it before its last step.
+    pub interrupted: bool,
     pub error: Option<TrainError>,
 }
 
@@ -93,15 +96,17 @@ impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
             elapsed_before: 0.0,
             stepping: Duration::ZERO,
             tokens: 0,
-            best_valid_step: None,
             session,
         };
         let error = run.run(train, valid).err();
+        let done = run.trainer.state().step == run.session.experiment.run.steps;
+        let interrupted = !done && run.events.interrupter.interruption().is_some();
+        run.trainer.state_mut().elapsed_s = run.elapsed();
         let outcome = Outcome {
             history: run.session.history,
             state: run.trainer.state().clone(),
             counts: run.stats.map(|stats| stats.counts).unwrap_or_default(),
-            best_valid_step: run.best_valid_step,
+            interrupted,
             error,
         };
         *self.outcome.lock().expect("held for one line") = Some(outcome);
@@ -120,7 +125,6 @@ struct Loop {
     /// Time in steps and tokens trained on since the last log line.
     stepping: Duration,
     tokens: usize,
-    best_valid_step: Option<usize>,
 }
 
 impl Loop {
@@ -169,7 +173,8 @@ impl Loop {
             if rolled_back {
                 self.roll_back(step)?;
             }
-            let stop = self.events.interrupter.should_stop();
+            // A step that went back to the last checkpoint is not saved: the run stops after the next.
+            let stop = self.events.interrupter.should_stop() && !rolled_back;
             if step % run.eval_every == 0 || last {
                 self.evaluate(&valid, steps)?;
                 self.events.end_interval(step.div_ceil(run.eval_every));
@@ -221,7 +226,8 @@ impl Loop {
             sum.accuracy += part.accuracy * part.tokens as f64;
             self.events.validated(self.complete(StepReport { step, ..part }), index + 1, batches);
         }
-        let tokens = sum.tokens.max(1) as f64;
+        // NaN where no window has a learned token.
+        let tokens = sum.tokens as f64;
         let loss = sum.loss / tokens;
         let report = StepReport {
             bits_per_byte: Some(self.session.valid.tokens().bits_per_byte(loss)),
@@ -232,7 +238,7 @@ impl Loop {
         let state = self.trainer.state_mut();
         if loss.is_finite() && state.best_valid_loss.is_none_or(|best| loss < best) {
             state.best_valid_loss = Some(loss);
-            self.best_valid_step = Some(step);
+            state.best_valid_step = Some(step);
         }
         self.sample(&model.model, step)
     }
@@ -250,29 +256,27 @@ impl Loop {
                 sum += part.loss * part.tokens as f64;
                 tokens += part.tokens;
             }
-            Ok(sum / tokens.max(1) as f64)
+            Ok(sum / tokens as f64)
         };
         let start = StartLoss { float: loss_at(0.0)?, rounded: loss_at(1.0)? };
         lambda.set(before);
         self.trainer.state_mut().start = Some(start);
-        self.print(|| format!("start: valid loss {:.4} in float, {:.4} rounded", start.float, start.rounded));
+        self.print(|| {
+            format!("start: packed valid loss {:.4} in float, {:.4} rounded", start.float, start.rounded)
+        });
         Ok(())
     }
 
-    /// Writes what the model says to each prompt of the experiment into `samples.txt`, and prints it.
+    /// Writes what the model says to each prompt into `samples.txt`, and prints it.
     fn sample(&mut self, model: &DuckQuantized, step: usize) -> Result<(), TrainError> {
         let run = &self.session.experiment.run;
-        if run.sample_tokens == 0 {
-            return Ok(());
-        }
         expect_in_place(&self.session.lock, &self.session.run_dir)?;
-        for prompt in &run.sample_prompts {
+        for (prompt, ids) in &self.session.prompts {
             let tokenizer = &self.session.tokenizer;
-            let ids = encode_prompt(tokenizer, prompt).map_err(DataError::from)?;
             let stop = chat::special(tokenizer, chat::Special::EndOfText);
             let mut rng = ChaCha8Rng::seed_from_u64(crate::seed::mix(run.seed, step as u64));
             let text =
-                tokenizer.decode(&model.sample(&ids, run.sample_tokens, SAMPLE_TEMPERATURE, stop, &mut rng));
+                tokenizer.decode(&model.sample(ids, run.sample_tokens, SAMPLE_TEMPERATURE, stop, &mut rng));
             let line = ProgressLine::sample(prompt, &text);
             let path = self.session.run_dir.join("samples.txt");
             disk::open_in_place(&path, File::options().create(true).append(true))
@@ -311,12 +315,7 @@ impl Loop {
         let elapsed = self.elapsed();
         self.trainer.state_mut().elapsed_s = elapsed;
         let (model, optimizer) = self.trainer.records();
-        self.session.checkpoints.save(
-            model,
-            optimizer,
-            self.trainer.state(),
-            &self.session.experiment_sha256,
-        )?;
+        self.session.checkpoints.save(model, optimizer, self.trainer.state(), &self.session.identity)?;
         Ok(())
     }
 
@@ -348,12 +347,13 @@ pub(super) fn expect_in_place(lock: &RunLock, run_dir: &Path) -> Result<(), Trai
     Err(TrainError::Moved { path: run_dir.into() })
 }
 
-/// The losses of the validation batches.
+/// The losses of the validation batches that have a learned token.
 fn losses<'a>(
     model: &'a LanguageModel,
     valid: &'a ValidLoader<LanguageModel>,
 ) -> impl Iterator<Item = Result<StepReport, TrainError>> + 'a {
-    valid.iter().map(|batch| {
+    let learned = |batch: &Result<LmBatch, _>| batch.as_ref().map_or(true, |batch| batch.tokens > 0);
+    valid.iter().filter(learned).map(|batch| {
         let batch = batch.map_err(|error| TrainError::Burn(error.to_string()))?;
         let LmItem(part) = InferenceStep::step(model, batch);
         Ok(part)

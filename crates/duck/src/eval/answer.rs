@@ -7,12 +7,12 @@ use super::{
 use crate::{model, terminal::Progress};
 use std::ops::AddAssign;
 use ternary_format::chat::{ChatTemplate, Message, Role};
-use ternary_infer::{Engine, EngineError, GenerateOptions, Sampling};
+use ternary_infer::{Engine, EngineError, Finish, GenerateOptions, Sampling};
 
 /// The likeliest answer, without white space at its ends; `None` where the question leaves no room for one.
 ///
 /// # Errors
-/// `Format`: the question cannot be encoded. `NoTokenizer`.
+/// `Format`: the question cannot be encoded. `NoTokenizer`, `NotFinite`.
 pub fn answer(
     engine: &Engine,
     template: &ChatTemplate,
@@ -23,7 +23,11 @@ pub fn answer(
     let prompt = template.ids(tokenizer, &[Message::new(Role::User, question)], true)?;
     let options = GenerateOptions { sampling: Sampling::greedy(), max_tokens, stop: model::stop(tokenizer) };
     match engine.generate(&prompt, options) {
-        Ok(generation) => Ok(Some(tokenizer.decode(&generation.collect::<Vec<_>>()).trim().into())),
+        Ok(mut generation) => {
+            let ids: Vec<u32> = generation.by_ref().collect();
+            generation.finish().map(Finish::check).transpose()?;
+            Ok(Some(tokenizer.decode(&ids).trim().into()))
+        }
         Err(EngineError::ContextFull { .. } | EngineError::EmptyPrompt) => Ok(None),
         Err(error) => Err(error),
     }

@@ -41,7 +41,8 @@ A .txt file holds documents between lines `<|endoftext|>`; a line of a .jsonl fi
 whole, without its end), with \"question\" and \"answer\" (the answer is scored, with the token that ends it), or with
 \"question\", \"choices\" and \"answer\" (a place from 0 on, or one of the choices).
 
-loss: nats a token; bits a byte compare models of different tokenizers. In brackets: 95 % intervals, by drawing the
+loss: nats a token, each document by itself; a run's packed valid loss is that of windows of several documents. Bits
+a byte compare models of different tokenizers. In brackets: 95 % intervals, by drawing the
 documents again; of one document there is none. A model is compared to the first one on the same draws.";
 
 /// Measure models on texts: loss, perplexity, bits a byte; answers: BLEU, ROUGE, exact matches; choices: accuracy.

@@ -1,7 +1,7 @@
 //! All of a model but its tensors.
 
 use super::{
-    MAGIC, VERSION,
+    MAGIC, VERSION, check_expansion,
     coder::{Decoder, Encoder, can_hold},
     stream::{Sink, Source},
     text, vocabulary,
@@ -11,6 +11,9 @@ use std::{
     io::{Read, Write},
     path::Path,
 };
+
+/// What a head may add to the usual expansion.
+const FREE: usize = 64 << 10;
 
 /// Longer heads are no such heads.
 const LONGEST: usize = 1 << 28;
@@ -97,6 +100,7 @@ pub(super) fn read(source: &mut Source<impl Read>) -> Result<PackedModel, Format
     if length > LONGEST || packed > LONGEST || !can_hold(packed, text::DECISIONS * length) {
         return Err(damaged("a length that no head has"));
     }
+    check_expansion(packed, length, FREE)?;
     let packed = source.bytes(packed, "the head")?;
     source.checksum(|| "head".into())?;
     let mut head = vec![0; length];
@@ -165,5 +169,13 @@ fn read_fields(source: &mut Source<impl Read>) -> Result<PackedModel, FormatErro
     {
         return Err(FormatError::Vocabulary { tokens, rows: spec.vocab_size });
     }
-    Ok(PackedModel { name, spec, tensors: Default::default(), tokenizer, chat_template, adapter: None })
+    Ok(PackedModel {
+        name,
+        spec,
+        tensors: Default::default(),
+        tokenizer,
+        chat_template,
+        adapter: None,
+        warnings: Vec::new(),
+    })
 }

@@ -43,6 +43,10 @@
 //! of characters of its first part. `next` is at first the id 0, and after each merge the largest id that a merge made,
 //! plus 1.
 //!
+//! A file is refused, before any more of it is unpacked, where what was read of it would become more than 64 times as long,
+//! plus 16 MiB: ternary codes of which 99 % are zero become 22 times as long, all zeros 350 times. Of the head it is 64 times,
+//! plus 64 KiB.
+//!
 //! # Streams
 //!
 //! A stream is decisions between true and false, each with a probability `p` of true in 1/65536, which is first brought
@@ -154,6 +158,21 @@ const TERNARY: u8 = 255;
 /// Tensors that are in memory in both forms.
 const TOGETHER: usize = 16;
 
+/// How many times as long a file may make its bytes, and what it may add to that.
+const EXPANSION: usize = 64;
+const FREE: usize = 16 << 20;
+
+/// # Errors
+/// `Expands`: `packed` bytes may not become so many.
+fn check_expansion(packed: usize, unpacked: usize, free: usize) -> Result<(), FormatError> {
+    let expected = packed.saturating_mul(EXPANSION).saturating_add(free);
+    if unpacked <= expected {
+        Ok(())
+    } else {
+        Err(FormatError::Expands { packed, found: unpacked, expected })
+    }
+}
+
 /// Reads a model.
 ///
 /// # Errors
@@ -174,17 +193,22 @@ pub fn read_from(reader: impl Read, path: &Path) -> Result<PackedModel, FormatEr
 fn parse(mut source: Source<impl Read>) -> Result<PackedModel, FormatError> {
     let mut model = head::read(&mut source)?;
     let mut layout = model.spec.tensors().peekable();
+    let mut unpacked = 0usize;
     while layout.peek().is_some() {
         let packed = layout.by_ref().take(TOGETHER).map(|(name, shape)| {
             let packed = Packed::read(&mut source, shape).map_err(|error| error.in_tensor(&name))?;
             Ok((name, packed))
         });
         let packed = packed.collect::<Result<Vec<_>, FormatError>>()?;
-        let unpacked = packed.into_par_iter().map(|(name, packed)| {
+        for (_, packed) in &packed {
+            unpacked = unpacked.saturating_add(packed.encoding.bytes(&packed.shape)?);
+        }
+        check_expansion(source.offset(), unpacked, FREE)?;
+        let tensors = packed.into_par_iter().map(|(name, packed)| {
             let tensor = packed.unpack().map_err(|error| error.in_tensor(&name))?;
             Ok((name, tensor))
         });
-        model.tensors.extend(unpacked.collect::<Result<Vec<_>, FormatError>>()?);
+        model.tensors.extend(tensors.collect::<Result<Vec<_>, FormatError>>()?);
     }
     if !source.ends()? {
         return Err(FormatError::Damaged { part: "end".into(), why: "bytes after the last tensor" });
@@ -231,9 +255,15 @@ pub fn write_to(model: &PackedModel, writer: impl Write, path: &Path) -> Result<
     let mut sink = Sink::new(writer, path);
     head::write(model, &mut sink)?;
     let names: Vec<String> = model.spec.tensors().map(|(name, _)| name).collect();
+    let (mut packed_bytes, mut unpacked) = (0, 0);
     for names in names.chunks(TOGETHER) {
         let packed = names.par_iter().map(|name| Packed::new(&model.tensors[name]));
-        packed.collect::<Vec<_>>().into_iter().try_for_each(|packed| packed?.write(&mut sink))?;
+        let packed = packed.collect::<Result<Vec<_>, FormatError>>()?;
+        // What would be refused is not written.
+        unpacked += names.iter().map(|name| model.tensors[name].bytes().len()).sum::<usize>();
+        packed_bytes += packed.iter().flat_map(|packed| &packed.chunks).map(Vec::len).sum::<usize>();
+        check_expansion(packed_bytes, unpacked, FREE)?;
+        packed.into_iter().try_for_each(|packed| packed.write(&mut sink))?;
     }
     Ok(())
 }
@@ -361,6 +391,53 @@ mod tests {
         ] {
             assert!(found.contains(expected), "{found}");
         }
+    }
+
+    /// 393 kB of packed zeros would become 69 MB, in seconds of every core.
+    #[test]
+    fn a_file_that_expands_without_bound_is_refused_before_it_is_unpacked() {
+        let mut bomb = model::random(Family::Llama, None);
+        let spec = &mut bomb.spec;
+        (spec.d_model, spec.n_heads, spec.n_kv_heads, spec.d_ff) = (64, 1, 1, 1);
+        let write = |vocab_size: usize, zeros: usize| {
+            let mut bomb = bomb.clone();
+            bomb.spec.vocab_size = vocab_size;
+            let mut file = Vec::new();
+            let mut sink = Sink::new(&mut file, Path::new(NOWHERE));
+            head::write(&bomb, &mut sink).unwrap();
+            for (name, shape) in bomb.spec.tensors() {
+                let values = |shape: &[usize], value| {
+                    let values: Vec<f32> = (0..shape.iter().product()).map(|_| value).collect();
+                    Packed::new(&Tensor::f32(shape, &values).unwrap()).unwrap()
+                };
+                let packed = if name == "token_embd.weight" {
+                    // Chunks are coded apart from each other: equal rows are equal bytes.
+                    let chunk = values(&[4096, 64], 0.0).chunks.remove(0);
+                    let chunks = vec![chunk; zeros];
+                    Packed { shape, encoding: Encoding::F32, chunks }
+                } else {
+                    values(&shape, 0.0)
+                };
+                packed.write(&mut sink).unwrap();
+            }
+            file
+        };
+        let bomb = write(66 * 4096, 66);
+        assert!((380_000..480_000).contains(&bomb.len()), "{} bytes", bomb.len());
+        let found = error(&bomb);
+        assert!(matches!(found.kind(), FormatError::Expands { .. }), "{found}");
+        // Where it is little, zeros are zeros.
+        read_from(&write(4096, 1)[..], Path::new(NOWHERE)).unwrap();
+    }
+
+    #[test]
+    fn a_head_that_expands_without_bound_is_refused() {
+        let mut bomb = model::random(Family::Llama, None);
+        bomb.name = "a".repeat(1 << 20);
+        let mut file = Vec::new();
+        write_to(&bomb, &mut file, Path::new(NOWHERE)).unwrap();
+        let found = error(&file);
+        assert!(matches!(found.kind(), FormatError::Expands { .. }), "{found}");
     }
 
     #[test]

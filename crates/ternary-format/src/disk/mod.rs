@@ -14,7 +14,7 @@ use std::{
     io::{self, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
-use tempfile::{Builder, NamedTempFile, TempDir};
+use tempfile::{Builder, TempDir, TempPath};
 
 /// Scratch names are this, [`RANDOM`] letters and digits, and [`SUFFIX`].
 const PREFIX: &str = ".ternary-";
@@ -93,7 +93,8 @@ fn expect_plain(metadata: &Metadata) -> io::Result<()> {
 /// A file that appears under its name, replacing what was there, when it is committed. Dropped before that, it leaves
 /// nothing behind.
 pub struct NewFile {
-    file: BufWriter<NamedTempFile>,
+    file: BufWriter<File>,
+    scratch: TempPath,
     path: PathBuf,
 }
 
@@ -107,8 +108,9 @@ impl NewFile {
             Some(entry) if !entry.is_symlink() => expect_plain(&entry)?,
             _ => (),
         }
-        let file = scratch().make_in(parent(path), |scratch| File::create_new(scratch))?;
-        Ok(Self { file: BufWriter::new(file), path: path.into() })
+        let new = scratch().make_in(parent(path), |scratch| File::create_new(scratch))?;
+        let (file, scratch) = new.into_parts();
+        Ok(Self { file: BufWriter::new(file), scratch, path: path.into() })
     }
 
     /// Gives the file its name, once its bytes are on the disk.
@@ -116,9 +118,8 @@ impl NewFile {
     /// # Errors
     /// What the file system says.
     pub fn commit(self) -> io::Result<()> {
-        let file = self.file.into_inner()?;
-        file.as_file().sync_all()?;
-        file.persist(&self.path)?;
+        self.file.into_inner()?.sync_all()?;
+        self.scratch.persist(&self.path)?;
         sync_folder(parent(&self.path))
     }
 }

@@ -5,7 +5,7 @@ use super::{
     container::{Container, TensorInfo, Value, unexpected},
     vocabulary,
 };
-use crate::{Activation, Encoding, Family, FormatError, ModelSpec, PackedModel};
+use crate::{Activation, Encoding, Family, FormatError, ModelSpec, PackedModel, key};
 
 /// A tensor as the file has it.
 #[derive(Clone, Debug)]
@@ -106,6 +106,111 @@ fn name(family: Family) -> &'static str {
     }
 }
 
+/// Read from the keys that begin with the name of the architecture.
+const USED: &[&str] = &[
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.freq_base",
+];
+
+/// Of those keys, what llama.cpp computes with where the value is another; it takes a zero for a key that is not set.
+const FIXED: &[(&str, &str)] = &[
+    ("attention.causal", "true"),
+    ("attention.clamp_kqv", "0"),
+    ("attention.max_alibi_bias", "0"),
+    ("attention.output_scale", "0 or 1"),
+    ("attention.scale", "0"),
+    ("attention.sliding_window", "0"),
+    ("attention.temperature_length", "0"),
+    ("attention.temperature_scale", "0"),
+    ("attn_logit_softcapping", "0"),
+    ("embedding_scale", "0 or 1"),
+    ("expert_count", "0"),
+    ("expert_shared_count", "0"),
+    ("expert_used_count", "0"),
+    ("final_logit_softcapping", "0"),
+    ("logit_scale", "0 or 1"),
+    ("nextn_predict_layers", "0"),
+    ("no_rope_layer_interval", "0"),
+    ("pooling_type", "0"),
+    ("residual_scale", "0 or 1"),
+    ("rope.dimension_sections", "0"),
+    ("rope.scale_linear", "0 or 1"),
+    ("rope.scaling.alpha", "0"),
+    ("rope.scaling.attn_factor", "1"),
+    // Linear where there is a factor and no type, so that the factor decides.
+    ("rope.scaling.factor", "0 or 1"),
+    ("rope.scaling.type", "\"none\" or \"linear\""),
+    ("rope.scaling.yarn_attn_factor", "1"),
+    ("rope.scaling.yarn_ext_factor", "0"),
+    ("use_parallel_residual", "false"),
+];
+
+const NEUTRAL: &[&str] = &[
+    "decoder_start_token_id",
+    "expert_feed_forward_length",
+    "rope.freq_base_swa",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_*",
+    "rope.scaling.yarn_log_multiplier",
+    "tensor_data_layout",
+    "vocab_size",
+];
+
+/// The keys of every architecture.
+const FILE: key::Keys = key::Keys {
+    prefix: "",
+    used: &[
+        "burn_ternary.tokenizer.json",
+        "general.alignment",
+        "general.architecture",
+        "general.name",
+        "tokenizer.chat_template",
+        "tokenizer.ggml.add_bos_token",
+        "tokenizer.ggml.add_space_prefix",
+        "tokenizer.ggml.bos_token_id",
+        "tokenizer.ggml.eos_token_id",
+        "tokenizer.ggml.merges",
+        "tokenizer.ggml.model",
+        "tokenizer.ggml.pre",
+        "tokenizer.ggml.scores",
+        "tokenizer.ggml.token_type",
+        "tokenizer.ggml.tokens",
+        "tokenizer.ggml.unknown_token_id",
+        "tokenizer.huggingface.json",
+    ],
+    fixed: &[("general.type", "\"model\""), ("split.count", "0 or 1")],
+    neutral: &[
+        "general.*",
+        "imatrix.*",
+        "quantize.*",
+        "split.*",
+        "tokenizer.chat_template.*",
+        "tokenizer.chat_templates",
+        // Whoever encodes a text appends its end.
+        "tokenizer.ggml.add_eos_token",
+        "tokenizer.ggml.added_tokens",
+        "tokenizer.ggml.cls_token_id",
+        "tokenizer.ggml.eom_token_id",
+        "tokenizer.ggml.eot_token_id",
+        "tokenizer.ggml.fim_*",
+        "tokenizer.ggml.mask_token_id",
+        "tokenizer.ggml.middle_token_id",
+        "tokenizer.ggml.padding_token_id",
+        "tokenizer.ggml.prefix_token_id",
+        "tokenizer.ggml.seperator_token_id",
+        "tokenizer.ggml.suffix_token_id",
+        "tokenizer.ggml.token_type_count",
+    ],
+};
+
 /// The keys of a file.
 pub(super) fn metadata(
     model: &PackedModel,
@@ -190,7 +295,6 @@ pub(super) fn spec(container: &Container) -> Result<ModelSpec, FormatError> {
         rope_theta: keys.float("rope.freq_base", Some(10_000.0))?,
     };
     spec.validate()?;
-    keys.refuse_variants(&spec)?;
     Ok(spec)
 }
 
@@ -231,28 +335,24 @@ impl Keys<'_> {
         let Some(value) = value else { return default.ok_or(FormatError::MissingKey { key }) };
         value.as_f64().map(|x| x as f32).ok_or_else(|| unexpected(&key, "a float", value))
     }
+}
 
-    /// Keys that make another model of the same tensors.
-    fn refuse_variants(&self, spec: &ModelSpec) -> Result<(), FormatError> {
-        let head_dim = spec.head_dim();
-        for (key, expected) in [
-            ("attention.key_length", head_dim),
-            ("attention.value_length", head_dim),
-            ("rope.dimension_count", head_dim),
-            ("expert_count", 0),
-        ] {
-            if self.size(key, Some(expected))? != expected {
-                let (key, value) = self.get(key);
-                return Err(unexpected(&key, &expected.to_string(), value.unwrap_or(&Value::U8(0))));
-            }
-        }
-        let scaled = self.float("rope.scaling.factor", Some(1.0))? != 1.0;
-        if let (key, Some(value)) = self.get("rope.scaling.type")
-            && value.as_text() != Some("none")
-            && (scaled || value.as_text() != Some("linear"))
-        {
-            return Err(unexpected(&key, "`none`", value));
-        }
-        Ok(())
-    }
+/// A warning of unknown keys.
+///
+/// # Errors
+/// `Value`: a key that makes another model of the same tensors.
+pub(super) fn check_keys(container: &Container, spec: &ModelSpec) -> Result<Option<String>, FormatError> {
+    let prefix = format!("{}.", name(spec.family));
+    let head_dim = spec.head_dim().to_string();
+    let by_head = ["attention.key_length", "attention.value_length", "rope.dimension_count"];
+    let mut fixed = FIXED.to_vec();
+    fixed.extend(by_head.map(|key| (key, &*head_dim)));
+    let own = key::Keys { prefix: &prefix, used: USED, fixed: &fixed, neutral: NEUTRAL };
+    let kind = container.metadata.get(&format!("{prefix}rope.scaling.type"));
+    // llama.cpp then ignores the factor.
+    let unscaled = kind.and_then(Value::as_text) == Some("none");
+    let factors = ["rope.scaling.factor", "rope.scale_linear"].map(|key| format!("{prefix}{key}"));
+    let entries = container.metadata.iter().filter(|(key, _)| !(unscaled && factors.contains(key)));
+    let entries = entries.map(|(key, value)| (key.clone(), value.to_json()));
+    key::check(&[own, FILE], "metadata", entries)
 }

@@ -18,6 +18,9 @@ const ALIGNMENT_KEY: &str = "general.alignment";
 const NAME_BYTES: usize = 64;
 const DIMENSIONS: usize = 4;
 
+/// Bytes of an array that may hold a setting for each layer; those of tokenizers are longer.
+const SMALL_ARRAY: usize = 1 << 13;
+
 /// A metadata value.
 #[derive(Clone, Debug)]
 pub(crate) enum Value {
@@ -159,6 +162,22 @@ impl Value {
     pub(crate) fn items(&self) -> Option<impl Iterator<Item = Self> + '_> {
         let Self::Numbers { kind, bytes } = self else { return None };
         Some(bytes.chunks_exact(kind.code_and_bytes().1).map(|item| kind.read(item)))
+    }
+
+    /// As JSON: texts, numbers and arrays of numbers; other arrays, and what JSON does not have, in words.
+    pub(crate) fn to_json(&self) -> serde_json::Value {
+        match self {
+            Self::Bool(flag) => (*flag).into(),
+            Self::Text(text) => text.as_str().into(),
+            Self::Numbers { bytes, .. } if bytes.len() <= SMALL_ARRAY => {
+                self.items().into_iter().flatten().map(|item| item.to_json()).collect()
+            }
+            number => match (number.as_size(), number.as_f64()) {
+                (Some(size), _) => size.into(),
+                (None, Some(value)) if value.is_finite() => value.into(),
+                _ => self.describe().into(),
+            },
+        }
     }
 
     /// For error messages: arrays and long texts in short.

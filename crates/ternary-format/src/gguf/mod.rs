@@ -38,12 +38,14 @@ pub fn read(path: &Path) -> Result<PackedModel, FormatError> {
 pub fn parse(file: Bytes) -> Result<PackedModel, FormatError> {
     let container = Container::parse(file)?;
     let spec = architecture::spec(&container)?;
+    let warnings = Vec::from_iter(architecture::check_keys(&container, &spec)?);
     let mut used = BTreeSet::new();
     let mut model = PackedModel {
         name: container.metadata.get("general.name").and_then(Value::as_text).unwrap_or("model").into(),
         tokenizer: vocabulary::read(&container, spec.vocab_size)?,
         tensors: Default::default(),
         adapter: None,
+        warnings,
         chat_template: container
             .metadata
             .get("tokenizer.chat_template")

@@ -1,6 +1,9 @@
 //! `config.json`: what it says to a [`ModelSpec`] and back.
 
-use crate::{Activation, Family, FormatError, ModelSpec};
+use crate::{
+    Activation, Family, FormatError, ModelSpec,
+    key::{self, Keys},
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -8,6 +11,171 @@ use serde_json::{Value, json};
 fn refuse(key: &'static str, found: impl ToString, expected: &str) -> FormatError {
     FormatError::Spec { key, found: found.to_string(), expected: expected.into() }
 }
+
+/// Keys of every family. Many belong to models that share the tensors of a llama and compute something else.
+const COMMON: Keys = Keys {
+    prefix: "",
+    used: &["model_type", "vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id"],
+    fixed: &[
+        ("add_cross_attention", "false"),
+        ("attention_multiplier", "null"),
+        ("attn_logit_softcapping", "null"),
+        ("clip_qkv", "null"),
+        ("embedding_multiplier", "1 or null"),
+        ("embedding_scale", "1 or null"),
+        ("final_logit_softcapping", "null"),
+        ("is_encoder_decoder", "false"),
+        ("logit_scale", "1 or null"),
+        ("logits_scaling", "1 or null"),
+        ("num_experts", "0 or null"),
+        ("num_local_experts", "0 or null"),
+        ("pruned_heads", "null"),
+        ("quantization", "null"),
+        ("quantization_config", "null"),
+        ("query_pre_attn_scalar", "null"),
+        ("residual_multiplier", "1 or null"),
+        ("scale_depth", "null"),
+        ("scale_emb", "1 or null"),
+        ("use_parallel_residual", "false or null"),
+    ],
+    neutral: &[
+        "_*",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_*",
+        "gradient_checkpointing",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_*",
+        "pad_token_id",
+        "prefix",
+        "problem_type",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict*",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "typical_p",
+        "unk_token_id",
+        "unsloth_*",
+        "use_bfloat16",
+        "use_cache",
+    ],
+};
+
+const GPT2_KEYS: Keys = Keys {
+    prefix: "",
+    used: &[
+        "n_positions",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "n_inner",
+        "activation_function",
+        "layer_norm_epsilon",
+    ],
+    fixed: &[("scale_attn_weights", "true"), ("scale_attn_by_inverse_layer_idx", "false")],
+    // Attention is computed in f32 here in any case.
+    neutral: &["attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_*"],
+};
+
+const LLAMA_KEYS: Keys = Keys {
+    prefix: "",
+    used: &[
+        "max_position_embeddings",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "rms_norm_eps",
+        "rope_theta",
+    ],
+    fixed: &[
+        ("attention_bias", "false or null"),
+        ("attention_out_bias", "false or null"),
+        ("layer_types", "\"full_attention\" or null"),
+        ("mlp_bias", "false or null"),
+        ("mlp_layer_types", "\"dense\" or null"),
+        ("no_rope_layers", "1 or null"),
+        ("partial_rotary_factor", "1 or null"),
+        ("qk_layernorm", "false or null"),
+        ("qk_norm", "false or null"),
+        ("qkv_bias", "false or null"),
+        ("rope_interleaved", "false or null"),
+        ("rope_parameters", "null"),
+        ("rope_pct", "1 or null"),
+        ("rope_scaling", "null"),
+        ("rotary_dim", "null"),
+        ("rotary_pct", "1 or null"),
+        ("sliding_window", "null"),
+        ("use_bias", "false or null"),
+        ("use_qk_norm", "false or null"),
+        ("use_sliding_window", "false or null"),
+    ],
+    // `pretraining_tp` cuts products into parts, with the same sums.
+    neutral: &["max_window_layers", "original_max_position_embeddings", "pretraining_tp", "rope_type"],
+};
+
+/// Of `rope_parameters`, and of `rope_scaling`, as transformers before 5 calls it.
+const fn rope_keys(prefix: &str) -> Keys<'_> {
+    Keys {
+        prefix,
+        used: &["rope_theta"],
+        fixed: &[
+            ("rope_type", "\"default\""),
+            ("type", "\"default\""),
+            ("factor", "1 or null"),
+            ("attention_factor", "1 or null"),
+            ("partial_rotary_factor", "1 or null"),
+            ("full_attention", "null"),
+            ("sliding_attention", "null"),
+            ("mrope_section", "null"),
+        ],
+        neutral: &["original_max_position_embeddings", "beta_*", "finetuned", "truncate"],
+    }
+}
+
+const QUANTIZATION_KEYS: Keys = Keys {
+    prefix: "quantization_config.",
+    used: &["quant_method", "linear_class", "quantization_mode", "use_rms_norm"],
+    fixed: &[],
+    neutral: &["modules_to_not_convert", "rms_norm_eps"],
+};
 
 #[derive(Deserialize)]
 struct Gpt2 {
@@ -21,8 +189,6 @@ struct Gpt2 {
     activation_function: String,
     #[serde(default = "layer_norm_epsilon")]
     layer_norm_epsilon: f32,
-    #[serde(default)]
-    scale_attn_by_inverse_layer_idx: bool,
 }
 
 fn gelu_new() -> String {
@@ -48,17 +214,12 @@ struct Llama {
     rope_theta: Option<f32>,
     /// Since transformers 5 in place of `rope_theta` and `rope_scaling`.
     rope_parameters: Option<Rope>,
-    rope_scaling: Option<Value>,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
+    rope_scaling: Option<Rope>,
 }
 
 #[derive(Deserialize)]
 struct Rope {
     rope_theta: Option<f32>,
-    rope_type: Option<String>,
 }
 
 /// How the matrices of a BitNet file are packed.
@@ -87,6 +248,8 @@ pub(super) struct Config {
     /// `tie_word_embeddings`, where it is said.
     pub tied: Option<bool>,
     pub quantization: Option<Quantization>,
+    /// Keys that nobody knows.
+    pub warning: Option<String>,
 }
 
 impl Quantization {
@@ -112,27 +275,42 @@ impl Quantization {
 
 impl Config {
     /// # Errors
-    /// `Json`: not JSON, or a setting that is missing or of another type. `Spec`: a setting that no model of ours has.
+    /// `Json`: not JSON, or a setting that is missing or of another type. `Spec`, `Value`: a setting that no model of
+    /// ours has.
     pub fn parse(json: &[u8]) -> Result<Self, FormatError> {
         let value: Value = serde_json::from_slice(json)?;
-        let (family, mut spec) = match value["model_type"].as_str().unwrap_or_default() {
-            "gpt2" => (Family::Gpt2, gpt2(Gpt2::deserialize(&value)?)?),
-            "llama" => (Family::Llama, llama(Llama::deserialize(&value)?)?),
-            "bitnet" => (Family::Bitnet, llama(Llama::deserialize(&value)?)?),
+        let family = match value["model_type"].as_str().unwrap_or_default() {
+            "gpt2" => Family::Gpt2,
+            "llama" => Family::Llama,
+            "bitnet" => Family::Bitnet,
             other => return Err(refuse("model_type", other, "gpt2, llama or bitnet")),
+        };
+        let warning = check_keys(family, &value)?;
+        let mut spec = match family {
+            Family::Gpt2 => gpt2(Gpt2::deserialize(&value)?)?,
+            Family::Llama | Family::Bitnet => llama(Llama::deserialize(&value)?)?,
         };
         spec.family = family;
         let quantization = Option::<Quantization>::deserialize(&value["quantization_config"])?;
         quantization.as_ref().map_or(Ok(()), Quantization::check)?;
         spec.validate()?;
-        Ok(Self { spec, tied: value["tie_word_embeddings"].as_bool(), quantization })
+        Ok(Self { spec, tied: value["tie_word_embeddings"].as_bool(), quantization, warning })
     }
 }
 
+/// A warning of unknown keys.
+///
+/// # Errors
+/// `Value`: a key that makes another model.
+fn check_keys(family: Family, config: &Value) -> Result<Option<String>, FormatError> {
+    let own = if family == Family::Gpt2 { GPT2_KEYS } else { LLAMA_KEYS };
+    let [parameters, scaling] = ["rope_parameters.", "rope_scaling."].map(rope_keys);
+    let nested = ["rope_parameters", "rope_scaling", "quantization_config"];
+    let entries = config.as_object().map(|config| key::entries(config, &nested)).unwrap_or_default();
+    key::check(&[COMMON, own, parameters, scaling, QUANTIZATION_KEYS], "config.json", entries)
+}
+
 fn gpt2(config: Gpt2) -> Result<ModelSpec, FormatError> {
-    if config.scale_attn_by_inverse_layer_idx {
-        return Err(refuse("scale_attn_by_inverse_layer_idx", true, "false"));
-    }
     Ok(ModelSpec {
         family: Family::Gpt2,
         vocab_size: config.vocab_size,
@@ -154,20 +332,7 @@ fn gpt2(config: Gpt2) -> Result<ModelSpec, FormatError> {
 }
 
 fn llama(config: Llama) -> Result<ModelSpec, FormatError> {
-    for (key, bias) in [("attention_bias", config.attention_bias), ("mlp_bias", config.mlp_bias)] {
-        if bias {
-            return Err(refuse(key, true, "false"));
-        }
-    }
-    if let Some(scaling) = config.rope_scaling.filter(|scaling| !scaling.is_null()) {
-        return Err(refuse("rope_scaling", scaling, "null"));
-    }
-    let rope = config.rope_parameters;
-    if let Some(kind) =
-        rope.as_ref().and_then(|rope| rope.rope_type.as_ref()).filter(|kind| *kind != "default")
-    {
-        return Err(refuse("rope_parameters.rope_type", kind, "default"));
-    }
+    let rope = config.rope_scaling.or(config.rope_parameters);
     let (d_model, n_heads) = (config.hidden_size, config.num_attention_heads);
     if let Some(head_dim) = config.head_dim.filter(|dim| dim.checked_mul(n_heads) != Some(d_model)) {
         return Err(refuse("head_dim", head_dim, "hidden_size / num_attention_heads"));

@@ -272,6 +272,9 @@ mod tests {
                 fs::copy(good.join(file), bad.join(file)).unwrap();
             }
             fs::write(bad.join(name), bytes).unwrap();
+            if name.ends_with("index.json") {
+                fs::remove_file(bad.join("model.safetensors")).unwrap(); // which would come before it
+            }
             let error = read(&bad).expect_err(name).to_string();
             assert!(error.contains(expected), "{name} {number}: {error}");
             assert!(error.contains("bad "), "{error}: no path");
@@ -316,6 +319,78 @@ mod tests {
         fs::write(path.join("model.safetensors.index.json"), index.to_string()).unwrap();
         drop(whole);
         fs::remove_file(path.join("model.safetensors")).unwrap();
+        assert_same(&model, &read(&path).unwrap());
+    }
+
+    /// The first folder of the model with each change to its configuration.
+    fn with_config(
+        model: &PackedModel,
+        changes: &[(&str, serde_json::Value)],
+    ) -> Result<PackedModel, FormatError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        write(model, &path, &options("F32")).unwrap();
+        let file = path.join("config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        changes.iter().for_each(|(key, value)| config[*key] = value.clone());
+        fs::write(&file, config.to_string()).unwrap();
+        read(&path)
+    }
+
+    #[test]
+    fn a_key_that_makes_another_model_is_refused_by_name() {
+        use serde_json::json;
+        for (family, key, value) in [
+            (Family::Gpt2, "scale_attn_weights", json!(false)),
+            (Family::Gpt2, "scale_attn_by_inverse_layer_idx", json!(true)),
+            (Family::Gpt2, "activation_function", json!("gelu")),
+            (Family::Llama, "rope_parameters", json!({"type": "linear", "factor": 4.0})),
+            (Family::Llama, "rope_parameters", json!({"rope_type": "llama3"})),
+            (Family::Llama, "rope_parameters", json!({"rope_theta": 1e4, "factor": 2})),
+            (Family::Llama, "rope_scaling", json!({"type": "dynamic", "factor": 2.0})),
+            (Family::Llama, "rope_scaling", json!("linear")),
+            (Family::Llama, "partial_rotary_factor", json!(0.5)),
+            (Family::Llama, "mlp_bias", json!(true)),
+            (Family::Llama, "sliding_window", json!(8)),
+            (Family::Bitnet, "attn_logit_softcapping", json!(50.0)),
+            (Family::Llama, "embedding_multiplier", json!(12.0)),
+            (Family::Llama, "logits_scaling", json!(8)),
+            (Family::Llama, "head_dim", json!(4)),
+        ] {
+            let error = with_config(&random_model(family, true), &[(key, value)]).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains("expected"), "{error}");
+        }
+        let neutral = [
+            ("rope_scaling", json!({"rope_type": "default"})),
+            ("embedding_multiplier", json!(1.0)),
+            ("reorder_and_upcast_attn", json!(null)),
+            ("a_key_of_tomorrow", json!(1)),
+        ];
+        let model = with_config(&random_model(Family::Llama, true), &neutral).unwrap();
+        assert_eq!(model.warnings, ["config.json: unknown keys are ignored: `a_key_of_tomorrow`"]);
+        assert!(with_config(&random_model(Family::Gpt2, true), &[]).unwrap().warnings.is_empty());
+    }
+
+    #[test]
+    fn a_stored_head_is_used_unless_it_is_the_embedding() {
+        for changed in [false, true] {
+            let mut model = random_model(Family::Bitnet, true);
+            let mut head = values(&model.tensors["token_embd.weight"]);
+            head[3] += if changed { 1.0 } else { 0.0 };
+            model.tensors.insert("output.weight".into(), Tensor::f32(&[37, 24], &head).unwrap());
+            let found = with_config(&model, &[("tie_word_embeddings", true.into())]).unwrap();
+            assert_eq!(found.spec.tied, !changed);
+            assert_eq!(found.tensors.contains_key("output.weight"), changed);
+        }
+    }
+
+    #[test]
+    fn the_whole_file_comes_before_an_old_index() {
+        let folder = tempfile::tempdir().unwrap();
+        let (model, path) = (random_model(Family::Llama, false), folder.path().join("model"));
+        write(&model, &path, &options("F32")).unwrap();
+        let index = r#"{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}"#;
+        fs::write(path.join("model.safetensors.index.json"), index).unwrap();
         assert_same(&model, &read(&path).unwrap());
     }
 

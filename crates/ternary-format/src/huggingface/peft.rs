@@ -13,20 +13,27 @@
 
 use super::{
     fused_part,
-    read::{expect_shape, read_json},
+    read::{expect_shape, read_text},
     their_name,
 };
 use crate::{
     Adapter, Family, FormatError, LowRank, ModelSpec,
     adapter::{check, matrices},
     disk::{self, NewFolder},
+    key::{self, Keys},
     safetensors::{self, Entry, Stored},
 };
 use ::safetensors::tensor::Dtype;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use regex::Regex;
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{MapAccess, Visitor},
+};
+use serde_json::{Map, Value};
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
+    marker::PhantomData,
     path::Path,
 };
 
@@ -35,7 +42,128 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 /// How many modules share one in the gpt2 family.
 const THIRDS: usize = 3;
 
-/// The keys of a configuration that we know; PEFT has more.
+/// The keys of PEFT 0.21 and before.
+const KEYS: Keys = Keys {
+    prefix: "",
+    used: &["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"],
+    fixed: &[
+        ("alora_invocation_tokens", "null"),
+        ("arrow_config", "null"),
+        ("bias", "\"none\" or null"),
+        ("kasa_config", "null"),
+        ("layer_replication", "null"),
+        ("lora_bias", "false or null"),
+        ("modules_to_save", "null"),
+        ("monteclora_config", "null"),
+        ("peft_type", "\"LORA\""),
+        ("target_parameters", "null"),
+        ("trainable_token_indices", "null"),
+        ("use_bdlora", "false or null"),
+        ("use_dora", "false or null"),
+        ("use_qalora", "false or null"),
+    ],
+    neutral: &[
+        "auto_mapping",
+        "base_model_name_or_path",
+        // How the first weights were found; see `INITS`.
+        "corda_config",
+        "eva_config",
+        "lora_ga_config",
+        "loftq_config",
+        // Which modules have tensors, and which of them are the same.
+        "ensure_weight_tying",
+        "exclude_modules",
+        "layers_pattern",
+        "layers_to_transform",
+        "target_modules",
+        // How the base stores its weights.
+        "fan_in_fan_out",
+        // Of training.
+        "inference_mode",
+        "lora_dropout",
+        "megatron_config",
+        "megatron_core",
+        "velora_config",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    ],
+};
+
+/// `init_lora_weights` that leave the weights of the base as they are. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
+/// change them before training, and the adapter belongs to what they make.
+const INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
+
+/// Values by patterns of modules' names, in the order of the file.
+struct Patterns<T>(Vec<(String, T)>);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Patterns<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for InOrder<T> {
+            type Value = Vec<(String, T)>;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                std::iter::from_fn(|| map.next_entry().transpose()).collect()
+            }
+
+            fn visit_unit<E>(self) -> Result<Self::Value, E> {
+                Ok(Vec::new())
+            }
+        }
+        deserializer.deserialize_any(InOrder(PhantomData)).map(Self)
+    }
+}
+
+impl<T: Serialize> Serialize for Patterns<T> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(key, value)| (key, value)))
+    }
+}
+
+impl<T> Default for Patterns<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: Copy> Patterns<T> {
+    /// The patterns, to be asked for modules.
+    ///
+    /// # Errors
+    /// `Value`: a pattern that is not a regular expression.
+    fn compile(&self, key: &str) -> Result<Compiled<T>, FormatError> {
+        let compile = |(pattern, value): &(String, T)| {
+            let regex = Regex::new(&format!(r"^(.*\.)?({pattern})$"));
+            let expected = "regular expressions without look-around and back-references";
+            let regex = regex.map_err(|_| FormatError::Value {
+                key: key.into(),
+                found: format!("`{}`", pattern.chars().take(60).collect::<String>()),
+                expected: expected.into(),
+            })?;
+            Ok((regex, *value))
+        };
+        self.0.iter().map(compile).collect::<Result<_, _>>().map(Compiled)
+    }
+}
+
+/// Compiled [`Patterns`].
+struct Compiled<T>(Vec<(Regex, T)>);
+
+impl<T: Copy> Compiled<T> {
+    /// The value of the first pattern that matches the name of a module: all of it, or what follows a dot.
+    fn of(&self, module: &str) -> Option<T> {
+        self.0.iter().find(|(pattern, _)| pattern.is_match(module)).map(|(_, value)| *value)
+    }
+}
+
+/// The keys of a configuration that are read or written.
 #[derive(Serialize, Deserialize)]
 struct Config {
     peft_type: String,
@@ -49,9 +177,9 @@ struct Config {
     target_modules: Value,
     /// Ranks and alphas of modules that have others.
     #[serde(default)]
-    rank_pattern: BTreeMap<String, usize>,
+    rank_pattern: Patterns<usize>,
     #[serde(default)]
-    alpha_pattern: BTreeMap<String, f64>,
+    alpha_pattern: Patterns<f64>,
     #[serde(default)]
     lora_dropout: f64,
     #[serde(default)]
@@ -66,34 +194,25 @@ struct Config {
     use_dora: bool,
     #[serde(default)]
     modules_to_save: Value,
+    #[serde(default)]
+    init_lora_weights: Value,
 }
 
 impl Config {
     /// # Errors
-    /// `Value`: what would compute something else than `alpha / rank B A`.
-    fn check(&self) -> Result<(), FormatError> {
-        check(self.peft_type == "LORA", "peft_type", &self.peft_type, "LORA")?;
-        check(!self.use_rslora, "use_rslora", self.use_rslora, "false")?;
-        check(!self.use_dora, "use_dora", self.use_dora, "false")?;
-        let bias = self.bias.as_deref().unwrap_or("none");
-        check(bias == "none", "bias", bias, "none")?;
-        let saved =
-            self.modules_to_save.as_array().map_or(!self.modules_to_save.is_null(), |m| !m.is_empty());
-        check(!saved, "modules_to_save", &self.modules_to_save, "null")
-    }
-
-    /// Rank and alpha of a module.
-    fn of(&self, module: &str) -> (usize, f64) {
-        fn pattern<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Option<T> {
-            let matches = |key: &str| {
-                module.strip_suffix(key).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-            };
-            patterns.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
-        }
-        (
-            pattern(&self.rank_pattern, module).unwrap_or(self.r),
-            pattern(&self.alpha_pattern, module).unwrap_or(self.lora_alpha),
-        )
+    /// `Json`: not JSON, or a key of another type. `Value`: what would compute something else than `scale B A` beside the
+    /// weights of the base.
+    fn parse(json: &[u8]) -> Result<(Self, Option<String>), FormatError> {
+        let entries = key::entries(&serde_json::from_slice::<Map<String, Value>>(json)?, &[]);
+        let warning = key::check(&[KEYS], CONFIG, entries)?;
+        let config: Self = serde_json::from_slice(json)?;
+        let init = &config.init_lora_weights;
+        let plain =
+            init.is_null() || init.is_boolean() || init.as_str().is_some_and(|init| INITS.contains(&init));
+        let expected = "true, false, \"gaussian\", \"eva\", \"orthogonal\" or \"mica\": this adapter belongs to changed \
+                        weights of the base; convert it with PEFT (`path_initial_model_for_weight_conversion`)";
+        check(plain, "init_lora_weights", init, expected)?;
+        Ok((config, warning))
     }
 }
 
@@ -115,15 +234,27 @@ fn factor(module: &str, factor: char) -> String {
 pub fn read(folder: &Path, spec: &ModelSpec) -> Result<Adapter, FormatError> {
     spec.validate()?;
     let path = folder.join(CONFIG);
-    let config: Config = read_json(&path)?;
-    config.check().map_err(|error| error.in_file(&path))?;
+    let config = Config::parse(&read_text(&path)?).and_then(|(config, warning)| {
+        let ranks = config.rank_pattern.compile("rank_pattern")?;
+        let alphas = config.alpha_pattern.compile("alpha_pattern")?;
+        Ok((config, ranks, alphas, warning))
+    });
+    let (config, ranks, alphas, warning) = config.map_err(|error| error.in_file(&path))?;
+    // rsLoRA multiplies by `alpha / sqrt(rank)`.
+    let of = |module: &str| {
+        let rank = ranks.of(module).unwrap_or(config.r);
+        let alpha = alphas.of(module).unwrap_or(config.lora_alpha);
+        (rank, if config.use_rslora { alpha * (rank as f64).sqrt() } else { alpha })
+    };
     let path = folder.join(WEIGHTS);
     let tensors = safetensors::read(&path)?;
-    pairs(&config, &tensors, spec).map_err(|error| error.in_file(&path))
+    let adapter = pairs(of, &tensors, spec).map_err(|error| error.in_file(&path))?;
+    Ok(Adapter { warnings: Vec::from_iter(warning), ..adapter })
 }
 
+/// The pairs of all modules; `of` has the rank and the alpha of each.
 fn pairs(
-    config: &Config,
+    of: impl Fn(&str) -> (usize, f64),
     tensors: &BTreeMap<String, Stored>,
     spec: &ModelSpec,
 ) -> Result<Adapter, FormatError> {
@@ -138,7 +269,7 @@ fn pairs(
             [None, _] => return Err(FormatError::MissingTensor { tensor: names[0].clone() }),
             [_, None] => return Err(FormatError::MissingTensor { tensor: names[1].clone() }),
         };
-        let (rank, alpha) = config.of(&module);
+        let (rank, alpha) = of(&module);
         let part = fused_part(spec.family, &ours);
         let rows = out * part.map_or(1, |_| THIRDS);
         let read = |name: &str, stored: &Stored, shape: [usize; 2]| {
@@ -165,6 +296,7 @@ fn pairs(
 
 fn floats(stored: &Stored) -> Result<Vec<f32>, FormatError> {
     let tensor = stored.clone().float()?;
+    tensor.check_finite()?;
     let mut values = vec![0.0; tensor.rows() * tensor.cols()];
     values.chunks_exact_mut(tensor.cols()).enumerate().for_each(|(row, values)| tensor.read_row(row, values));
     Ok(values)
@@ -201,8 +333,8 @@ pub fn write(adapter: &Adapter, spec: &ModelSpec, base: &str, folder: &Path) -> 
         r: first.rank(),
         lora_alpha: first.alpha(),
         target_modules: targets(family, &fused),
-        rank_pattern: BTreeMap::new(),
-        alpha_pattern: BTreeMap::new(),
+        rank_pattern: Patterns::default(),
+        alpha_pattern: Patterns::default(),
         lora_dropout: 0.0,
         bias: Some("none".into()),
         // Of `Conv1D`, whose weight is `[in, out]`.
@@ -211,14 +343,15 @@ pub fn write(adapter: &Adapter, spec: &ModelSpec, base: &str, folder: &Path) -> 
         use_rslora: false,
         use_dora: false,
         modules_to_save: Value::Null,
+        init_lora_weights: true.into(),
     };
     let mut entries = Vec::new();
     for (module, pair) in &fused {
         if pair.rank() != config.r {
-            config.rank_pattern.insert((*module).into(), pair.rank());
+            config.rank_pattern.0.push((regex::escape(module), pair.rank()));
         }
         if pair.alpha() != config.lora_alpha {
-            config.alpha_pattern.insert((*module).into(), pair.alpha());
+            config.alpha_pattern.0.push((regex::escape(module), pair.alpha()));
         }
         let [out, inputs] = pair.shape();
         for (which, shape, values) in
@@ -291,7 +424,7 @@ mod tests {
             let mut values = |n: usize| (0..n).map(|_| rng.random_range(-1.0..1.0)).collect::<Vec<f32>>();
             (name, LowRank::new(rank, 6.0, values(rank * inputs), values(out * rank)).unwrap())
         });
-        Adapter { pairs: pairs.collect() }
+        Adapter { pairs: pairs.collect(), ..Adapter::default() }
     }
 
     fn spec(family: Family) -> ModelSpec {
@@ -346,7 +479,7 @@ mod tests {
         let config = json("Gpt21");
         let modules = serde_json::json!(["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]);
         assert_eq!(config["target_modules"], modules);
-        assert_eq!(config["rank_pattern"]["transformer.h.1.attn.c_proj"], 3);
+        assert_eq!(config["rank_pattern"][r"transformer\.h\.1\.attn\.c_proj"], 3);
     }
 
     #[test]
@@ -359,7 +492,7 @@ mod tests {
         let mut value: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
         value["r"] = 8.into();
         value["lora_alpha"] = 16.into();
-        value["rank_pattern"] = serde_json::json!({ "self_attn.k_proj": 2, "proj": 5 });
+        value["rank_pattern"] = serde_json::json!({ "self_attn.k_proj": 2, "proj": 5, r"proj.*\d": 7 });
         value["alpha_pattern"] = serde_json::json!({ "k_proj": 1 });
         value["a_key_of_a_later_peft"] = true.into();
         fs::write(&config, value.to_string()).unwrap();
@@ -379,6 +512,39 @@ mod tests {
         let pair = &found.pairs["blk.0.attn_k.weight"];
         assert_eq!((pair.rank(), pair.alpha(), pair.scale()), (2, 1.0, 0.5));
         assert!(pair.a().iter().chain(pair.b()).all(|value| *value == 0.5));
+        assert_eq!(
+            found.warnings,
+            ["adapter_config.json: unknown keys are ignored: `a_key_of_a_later_peft`"]
+        );
+        // The first pattern of the file that matches the end of the name, from a dot on; all of it is compared.
+        let scale = |key: &str, patterns: &str| {
+            let mut text = value.clone();
+            text[key] = serde_json::json!({});
+            let text = text.to_string().replace(&format!("\"{key}\":{{}}"), &format!("\"{key}\":{patterns}"));
+            fs::write(&config, text).unwrap();
+            read(&path, &spec).map(|adapter| adapter.pairs["blk.0.attn_k.weight"].scale())
+        };
+        for (patterns, alpha) in [
+            (r#"{"k_proj": 4, "self_attn.*": 2}"#, 4.0),
+            (r#"{"self_attn.*": 2, "k_proj": 4}"#, 2.0),
+            (r#"{"z|k_proj": 4}"#, 4.0),
+            (r#"{"layers\\.[0-1]\\..*": 3}"#, 3.0),
+            (r#"{"model.*k_proj": 5}"#, 5.0),
+            (r#"{"_proj": 5}"#, 16.0),
+            (r#"{"k_pro": 5}"#, 16.0),
+            ("null", 16.0),
+        ] {
+            assert_eq!(scale("alpha_pattern", patterns).unwrap(), alpha / 2.0, "{patterns}");
+        }
+        for (key, patterns) in [("alpha_pattern", r#"{"(?=k)k_proj": 1}"#), ("rank_pattern", r#"{"(": 2}"#)] {
+            let error = scale(key, patterns).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains("regular expressions"), "{error}");
+        }
+        let mut rooted = value.clone();
+        rooted["use_rslora"] = true.into();
+        fs::write(&config, rooted.to_string()).unwrap();
+        let scale = read(&path, &spec).unwrap().pairs["blk.0.attn_k.weight"].scale();
+        assert_eq!(scale, std::f32::consts::FRAC_1_SQRT_2);
     }
 
     fn half_len(shape: &[usize]) -> usize {
@@ -458,10 +624,26 @@ mod tests {
             ("r", (-1).into(), "JSON"),
             ("r", Value::Null, "JSON"),
             ("lora_alpha", "much".into(), "JSON"),
-            ("peft_type", "IA3".into(), "expected LORA"),
+            ("peft_type", "IA3".into(), "expected \"LORA\""),
             ("use_dora", true.into(), "`use_dora`"),
-            ("use_rslora", true.into(), "`use_rslora`"),
             ("bias", "all".into(), "`bias`"),
+            ("alora_invocation_tokens", serde_json::json!([5, 6]), "`alora_invocation_tokens`"),
+            ("layer_replication", serde_json::json!([[0, 1]]), "`layer_replication`"),
+            ("lora_bias", true.into(), "`lora_bias`"),
+            ("trainable_token_indices", serde_json::json!([1]), "`trainable_token_indices`"),
+            ("target_parameters", serde_json::json!(["mlp"]), "`target_parameters`"),
+            ("use_qalora", true.into(), "`use_qalora`"),
+            ("use_bdlora", serde_json::json!({ "nblocks": 2 }), "`use_bdlora`"),
+            ("arrow_config", serde_json::json!({ "top_k": 3 }), "`arrow_config`"),
+            ("kasa_config", serde_json::json!({ "beta": 1 }), "`kasa_config`"),
+            ("monteclora_config", serde_json::json!({ "num_samples": 8 }), "`monteclora_config`"),
+            ("init_lora_weights", "pissa".into(), "path_initial_model_for_weight_conversion"),
+            ("init_lora_weights", "pissa_niter_4".into(), "`init_lora_weights`"),
+            ("init_lora_weights", "olora".into(), "`init_lora_weights`"),
+            ("init_lora_weights", "corda".into(), "`init_lora_weights`"),
+            ("init_lora_weights", "loftq".into(), "`init_lora_weights`"),
+            ("init_lora_weights", "lora_ga".into(), "`init_lora_weights`"),
+            ("init_lora_weights", "of_tomorrow".into(), "`init_lora_weights`"),
             ("modules_to_save", serde_json::json!(["lm_head"]), "`modules_to_save`"),
         ] {
             let mut config = json.clone();

@@ -3,11 +3,13 @@
 use super::{config::Config, fused_part, their_name};
 use crate::{
     Bytes, Encoding, Family, FormatError, PackedModel, Tensor, Tokenizer, disk,
+    key::{self, Keys},
     safetensors::{self, Stored},
 };
 use ::safetensors::tensor::Dtype;
 use half::f16;
 use serde::Deserialize;
+use serde_json::Value;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -21,10 +23,95 @@ const LONGEST_TEXT: u64 = 1 << 28;
 /// Endings of tensors that older checkpoints hold and no model needs: buffers.
 const BUFFERS: [&str; 3] = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
 
+const GENERATION_CONFIG: &str = "generation_config.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
+/// What a model computes does not depend on how tokens are drawn: that is for the program to say.
+const GENERATION_KEYS: Keys = Keys {
+    prefix: "",
+    used: &["bos_token_id", "eos_token_id"],
+    fixed: &[],
+    neutral: &[
+        "_*",
+        "assistant_*",
+        "cache_implementation",
+        "chat_format",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "is_assistant",
+        "length_penalty",
+        "max_*",
+        "min_*",
+        "num_*",
+        "output_*",
+        "pad_token_id",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict*",
+        "temperature",
+        "top_*",
+        "torch_dtype",
+        "transformers_version",
+        "trust_remote_code",
+        "typical_p",
+        "use_cache",
+    ],
+};
+
+/// `tokenizer.json` has the tokenizer itself.
+const TOKENIZER_KEYS: Keys = Keys {
+    prefix: "",
+    used: &["chat_template"],
+    fixed: &[],
+    neutral: &[
+        "_*",
+        "add_*",
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "auto_map",
+        "backend",
+        "bos_token",
+        "clean_up_tokenization_spaces",
+        "cls_token",
+        "eos_token",
+        "errors",
+        "extra_special_tokens",
+        "is_local",
+        "legacy",
+        "mask_token",
+        "max_length",
+        "model_input_names",
+        "model_max_length",
+        "model_specific_special_tokens",
+        "name_or_path",
+        "pad_*",
+        "padding_side",
+        "processor_class",
+        "sep_token",
+        "sp_model_kwargs",
+        "spaces_between_special_tokens",
+        "special_tokens_map_file",
+        "split_special_tokens",
+        "stride",
+        "tokenizer_class",
+        "tokenizer_file",
+        "truncation_*",
+        "trust_remote_code",
+        "unk_token",
+        "use_*",
+        "vocab_size",
+    ],
+};
+
 /// Reads a folder; tensors stay in the mapped files, except those that are stored transposed or packed.
 ///
 /// # Errors
-/// `Io`, `Json`, `Safetensors`: files that are missing or damaged. `Spec`: a model of another kind.
+/// `Io`, `Json`, `Safetensors`: files that are missing or damaged. `Spec`, `Value`: a model of another kind.
 /// `MissingTensor`, `UnknownTensor`, `WrongShape`, `StoredType`, `NotACode`: tensors that are not the model's.
 /// `Shard`: an index that points out of the folder.
 pub fn read(folder: &Path) -> Result<PackedModel, FormatError> {
@@ -32,9 +119,13 @@ pub fn read(folder: &Path) -> Result<PackedModel, FormatError> {
     let config = Config::parse(&read_text(&path)?).map_err(|error| error.in_file(&path))?;
     let mut checkpoint = Checkpoint::open(folder)?;
     let mut spec = config.spec.clone();
-    spec.tied = config.tied.unwrap_or(!checkpoint.tensors.contains_key("lm_head.weight"));
+    // As transformers 5 does: a head that is stored is the head, whatever the configuration says.
+    spec.tied = match checkpoint.head_is_embedding(spec.family).map_err(|error| error.in_file(folder))? {
+        None => config.tied.unwrap_or(true),
+        Some(same) => same && config.tied == Some(true),
+    };
     if spec.tied {
-        checkpoint.used.insert("lm_head.weight".into()); // at most a copy of the embedding
+        checkpoint.used.insert("lm_head.weight".into()); // a copy of the embedding
     }
     let tensors = spec
         .tensors()
@@ -46,9 +137,10 @@ pub fn read(folder: &Path) -> Result<PackedModel, FormatError> {
     checkpoint.check_all_used().map_err(|error| error.in_file(folder))?;
     let name = fs::canonicalize(folder).map_err(FormatError::io(folder))?;
     let name = name.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
-    let tokenizer = tokenizer(folder)?;
-    let chat_template = chat_template(folder)?;
-    let model = PackedModel { name, spec, tensors, tokenizer, chat_template, adapter: None };
+    let mut warnings = Vec::from_iter(config.warning);
+    let tokenizer = tokenizer(folder, &mut warnings)?;
+    let chat_template = chat_template(folder, &mut warnings)?;
+    let model = PackedModel { name, spec, tensors, tokenizer, chat_template, adapter: None, warnings };
     model.validate().map_err(|error| error.in_file(folder))?;
     Ok(model)
 }
@@ -71,37 +163,39 @@ pub(super) fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, Fo
 }
 
 /// The tokenizer, if there is one, with the ends that `generation_config.json` and `config.json` name.
-fn tokenizer(folder: &Path) -> Result<Option<Tokenizer>, FormatError> {
+fn tokenizer(folder: &Path, warnings: &mut Vec<String>) -> Result<Option<Tokenizer>, FormatError> {
     let path = folder.join("tokenizer.json");
     if !path.exists() {
         return Ok(None);
     }
-    let configs = ["generation_config.json", "config.json"].map(|name| folder.join(name));
+    let configs = [GENERATION_CONFIG, "config.json"].map(|name| folder.join(name));
     let configs = configs.iter().filter(|path| path.exists()).map(|path| read_json(path));
-    let configs = configs.collect::<Result<Vec<_>, _>>()?;
+    let configs = configs.collect::<Result<Vec<Value>, _>>()?;
+    if let (true, Some(Value::Object(generation))) =
+        (folder.join(GENERATION_CONFIG).exists(), configs.first())
+    {
+        let told = key::check(&[GENERATION_KEYS], GENERATION_CONFIG, key::entries(generation, &[]))?;
+        warnings.extend(told);
+    }
     let tokenizer = super::tokenizer::from_json(&read_text(&path)?, &configs);
     tokenizer.map(Some).map_err(|error| error.in_file(&path))
 }
 
 /// From its own file, as transformers writes it since 4.52, or from `tokenizer_config.json`.
-fn chat_template(folder: &Path) -> Result<Option<String>, FormatError> {
+fn chat_template(folder: &Path, warnings: &mut Vec<String>) -> Result<Option<String>, FormatError> {
+    let config = folder.join(TOKENIZER_CONFIG);
+    let config: Option<Value> = config.exists().then(|| read_json(&config)).transpose()?;
+    if let Some(Value::Object(config)) = &config {
+        warnings.extend(key::check(&[TOKENIZER_KEYS], TOKENIZER_CONFIG, key::entries(config, &[]))?);
+    }
     let path = folder.join("chat_template.jinja");
     if path.exists() {
         let text = String::from_utf8(read_text(&path)?);
         let error = |_| FormatError::NotUtf8 { what: "a chat template", offset: 0 }.in_file(&path);
         return text.map(Some).map_err(error);
     }
-    #[derive(Deserialize)]
-    struct TokenizerConfig {
-        /// A list of named templates in a few old folders, which have none that is ours.
-        chat_template: Option<serde_json::Value>,
-    }
-    let path = folder.join("tokenizer_config.json");
-    if !path.exists() {
-        return Ok(None);
-    }
-    let template = read_json::<TokenizerConfig>(&path)?.chat_template;
-    Ok(template.and_then(|template| template.as_str().map(String::from)))
+    // A list of named templates in a few old folders, which have none that is ours.
+    Ok(config.and_then(|config| config["chat_template"].as_str().map(String::from)))
 }
 
 /// The tensors of all files of a folder.
@@ -114,10 +208,11 @@ struct Checkpoint {
 
 impl Checkpoint {
     fn open(folder: &Path) -> Result<Self, FormatError> {
-        let index = folder.join("model.safetensors.index.json");
-        let tensors = match index.exists() {
+        let (whole, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
+        // The whole file comes first, as in transformers: saving twice into one folder may leave an old index.
+        let tensors = match index.exists() && !whole.exists() {
             true => read_shards(folder, &index)?,
-            false => safetensors::read(&folder.join("model.safetensors"))?,
+            false => safetensors::read(&whole)?,
         };
         // The one weight of a gpt2 model that shows by its shape in which order it is stored.
         let linear = tensors
@@ -150,6 +245,26 @@ impl Checkpoint {
         };
         self.used.insert(name.clone());
         tensor.map_err(|error| error.in_tensor(&name))
+    }
+
+    /// Whether the stored head is the embedding again; `None` where there is none.
+    fn head_is_embedding(&self, family: Family) -> Result<Option<bool>, FormatError> {
+        let [head, embedding] =
+            ["output.weight", "token_embd.weight"].map(|ours| self.tensors.get(&their_name(family, ours)));
+        let (Some(head), Some(embedding)) = (head, embedding) else { return Ok(head.map(|_| false)) };
+        if head.shape != embedding.shape || head.shape.len() != 2 {
+            return Ok(Some(false));
+        }
+        if head.dtype == embedding.dtype {
+            return Ok(Some(*head.bytes == *embedding.bytes));
+        }
+        let [head, embedding] = [head.clone().float()?, embedding.clone().float()?];
+        let (mut left, mut right) = (vec![0.0; head.cols()], vec![0.0; head.cols()]);
+        Ok(Some((0..head.rows()).all(|row| {
+            head.read_row(row, &mut left);
+            embedding.read_row(row, &mut right);
+            left == right
+        })))
     }
 
     /// The `weight_scale` of a packed matrix.

@@ -26,6 +26,7 @@ pub fn write(model: &PackedModel, folder: &Path, options: &WriteOptions) -> Resu
     let entries = match weights {
         WeightType::Encoded(encoding) => {
             float_type(encoding, "F32, F16 or BITNET")?;
+            check_range(model, encoding, tables)?;
             float_entries(model, encoding, tables)
         }
         WeightType::Bitnet => packed_entries(model, tables)?,
@@ -63,6 +64,16 @@ fn float_type(encoding: Encoding, expected: &'static str) -> Result<(), FormatEr
         Encoding::F32 | Encoding::F16 => Ok(()),
         _ => Err(FormatError::WeightType { found: WeightType::Encoded(encoding), expected }),
     }
+}
+
+/// # Errors
+/// `NotFinite`: a matrix or table in F16 that has weights beyond its range.
+fn check_range(model: &PackedModel, matrices: Encoding, tables: Encoding) -> Result<(), FormatError> {
+    for (name, tensor) in model.tensors.iter().filter(|(_, tensor)| tensor.shape().len() == 2) {
+        let encoding = if name.starts_with("blk.") { matrices } else { tables };
+        tensor.encode(encoding).map_err(|error| error.in_tensor(name))?;
+    }
+    Ok(())
 }
 
 /// Tensors in floats: matrices of blocks and tables as asked, the rest in f32.

@@ -273,6 +273,7 @@ fn transposed(
         Encoding::F16 => (Element::Float16, 2),
         other => return Err(unfit(WeightType::Encoded(other))),
     };
+    let matrix = matrix.encode(encoding)?;
     graph.initializer(name, element, &[cols, rows], size * rows * cols, || {
         let mut bytes = vec![0; size * rows * cols];
         let mut values = vec![0.0; cols];

@@ -56,6 +56,7 @@ impl Shape {
             spec,
             chat_template: None,
             adapter: None,
+            warnings: Vec::new(),
         }
     }
 }

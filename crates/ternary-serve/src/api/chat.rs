@@ -4,7 +4,7 @@ use super::{
     ApiError,
     field::{Fields, wrong},
     flight::{Flight, Form, scored},
-    request::{Request, accept},
+    request::{Request, accept, refused},
 };
 use crate::{
     score::Score,
@@ -70,8 +70,8 @@ fn read(server: &Server, mut fields: Fields) -> Result<(Request, Vec<u32>), ApiE
             format!("model `{}` has no chat template; it continues text at /v1/completions", model.name);
         return Err(ApiError::field("model", message).code("no_chat_template"));
     };
-    let ids = template.ids(model.tokenizer(), &messages, true);
-    let ids = ids.map_err(|error| ApiError::field("messages", error.to_string()))?;
+    let ids = template.ids_within(model.tokenizer(), &messages, true, model.engine.context());
+    let ids = ids.map_err(|error| refused("messages", &error))?;
     Ok((request, ids))
 }
 

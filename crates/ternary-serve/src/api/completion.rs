@@ -4,16 +4,16 @@ use super::{
     ApiError,
     field::{Fields, wrong},
     flight::{Flight, Form},
-    request::{Request, accept},
+    request::{Request, accept, refused},
 };
 use crate::{
+    model::Model,
     score::{self, Score},
     server::{Served, Server},
 };
 use axum::{extract::State, response::Response};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
-use ternary_format::Tokenizer;
 
 /// Tokens of a text, if the request does not say, as in OpenAI's API.
 const TOKENS: usize = 16;
@@ -46,28 +46,28 @@ fn read(server: &Server, mut fields: Fields) -> Result<(Request, Vec<Vec<u32>>),
     fields.refuse(&["echo", "suffix"])?;
     fields.end()?;
     let most = server.limits.choices.min(server.limits.batch);
-    let tokenizer = request.served.model.tokenizer();
+    let model = &request.served.model;
     let prompts = match prompt {
         Value::Array(list) if list.iter().any(|item| !item.is_number()) => {
             if list.len() * request.n > most {
                 let found = format!("{} prompts, {} texts for each", list.len(), request.n);
                 return Err(ApiError::field("prompt", format!("{found}; expected at most {most} texts")));
             }
-            list.into_iter().map(|item| ids(tokenizer, item)).collect::<Result<_, _>>()?
+            list.into_iter().map(|item| ids(model, item)).collect::<Result<_, _>>()?
         }
-        one => vec![ids(tokenizer, one)?],
+        one => vec![ids(model, one)?],
     };
     Ok((request, prompts))
 }
 
 /// The ids of a text, or ids as they are.
-fn ids(tokenizer: &Tokenizer, prompt: Value) -> Result<Vec<u32>, ApiError> {
+fn ids(model: &Model, prompt: Value) -> Result<Vec<u32>, ApiError> {
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match prompt {
         Value::String(text) => {
-            let ids =
-                tokenizer.encode(&text).map_err(|error| ApiError::field("prompt", error.to_string()))?;
-            let ends = tokenizer.ends();
+            let ids = model.tokenizer().encode_within(&text, model.engine.context());
+            let ids = ids.map_err(|error| refused("prompt", &error))?;
+            let ends = model.tokenizer().ends();
             let bos = ends.bos.filter(|_| ends.add_bos || ids.is_empty());
             Ok(bos.into_iter().chain(ids).collect())
         }

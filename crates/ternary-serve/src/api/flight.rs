@@ -2,10 +2,10 @@
 
 use super::{ApiError, request::Request};
 use crate::{
-    connection::Busy,
     scheduler::{Event, Finish},
     score::{self, Score},
     server::Served,
+    slot::Busy,
 };
 use axum::{
     Json,
@@ -24,6 +24,7 @@ use std::{
     task::{Context, Poll, ready},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
+use ternary_infer::EngineError;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_stream::Stream;
 
@@ -124,6 +125,7 @@ impl<F: Form> Flight<F> {
                     texts[choice].1.extend(scores);
                 }
                 Event::End { choice, finish, .. } => texts[choice].2 = Some(finish),
+                Event::NotFinite => return Err(not_finite()),
                 Event::Failed(why) => return Err(failed(why)),
             }
         }
@@ -215,6 +217,12 @@ fn failed(why: &str) -> ApiError {
     ApiError::new(StatusCode::SERVICE_UNAVAILABLE, why).code("given_up")
 }
 
+fn not_finite() -> ApiError {
+    let error = EngineError::NotFinite;
+    tracing::error!(%error, "a text was given up");
+    ApiError::internal(error.to_string()).code("model_not_finite")
+}
+
 fn placed(mut choice: Value, index: usize, finish: Option<Finish>) -> Value {
     choice["index"] = index.into();
     choice["finish_reason"] = match finish {
@@ -274,6 +282,7 @@ impl<F: Form> Chunks<F> {
                     self.pending.push_back(last);
                 }
             }
+            Ok(Event::NotFinite) => self.fail(not_finite()),
             Ok(Event::Failed(why)) => self.fail(failed(why)),
             Err(error) => self.fail(error),
         }

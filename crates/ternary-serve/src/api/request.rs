@@ -6,9 +6,9 @@ use super::{
 };
 use crate::{
     body,
-    connection::Busy,
     scheduler::{Event, Job},
     server::{Served, Server},
+    slot::Busy,
 };
 use axum::http::StatusCode;
 use serde_json::Value;
@@ -16,6 +16,7 @@ use std::{
     hash::{BuildHasher, Hasher, RandomState},
     sync::Arc,
 };
+use ternary_format::FormatError;
 use ternary_infer::{Engine, EngineError, Sampling};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -45,9 +46,16 @@ pub async fn accept<T: Send + 'static>(
 ) -> Result<(T, Option<Busy>), ApiError> {
     let busy = request.extensions().get::<Busy>().cloned();
     let (parts, body) = request.into_parts();
-    let bytes = body::read(&parts.headers, body, &server.limits).await?;
+    let whole = body::read(&parts.headers, body, &server.limits, &server.intake).await?;
+    busy.as_ref().inspect(|busy| busy.work());
+    let permit = server.intake.read(whole.bytes.len()).await;
     // Long prompts take their time.
-    let work = tokio::task::spawn_blocking(move || read(&server, Fields::parse(&bytes)?));
+    let work = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        let fields = Fields::parse(&whole.bytes)?;
+        drop(whole);
+        read(&server, fields)
+    });
     let value = work.await.map_err(|_| ApiError::internal("the request could not be read"))??;
     Ok((value, busy))
 }
@@ -132,6 +140,17 @@ impl Request {
         }
         self.served.scheduler.submit(jobs)?;
         Ok(events)
+    }
+}
+
+/// Why a prompt has no ids.
+pub fn refused(param: &str, error: &FormatError) -> ApiError {
+    match error {
+        FormatError::TooManyTokens { most } => {
+            ApiError::body(format!("the prompt has more than the {most} tokens of the model's context"))
+                .code("context_length_exceeded")
+        }
+        other => ApiError::field(param, other.to_string()),
     }
 }
 

@@ -13,12 +13,28 @@ use burn::backend::{
 };
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
-use std::sync::LazyLock;
+use std::{
+    io,
+    sync::{LazyLock, OnceLock},
+};
 use ternary_kernels::Pool;
 
 /// As many threads as rayon has, on which flex computes. They wait with the CPU busy for a while: a step is a thousand short runs, and
 /// to wake a thread for each took a twentieth of it.
-static POOL: LazyLock<Pool> = LazyLock::new(|| Pool::new(rayon::current_num_threads()));
+static POOL: LazyLock<&'static Pool> =
+    LazyLock::new(|| STARTED.get_or_init(|| Pool::new(rayon::current_num_threads())));
+
+static STARTED: OnceLock<Pool> = OnceLock::new();
+
+/// Starts these threads, unless they have been, where a failure can still be told.
+pub(crate) fn start_threads(threads: usize) -> io::Result<()> {
+    if STARTED.get().is_none() {
+        let pool = Pool::try_new(threads)?;
+        // Another one may have come first; this one then ends.
+        let _ = STARTED.set(pool);
+    }
+    Ok(())
+}
 
 impl TernaryBackend for Flex {
     fn ternary_codes(weight: FloatTensor<Self>, threshold: FloatTensor<Self>) -> FloatTensor<Self> {

@@ -70,11 +70,15 @@ fn state(step: usize) -> TrainState {
     TrainState { step, windows_seen: step as u64 * 12, ..TrainState::default() }
 }
 
+fn identity() -> Identity {
+    Identity { steps: 9, settings: [("optim.lr".into(), "0.1".into())].into(), ..Identity::default() }
+}
+
 /// Saves a model after two steps of AdamW, a different one each time.
 fn save(checkpoints: &Checkpoints, step: usize) -> PathBuf {
     let mut optimizer = optimizer();
     let model = train(Tiny::new(&autodiff()), &mut optimizer, &inputs(2));
-    checkpoints.save(model.into_record(), optimizer.to_record(), &state(step), "abc").unwrap()
+    checkpoints.save(model.into_record(), optimizer.to_record(), &state(step), &identity()).unwrap()
 }
 
 fn folder() -> (TempDir, Checkpoints) {
@@ -127,13 +131,13 @@ fn training_goes_on_bit_for_bit() {
     let mut kept = optimizer();
     let model = train(Tiny::new(&autodiff()), &mut kept, &inputs[..2]);
     let record = model.clone().into_record();
-    let path = checkpoints.save(record, kept.to_record(), &state(2), "abc").unwrap();
+    let path = checkpoints.save(record, kept.to_record(), &state(2), &identity()).unwrap();
     assert_eq!(name(&path), "step-00000002");
 
     let loaded = latest(&checkpoints);
     assert_eq!(loaded.path, path);
     assert_eq!(loaded.state, state(2));
-    assert_eq!(loaded.experiment_sha256, "abc");
+    assert_eq!((loaded.identity, loaded.experiment_sha256), (Some(identity()), None));
     assert_eq!(loaded.refused, []);
     let resumed = Tiny::new(&autodiff()).load_record(loaded.model);
     assert_eq!(resumed.bits(), model.bits());
@@ -331,7 +335,7 @@ fn every_kill_point_leaves_a_checkpoint() {
         let other = Checkpoints::open(dir.path().join("other"), 1).unwrap();
         let newer = TrainState { windows_seen: 99, ..state(2) };
         let record = Tiny::new(&autodiff()).into_record();
-        let newer = other.save(record, optimizer().to_record(), &newer, "abc").unwrap();
+        let newer = other.save(record, optimizer().to_record(), &newer, &identity()).unwrap();
         let scratch = checkpoints.dir.join(".tmp-step-00000002-77");
         let aside = checkpoints.dir.join(".old-step-00000002");
         match stage {
@@ -405,12 +409,12 @@ fn a_killed_process_leaves_a_checkpoint() {
             // Each step three times, so that most saves replace a checkpoint.
             let state = TrainState { windows_seen: windows, ..state(windows as usize / 3) };
             let model = constant(64, windows as f32).into_record();
-            checkpoints.save(model, optimizer().to_record(), &state, "abc").unwrap();
+            checkpoints.save(model, optimizer().to_record(), &state, &identity()).unwrap();
         }
     }
     let (_dir, checkpoints) = folder();
     let model = constant(64, 0.0).into_record();
-    checkpoints.save(model, optimizer().to_record(), &state(0), "abc").unwrap();
+    checkpoints.save(model, optimizer().to_record(), &state(0), &identity()).unwrap();
     let mut random = ChaCha8Rng::from_os_rng();
     for _ in 0..20 {
         let mut child = child(TEST, &checkpoints.dir, "unlimited").spawn().unwrap();
@@ -436,7 +440,7 @@ fn a_full_disk_keeps_the_earlier_checkpoints() {
         let checkpoints = Checkpoints::open(dir, 1).unwrap();
         for (step, size) in [(2, 256), (1, 256), (2, 512)] {
             let model = constant(size, 1.0).into_record();
-            let error = checkpoints.save(model, optimizer().to_record(), &state(step), "abc");
+            let error = checkpoints.save(model, optimizer().to_record(), &state(step), &identity());
             let error = error.unwrap_err().to_string();
             assert!(error.contains(MODEL) && error.contains(&folder_name(step)), "{error}");
             assert_eq!(names(&checkpoints), ["step-00000001"]);
@@ -467,7 +471,7 @@ fn a_file_in_place_of_the_folder_is_an_error_that_names_it() {
     assert_eq!(fs::read(&file).unwrap(), b"mine");
     let checkpoints = Checkpoints { dir: file.clone(), keep: 1 };
     let model = constant(4, 1.0).into_record();
-    let error = checkpoints.save(model, optimizer().to_record(), &state(1), "abc");
+    let error = checkpoints.save(model, optimizer().to_record(), &state(1), &identity());
     assert!(error.unwrap_err().to_string().contains(file.to_str().unwrap()));
 }
 
@@ -486,7 +490,7 @@ fn a_folder_without_permission_is_an_error_that_names_it() {
         return;
     }
     let model = constant(4, 1.0).into_record();
-    let error = checkpoints.save(model, optimizer().to_record(), &state(2), "abc");
+    let error = checkpoints.save(model, optimizer().to_record(), &state(2), &identity());
     set(0o755);
     assert!(error.unwrap_err().to_string().contains("step-00000002"));
     assert_eq!(latest(&checkpoints).state.step, 1);

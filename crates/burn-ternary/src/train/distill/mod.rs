@@ -3,9 +3,11 @@
 mod distance;
 mod recording;
 
-use super::run::{RunOptions, resolve};
+use super::checkpoint::Checkpoints;
+use super::identity::{Identity, hex, model_digest};
+use super::run::resolve_vocabulary;
 use super::{Experiment, TrainError, saved::packed_model};
-use crate::data::{Dataset, LmBatch, tokens::TokenFile};
+use crate::data::{LmBatch, Texts, tokens::TokenFile};
 use crate::device;
 use crate::nn::{BlockStates, DuckConfig, DuckQuantized};
 use burn::tensor::{Device, Tensor};
@@ -14,8 +16,9 @@ pub use recording::{Recording, record};
 use serde::{Deserialize, Serialize};
 use std::{path::Path, sync::Arc};
 use ternary_format::{
-    ModelSpec, Tokenizer,
+    ModelSpec, PackedModel, Tokenizer,
     disk::{self, RunLock},
+    memory,
 };
 
 /// Which way the divergence of teacher `p` and student `q` is taken.
@@ -54,6 +57,11 @@ pub struct DistillConfig {
 }
 
 impl DistillConfig {
+    /// The setting that names the teacher, for errors.
+    fn origin(&self) -> String {
+        format!("distill.teacher = \"{}\"", self.teacher)
+    }
+
     /// The blocks of student and teacher, from 0, that are compared; `None`: none is.
     fn blocks(&self, student: usize, teacher: usize) -> Option<[usize; 2]> {
         let layer = if self.layer == 0 { student } else { self.layer };
@@ -86,40 +94,69 @@ pub struct Distances {
     pub relation: Option<Tensor<1>>,
 }
 
-impl Teacher {
-    /// The teacher of an experiment, on `device`; `None` where it names none.
+/// What an experiment names as its teacher, read, and not yet a model on a device.
+pub(super) enum TeacherFile {
+    Model(Box<PackedModel>),
+    Recording(Recording),
+}
+
+impl TeacherFile {
+    /// Reads `distill.teacher`; `None` where the experiment names none.
     ///
     /// # Errors
-    /// `Experiment`: a teacher of other ids than `tokenizer` and the student, of a smaller context, or of widths that
-    /// cannot be compared. Those of
-    /// [`packed_model`] and [`Recording::open`]; `Import`: a model file that is no model.
-    pub fn load(
+    /// Those of [`packed_model`] and [`Recording::open`].
+    pub fn open(config: &DistillConfig) -> Result<Option<Self>, TrainError> {
+        if config.teacher.is_empty() {
+            return Ok(None);
+        }
+        let path = Path::new(&config.teacher);
+        Ok(Some(match Recording::is_at(path) {
+            true => Self::Recording(Recording::open(path, &config.origin())?),
+            false => Self::Model(Box::new(packed_model(path)?)),
+        }))
+    }
+
+    /// SHA-256 of what it teaches.
+    pub fn digest(&self) -> String {
+        match self {
+            Self::Model(model) => model_digest(model),
+            Self::Recording(recording) => hex(recording.digest()),
+        }
+    }
+}
+
+impl Teacher {
+    /// The teacher that `file` holds, on `device`.
+    ///
+    /// # Errors
+    /// `Experiment`: a teacher of other ids than `tokenizer` and the student, of another text, of a smaller context, or of widths
+    /// that cannot be compared; `Import`: a model file that is no model.
+    pub(super) fn new(
+        file: TeacherFile,
         config: &DistillConfig,
         tokenizer: &Tokenizer,
         text: &TokenFile,
         student: &DuckConfig,
         device: &Device,
-    ) -> Result<Option<Self>, TrainError> {
-        if config.teacher.is_empty() {
-            return Ok(None);
-        }
-        let path = Path::new(&config.teacher);
-        let origin = format!("distill.teacher = \"{}\"", config.teacher);
-        let source = match Recording::is_at(path) {
-            true => Self::recording(config, path, text, student, origin)?,
-            false => Self::model(config, path, tokenizer, student, device, origin)?,
+    ) -> Result<Self, TrainError> {
+        let source = match file {
+            TeacherFile::Recording(recording) => Self::recording(recording, config, text, student)?,
+            TeacherFile::Model(packed) => {
+                let (model, blocks) = Self::model(&packed, config, tokenizer, student, device)?;
+                Source::Model(Box::new(model), blocks)
+            }
         };
-        Ok(Some(Self { source, config: config.clone() }))
+        Ok(Self { source, config: config.clone() })
     }
 
     fn recording(
+        recording: Recording,
         config: &DistillConfig,
-        path: &Path,
         text: &TokenFile,
         student: &DuckConfig,
-        origin: String,
     ) -> Result<Source, TrainError> {
-        let recording = Recording::open(path, text, &origin)?;
+        let origin = config.origin();
+        recording.expect_text(text, &origin)?;
         let misfit = |message: String| Err(TrainError::Experiment { origin, message });
         if config.temperature != 1.0 || config.hidden_weight > 0.0 || config.relation_weight > 0.0 {
             return misfit(
@@ -138,15 +175,15 @@ impl Teacher {
         Ok(Source::Recording(Arc::new(recording)))
     }
 
+    /// The model that teaches, and the blocks of student and teacher that are compared.
     fn model(
+        packed: &PackedModel,
         config: &DistillConfig,
-        path: &Path,
         tokenizer: &Tokenizer,
         student: &DuckConfig,
         device: &Device,
-        origin: String,
-    ) -> Result<Source, TrainError> {
-        let packed = packed_model(path)?;
+    ) -> Result<(DuckQuantized, Option<[usize; 2]>), TrainError> {
+        let origin = config.origin();
         let misfit = |message: String| TrainError::Experiment { origin: origin.clone(), message };
         if let Some(difference) = packed.tokenizer.as_ref().and_then(|own| difference(own, tokenizer)) {
             return Err(misfit(format!(
@@ -185,8 +222,12 @@ impl Teacher {
         }
         // The special tokens of a run are new to most models of others; the teacher thinks nothing of them.
         let device = device.clone().without_autodiff();
-        let model = DuckQuantized::from_packed_with(&packed, student.vocab_size, &device)?;
-        Ok(Source::Model(Box::new(model), config.blocks(student.n_layers, n_layers)))
+        if device::is_cpu(&device) {
+            let parameters: usize = packed.tensors.values().map(|tensor| tensor.rows() * tensor.cols()).sum();
+            memory::check((size_of::<f32>() * parameters) as u64)?;
+        }
+        let model = DuckQuantized::from_packed_with(packed, student.vocab_size, &device)?;
+        Ok((model, config.blocks(student.n_layers, n_layers)))
     }
 
     /// The student's block whose states [`Self::compare`] wants, from 0.
@@ -256,7 +297,8 @@ impl Teacher {
 /// more, and how many there are.
 ///
 /// # Errors
-/// `Lock`; those of [`Dataset::prepare`], [`Teacher::load`] and [`record`]; `Experiment`: no teacher, or one that is a recording.
+/// `Lock`; those of [`Texts::prepare`], [`packed_model`] and [`record`]; `Experiment`: no teacher, one that is a recording, or
+/// one that does not fit the experiment.
 pub fn record_teacher(
     mut experiment: Experiment,
     kept: usize,
@@ -268,17 +310,22 @@ pub fn record_teacher(
     let _other = if disk::is_in(path, &run_dir) { None } else { RunLock::of_file(path)? };
     let device = device::device(&experiment.run.device)?;
     let seq_len = experiment.model.context;
-    let data = Dataset::prepare(&experiment.data, seq_len, experiment.run.seed, &run_dir)?;
-    resolve(&mut experiment, &RunOptions::default(), &data)?;
+    // The folder may hold a run, whose tokenizer and tokens are not replaced by others.
+    let loaded = Checkpoints::existing(run_dir.join("checkpoints")).latest_good()?;
+    let texts = Texts::read(&experiment.data, &run_dir, loaded.is_some())?;
+    if let Some(loaded) = loaded {
+        Identity::expect_texts(&loaded, &texts, &run_dir)?;
+    }
+    let data = texts.prepare(seq_len, experiment.run.seed, &run_dir)?;
+    resolve_vocabulary(&mut experiment, &data.tokenizer)?;
     let tokens = data.train.tokens();
     // What a recording does not have is not asked for while it is made.
     let config = DistillConfig { hidden_weight: 0.0, relation_weight: 0.0, ..experiment.distill };
-    let teacher = Teacher::load(&config, &data.tokenizer, tokens, &experiment.model, &device)?;
-    let Some(Teacher { source: Source::Model(teacher, _), .. }) = teacher else {
-        let origin = format!("distill.teacher = \"{}\"", config.teacher);
+    let Some(TeacherFile::Model(teacher)) = TeacherFile::open(&config)? else {
         let message = "expected a run folder or a model file, whose thoughts are to be recorded".into();
-        return Err(TrainError::Experiment { origin, message });
+        return Err(TrainError::Experiment { origin: config.origin(), message });
     };
+    let (teacher, _) = Teacher::model(&teacher, &config, &data.tokenizer, &experiment.model, &device)?;
     let total = tokens.len();
     record(&teacher, tokens, seq_len, kept, path, |done| advance(done, total))
 }

@@ -43,6 +43,7 @@ const BATCH: usize = 8;
 #[derive(Debug)]
 pub struct Recording {
     map: Mmap,
+    positions: usize,
     kept: usize,
     vocab: usize,
 }
@@ -55,19 +56,20 @@ impl Recording {
         read.is_ok() && magic == MAGIC
     }
 
-    /// Opens the recording at `path` of the text in `tokens`.
+    /// Opens the recording at `path`.
     ///
     /// # Errors
-    /// `Read`: it cannot be read. `Experiment`: it is damaged, or of another text; `origin` is the setting that names it.
-    pub fn open(path: &Path, tokens: &TokenFile, origin: &str) -> Result<Self, TrainError> {
+    /// `Read`: it cannot be read. `Experiment`: it is damaged; `origin` is the setting that names it.
+    pub fn open(path: &Path, origin: &str) -> Result<Self, TrainError> {
         let at_path = |source| TrainError::Read { path: path.into(), source };
         let file = disk::open(path).map_err(at_path)?;
         // SAFETY: the map is only read, as bytes, and the file is only ever replaced by a rename, as a token file is.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(at_path)?;
-        let misfit =
-            |message: &str| TrainError::Experiment { origin: origin.into(), message: message.into() };
-        let damaged = || misfit("the recording is damaged; `duck distill-logits` writes it again");
+        let damaged = || TrainError::Experiment {
+            origin: origin.into(),
+            message: "the recording is damaged; `duck distill-logits` writes it again".into(),
+        };
         if map.len() < HEADER || map[..8] != MAGIC {
             return Err(damaged());
         }
@@ -92,12 +94,24 @@ impl Recording {
         {
             return Err(damaged());
         }
-        if map[TEXT] != digest(tokens) || positions != tokens.len() {
-            return Err(misfit(
-                "the recording is of another text or tokenizer; expected that of this run (data.train, data.tokenizer)",
-            ));
+        Ok(Self { map, positions, kept, vocab })
+    }
+
+    /// Checks that the recording is of the text in `tokens`.
+    ///
+    /// # Errors
+    /// `Experiment`: it is of another; `origin` is the setting that names it.
+    pub fn expect_text(&self, tokens: &TokenFile, origin: &str) -> Result<(), TrainError> {
+        if self.map[TEXT] == digest(tokens) && self.positions == tokens.len() {
+            return Ok(());
         }
-        Ok(Self { map, kept, vocab })
+        let message = "the recording is of another text or tokenizer; expected that of this run (data.train, data.tokenizer)";
+        Err(TrainError::Experiment { origin: origin.into(), message: message.into() })
+    }
+
+    /// The seal: SHA-256 of what was recorded.
+    pub(super) fn digest(&self) -> &[u8] {
+        &self.map[SEAL]
     }
 
     /// Ids that the teacher knew.
@@ -264,7 +278,7 @@ mod tests {
         record(&teacher, &tokens, seq, kept, &path, |positions| done += positions).unwrap();
         assert_eq!(done, tokens.len() - 1);
         assert!(Recording::is_at(&path));
-        let recording = Recording::open(&path, &tokens, "").unwrap();
+        let recording = Recording::open(&path, "").unwrap();
         assert_eq!(recording.vocab_size(), vocab);
 
         let windows = TokenWindows::sequential(tokens.clone(), seq).unwrap();
@@ -300,7 +314,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("teacher.logits");
         record(&teacher, &tokens, 8, 3, &path, |_| ()).unwrap();
-        let message = |tokens: &TokenFile| Recording::open(&path, tokens, "here").unwrap_err().to_string();
+        let message = |tokens: &TokenFile| {
+            let opened = Recording::open(&path, "here");
+            opened.and_then(|recording| recording.expect_text(tokens, "here")).unwrap_err().to_string()
+        };
         let error = message(&text("b"));
         assert!(error.contains("here: the recording is of another text"), "{error}");
 

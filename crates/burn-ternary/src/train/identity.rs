@@ -1,0 +1,232 @@
+//! What makes a run the run that it is, and what `--resume` therefore compares before it writes anything.
+//!
+//! Every key of an experiment belongs to one of these:
+//!
+//! | keys | compared by |
+//! |---|---|
+//! | `data.train`, `data.valid` | contents: the documents that are learned from and the held-out ones, in their order |
+//! | the path in `data.tokenizer` | contents: the tokenizer. Its kind (`byte`, `char`, `bpe` or a file) is compared as a value |
+//! | `distill.teacher` | contents: shape and tensors of the model, or the seal of the recording |
+//! | `run.start_from` | contents, while the model can be read; a checkpoint has all weights |
+//! | `data.valid_fraction`, `data.bpe_vocab_size` | value, where both experiments hold out a share or train a `bpe` tokenizer |
+//! | `run.steps` | the steps done: another number is fine if the learning rate, the weight decay, the share of ternary weights and the sparsity of every step so far are the same under both |
+//! | `FREE`: where a run is, how it is reported, when it gives up | nothing |
+//! | all others | value |
+
+use super::checkpoint::{Loaded, sha256};
+use super::schedule::{Schedule, ScheduleConfig};
+use super::{Experiment, TrainError};
+use crate::data::Texts;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+use ternary_format::PackedModel;
+use toml::{Table, Value};
+
+/// Keys that change no weight and no validation loss. `run.device` is here because `auto` and the device's own name are one device;
+/// only on the same device is a resumed run the same bit for bit.
+const FREE: [&str; 10] = [
+    "run.name",
+    "run.out_dir",
+    "run.device",
+    "run.log_every",
+    "run.eval_every",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.sample_prompts",
+    "run.sample_tokens",
+    "run.max_rollbacks",
+];
+
+/// Keys whose contents are compared.
+const CONTENTS: [&str; 4] = ["data.train", "data.valid", "distill.teacher", "run.start_from"];
+
+/// Keys that mean something in some experiments only.
+const OPTIONAL: [&str; 2] = ["data.bpe_vocab_size", "data.valid_fraction"];
+
+/// What a run depends on, as a checkpoint's manifest holds it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    /// Value, as TOML, of each `section.key` that is compared by value.
+    pub settings: BTreeMap<String, String>,
+    pub steps: usize,
+    pub inputs: Inputs,
+}
+
+/// SHA-256 of what an experiment names by path, in hexadecimal.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Inputs {
+    pub train: String,
+    pub valid: String,
+    pub tokenizer: String,
+    pub teacher: Option<String>,
+    pub start: Option<String>,
+}
+
+impl Identity {
+    /// The identity of a run of `experiment`, whose vocabulary and steps are resolved.
+    pub fn new(experiment: &Experiment, inputs: Inputs) -> Self {
+        let table = Table::try_from(experiment).expect("an experiment is tables, lists, strings and numbers");
+        Self { settings: settings(&table), steps: experiment.run.steps, inputs }
+    }
+
+    /// Compares this run with that of a checkpoint. `steps` returns its steps and is told whether all else is the same: the steps
+    /// of so many epochs are not known for another text (`None`).
+    ///
+    /// # Errors
+    /// `OtherRun`: every setting and input that differs. What `steps` returns.
+    pub(super) fn expect_same(
+        &self,
+        loaded: &Loaded,
+        run_dir: &Path,
+        schedule: &ScheduleConfig,
+        steps: impl FnOnce(bool) -> Result<Option<usize>, TrainError>,
+    ) -> Result<(), TrainError> {
+        let recorded = match &loaded.identity {
+            Some(recorded) => recorded.clone(),
+            None => self.of_old(loaded, run_dir)?,
+        };
+        let mut differences = recorded.differences(self);
+        if let Some(steps) = steps(differences.is_empty())? {
+            differences.extend(steps_differ(recorded.steps, steps, loaded.state.step, schedule));
+        }
+        expect_none(differences, run_dir)
+    }
+
+    /// Checks that prepared texts may replace those of a run.
+    ///
+    /// # Errors
+    /// `OtherRun`: another text or tokenizer.
+    pub(super) fn expect_texts(loaded: &Loaded, texts: &Texts, run_dir: &Path) -> Result<(), TrainError> {
+        let Some(recorded) = &loaded.identity else { return Ok(()) };
+        let mut now = recorded.clone();
+        now.inputs = Inputs { teacher: now.inputs.teacher, start: now.inputs.start, ..Inputs::of(texts) };
+        expect_none(recorded.differences(&now), run_dir)
+    }
+
+    /// The identity that a checkpoint without one has if its inputs are these; its settings are those of the run folder.
+    fn of_old(&self, loaded: &Loaded, run_dir: &Path) -> Result<Self, TrainError> {
+        let text = fs::read_to_string(run_dir.join("experiment.toml")).unwrap_or_default();
+        let table = toml::from_str::<Table>(&text).ok();
+        let table = table.filter(|_| loaded.experiment_sha256.as_ref() == Some(&sha256(text.as_bytes())));
+        let steps = table.as_ref().and_then(|table| table.get("run")?.get("steps")?.as_integer());
+        let (Some(table), Some(steps)) = (table, steps.and_then(|steps| steps.try_into().ok())) else {
+            let message = format!(
+                "the checkpoint was made by another experiment than experiment.toml in {} says; expected that file as \
+                 the run left it",
+                run_dir.display()
+            );
+            return Err(TrainError::Experiment { origin: "--resume".into(), message });
+        };
+        Ok(Self { settings: settings(&table), steps, inputs: self.inputs.clone() })
+    }
+
+    /// What differs in `now`, but for the steps.
+    fn differences(&self, now: &Self) -> Vec<String> {
+        let (was, is) = (&self.inputs, &now.inputs);
+        let same = |was: &Option<String>, is: &Option<String>| was == is;
+        let inputs = [
+            ("data.train", "the training text", was.train == is.train),
+            ("data.valid", "the validation text", was.valid == is.valid),
+            ("data.tokenizer", "the tokenizer", was.tokenizer == is.tokenizer),
+            ("distill.teacher", "the teacher", same(&was.teacher, &is.teacher)),
+            ("run.start_from", "the model to start from", same(&was.start, &is.start)),
+        ];
+        let inputs = inputs.into_iter().filter(|(.., same)| !same);
+        let inputs = inputs.map(|(key, what, _)| format!("{what} ({key}) is not that of the run"));
+        let keys: BTreeSet<&String> = self.settings.keys().chain(now.settings.keys()).collect();
+        let values = keys.into_iter().filter_map(|key| {
+            let [was, is] = [self, now].map(|identity| identity.settings.get(key));
+            match (was, is) {
+                _ if was == is || (OPTIONAL.contains(&&**key) && (was.is_none() || is.is_none())) => None,
+                (was, is) => {
+                    let [was, is] = [was, is].map(|value| value.map_or("missing", String::as_str));
+                    Some(format!("{key} is {is}, in the run {was}"))
+                }
+            }
+        });
+        inputs.chain(values).collect()
+    }
+}
+
+impl Inputs {
+    /// The digests of `texts`, without a teacher and a start.
+    pub(super) fn of(texts: &Texts) -> Self {
+        let [train, valid] = texts.digests().map(|digest| hex(&digest));
+        let tokenizer = sha256(texts.tokenizer.to_json().as_bytes());
+        Self { train, valid, tokenizer, teacher: None, start: None }
+    }
+}
+
+/// The values that are compared.
+fn settings(experiment: &Table) -> BTreeMap<String, String> {
+    let mut settings = BTreeMap::new();
+    for (section, keys) in experiment {
+        for (key, value) in keys.as_table().into_iter().flatten() {
+            let key = format!("{section}.{key}");
+            if !FREE.contains(&&*key) && !CONTENTS.contains(&&*key) && key != "run.steps" {
+                settings.insert(key, value.to_string());
+            }
+        }
+    }
+    let data = |key: &str| experiment.get("data").and_then(|data| data.get(key));
+    let kind =
+        data("tokenizer").and_then(Value::as_str).filter(|kind| ["byte", "char", "bpe"].contains(kind));
+    settings.insert("data.tokenizer".into(), kind.unwrap_or("a file").into());
+    if kind != Some("bpe") {
+        settings.remove("data.bpe_vocab_size");
+    }
+    if data("valid").and_then(Value::as_array).is_some_and(|valid| !valid.is_empty()) {
+        settings.remove("data.valid_fraction");
+    }
+    settings
+}
+
+/// Why a run of `was` steps, of which `done` are done, is not one of `now`.
+fn steps_differ(was: usize, now: usize, done: usize, schedule: &ScheduleConfig) -> Option<String> {
+    if now == was {
+        return None;
+    }
+    if now < done {
+        return Some(format!("run.steps is {now}, but {done} of {was} are done"));
+    }
+    let [before, after] = [was, now].map(|steps| Schedule::new(schedule, steps));
+    let (key, step) = before.first_difference(&after, done)?;
+    Some(format!(
+        "run.steps is {now}, in the run {was}: {key} is a share of the steps, so that step {} of the {done} done would have \
+         been another",
+        step + 1
+    ))
+}
+
+fn expect_none(differences: Vec<String>, run_dir: &Path) -> Result<(), TrainError> {
+    match differences.is_empty() {
+        true => Ok(()),
+        false => Err(TrainError::OtherRun { path: run_dir.into(), differences }),
+    }
+}
+
+/// SHA-256 of what a model computes with: its shape and its tensors, whatever it is called and wherever it is.
+pub(super) fn model_digest(model: &PackedModel) -> String {
+    let mut digest = Sha256::new();
+    let spec = serde_json::to_vec(&model.spec).expect("names and numbers are JSON");
+    digest.update(spec);
+    for (name, tensor) in &model.tensors {
+        digest.update(format!("{name} {:?} {:?}\n", tensor.shape(), tensor.encoding()));
+        digest.update(tensor.bytes());
+    }
+    for (name, pair) in model.adapter.iter().flat_map(|adapter| &adapter.pairs) {
+        digest.update(format!("{name} {} {:?}\n", pair.rank(), pair.alpha()));
+        digest.update(bytemuck::cast_slice::<f32, u8>(pair.a()));
+        digest.update(bytemuck::cast_slice::<f32, u8>(pair.b()));
+    }
+    hex(&digest.finalize())
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,97 @@
+//! Signals: the first one ends a run after the current step, with a checkpoint; another one ends it at once.
+
+use super::terminal;
+use burn::train::Interrupter;
+use std::io;
+
+/// Listens until it is dropped.
+pub(super) struct Signals {
+    #[cfg(unix)]
+    handle: signal_hook::iterator::Handle,
+}
+
+#[cfg(unix)]
+mod unix {
+    use super::*;
+    use crate::train::error::INTERRUPTED;
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    use std::fs;
+    use std::io::Write;
+    use std::time::{Duration, Instant};
+
+    /// A signal that comes again so soon is the same one: `timeout`, shells and schedulers signal a process and its group.
+    const SAME: Duration = Duration::from_secs(1);
+
+    impl Signals {
+        /// INT, TERM and HUP stop `interrupter`, and say so where `speaks`. A signal that the process was started to ignore (as by
+        /// `nohup`, or in the background of a script) stays ignored.
+        ///
+        /// # Errors
+        /// The system refuses a handler or a thread.
+        pub fn listen(interrupter: Interrupter, speaks: bool) -> io::Result<Self> {
+            let ignored = ignored();
+            let listened =
+                [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored & 1 << (signal - 1) == 0);
+            let mut signals = signal_hook::iterator::Signals::new(listened)?;
+            let handle = signals.handle();
+            let listen = move || {
+                let mut first = None;
+                for _ in signals.forever() {
+                    match *first.get_or_insert_with(Instant::now) {
+                        _ if !interrupter.should_stop() => {
+                            interrupter.stop(Some("a signal"));
+                            if speaks {
+                                let line = "stopping after this step, with a checkpoint; another signal stops at once";
+                                let _ = writeln!(io::stderr(), "{line}");
+                            }
+                        }
+                        first if first.elapsed() > SAME => end_at_once(),
+                        _ => (),
+                    }
+                }
+            };
+            std::thread::Builder::new().name("signals".into()).spawn(listen)?;
+            Ok(Self { handle })
+        }
+    }
+
+    impl Drop for Signals {
+        fn drop(&mut self) {
+            self.handle.close();
+        }
+    }
+
+    /// The signals that this process ignores, a bit each from signal 1 on; none where the system does not say.
+    fn ignored() -> u64 {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+    }
+
+    /// Restores the terminal and ends the process, without a checkpoint.
+    pub(in super::super) fn end_at_once() -> ! {
+        terminal::restore();
+        signal_hook::low_level::exit(INTERRUPTED.into())
+    }
+}
+
+#[cfg(unix)]
+pub(super) use unix::end_at_once;
+
+#[cfg(not(unix))]
+impl Signals {
+    /// Other systems than Unix end a program themselves.
+    ///
+    /// # Errors
+    /// None.
+    pub fn listen(_interrupter: Interrupter, _speaks: bool) -> io::Result<Self> {
+        Ok(Self {})
+    }
+}
+
+/// Restores the terminal and ends the process, without a checkpoint.
+#[cfg(not(unix))]
+pub(super) fn end_at_once() -> ! {
+    terminal::restore();
+    std::process::exit(super::error::INTERRUPTED.into())
+}
