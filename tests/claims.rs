@@ -143,6 +143,34 @@ fn the_answers_of_the_readme_are_computed_from_the_committed_results() {
     assert!(fs::read_to_string("README.md").unwrap().contains(&claim), "not in the README: {claim}");
 }
 
+/// `controls/` has what `duck eval CONTROL RUN --json` said of the runs, with paired differences.
+#[test]
+fn the_controls_of_the_readme_are_computed_from_the_committed_results() {
+    let rows = rows("controls");
+    assert!(rows.len() >= 4, "{rows:?}");
+    for row in rows {
+        let [run, control, seed, measure, ternary, float, difference, interval] = &row[..] else {
+            panic!("eight cells expected: {row:?}")
+        };
+        let (run, control) = (run.trim_matches('`'), control.split('`').nth(1).unwrap());
+        let folder = "experiments/results/controls";
+        for name in [run, control] {
+            let result = RunResult::read(Path::new(&format!("{folder}/{name}-{seed}.json"))).unwrap();
+            assert!(result.finished && result.name == name, "{name}");
+        }
+        let text = fs::read_to_string(format!("{folder}/eval-{control}-{run}-{seed}.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let model = |place: usize| &json["files"][0]["models"][place][measure.to_lowercase()];
+        let digits = if measure == "loss" { 3 } else { 2 };
+        let [found, other] = [model(1), model(0)].map(|model| model["value"].as_f64().unwrap());
+        assert_eq!([ternary, float], [found, other].map(|x| format!("{x:.digits$}")).each_ref(), "{run}");
+        let [value, low, high] =
+            ["value", "low", "high"].map(|key| model(1)["difference"][key].as_f64().unwrap());
+        assert_eq!(*difference, format!("{value:+.digits$}"), "{run}");
+        assert_eq!(*interval, format!("{low:+.digits$} to {high:+.digits$}"), "{run}");
+    }
+}
+
 #[test]
 fn the_conversions_of_the_readme_are_computed_from_the_committed_results() {
     let rows = rows("converted");
