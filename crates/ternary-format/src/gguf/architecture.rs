@@ -356,3 +356,62 @@ pub(super) fn check_keys(container: &Container, spec: &ModelSpec) -> Result<Opti
     let entries = entries.map(|(key, value)| (key.clone(), value.to_json()));
     key::check(&[own, FILE], "metadata", entries)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Bytes, gguf};
+
+    /// A small llama file with a few more keys; those of `keys` begin with `llama.` unless they have a dot in front.
+    fn checked(keys: &[(&str, Value)]) -> Result<Option<String>, FormatError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.gguf");
+        let options = GgufOptions { blocks: Encoding::F32, embedding: Encoding::F32, head: Encoding::F32 };
+        gguf::write(&crate::model::random(Family::Llama, None), &path, &options).unwrap();
+        let mut container = Container::parse(Bytes::map(&path).unwrap()).unwrap();
+        for (key, value) in keys {
+            let key = key.strip_prefix('.').map_or_else(|| format!("llama.{key}"), Into::into);
+            container.metadata.insert(key, value.clone());
+        }
+        check_keys(&container, &spec(&container)?)
+    }
+
+    #[test]
+    fn keys_that_llama_cpp_computes_with_are_refused_where_they_change_the_model() {
+        let text = |text: &str| Value::Text(text.into());
+        let neutral: [&[(&str, Value)]; 7] = [
+            &[],
+            &[("rope.scaling.factor", Value::F32(1.0))],
+            // llama.cpp ignores the factor of no scaling.
+            &[("rope.scaling.type", text("none")), ("rope.scaling.factor", Value::F32(4.0))],
+            &[("attention.sliding_window", Value::U32(0)), ("expert_count", Value::U32(0))],
+            &[("attention.key_length", Value::U32(6)), ("rope.dimension_count", Value::U64(6))],
+            &[("logit_scale", Value::F32(1.0)), ("vocab_size", Value::U32(99))],
+            &[(".general.url", text("x")), (".split.count", Value::U16(1))],
+        ];
+        for keys in neutral {
+            assert_eq!(checked(keys).unwrap(), None, "{keys:?}");
+        }
+        let changing: [(&[(&str, Value)], &str); 9] = [
+            (&[("rope.scaling.factor", Value::F32(4.0))], "rope.scaling.factor"),
+            (&[("rope.scale_linear", Value::F32(4.0))], "rope.scale_linear"),
+            (
+                &[("rope.scaling.type", text("linear")), ("rope.scaling.factor", Value::F32(4.0))],
+                "rope.scaling.factor",
+            ),
+            (&[("rope.scaling.type", text("yarn"))], "rope.scaling.type"),
+            (&[("attention.sliding_window", Value::U32(512))], "attention.sliding_window"),
+            (&[("attention.key_length", Value::U32(8))], "attention.key_length"),
+            (&[("final_logit_softcapping", Value::F32(30.0))], "final_logit_softcapping"),
+            (&[("logit_scale", Value::F32(0.5))], "logit_scale"),
+            (&[("expert_count", Value::U32(8))], "expert_count"),
+        ];
+        for (keys, named) in changing {
+            let error = checked(keys).unwrap_err().to_string();
+            assert!(error.contains(&format!("key `llama.{named}` is ")), "{keys:?}: {error}");
+        }
+        let told = checked(&[("novelty", Value::Bool(true)), (".tokenizer.novelty", Value::U8(1))]);
+        let expected = "metadata: unknown keys are ignored: `llama.novelty`, `tokenizer.novelty`";
+        assert_eq!(told.unwrap().unwrap(), expected);
+    }
+}

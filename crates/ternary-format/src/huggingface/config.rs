@@ -42,7 +42,6 @@ const COMMON: Keys = Keys {
         "_*",
         "architectures",
         "attention_dropout",
-        "auto_map",
         "bad_words_ids",
         "begin_suppress_tokens",
         "chunk_size_feed_forward",
@@ -266,6 +265,10 @@ impl Quantization {
             let expected = "offline: latent weights are for a trainer";
             return Err(refuse("quantization_config.quantization_mode", &self.quantization_mode, expected));
         }
+        if !["autobitlinear", "bitlinear"].contains(&&*self.linear_class) {
+            let expected = "autobitlinear or bitlinear";
+            return Err(refuse("quantization_config.linear_class", &self.linear_class, expected));
+        }
         if self.use_rms_norm {
             return Err(refuse("quantization_config.use_rms_norm", true, "false"));
         }
@@ -294,7 +297,10 @@ impl Config {
         let quantization = Option::<Quantization>::deserialize(&value["quantization_config"])?;
         quantization.as_ref().map_or(Ok(()), Quantization::check)?;
         spec.validate()?;
-        Ok(Self { spec, tied: value["tie_word_embeddings"].as_bool(), quantization, warning })
+        let tied = Option::<bool>::deserialize(&value["tie_word_embeddings"]).map_err(|_| {
+            refuse("tie_word_embeddings", &value["tie_word_embeddings"], "true, false or null")
+        })?;
+        Ok(Self { spec, tied, quantization, warning })
     }
 }
 

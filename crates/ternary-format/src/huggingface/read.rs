@@ -305,7 +305,9 @@ fn read_shards(folder: &Path, index: &Path) -> Result<BTreeMap<String, Stored>, 
         if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
             return Err(FormatError::Shard { shard: shard.clone() }.in_file(index));
         }
-        tensors.extend(safetensors::read(&folder.join(shard))?);
+        // A tensor may be in another shard, too.
+        let is_here = |(name, _): &(String, Stored)| places.get(name).is_none_or(|place| place == shard);
+        tensors.extend(safetensors::read(&folder.join(shard))?.into_iter().filter(is_here));
     }
     match places.keys().find(|name| !tensors.contains_key(*name)) {
         Some(name) => Err(FormatError::MissingTensor { tensor: name.clone() }.in_file(index)),

@@ -11,6 +11,8 @@
 //! # Source
 //! peft: `utils/save_and_load.py`, `tuners/lora/{config,layer}.py`, `utils/other.py` for `rank_pattern`.
 
+mod config;
+
 use super::{
     fused_part,
     read::{expect_shape, read_text},
@@ -20,20 +22,13 @@ use crate::{
     Adapter, Family, FormatError, LowRank, ModelSpec,
     adapter::{check, matrices},
     disk::{self, NewFolder},
-    key::{self, Keys},
     safetensors::{self, Entry, Stored},
 };
 use ::safetensors::tensor::Dtype;
-use regex::Regex;
-use serde::{
-    Deserialize, Deserializer, Serialize,
-    de::{MapAccess, Visitor},
-};
-use serde_json::{Map, Value};
+use config::{Config, Patterns, check_targets};
+use serde_json::Value;
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
-    marker::PhantomData,
     path::Path,
 };
 
@@ -41,180 +36,6 @@ const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 /// How many modules share one in the gpt2 family.
 const THIRDS: usize = 3;
-
-/// The keys of PEFT 0.21 and before.
-const KEYS: Keys = Keys {
-    prefix: "",
-    used: &["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"],
-    fixed: &[
-        ("alora_invocation_tokens", "null"),
-        ("arrow_config", "null"),
-        ("bias", "\"none\" or null"),
-        ("kasa_config", "null"),
-        ("layer_replication", "null"),
-        ("lora_bias", "false or null"),
-        ("modules_to_save", "null"),
-        ("monteclora_config", "null"),
-        ("peft_type", "\"LORA\""),
-        ("target_parameters", "null"),
-        ("trainable_token_indices", "null"),
-        ("use_bdlora", "false or null"),
-        ("use_dora", "false or null"),
-        ("use_qalora", "false or null"),
-    ],
-    neutral: &[
-        "auto_mapping",
-        "base_model_name_or_path",
-        // How the first weights were found; see `INITS`.
-        "corda_config",
-        "eva_config",
-        "lora_ga_config",
-        "loftq_config",
-        // Which modules have tensors, and which of them are the same.
-        "ensure_weight_tying",
-        "exclude_modules",
-        "layers_pattern",
-        "layers_to_transform",
-        "target_modules",
-        // How the base stores its weights.
-        "fan_in_fan_out",
-        // Of training.
-        "inference_mode",
-        "lora_dropout",
-        "megatron_config",
-        "megatron_core",
-        "velora_config",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    ],
-};
-
-/// `init_lora_weights` that leave the weights of the base as they are. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
-/// change them before training, and the adapter belongs to what they make.
-const INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
-
-/// Values by patterns of modules' names, in the order of the file.
-struct Patterns<T>(Vec<(String, T)>);
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Patterns<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct InOrder<T>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for InOrder<T> {
-            type Value = Vec<(String, T)>;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-                formatter.write_str("an object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                std::iter::from_fn(|| map.next_entry().transpose()).collect()
-            }
-
-            fn visit_unit<E>(self) -> Result<Self::Value, E> {
-                Ok(Vec::new())
-            }
-        }
-        deserializer.deserialize_any(InOrder(PhantomData)).map(Self)
-    }
-}
-
-impl<T: Serialize> Serialize for Patterns<T> {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|(key, value)| (key, value)))
-    }
-}
-
-impl<T> Default for Patterns<T> {
-    fn default() -> Self {
-        Self(Vec::new())
-    }
-}
-
-impl<T: Copy> Patterns<T> {
-    /// The patterns, to be asked for modules.
-    ///
-    /// # Errors
-    /// `Value`: a pattern that is not a regular expression.
-    fn compile(&self, key: &str) -> Result<Compiled<T>, FormatError> {
-        let compile = |(pattern, value): &(String, T)| {
-            let regex = Regex::new(&format!(r"^(.*\.)?({pattern})$"));
-            let expected = "regular expressions without look-around and back-references";
-            let regex = regex.map_err(|_| FormatError::Value {
-                key: key.into(),
-                found: format!("`{}`", pattern.chars().take(60).collect::<String>()),
-                expected: expected.into(),
-            })?;
-            Ok((regex, *value))
-        };
-        self.0.iter().map(compile).collect::<Result<_, _>>().map(Compiled)
-    }
-}
-
-/// Compiled [`Patterns`].
-struct Compiled<T>(Vec<(Regex, T)>);
-
-impl<T: Copy> Compiled<T> {
-    /// The value of the first pattern that matches the name of a module: all of it, or what follows a dot.
-    fn of(&self, module: &str) -> Option<T> {
-        self.0.iter().find(|(pattern, _)| pattern.is_match(module)).map(|(_, value)| *value)
-    }
-}
-
-/// The keys of a configuration that are read or written.
-#[derive(Serialize, Deserialize)]
-struct Config {
-    peft_type: String,
-    #[serde(default)]
-    task_type: Option<String>,
-    #[serde(default)]
-    base_model_name_or_path: Option<String>,
-    r: usize,
-    lora_alpha: f64,
-    #[serde(default)]
-    target_modules: Value,
-    /// Ranks and alphas of modules that have others.
-    #[serde(default)]
-    rank_pattern: Patterns<usize>,
-    #[serde(default)]
-    alpha_pattern: Patterns<f64>,
-    #[serde(default)]
-    lora_dropout: f64,
-    #[serde(default)]
-    bias: Option<String>,
-    #[serde(default)]
-    fan_in_fan_out: bool,
-    #[serde(default)]
-    inference_mode: bool,
-    #[serde(default)]
-    use_rslora: bool,
-    #[serde(default)]
-    use_dora: bool,
-    #[serde(default)]
-    modules_to_save: Value,
-    #[serde(default)]
-    init_lora_weights: Value,
-}
-
-impl Config {
-    /// # Errors
-    /// `Json`: not JSON, or a key of another type. `Value`: what would compute something else than `scale B A` beside the
-    /// weights of the base.
-    fn parse(json: &[u8]) -> Result<(Self, Option<String>), FormatError> {
-        let entries = key::entries(&serde_json::from_slice::<Map<String, Value>>(json)?, &[]);
-        let warning = key::check(&[KEYS], CONFIG, entries)?;
-        let config: Self = serde_json::from_slice(json)?;
-        let init = &config.init_lora_weights;
-        let plain =
-            init.is_null() || init.is_boolean() || init.as_str().is_some_and(|init| INITS.contains(&init));
-        let expected = "true, false, \"gaussian\", \"eva\", \"orthogonal\" or \"mica\": this adapter belongs to changed \
-                        weights of the base; convert it with PEFT (`path_initial_model_for_weight_conversion`)";
-        check(plain, "init_lora_weights", init, expected)?;
-        Ok((config, warning))
-    }
-}
 
 /// The module that has one of our matrices.
 fn module(family: Family, ours: &str) -> String {
@@ -249,6 +70,7 @@ pub fn read(folder: &Path, spec: &ModelSpec) -> Result<Adapter, FormatError> {
     let path = folder.join(WEIGHTS);
     let tensors = safetensors::read(&path)?;
     let adapter = pairs(of, &tensors, spec).map_err(|error| error.in_file(&path))?;
+    check_targets(&config, &adapter, spec.family).map_err(|error| error.in_file(&folder.join(CONFIG)))?;
     Ok(Adapter { warnings: Vec::from_iter(warning), ..adapter })
 }
 
@@ -333,6 +155,8 @@ pub fn write(adapter: &Adapter, spec: &ModelSpec, base: &str, folder: &Path) -> 
         r: first.rank(),
         lora_alpha: first.alpha(),
         target_modules: targets(family, &fused),
+        exclude_modules: Value::Null,
+        layers_to_transform: Value::Null,
         rank_pattern: Patterns::default(),
         alpha_pattern: Patterns::default(),
         lora_dropout: 0.0,
@@ -545,6 +369,47 @@ mod tests {
         fs::write(&config, rooted.to_string()).unwrap();
         let scale = read(&path, &spec).unwrap().pairs["blk.0.attn_k.weight"].scale();
         assert_eq!(scale, std::f32::consts::FRAC_1_SQRT_2);
+    }
+
+    #[test]
+    fn tensors_that_peft_leaves_out_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("adapter");
+        let spec = spec(Family::Llama);
+        write(&adapter(&spec, &["attn_k", "ffn_up"], 2), &spec, "base", &path).unwrap();
+        let config = path.join(CONFIG);
+        let value: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+        let read_with = |key: &str, to: Value| {
+            let mut changed = value.clone();
+            changed[key] = to;
+            fs::write(&config, changed.to_string()).unwrap();
+            read(&path, &spec).map(|_| ()).map_err(|error| error.to_string())
+        };
+        use serde_json::json;
+        for (key, to) in [
+            ("target_modules", json!(["k_proj", "mlp.up_proj", "q_proj"])),
+            ("target_modules", json!("all-linear")),
+            ("target_modules", json!(r".*\.(k|up)_proj")),
+            ("target_modules", json!(null)),
+            ("exclude_modules", json!(["q_proj", "roj"])),
+            ("exclude_modules", json!("k_proj")),
+            ("layers_to_transform", json!([0, 1])),
+            ("layers_to_transform", json!(null)),
+        ] {
+            assert_eq!(read_with(key, to.clone()), Ok(()), "{key} {to}");
+        }
+        for (key, to) in [
+            ("target_modules", json!(["k_proj", "p_proj"])),
+            ("target_modules", json!("k_proj|up_proj")),
+            ("target_modules", json!("(")),
+            ("target_modules", json!(3)),
+            ("exclude_modules", json!(["up_proj"])),
+            ("exclude_modules", json!(".*k_proj")),
+            ("layers_to_transform", json!(1)),
+        ] {
+            let error = read_with(key, to.clone()).unwrap_err();
+            assert!(error.contains(&format!("key `{key}` is ")), "{to}: {error}");
+        }
     }
 
     fn half_len(shape: &[usize]) -> usize {
