@@ -1,6 +1,6 @@
 //! Bytes of strangers: the right refusal, and the server goes on.
 
-use crate::site::{Response, Site};
+use crate::site::{Response, Site, overflowing_engine};
 use serde_json::{Value, json};
 use std::{
     io::{Read, Write},
@@ -42,6 +42,27 @@ fn bodies_that_are_no_request_are_refused() {
         }
     }
     alive(&site);
+}
+
+#[test]
+fn logits_that_are_not_finite_end_a_request_with_an_error() {
+    let site = Site::of([("duck".to_string(), overflowing_engine(8))], |_| ());
+    let body = |prompt: &str, stream: bool| json!({ "model": "duck", "prompt": prompt, "max_tokens": 20, "temperature": 0, "stream": stream });
+    // At the end of the prompt, and after it.
+    for prompt in ["nine char", "quack"] {
+        let (code, message) = site.post(TEXT, &body(prompt, false)).refused(500);
+        assert_eq!(code, "model_not_finite", "{message}");
+    }
+    let stream = site.post(TEXT, &body("quack", true));
+    assert_eq!(stream.status, 200);
+    let text = stream.text();
+    let events: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    let (last, parts) = events.split_last().unwrap();
+    assert!(parts.iter().any(|part| part.contains("\"text\"")), "{text}");
+    let last: Value = serde_json::from_str(last).unwrap();
+    assert_eq!(last["error"]["code"], "model_not_finite", "{text}");
+    let well = site.post(TEXT, &json!({ "model": "duck", "prompt": "x", "max_tokens": 3 }));
+    assert_eq!(well.status, 200);
 }
 
 /// Found by the fuzz target `request`: a name that is not UTF-8 was refused, but not in the form of the API.

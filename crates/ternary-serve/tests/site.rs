@@ -8,28 +8,32 @@ use std::{
     thread::JoinHandle,
     time::Duration,
 };
-use ternary_format::{Activation, Encoding, Family, ModelSpec, Tensor, Tokenizer};
+use ternary_format::{Activation, Encoding, Family, ModelSpec, PackedModel, Tensor, Tokenizer};
 use ternary_infer::{Engine, EngineOptions, GenerateOptions, Sampling, random};
 use ternary_serve::{Models, ServeError, ServeOptions, bind, serve};
 use tokio::sync::oneshot;
 
-/// A model that speaks bytes.
-pub fn engine_of(context: usize, seed: u64) -> Arc<Engine> {
-    let spec = ModelSpec {
-        family: Family::Llama,
+fn spec(family: Family, context: usize) -> ModelSpec {
+    let gpt2 = family == Family::Gpt2;
+    ModelSpec {
+        family,
         vocab_size: 259,
         context,
         d_model: 64,
         n_layers: 2,
         n_heads: 4,
-        n_kv_heads: 2,
+        n_kv_heads: if gpt2 { 4 } else { 2 },
         d_ff: 128,
-        activation: Activation::Swiglu,
+        activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
         tied: true,
         norm_eps: 1e-5,
         rope_theta: 1e4,
-    };
-    let mut model = random::model(&spec, |group| Encoding::Ternary { group }, Encoding::F32, seed).unwrap();
+    }
+}
+
+/// A model that speaks bytes.
+fn model(spec: &ModelSpec, seed: u64) -> PackedModel {
+    let mut model = random::model(spec, |group| Encoding::Ternary { group }, Encoding::F32, seed).unwrap();
     // The likeliest token is a byte, never an end: its logit is above zero, and those of the special tokens are zero.
     let table = &model.tensors["token_embd.weight"];
     let mut values = vec![0.0; spec.vocab_size * spec.d_model];
@@ -37,9 +41,35 @@ pub fn engine_of(context: usize, seed: u64) -> Arc<Engine> {
     let table = Tensor::f32(&[spec.vocab_size, spec.d_model], &values).unwrap();
     model.tensors.insert("token_embd.weight".into(), table);
     model.tokenizer = Some(Tokenizer::byte());
-    Arc::new(
-        Engine::from_model(model, EngineOptions { threads: 1, context, ..EngineOptions::default() }).unwrap(),
-    )
+    model
+}
+
+fn loaded(model: PackedModel) -> Arc<Engine> {
+    let context = model.spec.context;
+    let options = EngineOptions { threads: 1, context, ..EngineOptions::default() };
+    Arc::new(Engine::from_model(model, options).unwrap())
+}
+
+pub fn engine_of(context: usize, seed: u64) -> Arc<Engine> {
+    loaded(model(&spec(Family::Llama, context), seed))
+}
+
+/// Its weights are finite; at the given position a logit is not.
+pub fn overflowing_engine(position: usize) -> Arc<Engine> {
+    let spec = ModelSpec { tied: false, ..spec(Family::Gpt2, 64) };
+    let mut model = model(&spec, 1);
+    let mut replace = |name: &str, rows: usize, row: usize, first: f32| {
+        let mut values = vec![0.0; rows * spec.d_model];
+        let table = &model.tensors[name];
+        values.chunks_exact_mut(spec.d_model).enumerate().for_each(|(i, row)| table.read_row(i, row));
+        values[row * spec.d_model] = first;
+        let table = Tensor::f32(&[rows, spec.d_model], &values).unwrap();
+        model.tensors.insert(name.into(), table);
+    };
+    // A layer norm makes 8 of a feature that exceeds all 64 by far, and seldom more than 3 of another.
+    replace("position_embd.weight", spec.context, position, 1e6);
+    replace("output.weight", spec.vocab_size, 0, 1e38);
+    loaded(model)
 }
 
 pub fn engine() -> Arc<Engine> {
