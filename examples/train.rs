@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release --example train -- --help` lists the flags.
 
-use burn_ternary::train::TrainCommand;
+use burn_ternary::train::{TrainCommand, progress::say};
 use clap::Parser;
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
@@ -17,13 +17,13 @@ fn main() -> ExitCode {
         Ok(result) => match writeln!(std::io::stdout(), "{}", result.summary()) {
             // Whoever reads this may have gone away (`| head`).
             Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-                let _ = writeln!(std::io::stderr(), "error: standard output: {error}");
+                say(format_args!("error: standard output: {error}"));
                 ExitCode::from(5)
             }
             _ => ExitCode::SUCCESS,
         },
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "error: {error}");
+            say(format_args!("error: {error}"));
             ExitCode::from(error.exit_code())
         }
     }

@@ -110,7 +110,7 @@ fn a_teacher_that_does_not_fit_is_named() {
         error
     };
     let error = refusal(&["distill.teacher=nowhere.gguf"]);
-    assert!(matches!(error, TrainError::Model(_)) && error.to_string().contains("nowhere.gguf"), "{error}");
+    assert!(matches!(error, TrainError::Import(_)) && error.to_string().contains("nowhere.gguf"), "{error}");
 
     let teacher =
         experiment(out.path(), "teacher", &["run.steps=1", "run.eval_every=1", "data.tokenizer=char"]);

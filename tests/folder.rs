@@ -261,11 +261,13 @@ fn a_sealed_checkpoint_without_a_tensor_is_an_error_of_the_data() {
     let short = command(out.path(), &["--steps", "4"]);
     short.run().unwrap();
     let run_dir = short.experiment().unwrap().run_dir();
-    let checkpoints = Checkpoints::open(run_dir.join("checkpoints"), 1).unwrap();
+    let checkpoints = Checkpoints::open(run_dir.join("checkpoints"), 1, 1).unwrap();
     let loaded = checkpoints.latest_good().unwrap().unwrap();
     let device = burn_ternary::device::device("flex").unwrap().autodiff();
     let other = LinearConfig::new(2, 2).init(&device).into_record();
-    checkpoints.save(other, loaded.optimizer, &loaded.state, &loaded.identity.unwrap()).unwrap();
+    checkpoints
+        .save(other, loaded.optimizer, &loaded.state, &loaded.identity.unwrap(), loaded.codes.as_deref())
+        .unwrap();
     for error in [
         command(out.path(), &["--steps", "4", "--resume"]).run().unwrap_err(),
         packed_model(&run_dir).unwrap_err(),
@@ -308,8 +310,8 @@ fn every_input_is_a_plain_file() {
         (&["--tokenizer", &fifo("tokenizer.json")], 3),
         (&["--tokenizer", Path::new(&fifo("model/tokenizer.json")).parent().unwrap().to_str().unwrap()], 3),
         (&["--tokenizer", &fifo("tokens.gguf")], 3),
-        (&["--set", &format!("distill.teacher={}", fifo("teacher.logits"))], 5),
-        (&["--set", &format!("run.start_from={}", fifo("start.ternary"))], 5),
+        (&["--set", &format!("distill.teacher={}", fifo("teacher.logits"))], 3),
+        (&["--set", &format!("run.start_from={}", fifo("start.ternary"))], 3),
     ] {
         let (found, error) = refused(arguments);
         assert!(error.contains("expected a plain file, found a FIFO"), "{arguments:?}: {error}");

@@ -300,7 +300,7 @@ fn without_a_checkpoint_a_run_begins_again_unless_it_has_finished() {
     let run_dir = made.run_dir();
     let expected = tensors(&checkpoint(&run_dir, 8));
     fs::remove_dir_all(run_dir.join("checkpoints")).unwrap();
-    refused(made.clone(), &["a finished run without a checkpoint"]);
+    refused(made.clone(), &["a run that has ended, without a checkpoint"]);
     fs::remove_file(run_dir.join("result.json")).unwrap();
     run(made.clone(), &RESUME).unwrap();
     assert!(tensors(&checkpoint(&run_dir, 8)) == expected, "not the same run");

@@ -177,7 +177,7 @@ fn a_start_that_is_none_is_named() {
         train_duck_quantized(&experiment(out.path(), "student", assignments)).unwrap_err()
     };
     let error = refusal(&["run.start_from=nowhere.gguf"]);
-    assert!(matches!(error, TrainError::Model(_)) && error.to_string().contains("nowhere.gguf"), "{error}");
+    assert!(matches!(error, TrainError::Import(_)) && error.to_string().contains("nowhere.gguf"), "{error}");
     let path = out.path().join("other.gguf");
     write_model(&float(&shape(Family::Llama)), &path, &WriteOptions::default()).unwrap();
     let error = refusal(&[&format!("run.start_from={}", path.display())]);

@@ -25,6 +25,10 @@ pub enum ImportError {
          \"learned\" with quant.granularity = {granularity} and quant.sparsity = \"none\", or quant.enabled = false"
     )]
     Requantized { granularity: String },
+    #[error(
+        "the teacher computes logits that are not finite (NaN or infinite): it is damaged, or its weights are too large"
+    )]
+    NotFinite,
     #[error(transparent)]
     Format(#[from] FormatError),
 }

@@ -2,7 +2,7 @@
 
 use crate::{Error, train};
 use burn_ternary::{
-    ExportError,
+    ImportError,
     train::{TrainCommand, TrainError, packed_model},
 };
 use std::path::{Path, PathBuf};
@@ -61,7 +61,7 @@ impl Command {
         let spec = match packed_model(&self.from) {
             Ok(model) => model.spec,
             // As every other command says it.
-            Err(TrainError::Model(ExportError::Format(error))) => return Err(Error::Model(error)),
+            Err(TrainError::Import(ImportError::Format(error))) => return Err(Error::Model(error)),
             Err(error) => return Err(error.into()),
         };
         let path = |path: &Path| Value::from(path.display().to_string());

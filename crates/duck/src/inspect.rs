@@ -36,6 +36,8 @@ struct Report<'a> {
     sizes: SizeReport,
     /// Of the ternary matrices.
     zero_fraction: Option<f64>,
+    /// The first weight that is NaN or infinite: no other command takes such a model.
+    not_finite: Option<String>,
     tensors: Vec<TensorReport<'a>>,
 }
 
@@ -90,6 +92,7 @@ impl<'a> Report<'a> {
             chat_template: model.chat_template.is_some(),
             sizes: SizeReport::of_model(model),
             zero_fraction: (ternary_weights > 0).then(|| ternary_zeros as f64 / ternary_weights as f64),
+            not_finite: model.check_finite().err().map(|error| error.to_string()),
             tensors,
         }
     }
@@ -115,7 +118,8 @@ impl<'a> Report<'a> {
             ("zero fraction", zeros),
         ];
         let mut text = String::new();
-        for (key, value) in rows {
+        let damage = self.not_finite.clone().map(|damage| ("damaged", damage));
+        for (key, value) in rows.into_iter().chain(damage) {
             let _ = writeln!(text, "{key:<14}{value}");
         }
         let width = self.tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0).max(6);

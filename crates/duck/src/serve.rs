@@ -14,6 +14,8 @@ use std::{
     sync::Arc,
     task::Poll,
 };
+use ternary_format::memory;
+use ternary_infer::EngineError;
 use ternary_serve::{Limits, Models, ServeError, ServeOptions};
 
 const EXAMPLES: &str = "\
@@ -26,6 +28,10 @@ Examples:
     -d '{\"model\": \"duck\", \"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}]}'
 
 The address is printed on standard output once the models are loaded. DUCK_LOG says what is logged (debug, warn, ...).";
+
+/// Bytes for threads and for the requests of the first clients; a thread that cannot be started then is a request without an answer.
+const PROGRAM: u64 = 64 << 20;
+const NAME: &str = "the server";
 
 /// Serve models over an OpenAI-compatible API, with a chat page.
 #[derive(clap::Args)]
@@ -77,6 +83,7 @@ impl Command {
         if engines.is_empty() {
             engines.push((model::name(None), Arc::new(self.engine.load(None)?)));
         }
+        memory::check(PROGRAM).map_err(|error| Error::engine(NAME)(EngineError::Memory(error)))?;
         let models = Models::new(engines).map_err(failed)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
         let served = runtime.map_err(network)?.block_on(async {
@@ -108,19 +115,18 @@ fn failed(error: ServeError) -> Error {
     let message = error.to_string();
     match error {
         ServeError::Address { .. } | ServeError::Io(_) => Error::Network(message),
-        ServeError::NoTokenizer { name } => {
-            Error::Engine { model: name, source: ternary_infer::EngineError::NoTokenizer }
-        }
+        ServeError::NoTokenizer { name } => Error::Engine { model: name, source: EngineError::NoTokenizer },
         ServeError::ChatTemplate { source, .. } => Error::Model(source),
         _ => Error::Usage(message),
     }
 }
 
-/// Ends when the program is asked to: by Ctrl-C, or by SIGTERM. From this call on, neither ends the program itself.
+/// Ends when the program is asked to: by Ctrl-C, SIGTERM, or SIGHUP (not with `nohup`, which has it ignored). From this call on, neither ends the program itself.
 #[cfg(unix)]
 fn stopped() -> io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
-    let mut signals = [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?];
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    let mut signals = kinds.into_iter().map(signal).collect::<io::Result<Vec<_>>>()?;
     Ok(poll_fn(move |context| {
         let arrived = signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
         if arrived { Poll::Ready(()) } else { Poll::Pending }

@@ -22,10 +22,7 @@ pub fn print(line: impl Display) -> Result<(), Error> {
     stream(&format!("{line}\n"))
 }
 
-/// Writes a line to standard error; a line that cannot be written is lost.
-pub fn say(line: impl Display) {
-    let _ = writeln!(io::stderr(), "{line}");
-}
+pub use ternary_format::say;
 
 /// Writes text to standard output, at once and without a line end.
 pub fn stream(text: &str) -> Result<(), Error> {

@@ -3,7 +3,8 @@
 use crate::{failure, home, output};
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
     process::{Command, ExitStatus, Stdio},
 };
 use tempfile::TempDir;
@@ -20,8 +21,22 @@ const COMMANDS: [&[&str]; 7] = [
 ];
 
 #[cfg(feature = "train")]
-const TRAINING: [&[&str]; 3] = [
+const TRAINING: [&[&str]; 4] = [
     &["train", "--overwrite", "--steps", "2", "--batch-size", "2", "--quiet", "--data", "text.txt", DEVICE],
+    &[
+        "train",
+        "--resume",
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--quiet",
+        "--data",
+        "text.txt",
+        DEVICE,
+        "--set",
+        CONSTANT,
+    ],
     &[
         "convert",
         "--overwrite",
@@ -39,13 +54,16 @@ const TRAINING: [&[&str]; 3] = [
 ];
 #[cfg(feature = "train")]
 const DEVICE: &str = "--device=flex";
+/// A rate with which a run may be made longer.
+#[cfg(feature = "train")]
+const CONSTANT: &str = "schedule.shape=constant";
 /// The scales of a start that is ternary.
 #[cfg(feature = "train")]
 const LEARNED: &str = "quant.scale=learned";
 #[cfg(not(feature = "train"))]
 const TRAINING: [&[&str]; 0] = [];
 
-/// Runs a command under `ulimit -v`; a server is stopped once it listens, which counts as success.
+/// Runs a command under `ulimit -v`; a server is stopped once it has answered, which counts as success.
 fn run(home: &TempDir, kib: u64, arguments: &[&str]) -> (Option<i32>, String) {
     let mut child = Command::new("sh")
         .args(["-c", &format!("ulimit -v {kib}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_duck")])
@@ -58,14 +76,33 @@ fn run(home: &TempDir, kib: u64, arguments: &[&str]) -> (Option<i32>, String) {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let serves = arguments[0] == "serve" && lines.any(|line| line.is_ok_and(|line| line.starts_with("http")));
-    if serves {
+    let address = (arguments[0] == "serve")
+        .then(|| lines.find_map(|line| line.ok()?.strip_prefix("http://").map(String::from)))
+        .flatten();
+    let answered = address.as_ref().map(|address| answers(address));
+    if answered.is_some() {
         child.kill().unwrap();
     }
     lines.for_each(drop);
     let status: ExitStatus = child.wait().unwrap();
-    let code = if serves { Some(0) } else { status.code() };
+    let code = match answered {
+        Some(answered) => answered.then_some(0),
+        None => status.code(),
+    };
     (code, fs::read_to_string(home.path().join("stderr")).unwrap_or_default())
+}
+
+fn answers(address: &str) -> bool {
+    let body = r#"{"prompt": "a", "max_tokens": 2, "model": "model"}"#;
+    let mut stream = TcpStream::connect(address).unwrap();
+    let length = body.len();
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Type: application/json\r\n\
+         Content-Length: {length}\r\n\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).is_ok() && response.starts_with("HTTP/1.1 200")
 }
 
 fn texts(home: &TempDir) {
@@ -93,6 +130,11 @@ fn every_command_ends_with_exit_code_4_or_works_under_a_limit() {
         for command in COMMANDS.into_iter().chain(TRAINING) {
             let _ = fs::remove_dir_all(home.path().join("runs"));
             let _ = fs::remove_file(home.path().join("out.ternary"));
+            if command.contains(&"--resume") {
+                let begun: Vec<&str> =
+                    command.iter().map(|word| if *word == "3" { "2" } else { word }).collect();
+                output(&home, &begun);
+            }
             let (code, stderr) = run(&home, mb * 1000, command);
             println!("{mb} MB: {}: {code:?} {}", command[0], stderr.lines().last().unwrap_or_default());
             let says = stderr.lines().any(|line| line.starts_with("error: "));

@@ -48,25 +48,62 @@ fn result(out: &Path) -> Value {
     serde_json::from_slice(&fs::read(out.join("x-1/result.json")).unwrap()).unwrap()
 }
 
-/// Split, step and loss of every line.
-fn losses(out: &Path) -> Vec<[String; 3]> {
+/// Every line without what is of the machine.
+fn metrics(out: &Path) -> Vec<Value> {
     let metrics = fs::read_to_string(out.join("x-1/metrics.jsonl")).unwrap();
-    let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    lines.map(|line| ["split", "step", "loss"].map(|key| line[key].to_string())).collect()
+    let lines = metrics.lines().map(|line| {
+        let mut line: Value = serde_json::from_str(line).unwrap();
+        let fields = line.as_object_mut().unwrap();
+        for key in ["tokens_per_s", "peak_rss_bytes", "elapsed_s"] {
+            assert!(fields.remove(key).is_some(), "{key}");
+        }
+        line
+    });
+    lines.collect()
 }
 
 #[test]
 fn a_run_stopped_at_ten_moments_is_the_uninterrupted_one() {
+    stop_at_ten_moments(&["--steps", "4000"]);
+}
+
+/// It falls back to the checkpoint that it would have fallen back to.
+#[test]
+fn a_run_that_rolls_back_is_the_uninterrupted_one() {
+    let home = tempfile::tempdir().unwrap();
+    let text = home.path().join("text.jsonl");
+    let mut random = 1u64;
+    let mut letters = |_| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        char::from(b'!' + (random >> 33) as u8 % 90)
+    };
+    let document = |index: usize| match index % 6 {
+        5 => (0..150).map(&mut letters).collect(),
+        _ => "ab".repeat(150),
+    };
+    let lines: Vec<String> =
+        (0..120).map(document).map(|text| serde_json::json!({ "text": text }).to_string()).collect();
+    fs::write(&text, lines.join("\n")).unwrap();
+    let spiky = "run.spike_factor=1.5 run.max_bad_steps=1 run.max_rollbacks=1000 run.checkpoint_every=25 \
+                 run.keep_checkpoints=1 run.eval_every=50";
+    let mut more = vec!["--steps", "3000", "--data", text.to_str().unwrap()];
+    more.extend(spiky.split_whitespace().flat_map(|key| ["--set", key]));
+    let result = stop_at_ten_moments(&more);
+    assert!(result["rollbacks"].as_u64() > Some(10), "{result}");
+}
+
+/// The result of a run that is stopped by ten signals and resumed, after it was compared with the uninterrupted run.
+fn stop_at_ten_moments(more: &[&str]) -> Value {
     let home = tempfile::tempdir().unwrap();
     let [whole, stopped] = ["whole", "stopped"].map(|name| home.path().join(name));
-    let steps_of_it = ["--steps", "4000"];
-    assert!(duck(&whole, &steps_of_it).wait().unwrap().success());
+    let resume = [more, &["--resume"]].concat();
+    assert!(duck(&whole, more).wait().unwrap().success());
     let mut moments = 0;
     // The system's clock is random enough.
     let mut random = std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos() as u64;
     while moments < 10 {
         let before = steps(&stopped);
-        let mut child = duck(&stopped, &["--steps", "4000", "--resume"]);
+        let mut child = duck(&stopped, &resume);
         wait_for(&stopped, before + 1);
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         sleep(Duration::from_millis(random >> 33 & 63));
@@ -85,8 +122,12 @@ fn a_run_stopped_at_ten_moments_is_the_uninterrupted_one() {
         moments += 1;
     }
     assert_eq!(moments, 10, "the run is too short");
-    assert!(duck(&stopped, &["--steps", "4000", "--resume"]).wait().unwrap().success());
-    assert_eq!(losses(&whole), losses(&stopped));
+    assert!(duck(&stopped, &resume).wait().unwrap().success());
+    let [whole_metrics, stopped_metrics] = [&whole, &stopped].map(|out| metrics(out));
+    assert_eq!(whole_metrics.len(), stopped_metrics.len());
+    for (whole, stopped) in whole_metrics.iter().zip(&stopped_metrics) {
+        assert_eq!(whole, stopped);
+    }
     let [a, b] = [&whole, &stopped].map(|out| {
         let file = out.join("x.ternary");
         let mut export = Command::new(env!("CARGO_BIN_EXE_duck"));
@@ -95,19 +136,54 @@ fn a_run_stopped_at_ten_moments_is_the_uninterrupted_one() {
         fs::read(file).unwrap()
     });
     assert!(a == b, "the models differ");
-    assert_eq!(result(&stopped)["interrupted"], false);
+    let result = result(&stopped);
+    assert_eq!(result["interrupted"], false);
+    result
+}
+
+/// The files of its first end would be taken for the model of the run.
+#[test]
+fn a_run_that_goes_on_has_no_results_of_its_earlier_end() {
+    let home = tempfile::tempdir().unwrap();
+    let constant = ["--set", "schedule.shape=constant", "--set", "model.d_ff=128", "--steps"];
+    let run = |steps: &str| duck(home.path(), &[&constant[..], &[steps, "--resume"]].concat());
+    let at = |name: &str| home.path().join("x-1").join(name);
+    assert!(run("40").wait().unwrap().success());
+    assert!(["model.gguf", "loss.svg", "codes.svg"].iter().all(|name| at(name).exists()));
+    let mut child = run("100000");
+    wait_for(home.path(), 45);
+    assert!(!at("model.gguf").exists() && !at("result.json").exists());
+    send("-KILL", &child);
+    child.wait().unwrap();
+    let mut child = run("100000");
+    wait_for(home.path(), 50);
+    send("-TERM", &child);
+    assert_eq!(child.wait().unwrap().code(), Some(7));
+    assert!(!at("model.gguf").exists() && at("loss.svg").exists());
+    let steps = result(home.path())["steps"].as_u64().unwrap();
+    assert!(steps > 40, "{steps}");
+    // What the checkpoint holds.
+    let mut inspect = Command::new(env!("CARGO_BIN_EXE_duck"));
+    assert!(inspect.arg("inspect").arg(home.path().join("x-1")).output().unwrap().status.success());
+    // Resumed as it is, a finished run ends as it did.
+    let finish = || {
+        assert!(run(&(steps + 3).to_string()).wait().unwrap().success());
+        (fs::read(at("model.gguf")).unwrap(), fs::read(at("codes.svg")).unwrap())
+    };
+    let first = finish();
+    assert!(first == finish(), "another end");
 }
 
 #[test]
 fn a_second_signal_ends_a_run_at_once() {
     let home = tempfile::tempdir().unwrap();
-    // Evaluations that never end: the first signal waits for one.
-    let slow = ["--set", "run.eval_every=3", "--set", "run.eval_windows=0", "--set", "run.sample_tokens=0"];
+    // A last evaluation that never ends: the first signal waits for it.
+    let slow = ["--set", "run.eval_every=9", "--set", "run.eval_windows=0", "--set", "run.sample_tokens=0"];
     let text = home.path().join("valid.txt");
     fs::write(&text, "The duck swims on the pond. ".repeat(400_000)).unwrap();
     let valid = format!("data.valid=[{:?}]", text.display().to_string());
     let mut child = duck(home.path(), &[&slow[..], &["--steps", "9", "--set", &valid]].concat());
-    wait_for(home.path(), 3);
+    wait_for(home.path(), 9);
     send("-TERM", &child);
     sleep(Duration::from_millis(1300));
     assert!(child.try_wait().unwrap().is_none(), "the evaluation was too short");
@@ -116,6 +192,27 @@ fn a_second_signal_ends_a_run_at_once() {
     assert_eq!(child.wait().unwrap().code(), Some(7));
     assert!(sent.elapsed() < Duration::from_secs(2));
     assert!(!home.path().join("x-1/result.json").exists());
+}
+
+/// The validation of the step that was done last is left to the next session.
+#[test]
+fn an_evaluation_does_not_delay_the_end() {
+    let home = tempfile::tempdir().unwrap();
+    let text = home.path().join("valid.txt");
+    fs::write(&text, "The duck swims on the pond. ".repeat(40_000)).unwrap();
+    let valid = format!("data.valid=[{:?}]", text.display().to_string());
+    let [whole, stopped] = ["whole", "stopped"].map(|name| home.path().join(name));
+    let more = ["--steps", "6", "--set", "run.eval_every=3", "--set", "run.eval_windows=0", "--set", &valid];
+    assert!(duck(&whole, &more).wait().unwrap().success());
+    let mut child = duck(&stopped, &more);
+    wait_for(&stopped, 3);
+    sleep(Duration::from_millis(100));
+    send("-TERM", &child);
+    assert_eq!(child.wait().unwrap().code(), Some(7));
+    assert_eq!((metrics(&stopped).len(), &result(&stopped)["steps"]), (3, &3.into()));
+    assert!(duck(&stopped, &[&more[..], &["--resume"]].concat()).wait().unwrap().success());
+    assert_eq!(metrics(&stopped), metrics(&whole));
+    assert_eq!(result(&stopped)["best_valid_loss"], result(&whole)["best_valid_loss"]);
 }
 
 #[test]
@@ -133,10 +230,14 @@ fn a_signal_that_was_ignored_stays_ignored() {
     assert!(child.wait().unwrap().success());
 }
 
+/// Instead of a signal: the command gets no more memory, or its terminal is closed.
+const NO_MEMORY: i32 = 99;
+const CLOSED: i32 = 98;
+
 /// Runs a command under a pseudo-terminal, sends it keys and a signal once it draws, and prints the exit code, whether the
 /// terminal's attributes are those of before, and what was drawn.
 const TERMINAL: &str = r#"
-import fcntl, json, os, pty, select, signal, struct, sys, termios, time
+import fcntl, json, os, pty, resource, select, signal, struct, sys, termios, time
 keys, number, command = bytes.fromhex(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 keeper, slave = pty.openpty()
 fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
@@ -156,7 +257,13 @@ while code is None and time.time() - start < 60:
         if sent < len(keys):
             os.write(keeper, keys[sent:sent + 1]); sent += 1; time.sleep(0.4)
         elif sent == len(keys) and number:
-            os.kill(child, number); sent += 1
+            if number == 99: resource.prlimit(child, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+            elif number == 98:
+                os.close(keeper); os.close(slave)
+                print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}))
+                sys.exit()
+            else: os.kill(child, number)
+            sent += 1
     done, status = os.waitpid(child, os.WNOHANG)
     if done: code = os.waitstatus_to_exitcode(status)
 if code is None: os.kill(child, signal.SIGKILL)
@@ -194,6 +301,7 @@ fn the_terminal_is_restored_however_a_run_ends() {
         ("HUP", "", 1, 7),
         ("quit", "qs", 0, 7),
         ("kill", "qk", 0, 7),
+        ("memory", "", NO_MEMORY, 4),
         // No key of the interface, and no signal.
         ("Ctrl-Z, Ctrl-C", "\x1a\x1c\x03", 0, 7),
     ] {
@@ -204,7 +312,23 @@ fn the_terminal_is_restored_however_a_run_ends() {
             assert_eq!(seen[what], true, "{name}, {what}: {seen}");
         }
         let saved = fs::read_dir(home.path().join("x-1/checkpoints")).map(Iterator::count).unwrap_or(0);
-        assert_eq!(saved > 0, name != "kill", "{name}");
+        // Without memory it may live long enough for its first one.
+        assert!(name == "memory" || (saved > 0) == (name != "kill"), "{name}");
+    }
+}
+
+/// A window that is closed, or a connection that is lost.
+#[test]
+fn a_run_whose_terminal_is_closed_ends_with_a_checkpoint() {
+    let long = ["--steps", "100000", "--set", "schedule.warmup_steps=5"];
+    for term in ["xterm-256color", "dumb"] {
+        let home = tempfile::tempdir().unwrap();
+        let Some(seen) = in_terminal(home.path(), term, "", CLOSED, &long) else { return };
+        assert_eq!(seen["code"], 7, "{term}: {seen}");
+        let result = result(home.path());
+        assert_eq!(result["interrupted"], true, "{term}");
+        let step = result["steps"].as_u64().unwrap();
+        assert!(home.path().join(format!("x-1/checkpoints/step-{step:08}")).exists(), "{term}");
     }
 }
 

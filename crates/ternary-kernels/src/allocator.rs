@@ -3,6 +3,10 @@
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     io::Write,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 /// The exit code of a program that has no memory left.
@@ -16,6 +20,18 @@ const EXIT_CODE: i32 = 4;
 /// atomically in any case.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ExitAllocator;
+
+/// What a program does before [`ExitAllocator`] ends it.
+static CLEANUP: OnceLock<fn()> = OnceLock::new();
+
+impl ExitAllocator {
+    /// Calls `cleanup` before the program ends for want of memory, to restore a terminal. It runs in the middle of an
+    /// allocation, so it must not allocate, and must not wait for a lock that an allocating thread may hold. Only the first
+    /// one that is set is kept.
+    pub fn set_cleanup(cleanup: fn()) {
+        let _ = CLEANUP.set(cleanup);
+    }
+}
 
 // SAFETY: everything is passed on to the system's allocator, and null pointers to nobody.
 unsafe impl GlobalAlloc for ExitAllocator {
@@ -48,15 +64,21 @@ fn there(pointer: *mut u8, size: usize) -> *mut u8 {
     pointer
 }
 
-/// Takes no memory, and runs nothing that could.
+/// Takes no memory, and runs nothing that could, but for a cleanup that breaks its promise.
 #[cold]
 fn exhausted(size: usize) -> ! {
+    static CLEANED: AtomicBool = AtomicBool::new(false);
+    if let Some(cleanup) = CLEANUP.get()
+        && !CLEANED.swap(true, Relaxed)
+    {
+        cleanup();
+    }
     let mut text = [0; 256];
     let mut rest = &mut text[..];
     // It is long enough.
     let _ = writeln!(
         rest,
-        "error: out of memory: {} MiB more are not available{}; a smaller model, context or batch fits",
+        "error: out of memory: {} MiB more are not available{}; a smaller model, text, context or batch fits",
         size.div_ceil(1 << 20),
         limit()
     );

@@ -171,7 +171,8 @@ impl DataConfig {
 }
 
 fn is_made_from(path: &Path, tokenizer: &Tokenizer, recipe: &str, documents: &[Document]) -> bool {
-    TokenFile::open(path, &source_digest(tokenizer, recipe, documents)).is_some()
+    let file = TokenFile::open(path, &source_digest(tokenizer, recipe, documents));
+    file.is_ok_and(|file| file.is_some())
 }
 
 #[cfg(test)]

@@ -95,7 +95,8 @@ fn telling_progress<T>(documents: &[Document], train: impl FnOnce() -> T) -> T {
         }
     };
     thread::scope(|scope| {
-        scope.spawn(tell);
+        // Without a thread it is trained all the same.
+        let _ = thread::Builder::new().spawn_scoped(scope, tell);
         let trained = train();
         drop(done);
         trained

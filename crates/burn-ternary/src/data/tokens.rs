@@ -69,12 +69,24 @@ impl Counts {
 
 impl TokenFile {
     /// Opens the token file at `path` if it is whole and was made from this `source` (see [`source_digest`]).
-    pub fn open(path: &Path, source: &[u8; 32]) -> Option<Self> {
-        let file = disk::open(path).ok()?;
+    ///
+    /// # Errors
+    /// `Read`: memory refuses the map.
+    pub fn open(path: &Path, source: &[u8; 32]) -> Result<Option<Self>, DataError> {
+        let Ok(file) = disk::open(path) else { return Ok(None) };
         // SAFETY: the map is only read, as bytes, and the file is only ever replaced by a rename (see `replace`),
         // which leaves the mapped one as it is. Another program that shortens it in place would end ours with SIGBUS.
         #[allow(unsafe_code)]
-        let map = unsafe { Mmap::map(&file) }.ok()?;
+        match unsafe { Mmap::map(&file) } {
+            Ok(map) => Ok(Self::of_map(map, path, source)),
+            Err(source) if source.kind() == io::ErrorKind::OutOfMemory => {
+                Err(DataError::Read { path: path.into(), source })
+            }
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn of_map(map: Mmap, path: &Path, source: &[u8; 32]) -> Option<Self> {
         if map.len() < HEADER || map[..8] != MAGIC {
             return None;
         }
@@ -182,7 +194,7 @@ pub fn count(
     tokenizer: &Tokenizer,
     recipe: &str,
 ) -> Result<usize, DataError> {
-    if let Some(file) = TokenFile::open(path, &source_digest(tokenizer, recipe, documents)) {
+    if let Some(file) = TokenFile::open(path, &source_digest(tokenizer, recipe, documents))? {
         return Ok(file.len());
     }
     let lengths = documents.par_iter().map(|document| Ok(encode(document, tokenizer)?.words.len()));
@@ -201,7 +213,7 @@ pub fn prepare(
     recipe: &str,
 ) -> Result<TokenFile, DataError> {
     let source = source_digest(tokenizer, recipe, documents);
-    if let Some(file) = TokenFile::open(path, &source) {
+    if let Some(file) = TokenFile::open(path, &source)? {
         return Ok(file);
     }
     tracing::info!("tokenizing {} documents into {}", documents.len(), path.display());
@@ -222,7 +234,7 @@ pub fn prepare(
         file.write_all(&seal(&source, counts, &words))?;
         file.write_all(&words)
     })?;
-    TokenFile::open(path, &source).ok_or_else(|| DataError::Read {
+    TokenFile::open(path, &source)?.ok_or_else(|| DataError::Read {
         path: path.into(),
         source: io::Error::other("the token file changed while it was written"),
     })
@@ -344,7 +356,7 @@ pub(crate) mod tests {
         });
         for bad in truncated.chain(flipped).chain([[&good[..], &[0]].concat()]) {
             fs::write(&path, &bad).unwrap();
-            assert!(TokenFile::open(&path, &source).is_none());
+            assert!(TokenFile::open(&path, &source).unwrap().is_none());
         }
         prepare(&path, &documents, &tokenizer, "byte").unwrap();
         assert_eq!(fs::read(&path).unwrap(), good);

@@ -1,11 +1,10 @@
 //! AdamW as one op, with moments in floats or at eight bits.
 
+use super::moment::Moment;
 use super::optim::{Decay, Moments};
 use crate::ops::{AdamWStep, adamw, adamw_int8, int8_moments};
 use crate::quant::Dial;
-use burn::optim::{
-    AdamWState, AdaptiveMomentumState, LearningRate, Optimizer, RecordState, StateSink, StateSource,
-};
+use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource, join_path};
 use burn::tensor::{Device, Tensor};
 
 /// Fewer numbers keep their moments in floats: they are nothing beside the others, and the scales of their blocks are
@@ -22,24 +21,28 @@ pub(super) struct AdamW {
     pub clip: Dial,
 }
 
-/// Names of leaves, which Burn's state has not.
-const TIME: &str = "int8_time";
+/// Where Burn's AdamW has time and moments in floats.
+const MOMENTUM: &str = "momentum";
+const FLOAT_TIME: &str = "time";
+const FLOAT_MOMENTS: [&str; 2] = ["moment_1", "moment_2"];
+/// Names of leaves that Burn's state has not.
+const INT8_TIME: &str = "int8_time";
 const INT8_MOMENTS: &str = "int8_moments";
 
-/// The moments of a parameter. There is one a parameter, and its numbers lie elsewhere.
+/// Steps so far, and the moments of a parameter.
 #[derive(Clone)]
-#[expect(clippy::large_enum_variant)]
-pub(super) enum State<const D: usize> {
-    /// Burn's own.
-    Float(AdamWState<D>),
-    Int8(Int8State),
+pub(super) struct State<const D: usize> {
+    time: usize,
+    moments: Held<D>,
 }
 
-/// Time, and moments as [`adamw_int8`] has them.
+/// There is one a parameter, and its numbers lie elsewhere.
 #[derive(Clone)]
-pub(super) struct Int8State {
-    time: usize,
-    moments: Tensor<1>,
+#[expect(clippy::large_enum_variant)]
+enum Held<const D: usize> {
+    Float([Moment<D>; 2]),
+    /// As [`adamw_int8`] has them.
+    Int8(Moment<1>),
 }
 
 impl Optimizer for AdamW {
@@ -52,49 +55,39 @@ impl Optimizer for AdamW {
         grad: Tensor<D>,
         state: Option<State<D>>,
     ) -> (Tensor<D>, Option<State<D>>) {
-        let state = state.unwrap_or_else(|| self.begin(&grad));
-        match state {
-            State::Float(state) => {
-                let AdaptiveMomentumState { time, moment_1, moment_2, .. } = state.momentum;
-                let time = time + 1;
-                let (tensor, [moment_1, moment_2]) =
-                    adamw(tensor, grad, [moment_1, moment_2], self.at(lr, time));
-                let momentum = AdaptiveMomentumState::new(time, moment_1, moment_2);
-                (tensor, Some(State::Float(AdamWState::new(momentum))))
+        let State { time, moments } = state.unwrap_or_else(|| self.begin(&grad));
+        let time = time + 1;
+        let step = self.at(lr, time);
+        let (tensor, moments) = match moments {
+            Held::Float(moments) => {
+                let (tensor, moments) = adamw(tensor, grad, moments.map(Moment::into_tensor), step);
+                (tensor, Held::Float(moments.map(Moment::from)))
             }
-            State::Int8(Int8State { time, moments }) => {
-                let time = time + 1;
-                let (tensor, moments) = adamw_int8(tensor, grad, moments, self.at(lr, time));
-                (tensor, Some(State::Int8(Int8State { time, moments })))
+            Held::Int8(moments) => {
+                let (tensor, moments) = adamw_int8(tensor, grad, moments.into_tensor(), step);
+                (tensor, Held::Int8(moments.into()))
             }
-        }
+        };
+        (tensor, Some(State { time, moments }))
     }
 
-    fn to_device<const D: usize>(state: State<D>, device: &Device) -> State<D> {
-        match state {
-            State::Float(mut state) => {
-                state.momentum = state.momentum.to_device(device);
-                State::Float(state)
-            }
-            State::Int8(Int8State { time, moments }) => {
-                State::Int8(Int8State { time, moments: moments.to_device(device) })
-            }
-        }
+    fn to_device<const D: usize>(State { time, moments }: State<D>, device: &Device) -> State<D> {
+        let moments = match moments {
+            Held::Float(moments) => Held::Float(moments.map(|moment| moment.placed(device))),
+            Held::Int8(moments) => Held::Int8(moments.placed(device)),
+        };
+        State { time, moments }
     }
 }
 
 impl AdamW {
     /// Before the first step.
     fn begin<const D: usize>(&self, grad: &Tensor<D>) -> State<D> {
-        match self.moments {
-            Moments::Int8 if grad.shape().num_elements() >= FEW => {
-                State::Int8(Int8State { time: 0, moments: int8_moments(grad) })
-            }
-            _ => {
-                let momentum = AdaptiveMomentumState::new(0, grad.zeros_like(), grad.zeros_like());
-                State::Float(AdamWState::new(momentum))
-            }
-        }
+        let moments = match self.moments {
+            Moments::Int8 if grad.shape().num_elements() >= FEW => Held::Int8(int8_moments(grad).into()),
+            _ => Held::Float([grad.zeros_like(), grad.zeros_like()].map(Moment::from)),
+        };
+        State { time: 0, moments }
     }
 
     /// The numbers of step `time`, from 1 on.
@@ -115,21 +108,30 @@ impl AdamW {
 /// The leaves of either, which have other names.
 impl<const D: usize> RecordState for State<D> {
     fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
-        match self {
-            Self::Float(state) => state.state_flatten(prefix, out),
-            Self::Int8(Int8State { time, moments }) => {
-                out.push_scalar(prefix, TIME, (*time).into());
-                out.push_tensor(prefix, INT8_MOMENTS, moments.to_data());
+        match &self.moments {
+            Held::Float(moments) => {
+                let prefix = join_path(prefix, MOMENTUM);
+                out.push_scalar(&prefix, FLOAT_TIME, self.time.into());
+                for (moment, leaf) in moments.iter().zip(FLOAT_MOMENTS) {
+                    moment.flatten(&prefix, leaf, out);
+                }
+            }
+            Held::Int8(moments) => {
+                out.push_scalar(prefix, INT8_TIME, self.time.into());
+                moments.flatten(prefix, INT8_MOMENTS, out);
             }
         }
     }
 
-    fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
-        let Some(moments) = src.take_tensor(prefix, INT8_MOMENTS) else {
-            return AdamWState::state_unflatten(prefix, src, device).map(Self::Float);
-        };
-        let time = src.take_scalar(prefix, TIME)?.try_into().ok()?;
-        Some(Self::Int8(Int8State { time, moments: Tensor::from_data(moments, device) }))
+    fn state_unflatten(prefix: &str, src: &mut StateSource, _default: &Device) -> Option<Self> {
+        if let Some(moments) = Moment::unflatten(prefix, INT8_MOMENTS, src) {
+            let time = src.take_scalar(prefix, INT8_TIME)?.try_into().ok()?;
+            return Some(Self { time, moments: Held::Int8(moments) });
+        }
+        let prefix = join_path(prefix, MOMENTUM);
+        let time = src.take_scalar(&prefix, FLOAT_TIME)?.try_into().ok()?;
+        let [first, second] = FLOAT_MOMENTS.map(|leaf| Moment::unflatten(&prefix, leaf, src));
+        Some(Self { time, moments: Held::Float([first?, second?]) })
     }
 }
 

@@ -6,7 +6,8 @@
 //! |---|---|
 //! | `model.bpk` | Burn's [`ModuleRecord`] |
 //! | `optimizer.bpk` | Burn's [`OptimizerRecord`] |
-//! | `manifest.json` | format version, [`Identity`] of the run, [`TrainState`], length and SHA-256 of the two files above |
+//! | `codes.bin` | of a ternary model, a [`CodeTracker`](super::codes::CodeTracker) |
+//! | `manifest.json` | format version, [`Identity`] of the run, [`TrainState`], length and SHA-256 of the files above |
 //! | `manifest.sha256` | SHA-256 of `manifest.json`, as `sha256sum --check` reads it |
 //!
 //! Beside the checkpoints may lie what a killed process left: scratch folders, unfinished or already given up, are never
@@ -31,10 +32,14 @@ use burn::{
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use ternary_format::disk::{self, NewFolder};
+use ternary_format::{
+    disk::{self, NewFolder},
+    memory::{self, OutOfMemory},
+};
 
 const MODEL: &str = "model.bpk";
 const OPTIMIZER: &str = "optimizer.bpk";
+const CODES: &str = "codes.bin";
 const MANIFEST: &str = "manifest.json";
 const MANIFEST_HASH: &str = "manifest.sha256";
 /// Format of the folder; any other is refused.
@@ -43,6 +48,8 @@ const VERSION: u64 = 1;
 const MANIFEST_LIMIT: u64 = 1 << 20;
 const STEP: &str = "step-";
 const SCRATCH: &str = ".tmp-";
+/// How often the newest checkpoint is looked for while it vanishes.
+const ATTEMPTS: usize = 5;
 const ASIDE: &str = ".old-";
 
 #[derive(Serialize, Deserialize)]
@@ -59,6 +66,8 @@ struct Manifest {
     model: FileEntry,
     #[serde(rename = "optimizer.bpk")]
     optimizer: FileEntry,
+    #[serde(rename = "codes.bin", default, skip_serializing_if = "Option::is_none")]
+    codes: Option<FileEntry>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -78,6 +87,9 @@ pub enum CheckpointError {
     Read { path: PathBuf, source: io::Error },
     #[error("no good checkpoint in {path}: {}", join(refused))]
     NoneGood { path: PathBuf, refused: Vec<Refusal> },
+    /// A checkpoint that cannot be read here.
+    #[error("{}: {source}", path.display())]
+    Memory { path: PathBuf, source: OutOfMemory },
     /// A checkpoint that is whole and of another model than its experiment's.
     #[error(transparent)]
     Unfit(Refusal),
@@ -87,6 +99,12 @@ impl CheckpointError {
     /// A sound model record whose tensors are not those of the model.
     pub(super) fn unfit(path: &Path, detail: impl Display) -> Self {
         Self::Unfit(Refusal { path: path.into(), reason: bad_tensors(MODEL)(detail) })
+    }
+
+    /// The same of its codes.
+    pub(super) fn unfit_codes(path: &Path) -> Self {
+        let reason = bad_tensors(CODES)("expected the codes and scales of the model in [model] and [quant]");
+        Self::Unfit(Refusal { path: path.into(), reason })
     }
 }
 
@@ -126,8 +144,12 @@ pub struct Loaded {
     pub model: ModuleRecord,
     /// Of its file.
     pub model_bytes: u64,
+    /// Of all files, which are in memory.
+    pub bytes: u64,
     pub optimizer: OptimizerRecord,
     pub state: TrainState,
+    /// What is known of the ternary codes; none of a float model, and of earlier versions of this crate.
+    pub codes: Option<Vec<u8>>,
     /// As given to [`Checkpoints::save`]; those that version 0.1.0 of this crate saved have none.
     pub identity: Option<Identity>,
     /// Of the experiment as TOML, in place of an identity.
@@ -141,23 +163,25 @@ pub struct Loaded {
 pub struct Checkpoints {
     dir: PathBuf,
     keep: usize,
+    /// Steps between regular checkpoints; those of other steps were saved because a run ended there.
+    every: usize,
 }
 
 impl Checkpoints {
     /// The folder of a run that is only read.
     pub fn existing(dir: impl Into<PathBuf>) -> Self {
-        Self { dir: dir.into(), keep: 1 }
+        Self { dir: dir.into(), keep: 1, every: 1 }
     }
 
-    /// Opens the folder to write it; it is created where it does not exist. Of its checkpoints the last `keep` stay
-    /// (at least one).
+    /// Opens the folder to write it; it is created where it does not exist. Of its checkpoints the last `keep` (at least one) of those
+    /// whose steps are multiples of `every` stay, and the newest one.
     ///
     /// # Errors
     /// `Write`: the folder cannot be created.
-    pub fn open(dir: impl Into<PathBuf>, keep: usize) -> Result<Self, CheckpointError> {
+    pub fn open(dir: impl Into<PathBuf>, keep: usize, every: usize) -> Result<Self, CheckpointError> {
         let dir = dir.into();
         fs::create_dir_all(&dir).map_err(write_error(&dir))?;
-        Ok(Self { dir, keep: keep.max(1) })
+        Ok(Self { dir, keep: keep.max(1), every: every.max(1) })
     }
 
     /// Writes the checkpoint of `state.step` and returns its folder; one of the same step is replaced.
@@ -173,11 +197,12 @@ impl Checkpoints {
         optimizer: OptimizerRecord,
         state: &TrainState,
         identity: &Identity,
+        codes: Option<&[u8]>,
     ) -> Result<PathBuf, CheckpointError> {
         self.recover()?;
         let path = self.dir.join(folder_name(state.step));
         let folder = NewFolder::successor(&path).map_err(write_error(&path))?;
-        write_folder(&folder, &path, model, optimizer, state, identity)?;
+        write_folder(&folder, &path, model, optimizer, state, identity, codes)?;
         self.publish(folder, &path, state.step)?;
         self.prune(state.step)?;
         Ok(path)
@@ -190,12 +215,46 @@ impl Checkpoints {
     /// # Errors
     /// `Read`: the folder cannot be listed. `NoneGood`: there are checkpoints, and each was refused.
     pub fn latest_good(&self) -> Result<Option<Loaded>, CheckpointError> {
+        self.latest(|_| true)
+    }
+
+    /// The same of the regular ones, which are those of any number of sessions: a run that was interrupted falls back to
+    /// where it would have fallen back to.
+    ///
+    /// # Errors
+    /// As [`latest_good`](Self::latest_good).
+    pub fn latest_regular(&self) -> Result<Option<Loaded>, CheckpointError> {
+        self.latest(|step| self.is_regular(step))
+    }
+
+    fn is_regular(&self, step: usize) -> bool {
+        step.is_multiple_of(self.every)
+    }
+
+    fn latest(&self, admits: impl Fn(usize) -> bool) -> Result<Option<Loaded>, CheckpointError> {
+        // A run that is being written removes its oldest checkpoint after each new one, perhaps the one that is read.
+        for _ in 1..ATTEMPTS {
+            match self.latest_now(&admits) {
+                Err(CheckpointError::NoneGood { refused, .. })
+                    if refused.iter().any(|refusal| !refusal.path.exists()) => {}
+                found => return found,
+            }
+        }
+        self.latest_now(&admits)
+    }
+
+    fn latest_now(&self, admits: impl Fn(usize) -> bool) -> Result<Option<Loaded>, CheckpointError> {
         let mut folders = self.folders("")?;
         folders.extend(self.folders(ASIDE)?);
         // Stable: of the same step, the checkpoint comes before the one it replaced.
         folders.sort_by_key(|&(step, _)| Reverse(step));
         let mut refused = Vec::new();
-        for (step, path) in folders {
+        for (step, path) in folders.into_iter().filter(|(step, _)| admits(*step)) {
+            // The files, and the tensors that are made of them.
+            let bytes: u64 =
+                [MODEL, OPTIMIZER].into_iter().filter_map(|file| file_length(&path, file).ok()).sum();
+            memory::check(2 * bytes)
+                .map_err(|source| CheckpointError::Memory { path: path.clone(), source })?;
             match read_folder(&path, step) {
                 Ok(loaded) => return Ok(Some(Loaded { refused, ..loaded })),
                 Err(reason) => refused.push(Refusal { path, reason }),
@@ -248,11 +307,17 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Removes all but the last `keep` checkpoints up to `step`.
+    /// Removes all but the last `keep` regular checkpoints up to `step`, and the one of that step.
     fn prune(&self, step: usize) -> Result<(), CheckpointError> {
+        let mut regular = 0;
         let mut folders = self.folders("")?;
-        folders.retain(|&(other, _)| other <= step);
-        for (_, path) in folders.drain(..).skip(self.keep).rev() {
+        folders.retain(|&(other, _)| {
+            regular += usize::from(other <= step && self.is_regular(other));
+            let kept = self.is_regular(other) && regular <= self.keep;
+            other < step && !kept
+        });
+        // The oldest first.
+        for (_, path) in folders.into_iter().rev() {
             disk::remove_folder(&path).map_err(write_error(&path))?;
         }
         Ok(())
@@ -307,6 +372,7 @@ fn write_folder(
     optimizer: OptimizerRecord,
     state: &TrainState,
     identity: &Identity,
+    codes: Option<&[u8]>,
 ) -> Result<(), CheckpointError> {
     // Burn streams the tensors to the file and syncs it; hashing what it wrote costs no second copy in memory.
     let record_error = |name| {
@@ -316,6 +382,9 @@ fn write_folder(
     let folder = folder.scratch();
     model.save(folder.join(MODEL)).map_err(record_error(MODEL))?;
     optimizer.save(folder.join(OPTIMIZER)).map_err(record_error(OPTIMIZER))?;
+    if let Some(codes) = codes {
+        disk::write_new(&folder.join(CODES), codes).map_err(write_error(&path.join(CODES)))?;
+    }
     let manifest = Manifest {
         version: VERSION,
         experiment_sha256: None,
@@ -323,6 +392,7 @@ fn write_folder(
         state: state.clone(),
         model: file_entry(folder.join(MODEL))?,
         optimizer: file_entry(folder.join(OPTIMIZER))?,
+        codes: codes.map(|_| file_entry(folder.join(CODES))).transpose()?,
     };
     let manifest = serde_json::to_vec_pretty(&manifest).expect("plain structs are always JSON");
     for (name, bytes) in [(MANIFEST, &manifest[..]), (MANIFEST_HASH, manifest_hash(&manifest).as_bytes())] {
@@ -348,12 +418,15 @@ fn read_folder(folder: &Path, step: usize) -> Result<Loaded, RefusalReason> {
     let manifest = read_manifest(folder, step)?;
     let model = read_tensors(folder, MODEL, &manifest.model)?;
     let optimizer = read_tensors(folder, OPTIMIZER, &manifest.optimizer)?;
+    let codes = manifest.codes.map(|entry| read_sealed(folder, CODES, &entry)).transpose()?;
     Ok(Loaded {
         path: folder.to_owned(),
         model_bytes: manifest.model.bytes,
+        bytes: manifest.model.bytes + manifest.optimizer.bytes,
         model: ModuleRecord::from_bytes(model).map_err(bad_tensors(MODEL))?,
         optimizer: OptimizerRecord::from_bytes(optimizer).map_err(bad_tensors(OPTIMIZER))?,
         state: manifest.state,
+        codes,
         identity: manifest.identity,
         experiment_sha256: manifest.experiment_sha256,
         refused: Vec::new(),
@@ -388,12 +461,16 @@ fn read_manifest(folder: &Path, step: usize) -> Result<Manifest, RefusalReason> 
 }
 
 fn read_tensors(folder: &Path, file: &'static str, entry: &FileEntry) -> Result<Bytes, RefusalReason> {
+    Ok(Bytes::from_bytes_vec(read_sealed(folder, file, entry)?))
+}
+
+fn read_sealed(folder: &Path, file: &'static str, entry: &FileEntry) -> Result<Vec<u8>, RefusalReason> {
     check_length(folder, file, entry.bytes)?;
     let bytes = read_file(folder, file)?;
     if sha256(&bytes) != entry.sha256 {
         return Err(RefusalReason::Altered { file });
     }
-    Ok(Bytes::from_bytes_vec(bytes))
+    Ok(bytes)
 }
 
 fn check_length(folder: &Path, file: &'static str, expected: u64) -> Result<(), RefusalReason> {

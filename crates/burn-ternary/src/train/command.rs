@@ -6,7 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::train::{Experiment, RunOptions, TrainError, experiment, report::RunResult, run::run_locked};
+use crate::train::{
+    Experiment, RunOptions, TrainError, experiment, report::RunResult, run::run_claimed,
+    signals::ignore_file_limit,
+};
 use ternary_format::disk::{self, RunLock};
 use toml::Value;
 
@@ -163,18 +166,18 @@ impl TrainCommand {
         let experiment = self.experiment()?;
         let (resume, quiet, epochs) = (self.resume, self.quiet, self.epochs);
         let options = RunOptions { resume, quiet, epochs, signals: true };
-        run_locked(experiment, &options, |run_dir| self.claim(run_dir))
+        ignore_file_limit();
+        run_claimed(experiment, &options, |run_dir| self.claim(run_dir))
     }
 
-    /// Locks `run_dir` and makes way for a run in it: a folder that is missing, empty or holds only prepared texts (which
-    /// a run that could not start may leave) is free, `--resume` keeps what is there, `--overwrite` moves it to
-    /// `<run_dir>.old-N`. The folder is the caller's until the lock is dropped.
+    /// Locks `run_dir` for a run: a folder that is missing, empty or holds only prepared texts (which a run that could not
+    /// start may leave) is free, `--resume` keeps what is there, and what `--overwrite` replaces is moved to
+    /// `<run_dir>.old-N` once the new run can start.
     ///
     /// # Errors
     /// [`TrainError::Lock`] when another process writes the folder; [`TrainError::NotEmpty`] when there is a run and
-    /// neither flag says what becomes of it; [`TrainError::Read`] and [`TrainError::Write`] when the folder cannot be
-    /// listed or its files cannot be moved.
-    pub fn claim(&self, run_dir: &Path) -> Result<RunLock, TrainError> {
+    /// neither flag says what becomes of it; [`TrainError::Read`] when the folder cannot be listed.
+    fn claim(&self, run_dir: &Path) -> Result<Claim, TrainError> {
         let lock = RunLock::acquire(run_dir)?;
         let path = run_dir.to_path_buf();
         let names = fs::read_dir(run_dir)
@@ -183,19 +186,34 @@ impl TrainCommand {
         names.retain(|name| name != disk::LOCK);
         let free = names.iter().all(|name| PREPARED.iter().any(|prepared| name == prepared));
         if free || self.resume {
-            return Ok(lock);
+            return Ok(lock.into());
         }
         if !self.overwrite {
             return Err(TrainError::NotEmpty { path });
         }
-        move_aside(run_dir, names).map_err(|source| TrainError::Write { path, source })?;
-        Ok(lock)
+        Ok(Claim { lock, replaced: names })
+    }
+}
+
+/// A run folder that is this process's until the lock is dropped.
+pub(super) struct Claim {
+    pub lock: RunLock,
+    /// The files of an earlier run, which the new one replaces.
+    pub replaced: Vec<OsString>,
+}
+
+impl From<RunLock> for Claim {
+    fn from(lock: RunLock) -> Self {
+        Self { lock, replaced: Vec::new() }
     }
 }
 
 /// Moves what is in a run folder to `<run_dir>.old-N`. The folder and its lock stay, so that nobody else can take the
 /// name meanwhile; a move that fails is undone.
-fn move_aside(run_dir: &Path, mut names: Vec<OsString>) -> io::Result<()> {
+pub(super) fn move_aside(run_dir: &Path, mut names: Vec<OsString>) -> io::Result<()> {
+    if names.is_empty() {
+        return Ok(());
+    }
     let mut number = 1;
     let aside = loop {
         let mut name = run_dir.as_os_str().to_owned();
@@ -313,10 +331,18 @@ mod tests {
         assert!(matches!(command(&[]).claim(&run), Err(TrainError::NotEmpty { .. })));
         command(&["--resume"]).claim(&run).unwrap();
         assert_eq!(names(), ["x-1"]);
+        let overwrite = || {
+            let claim = command(&["--overwrite"]).claim(&run).unwrap();
+            move_aside(&run, claim.replaced).unwrap();
+            claim.lock
+        };
+        // A run that cannot start moves nothing.
         command(&["--overwrite"]).claim(&run).unwrap();
+        assert_eq!(names(), ["x-1"]);
+        overwrite();
         fs::write(run.join("metrics.jsonl"), "second").unwrap();
         fs::create_dir(run.join("checkpoints")).unwrap();
-        let lock = command(&["--overwrite"]).claim(&run).unwrap();
+        let lock = overwrite();
         assert_eq!(names(), ["x-1", "x-1.old-1", "x-1.old-2"]);
         let old = home.path().join("x-1.old-1/metrics.jsonl");
         assert_eq!(fs::read_to_string(old).unwrap(), "first");

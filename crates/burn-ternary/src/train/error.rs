@@ -54,10 +54,10 @@ pub enum TrainError {
     Write { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// No model file of this model, or a model file that cannot be read or written.
+    /// No model file of this model, or one that cannot be written.
     #[error(transparent)]
     Model(#[from] crate::ExportError),
-    /// A model file that is no model, as that of a teacher.
+    /// A model file that cannot be read or is no model, as that of a teacher.
     #[error(transparent)]
     Import(#[from] crate::ImportError),
     /// The loss left the finite numbers, or its usual range, once too often.
@@ -91,10 +91,16 @@ impl TrainError {
             | Self::OtherRun { .. }
             | Self::Lock(LockError::Held { .. }) => 2,
             Self::Lock(_) | Self::Moved { .. } | Self::Data(DataError::Write { .. }) => 5,
-            Self::Data(_) | Self::Checkpoint(CheckpointError::Unfit(_)) => 3,
+            Self::Data(_)
+            | Self::Checkpoint(CheckpointError::Unfit(_) | CheckpointError::NoneGood { .. }) => 3,
             Self::Model(error) if error.is_io() => 5,
             Self::Model(_) | Self::Import(_) => 3,
             Self::Device(_) | Self::MemoryTooSmall(_) | Self::Threads(_) => 4,
+            Self::Read { source, .. } | Self::Write { source, .. }
+                if source.kind() == io::ErrorKind::InvalidData =>
+            {
+                3
+            }
             Self::Read { .. } | Self::Write { .. } | Self::Checkpoint(_) => 5,
             Self::Diverged { .. } => 6,
             Self::Interrupted { .. } => INTERRUPTED,

@@ -53,7 +53,7 @@ pub struct RunConfig {
     pub eval_windows: usize,
     /// Steps between two checkpoints; the last step is always saved.
     pub checkpoint_every: usize,
-    /// How many checkpoints are kept.
+    /// How many checkpoints of multiples of `checkpoint_every` are kept; the newest is kept in any case.
     pub keep_checkpoints: usize,
     /// What the text samples start with: plain text, or `<|user|>question` to be answered.
     pub sample_prompts: Vec<String>,
@@ -71,7 +71,7 @@ pub struct RunConfig {
 pub const DEVICES: [&str; 6] = ["auto", "flex", "ndarray", "wgpu", "tch", "cuda"];
 
 /// The largest number of steps, windows and the like.
-const LARGEST_COUNT: usize = 1_000_000_000;
+pub(super) const LARGEST_COUNT: usize = 1_000_000_000;
 
 /// The most tokens of one optimizer step; times `LARGEST_COUNT` it still fits 64 bits.
 const LARGEST_STEP: usize = 1 << 32;

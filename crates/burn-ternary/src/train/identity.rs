@@ -26,7 +26,7 @@ use ternary_format::PackedModel;
 use toml::{Table, Value};
 
 /// Keys that change no weight and no validation loss. `run.device` is here because `auto` and the device's own name are one device;
-/// only on the same device is a resumed run the same bit for bit.
+/// only on the same device is a resumed run the same bit for bit. `run.checkpoint_every` says where a later rollback goes back to.
 const FREE: [&str; 10] = [
     "run.name",
     "run.out_dir",
@@ -100,9 +100,16 @@ impl Identity {
     /// Checks that prepared texts may replace those of a run.
     ///
     /// # Errors
-    /// `OtherRun`: another text or tokenizer.
+    /// `OtherRun`: another text or tokenizer. `Experiment`: a run of an earlier version, whose texts cannot be compared.
     pub(super) fn expect_texts(loaded: &Loaded, texts: &Texts, run_dir: &Path) -> Result<(), TrainError> {
-        let Some(recorded) = &loaded.identity else { return Ok(()) };
+        let Some(recorded) = &loaded.identity else {
+            let message = "holds a run of an earlier version, which has no digests of its texts; expected another run.name \
+                           or run.seed";
+            return Err(TrainError::Experiment {
+                origin: run_dir.display().to_string(),
+                message: message.into(),
+            });
+        };
         let mut now = recorded.clone();
         now.inputs = Inputs { teacher: now.inputs.teacher, start: now.inputs.start, ..Inputs::of(texts) };
         expect_none(recorded.differences(&now), run_dir)

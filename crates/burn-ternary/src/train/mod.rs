@@ -11,6 +11,7 @@ mod gradients;
 pub mod identity;
 pub mod loss;
 pub mod metrics;
+mod moment;
 mod muon;
 pub mod optim;
 pub mod plot;

@@ -1,5 +1,6 @@
 //! Muon as one op.
 
+use super::moment::Moment;
 use super::optim::Decay;
 use crate::ops::{MuonStep, muon};
 use crate::quant::Dial;
@@ -21,7 +22,7 @@ pub(super) struct Muon {
 
 #[derive(Clone)]
 pub(super) struct State<const D: usize> {
-    velocity: Tensor<D>,
+    velocity: Moment<D>,
 }
 
 impl Optimizer for Muon {
@@ -45,13 +46,13 @@ impl Optimizer for Muon {
             momentum: self.momentum,
             grad_factor: self.clip.get(),
         };
-        let velocity = state.map_or_else(|| grad.zeros_like(), |state| state.velocity);
+        let velocity = state.map_or_else(|| grad.zeros_like(), |state| state.velocity.into_tensor());
         let (tensor, velocity) = muon(tensor, grad, velocity, step);
-        (tensor, Some(State { velocity }))
+        (tensor, Some(State { velocity: velocity.into() }))
     }
 
     fn to_device<const D: usize>(state: State<D>, device: &Device) -> State<D> {
-        State { velocity: state.velocity.to_device(device) }
+        State { velocity: state.velocity.placed(device) }
     }
 }
 
@@ -61,11 +62,10 @@ const VELOCITY: &str = "velocity";
 
 impl<const D: usize> RecordState for State<D> {
     fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
-        out.push_tensor(&join_path(prefix, MOMENTUM), VELOCITY, self.velocity.to_data());
+        self.velocity.flatten(&join_path(prefix, MOMENTUM), VELOCITY, out);
     }
 
-    fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
-        let data = src.take_tensor(&join_path(prefix, MOMENTUM), VELOCITY)?;
-        Some(Self { velocity: Tensor::from_data(data, device) })
+    fn state_unflatten(prefix: &str, src: &mut StateSource, _default: &Device) -> Option<Self> {
+        Some(Self { velocity: Moment::unflatten(&join_path(prefix, MOMENTUM), VELOCITY, src)? })
     }
 }

@@ -9,15 +9,8 @@ use burn::train::{
         EvaluationName, MetricState, MetricsRenderer, MetricsRendererEvaluation, MetricsRendererTraining,
     },
 };
-use std::{
-    fmt::Display,
-    io::{self, Write},
-};
 
-/// Writes a line to standard error; a line that cannot be written is lost.
-pub fn say(line: impl Display) {
-    let _ = writeln!(io::stderr(), "{line}");
-}
+pub use ternary_format::say;
 
 /// The lines that a run prints, without line feeds and escape codes. What a report does not have is left out, so the
 /// columns of a run stay where they are.

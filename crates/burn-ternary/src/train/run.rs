@@ -1,7 +1,8 @@
 //! A whole run: data, model, Burn's `SupervisedTraining`, and the files that stay.
 
-use super::checkpoint::{Checkpoints, Loaded};
+use super::checkpoint::{CheckpointError, Checkpoints, Loaded};
 use super::codes::CodeTracker;
+use super::command::{Claim, move_aside};
 use super::distill::{Teacher, TeacherFile};
 use super::identity::{Identity, Inputs, model_digest};
 use super::metrics;
@@ -15,7 +16,10 @@ use super::signals::Signals;
 use super::step::{SpikeGuard, TrainPlan};
 use super::strategy::{Outcome, Session, StepStrategy, expect_in_place};
 use super::terminal::{self, Screen};
-use super::{Experiment, TrainError, TrainState, experiment::RunConfig};
+use super::{
+    Experiment, TrainError, TrainState,
+    experiment::{LARGEST_COUNT, RunConfig},
+};
 use crate::data::{DataError, Dataset, LmLoader, Texts};
 use crate::device;
 use crate::nn::DuckQuantized;
@@ -25,9 +29,10 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::logger::InMemoryMetricLogger;
 use burn::train::{SupervisedTraining, TrainingStrategy};
+use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
-use std::path::Path;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use ternary_format::{
@@ -82,14 +87,14 @@ impl Drop for StepMemory {
 /// # Errors
 /// Every [`TrainError`].
 pub fn run(experiment: Experiment, options: &RunOptions) -> Result<RunResult, TrainError> {
-    run_locked(experiment, options, |run_dir| Ok(RunLock::acquire(run_dir)?))
+    run_claimed(experiment, options, |run_dir| Ok(RunLock::acquire(run_dir)?.into()))
 }
 
-/// The same, in a folder that `lock` locks before anything is written.
-pub(super) fn run_locked(
+/// The same, in a folder that `claim` locks before anything is written.
+pub(super) fn run_claimed(
     mut experiment: Experiment,
     options: &RunOptions,
-    lock: impl FnOnce(&Path) -> Result<RunLock, TrainError>,
+    claim: impl FnOnce(&Path) -> Result<Claim, TrainError>,
 ) -> Result<RunResult, TrainError> {
     let _memory = StepMemory;
     let started = Instant::now();
@@ -97,7 +102,8 @@ pub(super) fn run_locked(
     let device = device::device(&experiment.run.device)?;
     check_device(&experiment, &device)?;
     let run_dir = experiment.run_dir();
-    let lock = Arc::new(lock(&run_dir)?);
+    let Claim { lock, replaced } = claim(&run_dir)?;
+    let lock = Arc::new(lock);
     let loaded = match options.resume {
         true => resumed(&run_dir)?,
         false => None,
@@ -106,6 +112,18 @@ pub(super) fn run_locked(
     resolve_vocabulary(&mut experiment, &texts.tokenizer)?;
     let teacher = TeacherFile::open(&experiment.distill)?;
     let (start, start_digest) = start(&experiment, loaded.as_ref())?;
+    let read = [
+        (&experiment.run.start_from, start.as_ref().map_or(&[][..], |model| &model.warnings)),
+        (&experiment.distill.teacher, teacher.as_ref().map_or(&[][..], TeacherFile::warnings)),
+    ];
+    // `duck convert` starts from the model that teaches.
+    let warnings: BTreeSet<_> = read
+        .into_iter()
+        .flat_map(|(path, warnings)| warnings.iter().map(move |warning| (path, warning)))
+        .collect();
+    for (path, warning) in warnings {
+        say(format_args!("warning: {path}: {warning}"));
+    }
     let inputs = Inputs {
         teacher: teacher.as_ref().map(TeacherFile::digest),
         start: start_digest,
@@ -127,15 +145,19 @@ pub(super) fn run_locked(
                     return Ok(None);
                 }
                 let windows = texts.windows(asked.model.context, &run_dir)?;
-                resolve_steps(&mut asked, options, windows);
+                resolve_steps(&mut asked, options, windows)?;
             }
             Ok(Some(asked.run.steps))
         })?;
         say(format_args!("resuming {} at step {}", loaded.path.display(), loaded.state.step));
     }
+    let held = loaded.as_ref().map_or(0, |loaded| loaded.bytes);
+    let taught = teacher.as_ref().map_or(0, TeacherFile::bytes);
+    check_memory(&experiment, &device, taught, held)?;
     // From here on files are written.
+    move_aside(&run_dir, replaced).map_err(|source| TrainError::Write { path: run_dir.clone(), source })?;
     let data = texts.prepare(experiment.model.context, experiment.run.seed, &run_dir)?;
-    resolve_steps(&mut experiment, options, data.train.per_epoch());
+    resolve_steps(&mut experiment, options, data.train.per_epoch())?;
     identity.steps = experiment.run.steps;
     preflight(&experiment, &data, &device, options)?;
     let prompts = sample_prompts(&experiment.run, &data.tokenizer);
@@ -144,7 +166,12 @@ pub(super) fn run_locked(
     let teacher =
         teacher.map(|file| Teacher::new(file, distill, &data.tokenizer, text, model, &device)).transpose()?;
 
-    let checkpoints = Checkpoints::open(run_dir.join("checkpoints"), experiment.run.keep_checkpoints)?;
+    let checkpoints = Checkpoints::open(
+        run_dir.join("checkpoints"),
+        experiment.run.keep_checkpoints,
+        experiment.run.checkpoint_every,
+    )?;
+    remove_results(&run_dir)?;
     write(&run_dir.join("experiment.toml"), experiment.to_toml().as_bytes())?;
 
     let autodiff = device.clone().autodiff();
@@ -154,7 +181,13 @@ pub(super) fn run_locked(
         _ => experiment.model.init(&experiment.quant, experiment.run.seed, &autodiff),
     };
     let model = model.with_lora(&experiment.lora, experiment.run.seed);
-    let codes = CodeTracker::new(&model.valid());
+    let codes = match loaded.as_ref().and_then(|loaded| Some((loaded, loaded.codes.as_ref()?))) {
+        Some((loaded, bytes)) => {
+            let unfit = || CheckpointError::unfit_codes(&loaded.path);
+            Some(CodeTracker::from_bytes(bytes, &model.valid()).ok_or_else(unfit)?)
+        }
+        None => CodeTracker::new(&model.valid()),
+    };
     let schedule = Schedule::new(&experiment.schedule, experiment.run.steps);
     let plan = TrainPlan { optim: experiment.optim.clone(), schedule, teacher };
     let guard = SpikeGuard { factor: experiment.run.spike_factor };
@@ -219,12 +252,12 @@ pub(super) fn run_locked(
     }
     let interrupter = training.interrupter();
     let signals = options.signals.then(|| Signals::listen(interrupter.clone(), !tui)).transpose();
-    let _signals = signals.map_err(TrainError::Terminal)?;
+    let _signals =
+        signals.map_err(|error| TrainError::Burn(format!("signals cannot be handled: {error}")))?;
     let screen = match tui {
         true => {
             let opened = Screen::open(interrupter, intervals_done);
-            let (screen, renderer) =
-                opened.map_err(|error| TrainError::Burn(format!("the terminal: {error}")))?;
+            let (screen, renderer) = opened.map_err(TrainError::Terminal)?;
             training = training.renderer(Box::new(renderer));
             Some(screen)
         }
@@ -245,6 +278,9 @@ pub(super) fn run_locked(
     result.parameters = size.parameters as u64;
     result.fp32_bytes = size.fp32_bytes() as u64;
     result.packed_bytes = size.packed_bytes() as u64;
+    for warning in doubtful(&outcome.state) {
+        say(format_args!("warning: {warning}"));
+    }
     let mut failed = outcome.error.take();
     expect_in_place(&lock, &run_dir)?;
     if failed.is_none() && outcome.interrupted {
@@ -259,14 +295,30 @@ pub(super) fn run_locked(
     result.error = failed.as_ref().map(ToString::to_string);
     let bytes = result.file_bytes.unwrap_or(result.packed_bytes);
     result.compression = Some(result.fp32_bytes as f64 / bytes as f64);
-    illustrate(&run_dir, &result, &outcome)?;
     let path = run_dir.join("result.json");
-    result.write(&path).map_err(|source| TrainError::Write { path, source })?;
-    match (failed, learned.error) {
-        (Some(error), _) => Err(error),
-        (None, Some(error)) => Err(TrainError::Burn(error.to_string())),
-        (None, None) => Ok(result),
+    let written = result.write(&path).map_err(|source| TrainError::Write { path, source });
+    let drawn = illustrate(&run_dir, &result, &outcome);
+    // The first thing that went wrong is the one to tell.
+    if let Some(error) = failed.or(learned.error.map(|error| TrainError::Burn(error.to_string()))) {
+        return Err(error);
     }
+    written?;
+    drawn?;
+    Ok(result)
+}
+
+/// Removes what an earlier end of the run has left, before the run goes on: it would be taken for the run as it is now. The
+/// checkpoint that the run goes on from has all that is lost.
+fn remove_results(run_dir: &Path) -> Result<(), TrainError> {
+    let at = |name: &str| run_dir.join(name);
+    let remove = |path: PathBuf, removed: io::Result<()>| match removed {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(TrainError::Write { path, source }),
+        _ => Ok(()),
+    };
+    for name in ["result.json", "model.gguf", "loss.svg", "codes.svg"] {
+        remove(at(name), fs::remove_file(at(name)))?;
+    }
+    remove(at("adapter"), disk::remove_folder(&at("adapter")))
 }
 
 /// What `run.start_from` names, and its digest; `None` where the experiment names none.
@@ -357,14 +409,24 @@ pub(super) fn resolve_vocabulary(
 }
 
 /// Puts in what only the text can tell: the steps of so many epochs of `windows`.
-fn resolve_steps(experiment: &mut Experiment, options: &RunOptions, windows: usize) {
+fn resolve_steps(
+    experiment: &mut Experiment,
+    options: &RunOptions,
+    windows: usize,
+) -> Result<(), TrainError> {
     if let Some(epochs) = options.epochs {
         let windows_a_step = experiment.run.batch_size * experiment.run.accumulation;
-        experiment.run.steps = (epochs * windows as f64 / windows_a_step as f64).ceil().max(1.0) as usize;
+        let steps = (epochs * windows as f64 / windows_a_step as f64).ceil().max(1.0);
+        if steps > LARGEST_COUNT as f64 {
+            let message = format!("{epochs} are {steps} steps; expected at most {LARGEST_COUNT} steps");
+            return Err(TrainError::Experiment { origin: "--epochs".into(), message });
+        }
+        experiment.run.steps = steps as usize;
     }
+    Ok(())
 }
 
-/// Says what is about to happen, and refuses what cannot be learned or cannot fit into memory.
+/// Says what is about to happen, and refuses what cannot be learned.
 fn preflight(
     experiment: &Experiment,
     data: &Dataset,
@@ -415,11 +477,19 @@ fn preflight(
         }
         let _ = writeln!(std::io::stdout(), "{line}");
     }
+    Ok(())
+}
+
+/// An error where the run cannot fit into memory, with a teacher of so many bytes and of which so many are taken already.
+fn check_memory(experiment: &Experiment, device: &Device, teacher: u64, held: u64) -> Result<(), TrainError> {
     if device::is_cpu(device) {
-        memory::check(needed)?;
+        memory::check((memory_estimate(experiment) + teacher).saturating_sub(held) + PROGRAM)?;
     }
     Ok(())
 }
+
+/// Bytes for all that is not a tensor: the threads that are still to be started, and their stacks. Burn panics where one cannot be.
+const PROGRAM: u64 = 64 << 20;
 
 /// What of the run has no effect.
 fn without_effect(Experiment { run, schedule, .. }: &Experiment, data: &Dataset) -> Vec<String> {
@@ -437,6 +507,29 @@ fn without_effect(Experiment { run, schedule, .. }: &Experiment, data: &Dataset)
         warnings.push(format!(
             "the {windows} windows of the validation text have no learned token: the run has no validation loss; \
              expected a longer validation text or more run.eval_windows"
+        ));
+    }
+    warnings
+}
+
+/// What makes the end of a run doubtful.
+fn doubtful(state: &TrainState) -> Vec<String> {
+    /// Nats per token by which the mean loss may rise again, as it does when weights become ternary.
+    const RISE: f64 = 1.0;
+    let mut warnings = Vec::new();
+    if state.step > 0 && state.tokens == 0 {
+        warnings.push(
+            "no step had a learned token, so the weights are those of the start; expected a longer model.context or \
+             shorter prompts"
+                .into(),
+        );
+    }
+    if let (Some(lowest), Some(end)) = (state.lowest_average, state.loss_average)
+        && end > lowest + RISE
+    {
+        warnings.push(format!(
+            "the mean training loss rose from {lowest:.3} to {end:.3}: the run diverges; expected a lower optim.lr or \
+             optim.muon_lr"
         ));
     }
     warnings
@@ -460,14 +553,15 @@ fn sample_prompts(run: &RunConfig, tokenizer: &Tokenizer) -> Vec<(String, Vec<u3
 }
 
 /// Bytes that training takes, roughly: latent and fake quantized weights, gradients, optimizer moments and one
-/// temporary, of which a frozen model has the first two; and the activations that the backward pass reads.
+/// temporary, of which a frozen model has the first two; the activations that the backward pass reads; and copies of weights and
+/// moments while a checkpoint is written.
 fn memory_estimate(Experiment { model, run, lora, optim, .. }: &Experiment) -> u64 {
     let trained = |params: usize| match optim.moments {
-        Moments::Float => 6 * params,
-        Moments::Int8 => 9 * params / 2,
+        Moments::Float => 9 * params,
+        Moments::Int8 => 6 * params,
     };
     let weights = match lora.is_on() {
-        true => 2 * model.num_params() + trained(lora.num_params(model)),
+        true => 3 * model.num_params() + trained(lora.num_params(model)),
         false => trained(model.num_params()),
     };
     let tokens = run.batch_size * model.context;
@@ -476,19 +570,30 @@ fn memory_estimate(Experiment { model, run, lora, optim, .. }: &Experiment) -> u
     4 * (weights + activations) as u64
 }
 
+/// The last good checkpoint of a run folder; `None` where its run has none yet.
+///
+/// # Errors
+/// `Experiment`: the run has ended, and its checkpoints are gone.
+pub(super) fn last_checkpoint(run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
+    let loaded = Checkpoints::existing(run_dir.join("checkpoints")).latest_good()?;
+    if loaded.is_none() && RunResult::read(&run_dir.join("result.json")).is_ok_and(|result| result.steps > 0)
+    {
+        let message = "holds a run that has ended, without a checkpoint; expected its checkpoints, or another run.name or \
+                       run.seed (`train --overwrite` moves the run aside)";
+        return Err(TrainError::Experiment {
+            origin: run_dir.display().to_string(),
+            message: message.into(),
+        });
+    }
+    Ok(loaded)
+}
+
 /// The checkpoint to go on from; warns of those that were refused. `None`: the run was killed before its first checkpoint.
 ///
 /// # Errors
-/// `Experiment`: the run has finished, and its checkpoints are gone.
+/// As [`last_checkpoint`].
 fn resumed(run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
-    let Some(loaded) = Checkpoints::existing(run_dir.join("checkpoints")).latest_good()? else {
-        if RunResult::read(&run_dir.join("result.json")).is_ok_and(|result| result.finished) {
-            let message = format!(
-                "{} holds a finished run without a checkpoint; expected one to resume. --overwrite moves the run aside",
-                run_dir.display()
-            );
-            return Err(TrainError::Experiment { origin: "--resume".into(), message });
-        }
+    let Some(loaded) = last_checkpoint(run_dir)? else {
         say(format_args!("{}: no checkpoint yet, starting from the first step", run_dir.display()));
         return Ok(None);
     };
@@ -553,10 +658,6 @@ fn export_adapter(
         return Ok(());
     };
     let path = run_dir.join("adapter");
-    if path.exists() {
-        // Of a session of this run that ended here too.
-        disk::remove_folder(&path).map_err(|source| TrainError::Write { path: path.clone(), source })?;
-    }
     write_adapter(&adapter, &model.config().spec(), base, &path).map_err(ExportError::from)?;
     result.adapter_bytes = Some(adapter.bytes() as u64);
     Ok(())
@@ -611,6 +712,20 @@ mod tests {
         assert_eq!(kept(&run, &Tokenizer::byte()).len(), 5);
         run.sample_tokens = 0;
         assert!(kept(&run, &Tokenizer::byte()).is_empty());
+    }
+
+    #[test]
+    fn a_run_that_learned_nothing_or_lost_it_is_told() {
+        let state = TrainState { step: 100, tokens: 99, ..TrainState::default() };
+        let of = |lowest, end| TrainState {
+            lowest_average: Some(lowest),
+            loss_average: Some(end),
+            ..state.clone()
+        };
+        assert_eq!(doubtful(&state), [""; 0]);
+        assert_eq!(doubtful(&of(2.0, 2.9)), [""; 0]);
+        assert!(doubtful(&of(2.5, 5.6))[0].contains("rose from 2.500 to 5.600"));
+        assert!(doubtful(&TrainState { tokens: 0, ..state })[0].contains("no step had a learned token"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::{Experiment, TrainError};
 use crate::data::tokenizer;
 use crate::device::device;
 use crate::export::{ExportError, export_for_inference, export_frozen, export_latent};
+use crate::import::ImportError;
 use crate::nn::DuckQuantized;
 use crate::quant::QuantConfig;
 use burn::module::Module;
@@ -148,10 +149,10 @@ fn is_run(path: &Path) -> bool {
 /// The model of a run folder, or of a model file of any kind.
 ///
 /// # Errors
-/// As [`SavedRun::open`]. `Model`: a run whose model no file can express, or a file that cannot be read.
+/// As [`SavedRun::open`]. `Model`: a run whose model no file can express. `Import`: a file that cannot be read.
 pub fn packed_model(path: &Path) -> Result<PackedModel, TrainError> {
     if is_run(path) {
         return Ok(SavedRun::open(path, &host()?)?.export()?);
     }
-    Ok(read_model(path).map_err(ExportError::from)?)
+    Ok(read_model(path).map_err(ImportError::from)?)
 }

@@ -1,6 +1,6 @@
 //! Signals: the first one ends a run after the current step, with a checkpoint; another one ends it at once.
 
-use super::terminal;
+use super::{progress::say, terminal};
 use burn::train::Interrupter;
 use std::io;
 
@@ -16,7 +16,7 @@ mod unix {
     use crate::train::error::INTERRUPTED;
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     use std::fs;
-    use std::io::Write;
+    use std::sync::Arc;
     use std::time::{Duration, Instant};
 
     /// A signal that comes again so soon is the same one: `timeout`, shells and schedulers signal a process and its group.
@@ -36,13 +36,16 @@ mod unix {
             let handle = signals.handle();
             let listen = move || {
                 let mut first = None;
-                for _ in signals.forever() {
+                for signal in signals.forever() {
+                    if signal == SIGHUP {
+                        terminal::abandon_closed();
+                    }
                     match *first.get_or_insert_with(Instant::now) {
                         _ if !interrupter.should_stop() => {
                             interrupter.stop(Some("a signal"));
                             if speaks {
                                 let line = "stopping after this step, with a checkpoint; another signal stops at once";
-                                let _ = writeln!(io::stderr(), "{line}");
+                                say(line);
                             }
                         }
                         first if first.elapsed() > SAME => end_at_once(),
@@ -61,6 +64,12 @@ mod unix {
         }
     }
 
+    /// Beyond `ulimit -f`, makes writing an error, as on a full disk, in place of a signal that ends the process.
+    pub(in super::super) fn ignore_file_limit() {
+        // A handler that does next to nothing; without one more descriptor the signal stays what it is.
+        let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
+    }
+
     /// The signals that this process ignores, a bit each from signal 1 on; none where the system does not say.
     fn ignored() -> u64 {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -76,7 +85,7 @@ mod unix {
 }
 
 #[cfg(unix)]
-pub(super) use unix::end_at_once;
+pub(super) use unix::{end_at_once, ignore_file_limit};
 
 #[cfg(not(unix))]
 impl Signals {
@@ -95,3 +104,6 @@ pub(super) fn end_at_once() -> ! {
     terminal::restore();
     std::process::exit(super::error::INTERRUPTED.into())
 }
+
+#[cfg(not(unix))]
+pub(super) fn ignore_file_limit() {}

@@ -16,7 +16,13 @@ pub struct TrainState {
     /// Running mean of the loss that the spike guard compares with, nats per token.
     #[serde(with = "exact_option")]
     pub loss_average: Option<f64>,
-    /// Skipped steps in a row.
+    /// The lowest of these means, after the first steps.
+    #[serde(default, with = "exact_option")]
+    pub lowest_average: Option<f64>,
+    /// Running share of steps whose loss was a spike.
+    #[serde(default, with = "exact")]
+    pub spike_share: f64,
+    /// Steps in a row whose loss was a spike or no finite number.
     pub bad_steps: usize,
     /// Skipped steps of the whole run.
     pub skipped_steps: usize,
@@ -103,6 +109,8 @@ mod tests {
                 seed: random.random(),
                 windows_seen: u64::MAX,
                 loss_average: Some(value),
+                lowest_average: random.random::<bool>().then_some(value),
+                spike_share: value,
                 bad_steps: 1,
                 skipped_steps: 2,
                 empty_steps: 4,

@@ -25,8 +25,12 @@ const AVERAGE_RATE: f64 = 0.02;
 const GUARD_AFTER: usize = 20;
 /// Nats per token by which a spike exceeds the running mean at least: a perplexity `e` times as high.
 const SPIKE_FLOOR: f64 = 1.0;
-/// The same for a step of one token, by which its loss may exceed the mean by chance: four standard deviations of 2.5 nats.
+/// The same for a step of one token, by which its loss may exceed the mean by chance: four standard deviations, where one is
+/// taken to be 2.5 nats (an assumption, not a measurement).
 const TOKEN_NOISE: f64 = 10.0;
+/// Share of spikes above which they are what the text is like, and learned: the fourth of some fifty steps. A run that breaks
+/// has them in a row, and goes back to its last checkpoint.
+const SPIKE_SHARE: f64 = 0.05;
 
 /// A model with what its training needs.
 #[derive(Module, Debug)]
@@ -156,6 +160,10 @@ const BETWEEN_STEPS: &str = "a trainer has a model between steps";
 /// `max(1, 10 / sqrt(n))` nats per token. The ratio alone would call every step of a text that is learned by heart a spike,
 /// whose mean is near 0, and rare tokens of a step that has few.
 ///
+/// A spike is rare. Where more than 5 % of the steps are spikes (as the running mean of the loss counts), the text has parts that
+/// are harder than the rest; were they skipped, they would never be learned. So such steps are taken. They still count as bad
+/// steps, of which `run.max_bad_steps` in a row are a run that diverges.
+///
 /// # Source
 /// Relative and absolute tolerance as in Lightning's `SpikeDetection` (`rtol`, `atol`).
 #[derive(Clone, Copy, Debug)]
@@ -169,6 +177,27 @@ impl SpikeGuard {
     fn is_spike(self, loss: f64, tokens: usize, average: f64) -> bool {
         let floor = SPIKE_FLOOR.max(TOKEN_NOISE / (tokens as f64).sqrt());
         self.factor > 0.0 && loss > average * self.factor && loss > average + floor
+    }
+
+    /// Whether to take a step, after so many with learned tokens; counts bad steps.
+    fn admits(
+        self,
+        state: &mut TrainState,
+        loss: f64,
+        norm: f64,
+        tokens: usize,
+        learned_steps: usize,
+    ) -> bool {
+        if !(loss.is_finite() && norm.is_finite()) {
+            state.bad_steps += 1;
+            return false;
+        }
+        let average = state.loss_average.filter(|_| learned_steps >= GUARD_AFTER);
+        let spike = average.is_some_and(|average| self.is_spike(loss, tokens, average));
+        let common = state.spike_share > SPIKE_SHARE;
+        state.bad_steps = if spike { state.bad_steps + 1 } else { 0 };
+        state.spike_share += AVERAGE_RATE * (f64::from(spike) - state.spike_share);
+        !spike || common
     }
 }
 
@@ -284,17 +313,21 @@ impl QuantizationTrainer {
     /// Takes the step, or skips it; the gradient's norm.
     fn update(&mut self, rate: ModuleLearningRate, grads: GradientsParams, report: &StepReport) -> f64 {
         let (grads, norm) = global_norm(grads, self.model());
-        if !self.accepts(report, norm) {
-            self.state.bad_steps += 1;
+        let learned_steps = self.state.step - self.state.empty_steps;
+        if !self.guard.admits(&mut self.state, report.loss, norm, report.tokens, learned_steps) {
             self.state.skipped_steps += 1;
             return norm;
         }
         self.dials.clip.set(clip_factor(norm, self.clip_norm));
         let model = self.model.take().expect(BETWEEN_STEPS);
         self.model = Some(self.optimizer.step(rate, model, grads));
-        self.state.bad_steps = 0;
         let average = self.state.loss_average.unwrap_or(report.loss);
-        self.state.loss_average = Some(average + AVERAGE_RATE * (report.loss - average));
+        let average = average + AVERAGE_RATE * (report.loss - average);
+        self.state.loss_average = Some(average);
+        if learned_steps >= GUARD_AFTER {
+            self.state.lowest_average =
+                Some(self.state.lowest_average.map_or(average, |lowest| lowest.min(average)));
+        }
         norm
     }
 
@@ -325,6 +358,8 @@ impl QuantizationTrainer {
         self.model = Some(broken.load_record(model));
         self.optimizer = self.optimizer.clone().load_record(optimizer);
         self.state.loss_average = state.loss_average;
+        self.state.lowest_average = state.lowest_average;
+        self.state.spike_share = state.spike_share;
         self.state.bad_steps = 0;
         self.state.rollbacks += 1;
     }
@@ -339,14 +374,6 @@ impl QuantizationTrainer {
 
     pub(super) fn validation_model(&self) -> LanguageModel {
         self.language_model().valid()
-    }
-
-    fn accepts(&self, report: &StepReport, norm: f64) -> bool {
-        let StepReport { loss, tokens, .. } = *report;
-        let learned_steps = self.state.step - self.state.empty_steps;
-        let spike = learned_steps >= GUARD_AFTER
-            && self.state.loss_average.is_some_and(|average| self.guard.is_spike(loss, tokens, average));
-        loss.is_finite() && norm.is_finite() && !spike
     }
 }
 
@@ -437,5 +464,29 @@ mod tests {
             assert_eq!(guard.is_spike(loss, tokens, average), spike, "{loss} {tokens} {average}");
         }
         assert!(!SpikeGuard { factor: 0.0 }.is_spike(1e9, 2048, 1.0));
+    }
+
+    /// Steps that are taken of a run with the mean 1 whose losses, from the hundredth on, are those given.
+    fn taken(losses: impl IntoIterator<Item = f64>) -> (Vec<bool>, TrainState) {
+        let mut state = TrainState { loss_average: Some(1.0), ..TrainState::default() };
+        let guard = SpikeGuard { factor: 3.0 };
+        let admit = |loss| guard.admits(&mut state, loss, 1.0, 2048, 100);
+        (losses.into_iter().map(admit).collect(), state)
+    }
+
+    #[test]
+    fn rare_spikes_are_skipped_and_common_ones_are_what_the_text_is_like() {
+        let rare = (0..3000).map(|step| if step % 60 == 59 { 9.0 } else { 1.0 });
+        let (steps, _) = taken(rare);
+        assert_eq!(steps.iter().filter(|taken| !**taken).count(), 50);
+        let common = (0..3000).map(|step| if step % 6 == 5 { 9.0 } else { 1.0 });
+        let (steps, state) = taken(common);
+        assert!(steps.iter().filter(|taken| !**taken).count() < 10, "hard parts of a text are learned");
+        assert_eq!(state.bad_steps, 1);
+        // In a row, taken or not.
+        let (steps, state) = taken([9.0; 5]);
+        assert_eq!((steps, state.bad_steps), (vec![false, false, false, true, true], 5));
+        let (steps, state) = taken([f64::NAN, 1.0, f64::INFINITY, f64::NAN]);
+        assert_eq!((steps, state.bad_steps), (vec![false, true, false, false], 2));
     }
 }

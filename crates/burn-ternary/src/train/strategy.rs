@@ -12,6 +12,7 @@ use super::report::{History, MetricsFile};
 use super::state::StartLoss;
 use super::step::{LanguageModel, QuantizationTrainer};
 use super::{Experiment, TrainError, TrainState};
+use crate::ImportError;
 use crate::data::window::TokenWindows;
 use crate::data::{LmBatch, chat};
 use crate::nn::{DuckQuantized, ModelSize};
@@ -142,11 +143,20 @@ impl Loop {
         let mut batches = train.iter();
         let mut session_steps = 0usize;
         let mut session_stepping = Duration::ZERO;
-        self.look_at_codes();
+        let model = self.trainer.model().valid();
+        self.stats = self.session.codes.as_ref().and_then(|codes| codes.recall(&model));
+        if self.stats.is_none() {
+            self.look_at_codes();
+        }
         if first == 0 && !run.start_from.is_empty() {
             self.look_at_start(&valid)?;
         }
         self.events.start_interval(first / run.eval_every + 1, steps.min(run.eval_every));
+        let evaluated = self.session.history.valid.last().map_or(0, |report| report.step);
+        if first % run.eval_every == 0 && evaluated < first {
+            // The last session was stopped before.
+            self.evaluate(&valid, false)?;
+        }
         for step in first + 1..=steps {
             let mut micro_batches: Vec<LmBatch> = Vec::with_capacity(run.accumulation);
             for _ in 0..run.accumulation {
@@ -155,6 +165,11 @@ impl Loop {
             }
             let began = Instant::now();
             let report = self.trainer.train_step(micro_batches);
+            // The model's own logits are finite.
+            if report.loss.is_finite() && report.divergence.is_some_and(|divergence| !divergence.is_finite())
+            {
+                return Err(ImportError::NotFinite.into());
+            }
             session_steps += 1;
             session_stepping += began.elapsed();
             self.stepping += began.elapsed();
@@ -174,9 +189,10 @@ impl Loop {
                 self.roll_back(step)?;
             }
             // A step that went back to the last checkpoint is not saved: the run stops after the next.
-            let stop = self.events.interrupter.should_stop() && !rolled_back;
+            let mut stop = self.events.interrupter.should_stop() && !rolled_back;
             if step % run.eval_every == 0 || last {
-                self.evaluate(&valid, steps)?;
+                let evaluated = self.evaluate(&valid, !last && !rolled_back)?;
+                stop |= !evaluated;
                 self.events.end_interval(step.div_ceil(run.eval_every));
                 if !last && !stop {
                     self.events.start_interval(step / run.eval_every + 1, (steps - step).min(run.eval_every));
@@ -197,35 +213,41 @@ impl Loop {
         let run = &self.session.experiment.run;
         let ternary = self.session.codes.is_some().then_some(self.session.size);
         let windows_a_step = run.batch_size * run.accumulation;
+        let shares = self.stats.as_ref().map(|stats| stats.shares);
         StepReport {
             epoch: (report.step * windows_a_step) as f64 / self.session.train.per_epoch() as f64,
             bits_per_byte: Some(self.session.train.tokens().bits_per_byte(report.loss)),
             tokens_per_s: self.tokens as f64 / self.stepping.as_secs_f64().max(1e-9),
-            zero_fraction: self.stats.as_ref().map(|stats| stats.zero_fraction),
+            zero_fraction: shares.map(|shares| shares.zero_fraction),
             bits_per_weight: ternary.map(|size| size.bits_per_weight()),
             compression: ternary.map(|size| size.compression()),
-            flipped: self.stats.as_ref().and_then(|stats| stats.flipped),
-            scale_drift: self.stats.as_ref().map(|stats| stats.scale_drift),
+            flipped: shares.and_then(|shares| shares.flipped),
+            scale_drift: shares.map(|shares| shares.scale_drift),
             peak_rss_bytes: crate::device::peak_rss_bytes(),
             elapsed_s: self.elapsed(),
             ..report
         }
     }
 
-    /// Validation loss over the held-out windows, and a text sample.
-    fn evaluate(&mut self, valid: &ValidLoader<LanguageModel>, steps: usize) -> Result<(), TrainError> {
-        self.look_at_codes();
+    /// Validation loss over the held-out windows, and a text sample. One that can wait is left to the next session where the run
+    /// is to stop: false.
+    fn evaluate(&mut self, valid: &ValidLoader<LanguageModel>, can_wait: bool) -> Result<bool, TrainError> {
+        let steps = self.session.experiment.run.steps;
         let model = self.trainer.validation_model();
         let step = self.trainer.state().step;
         let mut sum = StepReport { step, ..StepReport::default() };
         let batches = valid.num_items();
         for (index, part) in losses(&model, valid).enumerate() {
             let part = part?;
+            if can_wait && self.events.interrupter.should_stop() {
+                return Ok(false);
+            }
             sum.tokens += part.tokens;
             sum.loss += part.loss * part.tokens as f64;
             sum.accuracy += part.accuracy * part.tokens as f64;
             self.events.validated(self.complete(StepReport { step, ..part }), index + 1, batches);
         }
+        self.look_at_codes();
         // NaN where no window has a learned token.
         let tokens = sum.tokens as f64;
         let loss = sum.loss / tokens;
@@ -240,7 +262,8 @@ impl Loop {
             state.best_valid_loss = Some(loss);
             state.best_valid_step = Some(step);
         }
-        self.sample(&model.model, step)
+        self.sample(&model.model, step)?;
+        Ok(true)
     }
 
     /// What the weights that the run starts from are worth, in float and rounded.
@@ -315,14 +338,16 @@ impl Loop {
         let elapsed = self.elapsed();
         self.trainer.state_mut().elapsed_s = elapsed;
         let (model, optimizer) = self.trainer.records();
-        self.session.checkpoints.save(model, optimizer, self.trainer.state(), &self.session.identity)?;
+        let codes = self.session.codes.as_ref().map(CodeTracker::to_bytes);
+        let Session { checkpoints, identity, .. } = &self.session;
+        checkpoints.save(model, optimizer, self.trainer.state(), identity, codes.as_deref())?;
         Ok(())
     }
 
-    /// Back to the last good checkpoint's weights, on with the next texts.
+    /// Back to the weights of the last good checkpoint that is regular, on with the next texts.
     fn roll_back(&mut self, step: usize) -> Result<(), TrainError> {
         let rollbacks = self.trainer.state().rollbacks;
-        let loaded = self.session.checkpoints.latest_good()?;
+        let loaded = self.session.checkpoints.latest_regular()?;
         let Some(loaded) = loaded.filter(|_| rollbacks < self.session.experiment.run.max_rollbacks) else {
             let checkpoint = self.session.checkpoints.latest_good()?.map(|loaded| loaded.path);
             return Err(TrainError::Diverged { step, rollbacks, checkpoint });

@@ -30,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Whether a [`Screen`] was ever opened.
 static OPENED: AtomicBool = AtomicBool::new(false);
+/// Whether the terminal was closed.
+static CLOSED: AtomicBool = AtomicBool::new(false);
 
 /// The terminal while a run draws on it; restored when this is dropped, by a panic too.
 pub(super) struct Screen {
@@ -45,12 +47,14 @@ impl Screen {
     pub fn open(interrupter: Interrupter, checkpoint: usize) -> io::Result<(Self, Renderer)> {
         let (open, closed) = channel();
         let screen = Self { closed };
-        // Burn's own call finds this done, and leaves the next one alone.
         OPENED.store(true, Ordering::Relaxed);
+        #[cfg(all(unix, feature = "flex"))]
+        restore_without_memory::arm()?;
+        // Burn's own call finds this done, and leaves the next one alone.
         enable_raw_mode()?;
         keep_interrupt_key()?;
         let burn = TuiMetricsRendererWrapper::new(interrupter, Some(checkpoint));
-        Ok((screen, Renderer { burn, _open: open }))
+        Ok((screen, Renderer { burn: Some(burn), _open: open }))
     }
 }
 
@@ -72,6 +76,23 @@ pub(super) fn restore() {
         let _ = execute!(io::stdout(), DisableMouseCapture, LeaveAlternateScreen);
     }
     let _ = execute!(io::stdout(), Show);
+    #[cfg(all(unix, feature = "flex"))]
+    restore_without_memory::disarm();
+}
+
+/// Sends standard output and error nowhere where their terminal was closed. What draws on it, or tells an error, would fail and panic, and
+/// in the middle of that fail and panic again, which ends a process at once.
+#[cfg(unix)]
+pub(super) fn abandon_closed() {
+    use rustix::{io::Errno, stdio, termios::tcgetattr};
+    let Ok(nowhere) = std::fs::File::options().write(true).open("/dev/null") else { return };
+    if tcgetattr(stdio::stdout()).err() == Some(Errno::IO) {
+        CLOSED.store(true, Ordering::Relaxed);
+        let _ = stdio::dup2_stdout(&nowhere);
+    }
+    if tcgetattr(stdio::stderr()).err() == Some(Errno::IO) {
+        let _ = stdio::dup2_stderr(&nowhere);
+    }
 }
 
 /// Whether standard output is a terminal that can move its cursor.
@@ -83,25 +104,63 @@ pub(super) fn can_draw() -> bool {
 /// would leave the screen as it is.
 #[cfg(unix)]
 fn keep_interrupt_key() -> io::Result<()> {
-    use rustix::fd::AsFd;
     use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, tcgetattr, tcsetattr};
 
     // The value of a key that is none, which rustix does not name.
     const NONE: u8 = if cfg!(target_os = "linux") { 0 } else { 0xff };
-    let stdin = io::stdin();
-    let tty;
-    let terminal = match stdin.is_terminal() {
-        true => stdin.as_fd(),
-        false => {
-            tty = std::fs::File::open("/dev/tty")?;
-            tty.as_fd()
-        }
-    };
-    let mut attributes = tcgetattr(terminal)?;
+    let terminal = terminal()?;
+    let mut attributes = tcgetattr(&terminal)?;
     attributes.local_modes |= LocalModes::ISIG;
     attributes.special_codes[SpecialCodeIndex::VSUSP] = NONE;
     attributes.special_codes[SpecialCodeIndex::VQUIT] = NONE;
-    Ok(tcsetattr(terminal, OptionalActions::Now, &attributes)?)
+    Ok(tcsetattr(&terminal, OptionalActions::Now, &attributes)?)
+}
+
+/// The terminal whose keys are read.
+#[cfg(unix)]
+fn terminal() -> io::Result<std::os::fd::OwnedFd> {
+    use std::os::fd::AsFd;
+    match io::stdin() {
+        stdin if stdin.is_terminal() => stdin.as_fd().try_clone_to_owned(),
+        _ => Ok(std::fs::File::open("/dev/tty")?.into()),
+    }
+}
+
+/// [`restore`] for a program that has no memory left: it takes none, and no lock.
+#[cfg(all(unix, feature = "flex"))]
+mod restore_without_memory {
+    use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+    use std::{
+        io,
+        os::fd::OwnedFd,
+        sync::{Mutex, PoisonError},
+    };
+
+    /// The terminal and its attributes before a screen was opened.
+    static BEFORE: Mutex<Option<(OwnedFd, Termios)>> = Mutex::new(None);
+    /// No reports of the mouse, the main screen, a cursor.
+    const SEQUENCE: &[u8] = b"\x1b[?1006l\x1b[?1015l\x1b[?1003l\x1b[?1002l\x1b[?1000l\x1b[?1049l\x1b[?25h";
+
+    pub fn arm() -> io::Result<()> {
+        let terminal = super::terminal()?;
+        let attributes = tcgetattr(&terminal)?;
+        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some((terminal, attributes));
+        ternary_kernels::ExitAllocator::set_cleanup(restore);
+        Ok(())
+    }
+
+    /// Once the screen is closed, the terminal is the shell's again.
+    pub fn disarm() {
+        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn restore() {
+        let Ok(before) = BEFORE.try_lock() else { return };
+        if let Some((terminal, attributes)) = &*before {
+            let _ = rustix::io::write(rustix::stdio::stdout(), SEQUENCE);
+            let _ = tcsetattr(terminal, OptionalActions::Now, attributes);
+        }
+    }
 }
 
 #[cfg(not(unix))]
@@ -111,7 +170,8 @@ fn keep_interrupt_key() -> io::Result<()> {
 
 /// Burn's interface, whose way to end the process is not a panic.
 pub(super) struct Renderer {
-    burn: TuiMetricsRendererWrapper,
+    /// Until this is dropped.
+    burn: Option<TuiMetricsRendererWrapper>,
     /// Dropped after the interface.
     _open: Sender<()>,
 }
@@ -119,10 +179,20 @@ pub(super) struct Renderer {
 impl Renderer {
     fn call<T>(&mut self, call: impl FnOnce(&mut TuiMetricsRendererWrapper) -> T) -> T {
         let killed = |payload: &Box<dyn Any + Send>| payload.downcast_ref() == Some(&KILLED);
-        match catch_unwind(AssertUnwindSafe(|| call(&mut self.burn))) {
+        let burn = self.burn.as_mut().expect("it is there until it is dropped");
+        match catch_unwind(AssertUnwindSafe(|| call(burn))) {
             Ok(value) => value,
             Err(payload) if killed(&payload) => end_at_once(),
             Err(payload) => resume_unwind(payload),
+        }
+    }
+}
+
+impl Drop for Renderer {
+    fn drop(&mut self) {
+        // Its thread waits for keys, and on a closed terminal crossterm waits for ever.
+        if CLOSED.load(Ordering::Relaxed) {
+            std::mem::forget(self.burn.take());
         }
     }
 }

@@ -10,9 +10,10 @@ mod lock;
 use crate::FormatError;
 pub use lock::{LOCK, LockError, RunLock};
 use std::{
-    fs::{self, File, Metadata, OpenOptions},
+    fs::{self, DirEntry, File, Metadata, OpenOptions},
     io::{self, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
+    time::Duration,
 };
 use tempfile::{Builder, TempDir, TempPath};
 
@@ -20,6 +21,8 @@ use tempfile::{Builder, TempDir, TempPath};
 const PREFIX: &str = ".ternary-";
 const SUFFIX: &str = ".partial";
 const RANDOM: usize = 12;
+/// The age at which a scratch file that nobody has locked is taken for that of a process that was killed.
+const ABANDONED: Duration = Duration::from_secs(600);
 
 /// Opens a plain file for reading.
 ///
@@ -108,8 +111,11 @@ impl NewFile {
             Some(entry) if !entry.is_symlink() => expect_plain(&entry)?,
             _ => (),
         }
+        remove_abandoned(parent(path));
         let new = scratch().make_in(parent(path), |scratch| File::create_new(scratch))?;
         let (file, scratch) = new.into_parts();
+        // For `remove_abandoned`; without a lock it stays, too.
+        let _ = file.try_lock();
         Ok(Self { file: BufWriter::new(file), scratch, path: path.into() })
     }
 
@@ -174,6 +180,8 @@ pub fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
 pub struct NewFolder {
     scratch: TempDir,
     path: PathBuf,
+    /// Locked for [`remove_abandoned`], where the system has locks of folders.
+    _lock: Option<File>,
 }
 
 impl NewFolder {
@@ -192,7 +200,10 @@ impl NewFolder {
     /// What the file system says.
     pub fn successor(path: &Path) -> io::Result<Self> {
         fs::create_dir_all(parent(path))?;
-        Ok(Self { scratch: scratch_folder(parent(path))?, path: path.into() })
+        remove_abandoned(parent(path));
+        let scratch = scratch_folder(parent(path))?;
+        let lock = File::open(scratch.path()).ok().filter(|folder| folder.try_lock().is_ok());
+        Ok(Self { scratch, path: path.into(), _lock: lock })
     }
 
     /// Where its files go; they are synced by whoever writes them.
@@ -230,16 +241,36 @@ pub fn remove_folder(path: &Path) -> io::Result<()> {
 pub fn remove_leftovers(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        if !entry.file_name().to_str().is_some_and(is_scratch) {
-            continue;
-        }
-        if entry.file_type()?.is_dir() {
-            fs::remove_dir_all(entry.path())?;
-        } else {
-            fs::remove_file(entry.path())?;
+        if entry.file_name().to_str().is_some_and(is_scratch) {
+            remove(&entry)?;
         }
     }
     Ok(())
+}
+
+fn remove(entry: &DirEntry) -> io::Result<()> {
+    if entry.file_type()?.is_dir() { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) }
+}
+
+/// Removes scratch files and folders that killed processes left in a folder that others may write: those that are old and not
+/// locked. What cannot be removed stays.
+fn remove_abandoned(folder: &Path) {
+    let abandoned = |entry: &DirEntry| {
+        let is_ours = entry.file_name().to_str().is_some_and(is_scratch);
+        // A new one is made before it is locked.
+        let is_old = || entry.metadata().ok()?.modified().ok()?.elapsed().ok().map(|age| age > ABANDONED);
+        // Nobody else writes under these names, so a link there is no file of ours.
+        let is_free = || open_in_folder(&entry.path()).is_ok_and(|file| file.try_lock().is_ok());
+        is_ours && is_old() == Some(true) && is_free()
+    };
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(abandoned) {
+        let _ = remove(&entry);
+    }
+}
+
+/// Opens a file or a folder for its lock, and nothing through a link.
+fn open_in_folder(path: &Path) -> io::Result<File> {
+    with_flags(File::options().read(true), Flags::InPlace).open(path)
 }
 
 fn is_scratch(name: &str) -> bool {
@@ -401,6 +432,29 @@ mod tests {
         let mut expected = theirs.map(String::from);
         expected.sort();
         assert_eq!(names(home.path()), expected);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_removed_later() {
+        let home = tempfile::tempdir().unwrap();
+        let age = |name: &str| {
+            let old = std::time::SystemTime::now() - 2 * ABANDONED;
+            File::open(home.path().join(name)).unwrap().set_modified(old).unwrap();
+        };
+        let killed = [".ternary-0123456789ab.partial", ".ternary-0123456789cd.partial"];
+        write_new(&home.path().join(killed[0]), b"x").unwrap();
+        fs::create_dir_all(home.path().join(killed[1]).join("inner")).unwrap();
+        let living = NewFile::create(&home.path().join("living")).unwrap();
+        let folder = NewFolder::create(&home.path().join("folder")).unwrap();
+        // Too young.
+        write(&home.path().join("a"), b"").unwrap();
+        assert_eq!(names(home.path()).len(), 5);
+        names(home.path()).iter().for_each(|name| age(name));
+        write(&home.path().join("a"), b"").unwrap();
+        assert_eq!(names(home.path()).len(), 3);
+        living.commit().unwrap();
+        folder.commit().unwrap();
+        assert_eq!(names(home.path()), ["a", "folder", "living"]);
     }
 
     #[cfg(unix)]

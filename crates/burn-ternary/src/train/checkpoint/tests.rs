@@ -78,12 +78,12 @@ fn identity() -> Identity {
 fn save(checkpoints: &Checkpoints, step: usize) -> PathBuf {
     let mut optimizer = optimizer();
     let model = train(Tiny::new(&autodiff()), &mut optimizer, &inputs(2));
-    checkpoints.save(model.into_record(), optimizer.to_record(), &state(step), &identity()).unwrap()
+    checkpoints.save(model.into_record(), optimizer.to_record(), &state(step), &identity(), None).unwrap()
 }
 
 fn folder() -> (TempDir, Checkpoints) {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoints = Checkpoints::open(dir.path().join("checkpoints"), 3).unwrap();
+    let checkpoints = Checkpoints::open(dir.path().join("checkpoints"), 3, 1).unwrap();
     (dir, checkpoints)
 }
 
@@ -131,7 +131,7 @@ fn training_goes_on_bit_for_bit() {
     let mut kept = optimizer();
     let model = train(Tiny::new(&autodiff()), &mut kept, &inputs[..2]);
     let record = model.clone().into_record();
-    let path = checkpoints.save(record, kept.to_record(), &state(2), &identity()).unwrap();
+    let path = checkpoints.save(record, kept.to_record(), &state(2), &identity(), None).unwrap();
     assert_eq!(name(&path), "step-00000002");
 
     let loaded = latest(&checkpoints);
@@ -306,7 +306,7 @@ fn the_last_ones_are_kept() {
     save(&checkpoints, 12);
     let later = ["step-00000010", "step-00000011", "step-00000012", "step-00000100"];
     assert_eq!(names(&checkpoints), later);
-    let none = Checkpoints::open(&checkpoints.dir, 0).unwrap();
+    let none = Checkpoints::open(&checkpoints.dir, 0, 1).unwrap();
     save(&none, 101);
     assert_eq!(names(&checkpoints), ["step-00000101"]);
     assert_eq!(latest(&checkpoints).state.step, 101);
@@ -332,10 +332,10 @@ fn every_kill_point_leaves_a_checkpoint() {
         save(&checkpoints, 1);
         let path = save(&checkpoints, 2);
         // A newer checkpoint of the same step, told apart by its window count.
-        let other = Checkpoints::open(dir.path().join("other"), 1).unwrap();
+        let other = Checkpoints::open(dir.path().join("other"), 1, 1).unwrap();
         let newer = TrainState { windows_seen: 99, ..state(2) };
         let record = Tiny::new(&autodiff()).into_record();
-        let newer = other.save(record, optimizer().to_record(), &newer, &identity()).unwrap();
+        let newer = other.save(record, optimizer().to_record(), &newer, &identity(), None).unwrap();
         let scratch = checkpoints.dir.join(".tmp-step-00000002-77");
         let aside = checkpoints.dir.join(".old-step-00000002");
         match stage {
@@ -403,18 +403,18 @@ fn constant(size: usize, value: f32) -> Linear {
 fn a_killed_process_leaves_a_checkpoint() {
     const TEST: &str = "a_killed_process_leaves_a_checkpoint";
     if let Ok(dir) = env::var(CHILD) {
-        let checkpoints = Checkpoints::open(dir, 2).unwrap();
+        let checkpoints = Checkpoints::open(dir, 2, 1).unwrap();
         let start = latest(&checkpoints).state.windows_seen;
         for windows in start + 1.. {
             // Each step three times, so that most saves replace a checkpoint.
             let state = TrainState { windows_seen: windows, ..state(windows as usize / 3) };
             let model = constant(64, windows as f32).into_record();
-            checkpoints.save(model, optimizer().to_record(), &state, &identity()).unwrap();
+            checkpoints.save(model, optimizer().to_record(), &state, &identity(), None).unwrap();
         }
     }
     let (_dir, checkpoints) = folder();
     let model = constant(64, 0.0).into_record();
-    checkpoints.save(model, optimizer().to_record(), &state(0), &identity()).unwrap();
+    checkpoints.save(model, optimizer().to_record(), &state(0), &identity(), None).unwrap();
     let mut random = ChaCha8Rng::from_os_rng();
     for _ in 0..20 {
         let mut child = child(TEST, &checkpoints.dir, "unlimited").spawn().unwrap();
@@ -437,10 +437,10 @@ fn a_full_disk_keeps_the_earlier_checkpoints() {
     const TEST: &str = "a_full_disk_keeps_the_earlier_checkpoints";
     const RAN: i32 = 7;
     if let Ok(dir) = env::var(CHILD) {
-        let checkpoints = Checkpoints::open(dir, 1).unwrap();
+        let checkpoints = Checkpoints::open(dir, 1, 1).unwrap();
         for (step, size) in [(2, 256), (1, 256), (2, 512)] {
             let model = constant(size, 1.0).into_record();
-            let error = checkpoints.save(model, optimizer().to_record(), &state(step), &identity());
+            let error = checkpoints.save(model, optimizer().to_record(), &state(step), &identity(), None);
             let error = error.unwrap_err().to_string();
             assert!(error.contains(MODEL) && error.contains(&folder_name(step)), "{error}");
             assert_eq!(names(&checkpoints), ["step-00000001"]);
@@ -464,14 +464,14 @@ fn a_file_in_place_of_the_folder_is_an_error_that_names_it() {
     let file = dir.path().join("file");
     fs::write(&file, b"mine").unwrap();
     for path in [file.clone(), file.join("checkpoints")] {
-        let error = Checkpoints::open(&path, 1).unwrap_err();
+        let error = Checkpoints::open(&path, 1, 1).unwrap_err();
         assert!(matches!(error, CheckpointError::Write { .. }));
         assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
     }
     assert_eq!(fs::read(&file).unwrap(), b"mine");
-    let checkpoints = Checkpoints { dir: file.clone(), keep: 1 };
+    let checkpoints = Checkpoints { dir: file.clone(), keep: 1, every: 1 };
     let model = constant(4, 1.0).into_record();
-    let error = checkpoints.save(model, optimizer().to_record(), &state(1), &identity());
+    let error = checkpoints.save(model, optimizer().to_record(), &state(1), &identity(), None);
     assert!(error.unwrap_err().to_string().contains(file.to_str().unwrap()));
 }
 
@@ -490,7 +490,7 @@ fn a_folder_without_permission_is_an_error_that_names_it() {
         return;
     }
     let model = constant(4, 1.0).into_record();
-    let error = checkpoints.save(model, optimizer().to_record(), &state(2), &identity());
+    let error = checkpoints.save(model, optimizer().to_record(), &state(2), &identity(), None);
     set(0o755);
     assert!(error.unwrap_err().to_string().contains("step-00000002"));
     assert_eq!(latest(&checkpoints).state.step, 1);

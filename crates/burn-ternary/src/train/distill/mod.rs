@@ -3,9 +3,9 @@
 mod distance;
 mod recording;
 
-use super::checkpoint::Checkpoints;
 use super::identity::{Identity, hex, model_digest};
-use super::run::resolve_vocabulary;
+use super::progress::say;
+use super::run::{last_checkpoint, resolve_vocabulary};
 use super::{Experiment, TrainError, saved::packed_model};
 use crate::data::{LmBatch, Texts, tokens::TokenFile};
 use crate::device;
@@ -114,6 +114,25 @@ impl TeacherFile {
             true => Self::Recording(Recording::open(path, &config.origin())?),
             false => Self::Model(Box::new(packed_model(path)?)),
         }))
+    }
+
+    /// What the reader of a model file did not understand.
+    pub fn warnings(&self) -> &[String] {
+        match self {
+            Self::Model(model) => &model.warnings,
+            Self::Recording(_) => &[],
+        }
+    }
+
+    /// Bytes of memory that the model takes in floats; a recording stays on the disk.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Model(model) => {
+                let weights = model.tensors.values().map(|tensor| tensor.rows() * tensor.cols());
+                (size_of::<f32>() * weights.sum::<usize>()) as u64
+            }
+            Self::Recording(_) => 0,
+        }
     }
 
     /// SHA-256 of what it teaches.
@@ -311,21 +330,27 @@ pub fn record_teacher(
     let device = device::device(&experiment.run.device)?;
     let seq_len = experiment.model.context;
     // The folder may hold a run, whose tokenizer and tokens are not replaced by others.
-    let loaded = Checkpoints::existing(run_dir.join("checkpoints")).latest_good()?;
+    let loaded = last_checkpoint(&run_dir)?;
     let texts = Texts::read(&experiment.data, &run_dir, loaded.is_some())?;
     if let Some(loaded) = loaded {
         Identity::expect_texts(&loaded, &texts, &run_dir)?;
     }
-    let data = texts.prepare(seq_len, experiment.run.seed, &run_dir)?;
-    resolve_vocabulary(&mut experiment, &data.tokenizer)?;
-    let tokens = data.train.tokens();
+    resolve_vocabulary(&mut experiment, &texts.tokenizer)?;
     // What a recording does not have is not asked for while it is made.
     let config = DistillConfig { hidden_weight: 0.0, relation_weight: 0.0, ..experiment.distill };
-    let Some(TeacherFile::Model(teacher)) = TeacherFile::open(&config)? else {
+    let file = TeacherFile::open(&config)?;
+    memory::check(file.as_ref().map_or(0, TeacherFile::bytes))?;
+    let Some(TeacherFile::Model(teacher)) = file else {
         let message = "expected a run folder or a model file, whose thoughts are to be recorded".into();
         return Err(TrainError::Experiment { origin: config.origin(), message });
     };
-    let (teacher, _) = Teacher::model(&teacher, &config, &data.tokenizer, &experiment.model, &device)?;
+    for warning in &teacher.warnings {
+        say(format_args!("warning: {}: {warning}", config.teacher));
+    }
+    let (teacher, _) = Teacher::model(&teacher, &config, &texts.tokenizer, &experiment.model, &device)?;
+    // From here on files are written.
+    let data = texts.prepare(seq_len, experiment.run.seed, &run_dir)?;
+    let tokens = data.train.tokens();
     let total = tokens.len();
     record(&teacher, tokens, seq_len, kept, path, |done| advance(done, total))
 }

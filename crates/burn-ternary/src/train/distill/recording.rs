@@ -11,6 +11,7 @@
 //! | 6 x kept x positions | rows: the ids (4 bytes each), then their log probabilities (f16), likeliest first |
 
 use super::super::TrainError;
+use crate::ImportError;
 use crate::data::{
     LmBatcher,
     tokens::{TokenFile, replace},
@@ -23,7 +24,7 @@ use memmap2::Mmap;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::{
-    io::{Read, Seek, SeekFrom, Write},
+    io::{self, Read, Seek, SeekFrom, Write},
     ops::Range,
     path::Path,
     sync::Arc,
@@ -152,7 +153,7 @@ impl Recording {
 /// window before all positions but the first. `advance` is told how many positions are done more.
 ///
 /// # Errors
-/// `Data`: a text shorter than a window, or a file that cannot be written.
+/// `Data`: a text shorter than a window, or a file that cannot be written. `Import`: logits that are not finite; no file is written.
 pub fn record(
     teacher: &DuckQuantized,
     tokens: &Arc<TokenFile>,
@@ -170,7 +171,8 @@ pub fn record(
     let mut header = MAGIC.to_vec();
     header.extend([tokens.len(), kept, vocab].iter().flat_map(|n| (*n as u64).to_le_bytes()));
     header.extend(digest(tokens));
-    Ok(replace(path, |file| {
+    let mut finite = true;
+    let written = replace(path, |file| {
         file.write_all(&header)?;
         // The seal is known at the end.
         file.write_all(&[0; SEAL.end - SEAL.start])?;
@@ -183,6 +185,10 @@ pub fn record(
             let read: Vec<Window> = batch.iter().map(|reading| windows.at(reading.start)).collect();
             let logits = teacher.forward(LmBatcher.batch(&read, &device).inputs).into_data();
             let logits: Vec<f32> = logits.iter::<f32>().collect();
+            finite = logits.iter().all(|logit| logit.is_finite());
+            if !finite {
+                return Err(io::Error::from(io::ErrorKind::InvalidData));
+            }
             for (reading, logits) in batch.iter().zip(logits.chunks(seq_len * vocab)) {
                 let new = logits.par_chunks(vocab).skip(reading.keeps.start);
                 let likeliest: Vec<Vec<u8>> = new.map(|row| entry(row, kept)).collect();
@@ -194,7 +200,11 @@ pub fn record(
         write(&vec![0; kept * ENTRY])?;
         file.seek(SeekFrom::Start(SEAL.start as u64))?;
         file.write_all(&seal.finalize())
-    })?)
+    });
+    if !finite {
+        return Err(ImportError::NotFinite.into());
+    }
+    Ok(written?)
 }
 
 /// A window that the teacher reads, and the positions of it that are kept.
@@ -247,7 +257,7 @@ fn digest(tokens: &TokenFile) -> [u8; 32] {
 mod tests {
     use super::*;
     use crate::data::{corpus::Document, tokens::tests::byte_tokens};
-    use crate::nn::DuckConfig;
+    use crate::nn::{DuckConfig, Norm};
     use crate::quant::QuantConfig;
 
     #[test]
@@ -302,6 +312,26 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_not_recorded() {
+        let device = crate::device::device("flex").unwrap();
+        let tokens = byte_tokens(&[Document::Text("quack ".repeat(9))]);
+        let config = DuckConfig { vocab_size: 259, context: 8, ..DuckConfig::duck_tiny() };
+        let mut teacher = config.init(&QuantConfig::default().float(), 1, &device);
+        let huge = |norm: &mut Norm| match norm {
+            Norm::Layer(norm) => {
+                norm.weight = norm.weight.clone().map(|weights| weights.mul_scalar(f32::MAX))
+            }
+            Norm::Rms(norm) => norm.weight = norm.weight.clone().map(|weights| weights.mul_scalar(f32::MAX)),
+        };
+        huge(&mut teacher.transformer.norm);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("teacher.logits");
+        let error = record(&teacher, &tokens, 8, 3, &path, |_| ()).unwrap_err();
+        assert!(matches!(error, TrainError::Import(ImportError::NotFinite)), "{error}");
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
     }
 
     #[test]
