@@ -4,7 +4,9 @@ use crate::{
     simd::{Kernel, LANES, Line, PANELS, Simd, Sums, Unit},
     ternary::Planes,
 };
-use half::{bf16, f16};
+#[cfg(feature = "rayon")]
+use half::bf16;
+use half::f16;
 use std::array::from_fn;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,10 +128,12 @@ impl Simd for Scalar {
         cfg!(test).then_some(ScalarUnit { tokens, blocks, sums })
     }
 
+    #[cfg(feature = "rayon")]
     fn has_half_tiles(self) -> bool {
         cfg!(test)
     }
 
+    #[cfg(feature = "rayon")]
     fn half_tiles(self, left: [&[Line]; 2], right: [&[Line]; 2], sums: &mut [[f32; 2 * LANES]; 2 * LANES]) {
         let number = |lines: &[Line], index: usize| {
             let [low, high] = lines[index / 32].0.as_chunks::<2>().0[index % 32];

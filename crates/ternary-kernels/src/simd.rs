@@ -87,6 +87,7 @@ pub(crate) trait Simd: Copy {
     }
 
     /// Whether the unit also multiplies bfloat16: [`half_tiles`](Self::half_tiles) may be called.
+    #[cfg(feature = "rayon")]
     #[inline(always)]
     fn has_half_tiles(self) -> bool {
         false
@@ -95,6 +96,7 @@ pub(crate) trait Simd: Copy {
     ///
     /// # Shapes
     /// left: twice `[k / 32, 16, 32]`, right: twice `[k / 2, 16, 2]`, two bytes a number
+    #[cfg(feature = "rayon")]
     #[inline(always)]
     fn half_tiles(
         self,

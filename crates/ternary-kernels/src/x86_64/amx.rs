@@ -28,6 +28,7 @@ pub(super) fn available() -> bool {
 }
 
 /// Whether it also has products of bfloat16.
+#[cfg(feature = "rayon")]
 pub(super) fn multiplies_bf16() -> bool {
     static MULTIPLIES: OnceLock<bool> = OnceLock::new();
     // CPUID 7.0 EDX: bit 22.
@@ -248,6 +249,7 @@ impl Unit for Tiles {
 ///
 /// # Panics
 /// When factors do not fit each other.
+#[cfg(feature = "rayon")]
 pub(super) fn multiply_bf16(
     left: [&[Line]; 2],
     right: [&[Line]; 2],

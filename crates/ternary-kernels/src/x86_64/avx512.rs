@@ -163,11 +163,13 @@ impl Simd for Avx512 {
         self.tiles.then(|| Tiles::new(tokens, blocks))
     }
 
+    #[cfg(feature = "rayon")]
     #[inline(always)]
     fn has_half_tiles(self) -> bool {
         self.tiles && amx::multiplies_bf16()
     }
 
+    #[cfg(feature = "rayon")]
     #[inline(always)]
     fn half_tiles(self, left: [&[Line]; 2], right: [&[Line]; 2], sums: &mut [[f32; 2 * LANES]; 2 * LANES]) {
         assert!(self.has_half_tiles(), "AMX for bfloat16");
