@@ -35,7 +35,10 @@ const IGNORED: [&str; 8] = [
     "parallel_tool_calls",
 ];
 
-/// Reads a request and what `read` makes of its fields, away from the threads that serve connections.
+/// Bytes of a body that are read sooner than another thread is woken for them.
+const SHORT: usize = 4 << 10;
+
+/// Reads a request and what `read` makes of its fields; long ones away from the threads that serve connections.
 ///
 /// # Errors
 /// Those of the body, of its JSON and of `read`.
@@ -48,6 +51,9 @@ pub async fn accept<T: Send + 'static>(
     let (parts, body) = request.into_parts();
     let whole = body::read(&parts.headers, body, &server.limits, &server.intake).await?;
     busy.as_ref().inspect(|busy| busy.work());
+    if whole.bytes.len() <= SHORT {
+        return Ok((read(&server, Fields::parse(&whole.bytes)?)?, busy));
+    }
     let permit = server.intake.read(whole.bytes.len()).await;
     // Long prompts take their time.
     let work = tokio::task::spawn_blocking(move || {
