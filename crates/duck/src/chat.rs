@@ -6,18 +6,22 @@ use crate::{
     model::{self, EngineFlags, ModelArgument, SamplingFlags},
     terminal,
 };
-use rustyline::{DefaultEditor, error::ReadlineError};
+use rustyline::{
+    Config, Editor, Helper, completion::Completer, error::ReadlineError, highlight::Highlighter,
+    hint::Hinter, history::FileHistory, validate::Validator,
+};
 use serde::Serialize;
 use std::{
+    borrow::Cow,
     io::{self, BufRead, IsTerminal},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Instant,
 };
-use ternary_infer::{DuckChatQuantized, EngineError, Finish};
+use ternary_infer::{DuckChatQuantized, EngineError, Finish, GenerateOptions, Sampling};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -26,16 +30,29 @@ Examples:
   printf 'Hello\\nWho are you?\\n' | duck chat model.gguf --seed 1 --json
 
 Lines of a pipe are questions, answered line by line. /help lists the commands, Ctrl-C ends an answer, Ctrl-D the
-dialogue.";
+dialogue. Questions are kept for the next session in ~/.local/state/duck/history, or in the file that DUCK_HISTORY names;
+an empty DUCK_HISTORY keeps none.";
 
 const HELP: &str = "\
 /help            this list
 /reset           begin a new dialogue
 /system TEXT     begin a new dialogue with a system message
-/set KEY=VALUE   change temperature, top_k, top_p, min_p, repetition_penalty, seed or max_tokens
+/regenerate      another answer to the last question
+/set             show temperature, top_k, top_p, min_p, repetition_penalty, seed and max_tokens
+/set KEY=VALUE   change one of them
 /stats           tokens and speed
 /save FILE       write the dialogue as JSON; /save --overwrite FILE replaces a file
-/quit            leave";
+/quit            leave
+
+A question of several lines begins and ends with \"\"\". Ctrl-C ends an answer, Ctrl-D leaves.";
+
+/// The most that temperature may be: as in the server's API.
+const HOTTEST: f32 = 2.0;
+/// Begins and ends a question of several lines.
+const LINES: &str = "\"\"\"";
+/// Where questions are kept; an empty value: nowhere.
+const HISTORY: &str = "DUCK_HISTORY";
+const KEPT: usize = 1000;
 
 /// Talk to a model.
 #[derive(clap::Args)]
@@ -61,7 +78,7 @@ impl Command {
         let engine = self.engine.load(self.model.path())?;
         let dialogue = DuckChatQuantized::new(Arc::new(engine), self.sampling.options(Vec::new()));
         let dialogue = dialogue.map_err(Error::engine(&name))?;
-        let mut chat = Chat { name, dialogue, json: self.json, last: Took::default(), total: 0 };
+        let mut chat = Chat { name, dialogue, json: self.json, last: Took::default(), total: 0, again: 0 };
         if let Some(text) = self.system {
             chat.restart(Some(&text))?;
         }
@@ -76,6 +93,8 @@ struct Chat {
     last: Took,
     /// Tokens of all answers.
     total: usize,
+    /// How often the last question was answered again.
+    again: u64,
 }
 
 /// What `--json` prints of a turn.
@@ -104,24 +123,49 @@ impl Chat {
     /// With a line editor; what goes wrong in a turn is said, and the dialogue goes on.
     fn talk(&mut self) -> Result<(), Error> {
         let failed = |error: ReadlineError| Error::Input(io::Error::other(error));
-        let mut editor = DefaultEditor::new().map_err(failed)?;
+        let config = Config::builder().max_history_size(KEPT).map_err(failed)?.auto_add_history(true).build();
+        let mut editor: Editor<Dimmed, FileHistory> = Editor::with_config(config).map_err(failed)?;
+        editor.set_helper(Some(Dimmed));
+        let history = history();
+        if let Some(path) = &history {
+            // There is none before the first session.
+            let _ = editor.load_history(path);
+        }
         watch_interrupts();
-        terminal::say(format_args!("{}; /help lists the commands", self.name));
+        terminal::say(self.greeting());
         loop {
-            let line = match editor.readline("> ") {
-                Ok(line) => line,
-                Err(ReadlineError::Interrupted) => continue,
+            let question = match question(&mut editor) {
+                Ok(question) => question,
+                Err(ReadlineError::Interrupted) => {
+                    terminal::say("Ctrl-D leaves");
+                    continue;
+                }
                 Err(ReadlineError::Eof) => return Ok(()),
                 Err(error) => return Err(failed(error)),
             };
-            let _ = editor.add_history_entry(&line);
-            match self.take(&line) {
+            if let Some(path) = &history {
+                // What cannot be kept is known until the end of the session.
+                let _ = path.parent().map(std::fs::create_dir_all);
+                let _ = editor.append_history(path);
+            }
+            match self.take(&question) {
                 Ok(true) => (),
                 Ok(false) => return Ok(()),
                 Err(error @ (Error::Output(_) | Error::Input(_))) => return Err(error),
                 Err(error) => terminal::say(terminal::line(&error)),
             }
         }
+    }
+
+    fn greeting(&self) -> String {
+        let spec = self.dialogue.engine().spec();
+        let weights: usize = spec.tensors().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let millions = weights as f64 / 1e6;
+        let (name, context) = (&self.name, spec.context);
+        format!(
+            "{name}: {millions:.1} M weights, a context of {context} tokens. Ask it something, such as: Who are you?\n\
+             /help lists the commands, {LINES} begins and ends several lines, Ctrl-C ends an answer, Ctrl-D leaves."
+        )
     }
 
     /// Without one; what goes wrong ends it.
@@ -139,6 +183,7 @@ impl Chat {
         let line = line.trim();
         let Some(command) = line.strip_prefix('/') else {
             if !line.is_empty() {
+                self.again = 0;
                 self.answer(line)?;
             }
             return Ok(true);
@@ -149,7 +194,9 @@ impl Chat {
             ("help", "") => terminal::say(HELP),
             ("reset", "") => self.restart(None)?,
             ("system", text) if !text.is_empty() => self.restart(Some(text))?,
-            ("set", assignment) if !assignment.is_empty() => self.set(assignment)?,
+            ("set", "") => terminal::say(self.settings()),
+            ("set", assignment) => self.set(assignment)?,
+            ("regenerate", "") => self.regenerate()?,
             ("stats", "") => terminal::say(self.stats()),
             ("save", file) if !file.is_empty() => self.save(file)?,
             ("quit" | "exit", "") => return Ok(false),
@@ -189,6 +236,32 @@ impl Chat {
         }
     }
 
+    /// Draws differently each time, and the same way in each session with the same seed.
+    fn regenerate(&mut self) -> Result<(), Error> {
+        let question = self.dialogue.take_back();
+        let question = question.ok_or_else(|| Error::Usage("there is no question to answer again".into()))?;
+        self.again += 1;
+        let options = self.dialogue.options().clone();
+        let mut other = options.clone();
+        other.sampling.seed = options.sampling.seed.wrapping_add(self.again << 32);
+        let set = |dialogue: &mut DuckChatQuantized, options| {
+            dialogue.set_options(options).map_err(|error| Error::Usage(error.to_string()))
+        };
+        set(&mut self.dialogue, other)?;
+        let answered = self.answer(&question);
+        set(&mut self.dialogue, options)?;
+        answered
+    }
+
+    fn settings(&self) -> String {
+        let GenerateOptions { sampling, max_tokens, .. } = self.dialogue.options();
+        let Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed } = sampling;
+        format!(
+            "temperature={temperature} top_k={top_k} top_p={top_p} min_p={min_p} \
+             repetition_penalty={repetition_penalty} seed={seed} max_tokens={max_tokens}"
+        )
+    }
+
     fn restart(&mut self, system: Option<&str>) -> Result<(), Error> {
         let told = self.dialogue.restart(system).map_err(Error::engine(&self.name))?;
         if system.is_some() && !told {
@@ -213,6 +286,9 @@ impl Chat {
             "max_tokens" => value.parse().map(|number| options.max_tokens = number).is_ok(),
             _ => return Err(Error::Usage(format!("`{key}` cannot be set; /help lists what can"))),
         };
+        if key == "temperature" && sampling.temperature > HOTTEST {
+            return Err(Error::Usage(format!("`temperature` is {value}, expected 0 to {HOTTEST}")));
+        }
         if !taken {
             return Err(Error::Usage(format!("`{key}` is `{value}`, expected a number")));
         }
@@ -241,6 +317,47 @@ impl Chat {
         let path = Path::new(replaced.unwrap_or(file));
         terminal::write_file(path, (text + "\n").as_bytes(), replaced.is_some())
     }
+}
+
+/// The prompt is dimmed, so that what people write stands out.
+struct Dimmed;
+
+impl Helper for Dimmed {}
+impl Completer for Dimmed {
+    type Candidate = String;
+}
+impl Hinter for Dimmed {
+    type Hint = String;
+}
+impl Validator for Dimmed {}
+impl Highlighter for Dimmed {
+    fn highlight_prompt<'b, 's: 'b, 'p: 'b>(&'s self, prompt: &'p str, _default: bool) -> Cow<'b, str> {
+        Cow::Owned(format!("\x1b[2m{prompt}\x1b[0m"))
+    }
+}
+
+/// A question: a line, or several between triple quotes.
+fn question(editor: &mut Editor<Dimmed, FileHistory>) -> Result<String, ReadlineError> {
+    let line = editor.readline("> ")?;
+    let Some(first) = line.trim_start().strip_prefix(LINES) else { return Ok(line) };
+    let mut text = String::from(first);
+    while !text.trim_end().ends_with(LINES) {
+        text.push('\n');
+        text += &editor.readline(". ")?;
+    }
+    let end = text.trim_end().len() - LINES.len();
+    text.truncate(end);
+    Ok(text)
+}
+
+/// The file of earlier questions; none where the system has no place for it, or nothing is to be kept.
+fn history() -> Option<PathBuf> {
+    let named = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    if let Some(file) = named(HISTORY) {
+        return (!file.as_os_str().is_empty()).then_some(file);
+    }
+    let state = named("XDG_STATE_HOME").or_else(|| Some(named("HOME")?.join(".local/state")))?;
+    Some(state.join("duck/history"))
 }
 
 /// Lets Ctrl-C end answers from now on, not the program.

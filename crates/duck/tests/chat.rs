@@ -56,6 +56,25 @@ fn commands_change_and_save_the_dialogue() {
 }
 
 #[test]
+fn a_question_is_answered_again_in_another_way() {
+    let home = home();
+    let json = [&CHAT[..], &["--json", "--temperature", "1.5"]].concat();
+    let talk = |input: &str| turns(&piped(&home, &json, input));
+    let turns = talk("Hello\n/regenerate\n/regenerate\n/save dialogue.json\nWho?\n");
+    let answers: Vec<&str> = turns.iter().map(|turn| turn["answer"].as_str().unwrap()).collect();
+    assert!(turns[..3].iter().all(|turn| turn["question"] == "Hello"), "{turns:?}");
+    assert!(answers[0] != answers[1] && answers[1] != answers[2], "{answers:?}");
+    assert_eq!(talk("Hello\n/regenerate\n/regenerate\n").last().unwrap()["answer"], answers[2]);
+    // Only the last answer stays, and other answers are drawn as before.
+    let messages: Value =
+        serde_json::from_slice(&fs::read(home.path().join("dialogue.json")).unwrap()).unwrap();
+    assert_eq!((messages.as_array().unwrap().len(), &messages[1]["content"]), (2, &answers[2].into()));
+    let assert = duck(&home, &CHAT).write_stdin("/set\n/set top_k=7\n/set\n").assert().success();
+    let said = String::from_utf8(assert.get_output().stderr.clone()).unwrap();
+    assert!(said.contains("top_k=0 top_p=0.95") && said.contains("top_k=7 top_p=0.95"), "{said}");
+}
+
+#[test]
 fn what_commands_say_is_no_answer() {
     let home = home();
     let assert = duck(&home, &CHAT).write_stdin("/help\n/system Be brief.\n/stats\n").assert().success();
@@ -72,7 +91,8 @@ fn what_goes_wrong_over_a_pipe_ends_it() {
     let home = home();
     for (input, code, found) in [
         ("/quack\n", 2, "no command"),
-        ("/set\n", 2, "no command"),
+        ("/set temperature=9\n", 2, "`temperature` is 9, expected 0 to 2"),
+        ("/regenerate\n", 2, "no question to answer again"),
         ("/set warmth=1\n", 2, "`warmth` cannot be set"),
         ("/set temperature=warm\n", 2, "`warm`, expected a number"),
         ("/set temperature=-1\n", 2, "`temperature` is -1"),
@@ -106,4 +126,63 @@ fn the_duck_inside_answers_the_question_and_not_the_turn_before() {
     assert_eq!(answers.len(), 3, "{answers:?}");
     assert!(answers[0].contains("morning") && answers[1].contains("name is Duck"), "{answers:?}");
     assert!(answers[2].contains("sorry") || answers[2].contains("sad"), "{answers:?}");
+}
+
+/// Runs a command under a pseudo-terminal, types each argument after the last answer, and prints all that was shown.
+const TERMINAL: &str = r#"
+import os, pty, select, sys, time
+inputs, command = sys.argv[1].split("|"), sys.argv[2:]
+child, keeper = pty.fork()
+if child == 0: os.execv(command[0], command)
+shown = b""
+def read(quiet):
+    global shown
+    while select.select([keeper], [], [], quiet)[0]:
+        try: part = os.read(keeper, 65536)
+        except OSError: return
+        if not part: return
+        shown += part
+read(3)
+for text in inputs:
+    os.write(keeper, bytes.fromhex(text)); read(1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+sys.stdout.buffer.write(shown)
+"#;
+
+#[test]
+fn a_terminal_has_a_greeting_several_lines_and_questions_of_earlier_sessions() {
+    let home = home();
+    let history = home.path().join("state/history");
+    let talk = |inputs: &[&str]| {
+        let hex = |text: &&str| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let inputs = inputs.iter().map(hex).collect::<Vec<_>>().join("|");
+        let duck = duck(&home, &[]);
+        let python = std::process::Command::new("python3")
+            .args(["-c", TERMINAL, &inputs])
+            .arg(duck.get_program())
+            .args(CHAT)
+            .current_dir(&home)
+            .env("DUCK_HISTORY", &history)
+            .env("TERM", "xterm")
+            .output();
+        let Ok(python) = python else {
+            println!("skipped: python3: not found");
+            return None;
+        };
+        assert!(python.status.success(), "{}", String::from_utf8_lossy(&python.stderr));
+        Some(String::from_utf8_lossy(&python.stdout).into_owned())
+    };
+    let first = talk(&["\"\"\"Hello\r", "you\"\"\"\r", "\x03", "Who are you?\r", "/stats\r", "\x04"]);
+    let Some(first) = first else { return };
+    assert!(first.starts_with("0\n"), "{first}");
+    for shown in
+        ["Ask it something", "\x1b[2m> \x1b[0m", "\x1b[2m. \x1b[0m", "Ctrl-D leaves", "dialogue: 4 messages"]
+    {
+        assert!(first.contains(shown), "{shown:?} is not in {first:?}");
+    }
+    let kept = fs::read_to_string(&history).unwrap();
+    assert!(kept.contains("Who are you?"), "{kept}");
+    // The last question of the session before, by the arrow up.
+    let second = talk(&["\x1b[A\x1b[A\r", "\x04"]).unwrap();
+    assert!(second.contains("Who are you?"), "{second:?}");
 }

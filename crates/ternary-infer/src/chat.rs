@@ -111,6 +111,13 @@ impl DuckChatQuantized {
         Ok(told)
     }
 
+    /// Takes the last question and its answer back; the question.
+    pub fn take_back(&mut self) -> Option<String> {
+        let question = self.messages.iter().rposition(|message| message.role == Role::User)?;
+        let taken = self.messages.drain(question..).next();
+        taken.map(|message| message.content)
+    }
+
     /// Says something; the answer comes in pieces of text. An answer that is dropped ends there.
     ///
     /// # Errors
