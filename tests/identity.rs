@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const QUIET: RunOptions = RunOptions { resume: false, quiet: true, epochs: None, signals: false };
+const QUIET: RunOptions =
+    RunOptions { resume: false, quiet: true, plain: false, epochs: None, signals: false };
 const RESUME: RunOptions = RunOptions { resume: true, ..QUIET };
 
 /// A text of its own, and eight steps on it with checkpoints after four and eight.

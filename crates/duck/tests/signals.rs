@@ -270,7 +270,7 @@ if code is None: os.kill(child, signal.SIGKILL)
 while select.select([keeper], [], [], 0.1)[0]: drawn += os.read(keeper, 65536)
 print(json.dumps({"code": code, "same": before == termios.tcgetattr(slave), "screen": b"\x1b[?1049h" in drawn,
     "left": drawn.rfind(b"\x1b[?1049l") > drawn.rfind(b"\x1b[?1049h"), "cursor": drawn.rfind(b"\x1b[?25h") >= drawn.rfind(b"\x1b[?25l"),
-    "end": drawn[-600:].decode(errors="replace")}))
+    "end": drawn[-4000:].decode(errors="replace")}))
 "#;
 
 /// What [`TERMINAL`] says of a run of many steps; `None` without Python.
@@ -329,6 +329,26 @@ fn a_run_whose_terminal_is_closed_ends_with_a_checkpoint() {
         assert_eq!(result["interrupted"], true, "{term}");
         let step = result["steps"].as_u64().unwrap();
         assert!(home.path().join(format!("x-1/checkpoints/step-{step:08}")).exists(), "{term}");
+    }
+}
+
+/// The interface has no place for samples, and its last picture goes with it.
+#[test]
+fn the_end_shows_samples_and_what_may_be_done_next() {
+    for flags in [&[][..], &["--plain"]] {
+        let home = tempfile::tempdir().unwrap();
+        let more = [&["--steps", "20", "--set", "model.d_ff=128"], flags].concat();
+        let Some(seen) = in_terminal(home.path(), "xterm-256color", "", 0, &more) else { return };
+        assert_eq!((&seen["code"], &seen["screen"]), (&0.into(), &flags.is_empty().into()), "{seen}");
+        let end = seen["end"].as_str().unwrap();
+        for shown in [
+            "sample \"",
+            "x-1 (model.gguf, loss.svg, codes.svg, samples.txt, metrics.jsonl)",
+            "duck chat ",
+            "duck generate ",
+        ] {
+            assert!(end.contains(shown), "{flags:?}: {shown} is not in {end}");
+        }
     }
 }
 

@@ -91,6 +91,9 @@ pub struct TrainCommand {
     /// Print nothing but warnings, errors and the summary
     #[arg(long)]
     pub quiet: bool,
+    /// Print lines on a terminal too, in place of the full-screen display
+    #[arg(long, conflicts_with = "quiet")]
+    pub plain: bool,
 }
 
 fn epochs(text: &str) -> Result<f64, String> {
@@ -164,8 +167,8 @@ impl TrainCommand {
     /// Every [`TrainError`].
     pub fn run(&self) -> Result<RunResult, TrainError> {
         let experiment = self.experiment()?;
-        let (resume, quiet, epochs) = (self.resume, self.quiet, self.epochs);
-        let options = RunOptions { resume, quiet, epochs, signals: true };
+        let Self { resume, quiet, plain, epochs, .. } = *self;
+        let options = RunOptions { resume, quiet, plain, epochs, signals: true };
         ignore_file_limit();
         run_claimed(experiment, &options, |run_dir| self.claim(run_dir))
     }

@@ -211,11 +211,21 @@ pub fn read(path: &Path) -> io::Result<History> {
     Ok(history)
 }
 
+/// The folder of a run that has just ended, and whether its model was trained on dialogues.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub run_dir: PathBuf,
+    pub chats: bool,
+}
+
 /// What `result.json` says of a run. Losses are in nats a token; an `Option` is null where the run has no such number.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunResult {
     pub name: String,
     pub seed: u64,
+    /// Where the run is, and what it can be asked for; not in the file, which may move.
+    #[serde(skip)]
+    pub place: Option<Place>,
     pub device: String,
     pub threads: usize,
     /// Commit that this crate was built from; `None` where there was no repository.
@@ -373,7 +383,9 @@ impl RunResult {
         number("best packed valid loss", self.best_valid_loss, &step);
         number("zero fraction", self.zero_fraction, "");
         number("bits per weight", self.bits_per_weight, "");
-        number("compression", self.compression, "x");
+        let compression =
+            if self.file_bytes.is_some() { "compression, file" } else { "compression, weights" };
+        number(compression, self.compression, "x");
         let size = match self.file_bytes {
             Some(bytes) => format!("{} ({} in f32)", mib(bytes), mib(self.fp32_bytes)),
             None => format!("{} in f32", mib(self.fp32_bytes)),
@@ -387,8 +399,27 @@ impl RunResult {
             )
         }));
         rows.extend(self.peak_rss_bytes.map(|bytes| ("peak memory", mib(bytes))));
+        rows.extend(self.place.iter().flat_map(Place::rows));
         let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
         rows.iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()
+    }
+}
+
+impl Place {
+    /// What there is to see, and what may be done with it.
+    fn rows(&self) -> Vec<(&'static str, String)> {
+        const FILES: [&str; 6] =
+            ["model.gguf", "adapter", "loss.svg", "codes.svg", "samples.txt", "metrics.jsonl"];
+        let run = self.run_dir.display();
+        let files: Vec<&str> = FILES.into_iter().filter(|name| self.run_dir.join(name).exists()).collect();
+        let mut rows = vec![("wrote", format!("{run} ({})", files.join(", ")))];
+        if files.contains(&"model.gguf") {
+            if self.chats {
+                rows.push(("talk to it", format!("duck chat {run}")));
+            }
+            rows.push(("let it write", format!("duck generate {run} --prompt \"One day\"")));
+        }
+        rows
     }
 }
 

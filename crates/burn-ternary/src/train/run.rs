@@ -9,7 +9,7 @@ use super::metrics;
 use super::optim::Moments;
 use super::plot;
 use super::progress::{PlainRenderer, say};
-use super::report::{self, History, MetricsFile, RunResult, write_atomic};
+use super::report::{self, History, MetricsFile, Place, RunResult, write_atomic};
 use super::saved::{check_frozen, frozen_model, start_model};
 use super::schedule::Schedule;
 use super::signals::Signals;
@@ -50,6 +50,8 @@ pub struct RunOptions {
     pub resume: bool,
     /// Print warnings and the summary only.
     pub quiet: bool,
+    /// Print lines on a terminal too, in place of Burn's interface.
+    pub plain: bool,
     /// Passes over the training text, in place of the experiment's steps.
     pub epochs: Option<f64>,
     /// On INT, TERM and HUP, save a checkpoint after the current step and end with [`TrainError::Interrupted`]; another signal ends
@@ -208,7 +210,8 @@ pub(super) fn run_claimed(
     report::keep_samples(&path, options.resume.then_some(step))
         .map_err(|source| TrainError::Write { path, source })?;
     let size = trainer.model().size();
-    let tui = terminal::can_draw() && !options.quiet;
+    let chats = data.train.tokens().target_tokens() < data.train.tokens().len();
+    let tui = terminal::can_draw() && !options.quiet && !options.plain;
     let run = &experiment.run;
     let train = LmLoader::training(
         data.train.clone(),
@@ -269,6 +272,9 @@ pub(super) fn run_claimed(
     let learned = training.launch(learner);
     drop(learned.renderer);
     drop(screen);
+    if tui {
+        print_samples(&run_dir);
+    }
 
     let mut outcome =
         outcome.lock().expect("held for one line").take().expect("the strategy leaves an outcome");
@@ -304,6 +310,7 @@ pub(super) fn run_claimed(
     }
     written?;
     drawn?;
+    result.place = Some(Place { run_dir, chats });
     Ok(result)
 }
 
@@ -631,6 +638,16 @@ fn summarize(experiment: &Experiment, device: &Device, outcome: &Outcome) -> Run
         interrupted: outcome.interrupted,
         finished: step == run.steps,
         ..RunResult::new(&run.name, run.seed)
+    }
+}
+
+/// The last text samples: the interface has no place for them.
+fn print_samples(run_dir: &Path) {
+    let samples = fs::read_to_string(run_dir.join("samples.txt")).unwrap_or_default();
+    let step = |line: &str| line.split("  ").next().map(String::from);
+    let last = samples.lines().next_back().and_then(step);
+    for line in samples.lines().filter(|line| step(line) == last) {
+        let _ = writeln!(std::io::stdout(), "{line}");
     }
 }
 

@@ -91,12 +91,19 @@ impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
         drop(learner);
         let mut run = Loop {
             trainer,
-            events: Events { processor: components.event_processor, interrupter: components.interrupter },
+            events: Events {
+                processor: components.event_processor,
+                interrupter: components.interrupter,
+                before: 0,
+                interval: 0,
+            },
             stats: None,
             started: Instant::now(),
             elapsed_before: 0.0,
             stepping: Duration::ZERO,
             tokens: 0,
+            loss: 0.0,
+            accuracy: 0.0,
             session,
         };
         let error = run.run(train, valid).err();
@@ -126,6 +133,9 @@ struct Loop {
     /// Time in steps and tokens trained on since the last log line.
     stepping: Duration,
     tokens: usize,
+    /// Sums over these tokens, in this session.
+    loss: f64,
+    accuracy: f64,
 }
 
 impl Loop {
@@ -151,7 +161,7 @@ impl Loop {
         if first == 0 && !run.start_from.is_empty() {
             self.look_at_start(&valid)?;
         }
-        self.events.start_interval(first / run.eval_every + 1, steps.min(run.eval_every));
+        self.events.start_interval(first, steps, run.eval_every);
         let evaluated = self.session.history.valid.last().map_or(0, |report| report.step);
         if first % run.eval_every == 0 && evaluated < first {
             // The last session was stopped before.
@@ -174,15 +184,24 @@ impl Loop {
             session_stepping += began.elapsed();
             self.stepping += began.elapsed();
             self.tokens += report.tokens;
+            if report.tokens > 0 {
+                self.loss += report.loss * report.tokens as f64;
+                self.accuracy += report.accuracy * report.tokens as f64;
+            }
             let report = self.complete(report);
-            self.events.trained(report, step, steps);
+            self.events.trained(report, step);
 
             let last = step == steps;
             if step % run.log_every == 0 || last {
                 let eta = session_stepping.as_secs_f64() / session_steps as f64 * (steps - step) as f64;
                 self.log(Split::Train, report)?;
-                self.print(|| ProgressLine::train(&report, steps, eta));
+                // One batch is noise: a person sees the mean since the last line, `metrics.jsonl` each step as it was.
+                let tokens = self.tokens as f64;
+                let means = (self.loss / tokens, self.accuracy / tokens);
+                let shown = StepReport { loss: means.0, accuracy: means.1, tokens: self.tokens, ..report };
+                self.print(|| ProgressLine::train(&shown, steps, eta));
                 (self.stepping, self.tokens) = (Duration::ZERO, 0);
+                (self.loss, self.accuracy) = (0.0, 0.0);
             }
             let rolled_back = self.trainer.state().bad_steps >= run.max_bad_steps.max(1);
             if rolled_back {
@@ -195,7 +214,7 @@ impl Loop {
                 stop |= !evaluated;
                 self.events.end_interval(step.div_ceil(run.eval_every));
                 if !last && !stop {
-                    self.events.start_interval(step / run.eval_every + 1, (steps - step).min(run.eval_every));
+                    self.events.start_interval(step, steps, run.eval_every);
                 }
             }
             if (step % run.checkpoint_every == 0 || last || stop) && !rolled_back {
@@ -389,16 +408,22 @@ fn losses<'a>(
 struct Events {
     processor: SupervisedTrainingEventProcessor<LanguageModel>,
     interrupter: Interrupter,
+    /// Steps before the interval, and in it.
+    before: usize,
+    interval: usize,
 }
 
 impl Events {
-    fn start_interval(&mut self, number: usize, steps: usize) {
-        let event = LearnerEvent::StartSplit { epoch_number: number, total_items: steps };
+    /// The interval of the step after `done`, of a run of `steps` with an evaluation after every `every`.
+    fn start_interval(&mut self, done: usize, steps: usize, every: usize) {
+        self.before = done / every * every;
+        self.interval = (steps - self.before).min(every);
+        let event = LearnerEvent::StartSplit { epoch_number: done / every + 1, total_items: self.interval };
         self.interrupter.fail_on_error(self.processor.process_train(event));
     }
 
-    fn trained(&mut self, report: StepReport, step: usize, steps: usize) {
-        let progress = Progress::new(step, steps, Some("steps".into()));
+    fn trained(&mut self, report: StepReport, step: usize) {
+        let progress = Progress::new(step - self.before, self.interval, Some("steps".into()));
         let item = TrainingItem::new(LmItem(report), progress, Some(step), Some(report.lr.into()));
         self.interrupter.fail_on_error(self.processor.process_train(LearnerEvent::ProcessedItem(item)));
     }
