@@ -250,11 +250,10 @@ impl Checkpoints {
         folders.sort_by_key(|&(step, _)| Reverse(step));
         let mut refused = Vec::new();
         for (step, path) in folders.into_iter().filter(|(step, _)| admits(*step)) {
-            // The files, and the tensors that are made of them.
+            // The files are read whole, and tensors are views of them.
             let bytes: u64 =
                 [MODEL, OPTIMIZER].into_iter().filter_map(|file| file_length(&path, file).ok()).sum();
-            memory::check(2 * bytes)
-                .map_err(|source| CheckpointError::Memory { path: path.clone(), source })?;
+            memory::check(bytes).map_err(|source| CheckpointError::Memory { path: path.clone(), source })?;
             match read_folder(&path, step) {
                 Ok(loaded) => return Ok(Some(Loaded { refused, ..loaded })),
                 Err(reason) => refused.push(Refusal { path, reason }),

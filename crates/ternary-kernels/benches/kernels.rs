@@ -3,6 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use std::time::Duration;
+#[cfg(feature = "rayon")]
 use ternary_kernels::training::{HalfFactors, View, half_product};
 use ternary_kernels::training::{Saved, SavedMut, TernaryLinear, Weight};
 use ternary_kernels::*;
@@ -166,6 +167,7 @@ fn linear_layer(c: &mut Criterion) {
 }
 
 /// The products of a head of 8192 ids, forward and backward, with factors in bfloat16 where the CPU multiplies such.
+#[cfg(feature = "rayon")]
 fn head(c: &mut Criterion) {
     let (tokens, width, vocab) = (1024, 768, 8192);
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
@@ -203,6 +205,10 @@ fn head(c: &mut Criterion) {
         });
     }
 }
+
+/// Products of floats come with the feature `rayon`.
+#[cfg(not(feature = "rayon"))]
+fn head(_: &mut Criterion) {}
 
 criterion_group!(benches, products, linear_layer, head);
 criterion_main!(benches);
