@@ -223,7 +223,7 @@ pub struct Place {
 pub struct RunResult {
     pub name: String,
     pub seed: u64,
-    /// Where the run is, and what it can be asked for; not in the file, which may move.
+    /// The run folder and what its model can do; not in the file, which may move with its folder.
     #[serde(skip)]
     pub place: Option<Place>,
     pub device: String,
