@@ -121,12 +121,11 @@ fn failed(error: ServeError) -> Error {
     }
 }
 
-/// Ends when the program is asked to: by Ctrl-C, SIGTERM, or SIGHUP (not with `nohup`, which has it ignored). From this call on, neither ends the program itself.
+/// Ends when the program is asked to: by Ctrl-C, or by SIGTERM. From this call on, neither ends the program itself.
 #[cfg(unix)]
 fn stopped() -> io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
-    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-    let mut signals = kinds.into_iter().map(signal).collect::<io::Result<Vec<_>>>()?;
+    let mut signals = [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?];
     Ok(poll_fn(move |context| {
         let arrived = signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
         if arrived { Poll::Ready(()) } else { Poll::Pending }

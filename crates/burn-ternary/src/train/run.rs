@@ -304,7 +304,7 @@ pub(super) fn run_claimed(
     let path = run_dir.join("result.json");
     let written = result.write(&path).map_err(|source| TrainError::Write { path, source });
     let drawn = illustrate(&run_dir, &result, &outcome);
-    // The first thing that went wrong is the one to tell.
+    // The first error is the cause of the others.
     if let Some(error) = failed.or(learned.error.map(|error| TrainError::Burn(error.to_string()))) {
         return Err(error);
     }
