@@ -54,13 +54,14 @@ fn sound() -> [(&'static str, Value); 3] {
                 "model": "duck", "messages": [{"role": "system", "content": "be short"}, {"role": "user", "content": "hi"}],
                 "max_tokens": 4, "temperature": 0.7, "top_p": 0.9, "seed": 1, "n": 2, "stream": true,
                 "stream_options": {"include_usage": true}, "logprobs": true, "top_logprobs": 2, "stop": ["a", "bc"],
+                "truncation": "auto",
             }),
         ),
         (
             PATHS[1],
             json!({"model": "duck", "prompt": ["one", "two"], "max_tokens": 3, "logprobs": 1, "top_k": 5, "min_p": 0.1}),
         ),
-        (PATHS[1], json!({"model": "duck", "prompt": [1, 2], "max_tokens": 2, "stream": true, "repetition_penalty": 1.1})),
+        (PATHS[1], json!({"prompt": [1, 2], "max_tokens": 2, "stream": true, "repetition_penalty": 1.1, "truncation": "auto"})),
     ]
 }
 

@@ -16,7 +16,7 @@ use std::{
 };
 use ternary_format::memory;
 use ternary_infer::EngineError;
-use ternary_serve::{Limits, Models, ServeError, ServeOptions};
+use ternary_serve::{Limits, Models, ServeError, ServeOptions, Truncation};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -25,7 +25,7 @@ Examples:
   DUCK_API_KEY=secret duck serve model.gguf --host 0.0.0.0
   duck serve model.gguf --host 0.0.0.0 --allow-remote --host-name duck.lan
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{\"model\": \"duck\", \"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}]}'
+    -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}]}'
 
 The address is printed on standard output once the models are loaded. DUCK_LOG says what is logged (debug, warn, ...).";
 
@@ -55,6 +55,10 @@ pub struct Command {
     /// A name, besides localhost and addresses, by which clients reach the server; may be given more than once
     #[arg(long = "host-name", value_name = "NAME")]
     host_names: Vec<String>,
+    /// How to handle dialogues longer than the context: `disabled` rejects them, `auto` drops the oldest turns until the
+    /// answer has room. A request can override it with its field `truncation`
+    #[arg(long, value_name = "auto|disabled", default_value = "disabled")]
+    truncation: Truncation,
     /// Texts in the making at a time, by model
     #[arg(long, value_name = "N", default_value_t = Limits::default().batch)]
     batch: usize,
@@ -69,8 +73,8 @@ impl Command {
     pub fn run(self) -> Result<(), Error> {
         let limits = Limits { batch: self.batch, queue: self.queue, ..Limits::default() };
         let address = SocketAddr::new(self.host, self.port);
-        let Self { api_key, allow_remote, host_names, .. } = self;
-        let options = ServeOptions { address, api_key, allow_remote, host_names, limits };
+        let Self { api_key, allow_remote, host_names, truncation, .. } = self;
+        let options = ServeOptions { address, api_key, allow_remote, host_names, truncation, limits };
         // What cannot be served is said before models are loaded.
         options.check().map_err(failed)?;
         let network = |error: io::Error| Error::Network(error.to_string());

@@ -59,6 +59,24 @@ fn a_server_says_where_it_is_answers_and_stops_when_asked() {
     terminate(&mut server);
 }
 
+#[test]
+fn a_server_leaves_out_old_turns_where_it_is_told_to() {
+    let home = home();
+    let turns =
+        r#"{"role": "user", "content": "quack"}, {"role": "assistant", "content": "quack"}, "#.repeat(500);
+    let body = format!(r#"{{"messages": [{turns}{{"role": "user", "content": "quack"}}], "max_tokens": 2}}"#);
+    for (truncation, status) in [(None, "400"), (Some("disabled"), "400"), (Some("auto"), "200")] {
+        let more = truncation.map_or(vec![], |truncation| vec!["--truncation", truncation]);
+        let (mut server, address) =
+            spawn(&home, &[&["pond=model.gguf", "--port", "0"], &more[..]].concat(), Stdio::null());
+        let response = ask(&address, "POST", "/v1/chat/completions", &body);
+        assert!(response.starts_with(&format!("HTTP/1.1 {status}")), "{truncation:?}: {response}");
+        terminate(&mut server);
+    }
+    let error = crate::failure(&home, &["serve", "--truncation", "middle"], 2);
+    assert!(error.contains("auto"), "{error}");
+}
+
 /// Ends a server by SIGTERM, which it must hear in time and end well.
 #[track_caller]
 fn terminate(server: &mut Server) {

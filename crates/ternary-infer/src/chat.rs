@@ -3,7 +3,7 @@
 use crate::{Engine, EngineError, EngineOptions, Finish, GenerateOptions, Generation, Sequence};
 use std::{path::Path, sync::Arc};
 use ternary_format::{
-    Decoder, Special, Tokenizer,
+    Decoder, FormatError, Special, Tokenizer,
     chat::{self, ChatTemplate, Message, Role},
 };
 
@@ -42,6 +42,65 @@ impl Engine {
         let source = self.chat_template().or(own).ok_or(EngineError::NoChatTemplate)?;
         Ok((tokenizer, ChatTemplate::new(source)?))
     }
+
+    /// Encodes a dialogue so that `room` tokens of the context remain for the answer. Removes the oldest turns from
+    /// `messages` as needed, but never system messages, nor anything from the last question on.
+    ///
+    /// Bisects over the turns: a dialogue of `n` turns takes about `log2(n)` encodings, each bounded by the context.
+    ///
+    /// # Errors
+    /// `ContextFull`, or `Format` with `TooManyTokens`: the last question is too long. `EmptyPrompt`: the template renders
+    /// nothing. `NoTokenizer`; `Format`: a message cannot be rendered or encoded. `messages` is then unchanged.
+    pub fn fit_dialogue(
+        &self,
+        template: &ChatTemplate,
+        messages: &mut Vec<Message>,
+        room: usize,
+    ) -> Result<Vec<u32>, EngineError> {
+        let tokenizer = self.tokenizer().ok_or(EngineError::NoTokenizer)?;
+        let most = self.context().saturating_sub(room);
+        let from = |first: usize| -> Vec<Message> {
+            let kept = messages.iter().enumerate().filter(|(i, m)| *i >= first || m.role == Role::System);
+            kept.map(|(_, message)| message.clone()).collect()
+        };
+        // A question is dropped together with its answer, so the rest begins with a question.
+        let questions = messages.iter().enumerate().filter(|(i, m)| *i > 0 && m.role == Role::User);
+        let firsts: Vec<usize> = std::iter::once(0).chain(questions.map(|(i, _)| i)).collect();
+        // Fewer messages have fewer tokens, so bisection finds the first cut that fits. The whole dialogue is tried first.
+        let (mut low, mut high, mut middle) = (0, firsts.len(), 0);
+        let mut fitting = None;
+        let mut error = None;
+        while low < high {
+            let kept = from(firsts[middle]);
+            match template.ids_within(tokenizer, &kept, true, most) {
+                Ok(ids) if ids.is_empty() => return Err(EngineError::EmptyPrompt),
+                Ok(ids) if ids.len() <= most => {
+                    fitting = Some((ids, kept));
+                    high = middle;
+                }
+                Ok(ids) => {
+                    let (found, context) = (ids.len() + room, self.context());
+                    error = Some(EngineError::ContextFull { found, context });
+                    low = middle + 1;
+                }
+                Err(too_long @ FormatError::TooManyTokens { .. }) => {
+                    error = Some(too_long.into());
+                    low = middle + 1;
+                }
+                Err(other) => return Err(other.into()),
+            }
+            middle = (low + high) / 2;
+        }
+        let (ids, kept) = fitting.ok_or_else(|| error.unwrap_or(EngineError::EmptyPrompt))?;
+        *messages = kept;
+        Ok(ids)
+    }
+}
+
+/// Tokens of the context that are reserved for the answer when a dialogue is truncated: `max_tokens` if given, else the
+/// larger of 64 and a quarter of the context. At most half of the context, and at least 1.
+pub fn answer_room(context: usize, max_tokens: Option<usize>) -> usize {
+    max_tokens.unwrap_or(64.max(context / 4)).min(context / 2).max(1)
 }
 
 impl DuckChatQuantized {
@@ -129,7 +188,8 @@ impl DuckChatQuantized {
             (engine.tokenizer().ok_or(EngineError::NoTokenizer)?, options.stop.clone());
         stop.extend(tokenizer.specials().map(|(_, id)| id).chain(tokenizer.ends().eos));
         let mut asked = [&messages[..], &[Message::new(Role::User, text)]].concat();
-        let ids = fit(engine, tokenizer, template, options, &mut asked)?;
+        let room = answer_room(engine.context(), None).min(options.max_tokens).max(1);
+        let ids = engine.fit_dialogue(template, &mut asked, room)?;
         let mut known = sequence.take().unwrap_or_else(|| {
             held.clear();
             engine.sequence()
@@ -153,34 +213,6 @@ impl DuckChatQuantized {
             held,
             sequence,
         })
-    }
-}
-
-/// The ids of the dialogue, without its oldest turns where it would leave no room for an answer.
-fn fit(
-    engine: &Engine,
-    tokenizer: &Tokenizer,
-    template: &ChatTemplate,
-    options: &GenerateOptions,
-    messages: &mut Vec<Message>,
-) -> Result<Vec<u32>, EngineError> {
-    let room = options.max_tokens.min(engine.context() / 4).max(1);
-    loop {
-        let ids = template.ids(tokenizer, messages, true)?;
-        let found = ids.len() + room;
-        if found <= engine.context() && !ids.is_empty() {
-            return Ok(ids);
-        }
-        let oldest = messages.iter().position(|message| message.role != Role::System);
-        match oldest {
-            Some(oldest) if oldest + 1 < messages.len() => {
-                // A question goes with its answer.
-                let next = (oldest + 1..messages.len()).find(|&i| messages[i].role == Role::User);
-                messages.drain(oldest..next.unwrap_or(oldest + 1));
-            }
-            _ if ids.is_empty() => return Err(EngineError::EmptyPrompt),
-            _ => return Err(EngineError::ContextFull { found, context: engine.context() }),
-        }
     }
 }
 

@@ -43,7 +43,7 @@ pub mod random;
 pub mod reference;
 mod sampler;
 
-pub use chat::{Answer, DuckChatQuantized};
+pub use chat::{Answer, DuckChatQuantized, answer_room};
 pub use engine::{
     ActivationMode, CacheType, Engine, EngineOptions, Finish, GenerateOptions, Generation, Sequence,
 };

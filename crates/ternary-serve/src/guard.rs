@@ -1,6 +1,6 @@
 //! [`guard`]: who gets in.
 
-use crate::{ServeOptions, api::ApiError, server::Server, slot::Busy};
+use crate::{ServeOptions, api::ApiError, page, server::Server, slot::Busy};
 use axum::{
     extract::{Request, State},
     http::{HeaderMap, Method, StatusCode, header, uri::Authority},
@@ -12,18 +12,9 @@ use subtle::ConstantTimeEq;
 
 /// The route of a path as metrics name it; paths of strangers would be labels without number.
 fn route(path: &str) -> &'static str {
-    const ROUTES: [&str; 9] = [
-        "/",
-        "/page.js",
-        "/style.css",
-        "/icon.svg",
-        "/health",
-        "/metrics",
-        "/v1/models",
-        "/v1/completions",
-        "/v1/chat/completions",
-    ];
-    match ROUTES.into_iter().find(|route| path == *route) {
+    const ROUTES: [&str; 5] =
+        ["/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"];
+    match page::path(path).or(ROUTES.into_iter().find(|route| path == *route)) {
         Some(route) => route,
         None if path.starts_with("/v1/models/") => "/v1/models/NAME",
         None => "other",
@@ -67,7 +58,7 @@ fn admit(server: &Server, request: &Request, route: &str) -> Result<(), ApiError
         same_origin(headers)?;
     }
     // What the page consists of, and whether the server is there, everybody may know.
-    let open = matches!(route, "/" | "/page.js" | "/style.css" | "/icon.svg" | "/health");
+    let open = route == "/health" || page::path(route).is_some();
     match &server.key {
         Some(key) if !open => {
             authorized(headers, key)?;

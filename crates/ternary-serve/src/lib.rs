@@ -15,7 +15,12 @@
 //!
 //! What would change a text and cannot be done (tools, JSON schemas, `logit_bias`, penalties by count, `echo`, `suffix`) is
 //! refused, not ignored, and so are fields that nobody knows. Beyond OpenAI's, requests have `top_k`, `min_p` and
-//! `repetition_penalty`.
+//! `repetition_penalty`. `model` may be missing where one model is served.
+//!
+//! A prompt longer than the context is refused with the code `context_length_exceeded`. With `truncation: "auto"` (a field of
+//! the request, as in OpenAI's Responses API, or [`ServeOptions::truncation`]) the server drops the oldest turns instead, but
+//! never a system message or the last question, until [`answer_room`](ternary_infer::answer_room) tokens are free for the
+//! answer. The response header `x-dropped-messages` counts the dropped messages. Text completions keep the end of the prompt.
 //!
 //! Without an API key the server listens on loopback only, unless told otherwise, and requests must name it by an address or by a
 //! name that it was given. A page of another origin gets nothing.
@@ -58,5 +63,5 @@ mod stop;
 
 pub use error::ServeError;
 pub use model::Models;
-pub use option::{Limits, ServeOptions};
+pub use option::{Limits, ServeOptions, Truncation};
 pub use server::{bind, router, serve};

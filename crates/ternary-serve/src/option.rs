@@ -3,6 +3,7 @@
 use crate::ServeError;
 use std::{
     net::{Ipv4Addr, SocketAddr},
+    str::FromStr,
     time::Duration,
 };
 
@@ -17,7 +18,31 @@ pub struct ServeOptions {
     pub allow_remote: bool,
     /// Names by which clients reach the server, besides localhost and addresses.
     pub host_names: Vec<String>,
+    /// Truncation of long prompts, for requests without the field `truncation`.
+    pub truncation: Truncation,
     pub limits: Limits,
+}
+
+/// How the server handles a prompt longer than the model's context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Truncation {
+    /// Reject the request with the code `context_length_exceeded`.
+    #[default]
+    Disabled,
+    /// Drop the oldest turns of a dialogue, or the beginning of a text, until the answer has room.
+    Auto,
+}
+
+impl FromStr for Truncation {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "disabled" => Ok(Self::Disabled),
+            "auto" => Ok(Self::Auto),
+            _ => Err("expected auto or disabled".into()),
+        }
+    }
 }
 
 impl Default for ServeOptions {
@@ -29,6 +54,7 @@ impl Default for ServeOptions {
             api_key: None,
             allow_remote: false,
             host_names: Vec::new(),
+            truncation: Truncation::default(),
             limits: Limits::default(),
         }
     }
@@ -37,12 +63,13 @@ impl Default for ServeOptions {
 impl std::fmt::Debug for ServeOptions {
     /// Without the key.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { address, api_key, allow_remote, host_names, limits } = self;
+        let Self { address, api_key, allow_remote, host_names, truncation, limits } = self;
         f.debug_struct("ServeOptions")
             .field("address", address)
             .field("api_key", &api_key.as_ref().map(|_| "..."))
             .field("allow_remote", allow_remote)
             .field("host_names", host_names)
+            .field("truncation", truncation)
             .field("limits", limits)
             .finish()
     }

@@ -1,8 +1,10 @@
-//! The page: three files that are part of the program, and an icon.
+//! The page: files that are part of the program.
 
 use axum::{
+    Router,
     http::{HeaderName, header},
     response::IntoResponse,
+    routing::get,
 };
 
 /// Nothing but what comes from here, and nobody around it.
@@ -10,7 +12,34 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; i
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; \
                       trusted-types 'none'";
 
-fn file(kind: &'static str, text: &'static str) -> impl IntoResponse {
+const HTML: &str = "text/html; charset=utf-8";
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+const STYLE: &str = "text/css; charset=utf-8";
+const ICON: &str = "image/svg+xml";
+
+/// A file of the page: its path, its kind, and what is in it.
+struct File(&'static str, &'static str, &'static str);
+
+const FILES: [File; 4] = [
+    File("/", HTML, include_str!("page/index.html")),
+    File("/style.css", STYLE, include_str!("page/style.css")),
+    File("/icon.svg", ICON, include_str!("page/icon.svg")),
+    File("/page.js", SCRIPT, include_str!("page/page.js")),
+];
+
+/// The path of a file of the page.
+pub fn path(path: &str) -> Option<&'static str> {
+    FILES.iter().map(|file| file.0).find(|known| *known == path)
+}
+
+/// The files of the page, at their paths.
+pub fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    FILES.iter().fold(Router::new(), |router, File(path, kind, text)| {
+        router.route(path, get(async || respond(kind, text)))
+    })
+}
+
+fn respond(kind: &'static str, text: &'static str) -> impl IntoResponse {
     let headers: [(HeaderName, &str); 5] = [
         (header::CONTENT_TYPE, kind),
         (header::CONTENT_SECURITY_POLICY, POLICY),
@@ -19,20 +48,4 @@ fn file(kind: &'static str, text: &'static str) -> impl IntoResponse {
         (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
     ];
     (headers, text)
-}
-
-pub async fn index() -> impl IntoResponse {
-    file("text/html; charset=utf-8", include_str!("page/index.html"))
-}
-
-pub async fn script() -> impl IntoResponse {
-    file("text/javascript; charset=utf-8", include_str!("page/page.js"))
-}
-
-pub async fn style() -> impl IntoResponse {
-    file("text/css; charset=utf-8", include_str!("page/style.css"))
-}
-
-pub async fn icon() -> impl IntoResponse {
-    file("image/svg+xml", include_str!("page/icon.svg"))
 }

@@ -1,7 +1,7 @@
 //! [`serve`]: connections in, responses out.
 
 use crate::{
-    Limits, Models, ServeError, ServeOptions,
+    Limits, Models, ServeError, ServeOptions, Truncation,
     api::{self, ApiError},
     guard::{Hosts, guard},
     intake::Intake,
@@ -13,7 +13,7 @@ use crate::{
 };
 use axum::{
     Router,
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderValue, StatusCode, Uri, header},
     middleware,
     routing::{get, post},
 };
@@ -27,6 +27,10 @@ use tower_http::set_header::SetResponseHeaderLayer;
 /// For last words, when all work has been ended. Who listens gets them at once; this is for who does not.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// Named in the error for unknown paths.
+const PATHS: &str = "the paths are POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health, \
+                     GET /metrics, and GET / for the chat page";
+
 /// What handlers share.
 #[derive(Debug)]
 pub struct Server {
@@ -35,6 +39,8 @@ pub struct Server {
     pub key: Option<String>,
     /// How requests may name the server; `None`: as they like.
     pub hosts: Option<Hosts>,
+    /// For requests without the field `truncation`.
+    pub truncation: Truncation,
     pub intake: Intake,
     pub metric: Metric,
     /// Since when, in seconds of the Unix epoch.
@@ -62,6 +68,7 @@ impl Server {
             limits: options.limits.clone(),
             key: options.api_key.clone(),
             hosts: Hosts::new(options),
+            truncation: options.truncation,
             intake: Intake::default(),
             metric: Metric::default(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
@@ -70,18 +77,17 @@ impl Server {
 
     fn router(self: &Arc<Self>) -> Router {
         Router::new()
-            .route("/", get(page::index))
-            .route("/page.js", get(page::script))
-            .route("/style.css", get(page::style))
-            .route("/icon.svg", get(page::icon))
+            .merge(page::router())
             .route("/health", get(api::health))
             .route("/metrics", get(api::metrics))
             .route("/v1/models", get(api::models))
             .route("/v1/models/{*name}", get(api::model))
             .route("/v1/completions", post(api::completion))
             .route("/v1/chat/completions", post(api::chat))
-            .fallback(async || {
-                ApiError::new(StatusCode::NOT_FOUND, "there is nothing here").code("not_found")
+            .fallback(async |uri: Uri| {
+                let path: String = uri.path().chars().take(60).collect();
+                let message = format!("there is nothing at {path}; {PATHS}");
+                ApiError::new(StatusCode::NOT_FOUND, message).code("not_found")
             })
             .method_not_allowed_fallback(async || {
                 ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "the method is not for this path")

@@ -6,3 +6,4 @@ mod hostile;
 mod repeatable;
 mod shared;
 mod site;
+mod truncation;

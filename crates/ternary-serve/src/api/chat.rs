@@ -7,16 +7,24 @@ use super::{
     request::{Request, accept, refused},
 };
 use crate::{
+    Truncation,
     score::Score,
     server::{Served, Server},
 };
 use axum::{extract::State, response::Response};
 use serde_json::{Value, json};
 use std::sync::Arc;
-use ternary_format::chat::{Message, Role};
+use ternary_format::{
+    FormatError,
+    chat::{Message, Role},
+};
+use ternary_infer::EngineError;
 
 /// The most scores of other tokens.
 const TOP: usize = 20;
+
+/// Response header that counts the messages dropped by truncation.
+const DROPPED: &str = "x-dropped-messages";
 
 /// Chat completions.
 pub struct Chat;
@@ -25,11 +33,23 @@ pub async fn chat(
     State(server): State<Arc<Server>>,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
-    let ((request, ids), busy) = accept(server, request, read).await?;
-    Flight::new(Chat, request, vec![ids], busy)?.respond().await
+    let (Dialogue { request, ids, dropped }, busy) = accept(server, request, read).await?;
+    let mut response = Flight::new(Chat, request, vec![ids], busy)?.respond().await?;
+    if dropped > 0 {
+        response.headers_mut().insert(DROPPED, dropped.into());
+    }
+    Ok(response)
 }
 
-fn read(server: &Server, mut fields: Fields) -> Result<(Request, Vec<u32>), ApiError> {
+/// A request that has been read.
+struct Dialogue {
+    request: Request,
+    ids: Vec<u32>,
+    /// Messages dropped by truncation.
+    dropped: usize,
+}
+
+fn read(server: &Server, mut fields: Fields) -> Result<Dialogue, ApiError> {
     let mut request = Request::take(server, &mut fields)?;
     let scores = fields.flag("logprobs")?;
     let top = fields.integer("top_logprobs", 0..=TOP)?;
@@ -37,7 +57,7 @@ fn read(server: &Server, mut fields: Fields) -> Result<(Request, Vec<u32>), ApiE
         return Err(ApiError::field("top_logprobs", "`top_logprobs` are for `logprobs: true`"));
     }
     request.scores = scores.then_some(top.unwrap_or(0));
-    let messages = messages(fields.take("messages"))?;
+    let mut messages = messages(fields.take("messages"))?;
     if let Some(format) = fields.take("response_format")
         && format.get("type").and_then(Value::as_str) != Some("text")
     {
@@ -70,9 +90,36 @@ fn read(server: &Server, mut fields: Fields) -> Result<(Request, Vec<u32>), ApiE
             format!("model `{}` has no chat template; it continues text at /v1/completions", model.name);
         return Err(ApiError::field("model", message).code("no_chat_template"));
     };
-    let ids = template.ids_within(model.tokenizer(), &messages, true, model.engine.context());
-    let ids = ids.map_err(|error| refused("messages", &error))?;
-    Ok((request, ids))
+    let before = messages.len();
+    let ids = match request.truncation {
+        Truncation::Disabled => {
+            let ids = template.ids_within(model.tokenizer(), &messages, true, model.engine.context());
+            ids.map_err(|error| refused(Chat::PROMPT, &error))?
+        }
+        Truncation::Auto => {
+            let ids = model.engine.fit_dialogue(template, &mut messages, request.room());
+            ids.map_err(|error| no_room(&request, error))?
+        }
+    };
+    let dropped = before - messages.len();
+    Ok(Dialogue { request, ids, dropped })
+}
+
+/// The error for a dialogue that is too long even without its older turns.
+fn no_room(request: &Request, error: EngineError) -> ApiError {
+    let (room, context) = (request.room(), request.served.model.engine.context());
+    let found = match error {
+        EngineError::ContextFull { found, .. } => (found - room).to_string(),
+        EngineError::Format(FormatError::TooManyTokens { most }) => format!("more than {most}"),
+        EngineError::Format(other) => return refused(Chat::PROMPT, &other),
+        other => return ApiError::field(Chat::PROMPT, other.to_string()),
+    };
+    let message = format!(
+        "the last message has {found} tokens, expected at most {}: the model's context has {context}, and {room} are \
+         for the answer; shorten the message",
+        context - room
+    );
+    ApiError::field(Chat::PROMPT, message).code("context_length_exceeded")
 }
 
 fn messages(value: Option<Value>) -> Result<Vec<Message>, ApiError> {
@@ -126,6 +173,7 @@ fn text(place: &str, value: Value) -> Result<String, ApiError> {
 
 impl Form for Chat {
     const NAMES: [&'static str; 3] = ["chatcmpl", "chat.completion", "chat.completion.chunk"];
+    const PROMPT: &'static str = "messages";
 
     fn whole(&self, served: &Served, text: String, scores: Option<Vec<Score>>) -> Value {
         let message = json!({ "role": "assistant", "content": text, "refusal": null });

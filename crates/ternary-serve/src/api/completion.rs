@@ -7,7 +7,7 @@ use super::{
     request::{Request, accept, refused},
 };
 use crate::{
-    model::Model,
+    Truncation,
     score::{self, Score},
     server::{Served, Server},
 };
@@ -17,6 +17,9 @@ use std::sync::Arc;
 
 /// Tokens of a text, if the request does not say, as in OpenAI's API.
 const TOKENS: usize = 16;
+
+/// More than the average length of a token. It bounds how much of a truncated prompt is encoded.
+const BYTES_PER_TOKEN: usize = 16;
 
 /// The most scores of other tokens.
 const TOP: usize = 20;
@@ -46,33 +49,47 @@ fn read(server: &Server, mut fields: Fields) -> Result<(Request, Vec<Vec<u32>>),
     fields.refuse(&["echo", "suffix"])?;
     fields.end()?;
     let most = server.limits.choices.min(server.limits.batch);
-    let model = &request.served.model;
     let prompts = match prompt {
         Value::Array(list) if list.iter().any(|item| !item.is_number()) => {
             if list.len() * request.n > most {
                 let found = format!("{} prompts, {} texts for each", list.len(), request.n);
                 return Err(ApiError::field("prompt", format!("{found}; expected at most {most} texts")));
             }
-            list.into_iter().map(|item| ids(model, item)).collect::<Result<_, _>>()?
+            list.into_iter().map(|item| ids(&request, item)).collect::<Result<_, _>>()?
         }
-        one => vec![ids(model, one)?],
+        one => vec![ids(&request, one)?],
     };
     Ok((request, prompts))
 }
 
-/// The ids of a text, or ids as they are.
-fn ids(model: &Model, prompt: Value) -> Result<Vec<u32>, ApiError> {
+/// The ids of a text, or ids as given. Truncation keeps the last ones that leave room for the answer.
+fn ids(request: &Request, prompt: Value) -> Result<Vec<u32>, ApiError> {
+    let model = &request.served.model;
+    let context = model.engine.context();
+    let most = match request.truncation {
+        Truncation::Disabled => usize::MAX,
+        Truncation::Auto => context - request.room(),
+    };
+    let last = |ids: &[u32], most: usize| ids[ids.len().saturating_sub(most)..].to_vec();
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match prompt {
         Value::String(text) => {
-            let ids = model.tokenizer().encode_within(&text, model.engine.context());
-            let ids = ids.map_err(|error| refused("prompt", &error))?;
+            // Encoding only the end bounds the work.
+            let cut = text.len().saturating_sub(most.saturating_mul(BYTES_PER_TOKEN));
+            let end = &text[text.ceil_char_boundary(cut)..];
+            let ids = match request.truncation {
+                Truncation::Disabled => model.tokenizer().encode_within(end, context),
+                Truncation::Auto => model.tokenizer().encode(end),
+            };
+            let ids = ids.map_err(|error| refused(Completion::PROMPT, &error))?;
             let ends = model.tokenizer().ends();
-            let bos = ends.bos.filter(|_| ends.add_bos || ids.is_empty());
-            Ok(bos.into_iter().chain(ids).collect())
+            let bos = Vec::from_iter(ends.bos.filter(|_| ends.add_bos || ids.is_empty()));
+            let kept = last(&ids, most.saturating_sub(bos.len()));
+            Ok([bos, kept].concat())
         }
         Value::Array(list) => {
-            list.iter().map(|value| id(value).ok_or_else(|| wrong("prompt", value, "token ids"))).collect()
+            let ids = list.iter().map(|value| id(value).ok_or_else(|| wrong("prompt", value, "token ids")));
+            Ok(last(&ids.collect::<Result<Vec<_>, _>>()?, most))
         }
         other => Err(wrong("prompt", &other, "a string, token ids, or an array of these")),
     }
@@ -80,6 +97,7 @@ fn ids(model: &Model, prompt: Value) -> Result<Vec<u32>, ApiError> {
 
 impl Form for Completion {
     const NAMES: [&'static str; 3] = ["cmpl", "text_completion", "text_completion"];
+    const PROMPT: &'static str = "prompt";
 
     fn whole(&self, served: &Served, text: String, scores: Option<Vec<Score>>) -> Value {
         json!({ "text": text, "logprobs": columns(served, scores) })

@@ -36,6 +36,9 @@ pub trait Form: Send + Sync + Unpin + 'static {
     /// What ids begin with, the kind of a whole response, and the kind of a part of a stream.
     const NAMES: [&'static str; 3];
 
+    /// The field of the prompt.
+    const PROMPT: &'static str;
+
     /// The choice of a whole response.
     fn whole(&self, served: &Served, text: String, scores: Option<Vec<Score>>) -> Value;
 
@@ -81,7 +84,7 @@ impl<F: Form> Flight<F> {
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
         let choices = prompts.len() * request.n;
         let begun = Instant::now();
-        let events = request.submit(prompts)?;
+        let events = request.submit(F::PROMPT, prompts)?;
         let random = [(); 2].map(|()| RandomState::new().build_hasher().finish());
         Ok(Self {
             form,

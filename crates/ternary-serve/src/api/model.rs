@@ -18,6 +18,7 @@ fn object(server: &Server, served: &Served) -> Value {
         "created": server.created,
         "owned_by": "local",
         "context_length": served.model.engine.context(),
+        "chat_template": served.model.template.is_some(),
     })
 }
 
@@ -33,7 +34,7 @@ pub async fn model(
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let Path(name) = name.map_err(|_| ApiError::body("the name in the path is not UTF-8"))?;
-    let served = server.find(&name)?;
+    let served = server.find(Some(&name))?;
     Ok(Json(object(&server, &served)))
 }
 

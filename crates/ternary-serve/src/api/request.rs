@@ -5,7 +5,7 @@ use super::{
     field::{Fields, wrong},
 };
 use crate::{
-    body,
+    Truncation, body,
     scheduler::{Event, Job},
     server::{Served, Server},
     slot::Busy,
@@ -17,7 +17,7 @@ use std::{
     sync::Arc,
 };
 use ternary_format::FormatError;
-use ternary_infer::{Engine, EngineError, Sampling};
+use ternary_infer::{Engine, EngineError, Sampling, answer_room};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 /// The longest stop string, in bytes.
@@ -76,6 +76,7 @@ pub struct Request {
     /// `None`: as many as there is room for.
     pub tokens: Option<usize>,
     pub stops: Vec<String>,
+    pub truncation: Truncation,
     pub stream: bool,
     /// The stream ends with how many tokens there were.
     pub usage: bool,
@@ -88,10 +89,7 @@ impl Request {
     /// 404: no such model. 400: a field has another value than it can have.
     pub fn take(server: &Server, fields: &mut Fields) -> Result<Self, ApiError> {
         let limits = &server.limits;
-        let Some(name) = fields.string("model")? else {
-            return Err(ApiError::field("model", "`model` is missing, expected the name of a model"));
-        };
-        let served = server.find(&name)?;
+        let served = server.find(fields.string("model")?.as_deref())?;
         let sampling = Sampling {
             repetition_penalty: fields.number("repetition_penalty", 0.01..=100.0, 1.0)? as f32,
             temperature: fields.number("temperature", 0.0..=2.0, 1.0)? as f32,
@@ -109,6 +107,13 @@ impl Request {
         let newer = fields.integer("max_completion_tokens", 1..=limits.tokens)?;
         let tokens = fields.integer("max_tokens", 1..=limits.tokens)?;
         let stops = stops(fields.take("stop"), limits.stops)?;
+        let truncation = match fields.take("truncation") {
+            None => server.truncation,
+            Some(value) => {
+                let named = value.as_str().and_then(|name| name.parse().ok());
+                named.ok_or_else(|| wrong("truncation", &value, "auto or disabled"))?
+            }
+        };
         let stream = fields.flag("stream")?;
         let mut usage = false;
         if let Some(options) = fields.take("stream_options") {
@@ -122,18 +127,24 @@ impl Request {
         }
         fields.ignore(&IGNORED);
         fields.refuse(&["frequency_penalty", "presence_penalty", "logit_bias"])?;
-        Ok(Self { served, sampling, n, tokens: newer.or(tokens), stops, stream, usage, scores: None })
+        let tokens = newer.or(tokens);
+        Ok(Self { served, sampling, n, tokens, stops, truncation, stream, usage, scores: None })
     }
 
-    /// Gives the work to the scheduler: `n` texts for each prompt.
+    /// Tokens of the context reserved for the answer when the prompt is truncated.
+    pub fn room(&self) -> usize {
+        answer_room(self.served.model.engine.context(), self.tokens)
+    }
+
+    /// Gives the work to the scheduler: `n` texts for each prompt, which came in the field `param`.
     ///
     /// # Errors
     /// 400: a prompt is empty, has ids that are none, or is longer than the context. 429, 503: the work is not taken.
-    pub fn submit(&self, prompts: Vec<Vec<u32>>) -> Result<UnboundedReceiver<Event>, ApiError> {
+    pub fn submit(&self, param: &str, prompts: Vec<Vec<u32>>) -> Result<UnboundedReceiver<Event>, ApiError> {
         let (sender, events) = unbounded_channel();
         let mut jobs = Vec::with_capacity(prompts.len());
         for (i, prompt) in prompts.into_iter().enumerate() {
-            check(&self.served.model.engine, &prompt)?;
+            check(&self.served.model.engine, param, &prompt)?;
             jobs.push(Job {
                 prompt,
                 sampling: self.sampling.clone(),
@@ -152,18 +163,29 @@ impl Request {
 /// Why a prompt has no ids.
 pub fn refused(param: &str, error: &FormatError) -> ApiError {
     match error {
-        FormatError::TooManyTokens { most } => {
-            ApiError::body(format!("the prompt has more than the {most} tokens of the model's context"))
-                .code("context_length_exceeded")
-        }
+        FormatError::TooManyTokens { most } => too_long(param, &format!("more than {most}"), *most),
         other => ApiError::field(param, other.to_string()),
     }
 }
 
-fn check(engine: &Engine, prompt: &[u32]) -> Result<(), ApiError> {
+/// The error for a prompt longer than the context, without truncation.
+fn too_long(param: &str, found: &str, context: usize) -> ApiError {
+    let way_out = match param {
+        "messages" => "shorten or remove messages, or send `truncation: \"auto\"` to drop the oldest turns",
+        _ => "shorten it, or send `truncation: \"auto\"` to drop its beginning",
+    };
+    let message = format!(
+        "the prompt has {found} tokens, expected at most the {context} of the model's context; {way_out}"
+    );
+    ApiError::field(param, message).code("context_length_exceeded")
+}
+
+fn check(engine: &Engine, param: &str, prompt: &[u32]) -> Result<(), ApiError> {
     let (context, vocab_size) = (engine.context(), engine.spec().vocab_size);
     if prompt.is_empty() {
-        return Err(ApiError::body("the prompt is empty, expected at least one token").code("empty_prompt"));
+        return Err(
+            ApiError::field(param, "the prompt is empty, expected at least one token").code("empty_prompt")
+        );
     }
     if let Some(id) = prompt.iter().find(|id| **id as usize >= vocab_size) {
         return Err(ApiError::field(
@@ -172,10 +194,7 @@ fn check(engine: &Engine, prompt: &[u32]) -> Result<(), ApiError> {
         ));
     }
     if prompt.len() > context {
-        let found = prompt.len();
-        let message =
-            format!("the prompt has {found} tokens, expected at most the {context} of the model's context");
-        return Err(ApiError::body(message).code("context_length_exceeded"));
+        return Err(too_long(param, &prompt.len().to_string(), context));
     }
     Ok(())
 }
@@ -202,15 +221,30 @@ fn stops(value: Option<Value>, most: usize) -> Result<Vec<String>, ApiError> {
 }
 
 impl Server {
+    /// A model by name; without a name, the only one.
+    ///
     /// # Errors
-    /// 404: no such model.
-    pub fn find(&self, name: &str) -> Result<Arc<Served>, ApiError> {
-        let served = self.served.iter().find(|served| served.model.name == name).cloned();
-        served.ok_or_else(|| {
-            let short: String = name.chars().take(60).collect();
-            let message = format!("there is no model `{short}`; GET /v1/models lists them");
-            let error = ApiError::new(StatusCode::NOT_FOUND, message).code("model_not_found");
-            ApiError { param: Some("model".into()), ..error }
-        })
+    /// 404: no such model. 400: there are several.
+    pub fn find(&self, name: Option<&str>) -> Result<Arc<Served>, ApiError> {
+        let names = || {
+            let names = self.served.iter().map(|served| format!("`{}`", served.model.name));
+            names.collect::<Vec<_>>().join(", ")
+        };
+        match (name, &self.served[..]) {
+            (None, [only]) => Ok(only.clone()),
+            (None, _) => {
+                let message = format!("`model` is missing, expected one of {}", names());
+                Err(ApiError::field("model", message).code("model_missing"))
+            }
+            (Some(name), all) => {
+                let served = all.iter().find(|served| served.model.name == name).cloned();
+                served.ok_or_else(|| {
+                    let short: String = name.chars().take(60).collect();
+                    let message = format!("there is no model `{short}`, expected one of {}", names());
+                    let error = ApiError::new(StatusCode::NOT_FOUND, message).code("model_not_found");
+                    ApiError { param: Some("model".into()), ..error }
+                })
+            }
+        }
     }
 }

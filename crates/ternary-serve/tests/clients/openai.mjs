@@ -4,6 +4,7 @@
 //     node .../openai.mjs http://127.0.0.1:8080/v1 [KEY]
 
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 
@@ -60,6 +61,18 @@ const checks = {
     const { choices, usage } = await chat({ logprobs: true, top_logprobs: 3 });
     assert.equal(choices[0].logprobs.content.length, usage.completion_tokens);
     assert.ok(choices[0].logprobs.content.every(({ top_logprobs }) => top_logprobs.length === 3));
+  },
+  async "thirty questions in a row"() {
+    const said = [];
+    const questions = readFileSync(new URL("questions.txt", import.meta.url), "utf8").trim().split("\n");
+    for (const content of questions) {
+      said.push({ role: "user", content });
+      const stream = client.chat.completions.stream({ model, messages: said, seed: said.length, truncation: "auto" });
+      const { choices: [{ finish_reason, message }] } = await stream.finalChatCompletion();
+      assert.equal(finish_reason, "stop", `${content} ${message.content}`);
+      said.push({ role: "assistant", content: message.content });
+    }
+    assert.equal(said.length, 60);
   },
   async "leaving early"() {
     const stream = await chat({ stream: true, max_tokens: 1000 });

@@ -9,6 +9,7 @@ import sys
 sys.path.pop(0)  # this file has the name of the package
 
 import json
+import pathlib
 import threading
 import urllib.error
 import urllib.request
@@ -108,6 +109,20 @@ def many_at_once():
     assert alone == among
 
 
+def thirty_questions_in_a_row():
+    """With all that was said before; the server leaves out what is too old."""
+    said, dropped = [], 0
+    for question in pathlib.Path(__file__).with_name("questions.txt").read_text().splitlines():
+        said.append({"role": "user", "content": question})
+        response = client.chat.completions.with_raw_response.create(
+            model=model, messages=said, seed=len(said), extra_body={"truncation": "auto"})
+        dropped = int(response.headers.get("x-dropped-messages", 0))
+        [choice] = response.parse().choices
+        assert choice.finish_reason == "stop" and choice.message.content.strip(), (question, choice)
+        said.append({"role": "assistant", "content": choice.message.content})
+    assert len(said) == 60 and dropped > 0, "the context was never full"
+
+
 def leaving_early():
     stream = chat(stream=True, max_tokens=1000)
     next(iter(stream))
@@ -130,6 +145,10 @@ def errors():
     fails(openai.BadRequestError, 400, "unsupported_parameter", lambda: chat(frequency_penalty=1))
     fails(openai.BadRequestError, 400, "unknown_parameter", lambda: chat(extra_body={"quack": 1}))
     fails(openai.BadRequestError, 400, "context_length_exceeded", lambda: text(prompt="duck pond " * 20000))
+    long = [{"role": "user", "content": "duck pond " * 20000}]
+    for more in ({}, {"truncation": "auto"}):
+        fails(openai.BadRequestError, 400, "context_length_exceeded",
+              lambda: client.chat.completions.create(model=model, messages=long, extra_body=more))
     fails(openai.APIStatusError, 413, "body_too_large", lambda: text(prompt="x" * (2 << 20)))
     fails(openai.NotFoundError, 404, "not_found", lambda: client.embeddings.create(model=model, input="x"))
     if KEY:
@@ -159,7 +178,7 @@ def errors_that_the_client_cannot_make():
 
 
 checks = [models, answers, a_stream_is_the_whole, the_helper_for_streams, a_seed_repeats, sampling, stop_strings,
-          logprobs, several_prompts, many_at_once, leaving_early, errors, errors_that_the_client_cannot_make]
+          logprobs, several_prompts, many_at_once, thirty_questions_in_a_row, leaving_early, errors, errors_that_the_client_cannot_make]
 for check in checks:
     check()
     print("ok", check.__name__)
