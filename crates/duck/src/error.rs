@@ -61,7 +61,7 @@ impl Error {
 
     /// 2 usage, 3 data or model file, 4 device or memory, 5 disk, 1 anything else; 0 where a reader went away.
     pub fn exit_code(&self) -> u8 {
-        use EngineError::{ContextFull, EmptyPrompt, Option as OutOfRange};
+        use EngineError::{ContextFull, EmptyPrompt, MessageTooLong, Option as OutOfRange};
         match self {
             _ if self.is_closed_pipe() => 0,
             // Wherever it was refused.
@@ -72,7 +72,10 @@ impl Error {
             Self::Usage(_)
             | Self::Lock(LockError::Held { .. })
             | Self::Threads(ThreadError::TooMany { .. }) => 2,
-            Self::Engine { source: OutOfRange { .. } | ContextFull { .. } | EmptyPrompt, .. } => 2,
+            Self::Engine {
+                source: OutOfRange { .. } | ContextFull { .. } | MessageTooLong { .. } | EmptyPrompt,
+                ..
+            } => 2,
             Self::Model(_) | Self::Engine { .. } | Self::Data { .. } | Self::Read { .. } | Self::Input(_) => {
                 3
             }

@@ -49,8 +49,8 @@ impl Engine {
     /// Bisects over the turns: a dialogue of `n` turns takes about `log2(n)` encodings, each bounded by the context.
     ///
     /// # Errors
-    /// `ContextFull`, or `Format` with `TooManyTokens`: the last question is too long. `EmptyPrompt`: the template renders
-    /// nothing. `NoTokenizer`; `Format`: a message cannot be rendered or encoded. `messages` is then unchanged.
+    /// `MessageTooLong`: the last question does not fit. `EmptyPrompt`: the template renders nothing. `NoTokenizer`;
+    /// `Format`: a message cannot be rendered or encoded. `messages` is then unchanged.
     pub fn fit_dialogue(
         &self,
         template: &ChatTemplate,
@@ -58,7 +58,8 @@ impl Engine {
         room: usize,
     ) -> Result<Vec<u32>, EngineError> {
         let tokenizer = self.tokenizer().ok_or(EngineError::NoTokenizer)?;
-        let most = self.context().saturating_sub(room);
+        let context = self.context();
+        let most = context.saturating_sub(room);
         let from = |first: usize| -> Vec<Message> {
             let kept = messages.iter().enumerate().filter(|(i, m)| *i >= first || m.role == Role::System);
             kept.map(|(_, message)| message.clone()).collect()
@@ -69,7 +70,7 @@ impl Engine {
         // Fewer messages have fewer tokens, so bisection finds the first cut that fits. The whole dialogue is tried first.
         let (mut low, mut high, mut middle) = (0, firsts.len(), 0);
         let mut fitting = None;
-        let mut error = None;
+        let mut excess = None; // tokens of the last cut that did not fit
         while low < high {
             let kept = from(firsts[middle]);
             match template.ids_within(tokenizer, &kept, true, most) {
@@ -78,20 +79,13 @@ impl Engine {
                     fitting = Some((ids, kept));
                     high = middle;
                 }
-                Ok(ids) => {
-                    let (found, context) = (ids.len() + room, self.context());
-                    error = Some(EngineError::ContextFull { found, context });
-                    low = middle + 1;
-                }
-                Err(too_long @ FormatError::TooManyTokens { .. }) => {
-                    error = Some(too_long.into());
-                    low = middle + 1;
-                }
+                Ok(ids) => (excess, low) = (Some(ids.len()), middle + 1),
+                Err(FormatError::TooManyTokens { .. }) => (excess, low) = (None, middle + 1),
                 Err(other) => return Err(other.into()),
             }
             middle = (low + high) / 2;
         }
-        let (ids, kept) = fitting.ok_or_else(|| error.unwrap_or(EngineError::EmptyPrompt))?;
+        let (ids, kept) = fitting.ok_or(EngineError::MessageTooLong { found: excess, context, room })?;
         *messages = kept;
         Ok(ids)
     }
@@ -180,7 +174,7 @@ impl DuckChatQuantized {
     /// Says something; the answer comes in pieces of text. An answer that is dropped ends there.
     ///
     /// # Errors
-    /// `ContextFull`: the message alone is too long. `Format`: it cannot be rendered or encoded. The dialogue is then
+    /// `MessageTooLong`: it does not fit. `Format`: it cannot be rendered or encoded. The dialogue is then
     /// as before.
     pub fn say(&mut self, text: &str) -> Result<Answer<'_>, EngineError> {
         let Self { engine, template, options, messages, held, sequence } = self;

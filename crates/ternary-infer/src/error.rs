@@ -29,6 +29,15 @@ pub enum EngineError {
     EmptyPrompt,
     #[error("{found} tokens exceed the context of {context}")]
     ContextFull { found: usize, context: usize },
+    /// The last question of a dialogue is too long, even without the turns before it. `found` is `None` where the message
+    /// is so long that its tokens were not counted.
+    #[error(
+        "the last message has {} tokens, expected at most {}: the model's context has {context}, and {room} are for the \
+         answer; shorten the message",
+        found.map_or_else(|| format!("more than {}", context.saturating_sub(*room)), |found| found.to_string()),
+        context.saturating_sub(*room)
+    )]
+    MessageTooLong { found: Option<usize>, context: usize, room: usize },
     /// The weights are finite, and a sum of their products is not.
     #[error(
         "the model computes logits that are not finite (NaN or infinite): it is damaged, or its weights are too large"

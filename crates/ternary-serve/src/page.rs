@@ -20,11 +20,19 @@ const ICON: &str = "image/svg+xml";
 /// A file of the page: its path, its kind, and what is in it.
 struct File(&'static str, &'static str, &'static str);
 
-const FILES: [File; 4] = [
+const FILES: [File; 12] = [
     File("/", HTML, include_str!("page/index.html")),
     File("/style.css", STYLE, include_str!("page/style.css")),
     File("/icon.svg", ICON, include_str!("page/icon.svg")),
+    File("/theme.js", SCRIPT, include_str!("page/theme.js")),
     File("/page.js", SCRIPT, include_str!("page/page.js")),
+    File("/archive.js", SCRIPT, include_str!("page/archive.js")),
+    File("/conversation.js", SCRIPT, include_str!("page/conversation.js")),
+    File("/markdown.js", SCRIPT, include_str!("page/markdown.js")),
+    File("/settings.js", SCRIPT, include_str!("page/settings.js")),
+    File("/sidebar.js", SCRIPT, include_str!("page/sidebar.js")),
+    File("/stream.js", SCRIPT, include_str!("page/stream.js")),
+    File("/thread.js", SCRIPT, include_str!("page/thread.js")),
 ];
 
 /// The path of a file of the page.

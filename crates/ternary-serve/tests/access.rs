@@ -68,7 +68,7 @@ fn a_key_opens_what_costs_or_tells_something() {
         }
         assert_ne!(send(method, path, "Authorization: Bearer quack\r\n").status, 401, "{path}");
     }
-    for path in ["/", "/page.js", "/style.css", "/icon.svg", "/health"] {
+    for path in ["/", "/page.js", "/markdown.js", "/style.css", "/icon.svg", "/health"] {
         assert_eq!(send("GET", path, "").status, 200, "{path}");
     }
     assert!(

@@ -303,6 +303,14 @@ fn health_metrics_and_the_page_are_there() {
     for (path, kind) in [
         ("/", "text/html"),
         ("/page.js", "text/javascript"),
+        ("/theme.js", "text/javascript"),
+        ("/archive.js", "text/javascript"),
+        ("/conversation.js", "text/javascript"),
+        ("/markdown.js", "text/javascript"),
+        ("/settings.js", "text/javascript"),
+        ("/sidebar.js", "text/javascript"),
+        ("/stream.js", "text/javascript"),
+        ("/thread.js", "text/javascript"),
         ("/style.css", "text/css"),
         ("/icon.svg", "image/svg+xml"),
     ] {

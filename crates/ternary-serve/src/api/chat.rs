@@ -14,10 +14,7 @@ use crate::{
 use axum::{extract::State, response::Response};
 use serde_json::{Value, json};
 use std::sync::Arc;
-use ternary_format::{
-    FormatError,
-    chat::{Message, Role},
-};
+use ternary_format::chat::{Message, Role};
 use ternary_infer::EngineError;
 
 /// The most scores of other tokens.
@@ -98,28 +95,26 @@ fn read(server: &Server, mut fields: Fields) -> Result<Dialogue, ApiError> {
         }
         Truncation::Auto => {
             let ids = model.engine.fit_dialogue(template, &mut messages, request.room());
-            ids.map_err(|error| no_room(&request, error))?
+            ids.map_err(unfit)?
         }
     };
     let dropped = before - messages.len();
     Ok(Dialogue { request, ids, dropped })
 }
 
-/// The error for a dialogue that is too long even without its older turns.
-fn no_room(request: &Request, error: EngineError) -> ApiError {
-    let (room, context) = (request.room(), request.served.model.engine.context());
-    let found = match error {
-        EngineError::ContextFull { found, .. } => (found - room).to_string(),
-        EngineError::Format(FormatError::TooManyTokens { most }) => format!("more than {most}"),
-        EngineError::Format(other) => return refused(Chat::PROMPT, &other),
-        other => return ApiError::field(Chat::PROMPT, other.to_string()),
-    };
-    let message = format!(
-        "the last message has {found} tokens, expected at most {}: the model's context has {context}, and {room} are \
-         for the answer; shorten the message",
-        context - room
-    );
-    ApiError::field(Chat::PROMPT, message).code("context_length_exceeded")
+/// The error for a dialogue that has no ids, even without its older turns.
+fn unfit(error: EngineError) -> ApiError {
+    match error {
+        EngineError::Format(error) => refused(Chat::PROMPT, &error),
+        error => {
+            let code = match error {
+                EngineError::MessageTooLong { .. } => "context_length_exceeded",
+                EngineError::EmptyPrompt => "empty_prompt",
+                _ => "invalid_value",
+            };
+            ApiError::field(Chat::PROMPT, error.to_string()).code(code)
+        }
+    }
 }
 
 fn messages(value: Option<Value>) -> Result<Vec<Message>, ApiError> {

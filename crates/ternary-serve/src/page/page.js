@@ -1,69 +1,146 @@
-"use strict";
+// The page: the conversation that is shown, the composer, and the answers in the making.
+
+import * as archive from "./archive.js";
+import { add, newConversation, newMessage, path, showBranch, titleOf } from "./conversation.js";
+import { askForKey, authorization, sampling, systemMessage, whenKeyChanges } from "./settings.js";
+import { drawSidebar, focusSearch, toggleSidebar, uncover, watchSidebar } from "./sidebar.js";
+import { ask } from "./stream.js";
+import { drawText, drawThread, edit, watchThread } from "./thread.js";
 
 const $ = (id) => document.getElementById(id);
-const [log, input, status, model, dialog] = ["log", "input", "status", "model", "settings"].map($);
-const form = dialog.querySelector("form");
+const [input, status, model, scroll, undo] = ["input", "status", "model", "scroll", "undo"].map($);
 
-const DEFAULTS = { system: "", temperature: "0.8", top_p: "0.95", top_k: "0", min_p: "0.05", max_tokens: "", seed: "" };
+const SAVED_EVERY = 1000; // ms, while an answer comes
+const TEXT_TOKENS = 128; // of a continuation, if the settings do not say
 
-// What survives a reload. Private windows may have no storage: then nothing does.
-const store = {
-  read(key, otherwise) {
-    try {
-      return JSON.parse(localStorage.getItem(key)) ?? otherwise;
-    } catch {
-      return otherwise;
-    }
-  },
-  write(key, value) {
-    try {
-      localStorage.setItem(key, JSON.stringify(value));
-    } catch { /* as if there were none */ }
-  },
-};
+let current = newConversation(); // stored once it has a message
+let models = [];
+let deleted = null; // what "Undo" brings back
+const answers = new Map(); // by conversation: the answer in the making, or the last one if it failed or never began
 
-const isTurn = (turn) =>
-  (turn?.role === "user" || turn?.role === "assistant") && typeof turn.content === "string";
-
-let turns = store.read("duck.turns", []);
-turns = Array.isArray(turns) ? turns.filter(isTurn) : [];
-const settings = { ...DEFAULTS };
-for (const [key, value] of Object.entries(store.read("duck.settings", {}) ?? {}))
-  if (key in DEFAULTS && typeof value === "string") settings[key] = value;
-let key = "";
-try {
-  key = sessionStorage.getItem("duck.key") ?? "";
-} catch { /* as above */ }
-let running = null; // the AbortController of the answer in the making
-let cleared = null; // the conversation that "New" has put away
-
-const headers = () => (key ? { Authorization: `Bearer ${key}` } : {});
+const answerOf = (conversation) => answers.get(conversation.id) ?? {};
+const isBusy = (conversation = current) => Boolean(answerOf(conversation).controller);
+const continuesText = () => models.find(({ id }) => id === model.value)?.chat_template === false;
 
 function say(text, isError = false) {
   status.textContent = text;
   status.classList.toggle("error", isError);
 }
 
+const atEnd = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
+const toEnd = () => { scroll.scrollTop = scroll.scrollHeight; };
+
 // The conversation
 
-function show(turn) {
-  const item = $("turn").content.firstElementChild.cloneNode(true);
-  item.classList.add(turn.role);
-  item.querySelector(".who").textContent = turn.role === "user" ? "You said:" : "The model said:";
-  item.querySelector(".text").textContent = turn.content;
-  item.querySelector(".note").textContent = turn.note ?? "";
-  item.querySelector(".copy").addEventListener("click", () => copy(turn.content));
-  item.querySelector(".again").addEventListener("click", again);
-  log.append(item);
-  return item;
+function draw() {
+  const { controller, message, failed } = answerOf(current);
+  const messages = path(current);
+  if (message && !(message.id in current.messages)) messages.push(message);
+  drawThread(current, messages, {
+    live: controller && message,
+    failed: failed && message,
+    continues: continuesText(),
+  });
+  const isEmpty = messages.length === 0;
+  $("welcome").hidden = !isEmpty;
+  document.title = isEmpty ? "Duck" : `${titleOf(current)} · Duck`;
+  $("send").hidden = isBusy();
+  $("stop").hidden = !isBusy();
+  $("rate").textContent = "";
+  const continues = continuesText();
+  $("invitation").textContent = continues ? "Begin a text." : "Say something.";
+  $("continues").hidden = !continues;
+  const wanted = isEmpty ? "Write how the text begins" : "Add to the text, or leave this empty";
+  input.placeholder = continues ? wanted : "Write a message";
+  $("send").textContent = continues ? "Continue" : "Send";
+  drawSidebar(current);
 }
 
-function showAll() {
-  log.replaceChildren();
-  turns.forEach(show);
-  $("welcome").hidden = turns.length > 0;
+function show(conversation) {
+  current = conversation;
+  say(isBusy() && !answerOf(current).message.content ? "Reading…" : "");
+  draw();
   toEnd();
 }
+
+/** Shows the conversation that the address names, or a new one. */
+function showAddressed() {
+  show(archive.conversations.get(location.hash.slice(1)) ?? newConversation());
+}
+
+/** Stores the conversation on the screen, and gives it an address. */
+function keep(conversation) {
+  archive.save(conversation);
+  if (conversation === current && location.hash.slice(1) !== current.id) history.replaceState(null, "", `#${current.id}`);
+}
+
+function begin() {
+  if (location.hash) history.pushState(null, "", location.pathname);
+  if (path(current).length > 0) show(newConversation());
+  uncover();
+  input.focus();
+}
+
+function remove(conversation) {
+  answerOf(conversation).controller?.abort();
+  deleted = conversation;
+  archive.remove(conversation);
+  if (conversation === current) begin();
+  drawSidebar();
+  say(`Deleted “${titleOf(conversation)}”.`);
+  undo.hidden = false;
+  undo.focus();
+}
+
+undo.addEventListener("click", () => {
+  undo.hidden = true;
+  archive.save(deleted);
+  history.pushState(null, "", `#${deleted.id}`);
+  show(deleted);
+  input.focus();
+});
+
+function send() {
+  const text = continuesText() ? input.value : input.value.trim();
+  if (isBusy() || (!text.trim() && !(continuesText() && path(current).length > 0))) return;
+  if (!model.value) return loadModels(); // the server may be there by now
+  input.value = "";
+  input.dispatchEvent(new Event("input"));
+  if (text.trim()) add(current, newMessage(current.head, "user", text));
+  undo.hidden = true;
+  answer();
+}
+
+watchThread({
+  copy,
+  /** Another answer beside a message of the model, or one to a message that got none. */
+  again(message) {
+    if (isBusy()) return;
+    const before = current.head;
+    if (message.role === "assistant" && message.id in current.messages) current.head = message.parent;
+    answer(before);
+  },
+  proceed: () => !isBusy() && answer(),
+  /** Another message beside the one that is edited; whether it was sent. */
+  edit(message, text) {
+    if (isBusy()) return false;
+    add(current, newMessage(message.parent, "user", message.text || continuesText() ? text : text.trim()));
+    answer();
+    return true;
+  },
+  turn(message) {
+    if (isBusy()) return;
+    answers.delete(current.id);
+    showBranch(current, message);
+    keep(current);
+    draw();
+  },
+});
+
+$("log").addEventListener("click", ({ target }) => {
+  const button = target.closest(".copy-code");
+  if (button) copy(button.closest("figure").querySelector("code").textContent);
+});
 
 async function copy(text) {
   try {
@@ -74,161 +151,108 @@ async function copy(text) {
   }
 }
 
-const scroll = $("scroll");
-const atEnd = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
-const toEnd = () => { scroll.scrollTop = scroll.scrollHeight; };
+// An answer
 
-const save = () => store.write("duck.turns", turns);
-
-function send() {
-  const text = input.value.trim();
-  if (!text || running) return;
-  if (!model.value) return loadModels(); // the server may be there by now
-  input.value = "";
-  cleared = null;
-  $("undo").hidden = true;
-  fit();
-  turns.push({ role: "user", content: text });
-  save();
-  $("welcome").hidden = true;
-  show(turns.at(-1));
-  answer();
-}
-
-function again() {
-  if (running) return;
-  if (turns.at(-1)?.role === "assistant") turns.pop();
-  if (turns.at(-1)?.role !== "user") return;
-  save();
-  showAll();
-  answer();
-}
-
-// One answer
+/** What a model that continues texts goes on with: what the user wrote begins a line, unless it says otherwise. */
+const textOf = (messages) => messages.reduce((text, { role, content }) =>
+  text + (role === "user" && text && !/\s$/.test(text) && !/^\s/.test(content) ? "\n" : "") + content, "");
 
 function request(messages) {
-  const number = (name) => (settings[name] === "" ? undefined : Number(settings[name]));
-  const system = settings.system.trim();
-  return {
-    model: model.value,
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
-    temperature: number("temperature"),
-    top_p: number("top_p"),
-    top_k: number("top_k"),
-    min_p: number("min_p"),
-    max_tokens: number("max_tokens"),
-    seed: number("seed"),
-    stream: true,
-    stream_options: { include_usage: true },
-  };
-}
-
-// The response; turns that do not fit into the model's context are left out, the oldest first.
-async function post(signal) {
-  const messages = turns.map(({ role, content }) => ({ role, content }));
-  for (let dropped = 0; ;) {
-    const response = await fetch("/v1/chat/completions", {
-      method: "POST",
-      headers: { "Content-Type": "application/json", ...headers() },
-      body: JSON.stringify(request(messages.slice(dropped))),
-      signal,
-    });
-    if (response.ok) return [response, dropped];
-    const error = (await response.json().catch(() => ({}))).error ?? {};
-    const next = messages.findIndex(({ role }, i) => i > dropped && role === "user");
-    const long = error.code === "context_length_exceeded" && next > 0;
-    if (!long) throw Object.assign(new Error(error.message ?? `status ${response.status}`), { status: response.status });
-    dropped = next;
-  }
-}
-
-// The JSON of server-sent events, as they come.
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    text += value;
-    const parts = text.split("\n\n");
-    text = parts.pop();
-    for (const part of parts) {
-      const data = part.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("\n").trim();
-      if (data === "[DONE]") return;
-      if (data) yield JSON.parse(data);
-    }
-  }
+  if (continuesText()) return { model: model.value, prompt: textOf(messages), max_tokens: TEXT_TOKENS, ...sampling() };
+  const system = systemMessage();
+  const said = messages.map(({ role, content }) => ({ role, content }));
+  return { model: model.value, messages: [...(system ? [{ role: "system", content: system }] : []), ...said], ...sampling() };
 }
 
 // Three digits: no more are measured.
 const brief = (number) => String(Number(number.toPrecision(3)));
 const duration = (ms) => (ms < 1000 ? `${brief(ms)} ms` : `${brief(ms / 1000)} s`);
 
-async function answer() {
-  running = new AbortController();
-  const mine = turns; // "New" may put another list in its place
-  const turn = { role: "assistant", content: "", note: "" };
-  const item = show(turn);
-  const text = item.querySelector(".text");
-  const note = item.querySelector(".note");
+/**
+ * Has the model answer the conversation that is shown; it goes on when another one is shown meanwhile. `before` is shown
+ * again if nothing comes.
+ */
+async function answer(before = null) {
+  const conversation = current;
+  const messages = path(conversation);
+  const continues = continuesText();
+  const message = newMessage(conversation.head, "assistant", "", { model: model.value, ...(continues ? { text: true } : {}) });
+  const controller = new AbortController();
+  const isShown = () => conversation === current;
+  answers.set(conversation.id, { controller, message });
+  if (!before) keep(conversation);
   const begun = performance.now();
-  let [first, tokens, dropped, why] = [0, 0, 0, ""];
+  let [first, saving, tokens, dropped, why, error] = [0, 0, 0, 0, "", null];
   const seconds = () => (performance.now() - first) / 1000;
   const rate = () => (tokens > 1 && seconds() > 0 ? `${brief((tokens - 1) / seconds())} tokens/s` : "");
-  busy(true, item);
+  draw();
   say("Reading…");
   toEnd();
   try {
-    let response;
-    [response, dropped] = await post(running.signal);
-    for await (const event of events(response.body)) {
-      if (event.error) throw new Error(event.error.message);
-      if (event.usage) tokens = event.usage.completion_tokens;
-      const choice = event.choices?.[0];
-      if (choice?.finish_reason === "length") why = "cut at its longest";
-      if (!choice?.delta?.content) continue;
-      first ||= performance.now();
-      if (!event.usage) tokens += 1;
+    for await (const part of ask(request(messages), authorization(), controller.signal)) {
+      dropped = part.dropped ?? dropped;
+      tokens = part.tokens ?? tokens;
+      if (part.finish === "length") why = "cut at its longest";
+      if (!part.text) continue;
+      tokens += 1;
+      message.content += part.text;
+      if (!first) {
+        first = performance.now();
+        message.note = "not finished"; // what a reload would find
+        add(conversation, message);
+        keep(conversation);
+      }
+      saving ||= setTimeout(() => {
+        saving = 0;
+        keep(conversation);
+      }, SAVED_EVERY);
+      if (!isShown()) continue;
       const follow = atEnd();
-      turn.content += choice.delta.content;
-      text.append(choice.delta.content); // a text node
+      drawText(message);
       if (follow) toEnd();
       $("rate").textContent = rate(); // not a status: it would be read out all the time
       say("");
     }
-  } catch (error) {
-    if (error.name === "AbortError") {
-      why = "stopped";
-    } else {
-      why = error instanceof TypeError ? "the server does not answer" : error.message;
-      item.classList.add("error");
-      if (error.status === 401) askForKey();
-    }
+  } catch (thrown) {
+    error = thrown.name === "AbortError" ? null : thrown;
+    why = !error ? "stopped" : error instanceof TypeError ? "the server does not answer" : error.message;
+    // Requests of a page that is being left fail too. Such a page is gone before it stores a reason that is none.
+    if (error instanceof TypeError) await new Promise((resume) => setTimeout(resume, 250));
   }
+  clearTimeout(saving);
+  if (!message.content && !why) why = "nothing came";
   const wait = first ? `${duration(first - begun)} to the first` : "";
   const left = dropped ? `without the oldest ${dropped > 1 ? `${dropped} messages` : "message"}` : "";
-  turn.note = [tokens ? `${tokens} tokens` : "", rate(), wait, left, why].filter(Boolean).join(" · ");
-  note.textContent = turn.note;
-  $("rate").textContent = "";
-  say("");
-  running = null;
-  busy(false, item);
-  // An answer that never began is no part of the conversation.
-  if (turn.content) mine.push(turn);
-  save();
+  const counted = tokens ? `${tokens} tokens` : "";
+  Object.assign(message, { done: true, note: [counted, rate(), wait, left, why].filter(Boolean).join(" · ") });
+  // An answer that never began is no part of the conversation. Why is shown in its place until something else happens; where
+  // an earlier answer comes back instead, in the status line.
+  const isNothing = !message.content;
+  const comesBack = isNothing && before;
+  if (comesBack) conversation.head = before;
+  if ((error || isNothing) && !comesBack) answers.set(conversation.id, { message, failed: Boolean(error) });
+  else answers.delete(conversation.id);
+  if (archive.conversations.has(conversation.id)) keep(conversation);
+  if (isShown()) {
+    draw();
+    say(comesBack ? why : "", Boolean(error));
+    if (matchMedia("(pointer: fine)").matches && !document.querySelector("dialog[open]") && !isElsewhere()) input.focus();
+  } else {
+    drawSidebar();
+  }
+  if (error?.status === 401) askForKey();
 }
 
-function busy(is, item) {
-  item.classList.toggle("live", is);
-  log.setAttribute("aria-busy", String(is));
-  $("send").hidden = is;
-  $("stop").hidden = !is;
-  if (!is && matchMedia("(pointer: fine)").matches && !dialog.open) input.focus();
-}
+// Whoever is writing something else, or reading the list, is left there.
+const isElsewhere = () => document.activeElement.closest?.("#sidebar, .editor, .code, .table");
 
-const stop = () => running?.abort();
+const stop = () => answerOf(current).controller?.abort();
 
-// Composer
+addEventListener("pagehide", () => {
+  for (const id of answers.keys()) if (answers.get(id).controller && archive.conversations.has(id)) keep(archive.conversations.get(id));
+});
+
+// The composer
 
 function fit() {
   if (CSS.supports("field-sizing", "content")) return;
@@ -236,8 +260,24 @@ function fit() {
   input.style.height = `${input.scrollHeight}px`;
 }
 
-input.addEventListener("input", fit);
+const draft = (text) => {
+  try {
+    if (text === undefined) return sessionStorage.getItem("duck.draft") ?? "";
+    sessionStorage.setItem("duck.draft", text);
+  } catch { /* no storage */ }
+  return "";
+};
+
+input.addEventListener("input", () => {
+  fit();
+  draft(input.value);
+});
 input.addEventListener("keydown", (event) => {
+  if (event.key === "ArrowUp" && !input.value && !isBusy()) {
+    const last = path(current).findLast(({ role }) => role === "user");
+    if (last) edit(last);
+    event.preventDefault();
+  }
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   send();
@@ -247,82 +287,74 @@ $("composer").addEventListener("submit", (event) => {
   send();
 });
 $("stop").addEventListener("click", stop);
+$("new").addEventListener("click", begin);
+
+// Shortcuts
+
+const shortcuts = $("shortcuts");
+const showShortcuts = () => (shortcuts.open ? shortcuts.close() : shortcuts.showModal());
+const SHORTCUTS = { "shift+o": begin, "k": focusSearch, "shift+s": toggleSidebar, "/": showShortcuts };
+
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !dialog.open) stop();
+  const isOpen = document.querySelector("dialog[open]");
+  if (event.key === "Escape" && !isOpen && !$("menu").matches(":popover-open") && !uncover()) stop();
+  if (!(event.ctrlKey || event.metaKey) || event.altKey) return;
+  const run = SHORTCUTS[(event.shiftKey && event.key !== "/" ? "shift+" : "") + event.key.toLowerCase()];
+  if (!run || (isOpen && isOpen !== shortcuts)) return;
+  event.preventDefault();
+  if (isOpen && run !== showShortcuts) shortcuts.close();
+  run();
 });
-
-$("new").addEventListener("click", () => {
-  stop();
-  if (turns.length > 0) cleared = turns;
-  turns = [];
-  save();
-  showAll();
-  $("undo").hidden = !cleared;
-  say("");
-  input.focus();
-});
-$("undo").addEventListener("click", () => {
-  if (running) return;
-  turns = cleared ?? turns;
-  cleared = null;
-  $("undo").hidden = true;
-  say("");
-  save();
-  showAll();
-});
-
-// Settings
-
-function openSettings(field, why = "") {
-  $("why").textContent = why;
-  for (const element of form.elements) if (element.name in settings) element.value = settings[element.name];
-  form.elements.key.value = key;
-  dialog.showModal();
-  if (field) form.elements[field].focus();
-}
-
-const askForKey = () => openSettings("key", key ? "The API key is wrong." : "The server asks for an API key.");
-
-$("open-settings").addEventListener("click", () => openSettings());
-$("reset").addEventListener("click", () => {
-  for (const [name, value] of Object.entries(DEFAULTS)) form.elements[name].value = value;
-});
-dialog.addEventListener("click", (event) => {
-  if (event.target === dialog) dialog.close();
-});
-dialog.addEventListener("close", () => {
-  for (const name of Object.keys(DEFAULTS)) {
-    const element = form.elements[name];
-    if (element.checkValidity()) settings[name] = element.value;
-  }
-  store.write("duck.settings", settings);
-  const shown = form.elements.key.value.trim();
-  if (shown !== key) {
-    key = shown;
-    try {
-      sessionStorage.setItem("duck.key", key);
-    } catch { /* then for this page only */ }
-    loadModels();
-  }
-});
+$("open-shortcuts").addEventListener("click", showShortcuts);
+shortcuts.addEventListener("click", ({ target }) => target === shortcuts && shortcuts.close());
+if (/Mac|iPhone|iPad/.test(navigator.platform))
+  for (const name of document.querySelectorAll(".control")) name.textContent = "⌘";
 
 // Models
 
 async function loadModels() {
   try {
-    const response = await fetch("/v1/models", { headers: headers() });
+    const response = await fetch("/v1/models", { headers: authorization() });
     if (response.status === 401) return askForKey();
     const { data } = await response.json();
-    const before = store.read("duck.model", "");
+    const before = archive.read("duck.model", "");
+    models = data;
     model.replaceChildren(...data.map(({ id }) => new Option(id, id, false, id === before)));
     model.disabled = data.length < 2;
     say("");
+    draw();
   } catch {
     say("The server does not answer.", true);
   }
 }
 
-model.addEventListener("change", () => store.write("duck.model", model.value));
+model.addEventListener("change", () => {
+  archive.write("duck.model", model.value);
+  draw();
+});
+whenKeyChanges(loadModels);
 
-showAll();
+// From here on
+
+const taken = archive.open({
+  onChange(id) {
+    const theirs = archive.conversations.get(id);
+    if (id !== current.id) return drawSidebar();
+    if (!theirs) return say("Another tab has deleted this conversation. The next message stores it again.");
+    current = theirs;
+    const follow = atEnd();
+    if (isBusy()) drawSidebar();
+    else draw();
+    if (follow) toEnd();
+  },
+  onTrouble(text) {
+    $("trouble").textContent = text;
+  },
+});
+watchSidebar(remove);
+addEventListener("popstate", showAddressed);
+if (taken) history.replaceState(null, "", `#${taken.id}`);
+input.value = draft();
+fit();
+showAddressed();
 loadModels();

@@ -1,0 +1,115 @@
+// All conversations, in memory and in localStorage: a key each, so that tabs do not write over one another's.
+//
+// Memory has what is on the screen; storage may be full, or forbidden. Whoever saves reads first and merges. Between that
+// reading and the writing another tab may write; its `storage` event then shows that something of ours is missing there,
+// and it is written again.
+
+import { fromTurns, hasMore, merge, revive } from "./conversation.js";
+
+const PREFIX = "duck.conversation.";
+const OLD = "duck.turns"; // where earlier versions of this page had their only conversation
+
+export const conversations = new Map();
+
+const unsaved = new Set(); // ids of what is in memory alone
+let onChange = () => {};
+let onTrouble = () => {};
+
+/** Reads a value that is JSON. */
+export function read(key, otherwise) {
+  try {
+    return JSON.parse(localStorage.getItem(key)) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+}
+
+/** Writes text; why it could not be written, if it could not. */
+function put(key, text) {
+  try {
+    localStorage.setItem(key, text);
+    return "";
+  } catch (error) {
+    return error.name === "QuotaExceededError"
+      ? "The browser's storage is full: what is new is on this screen only. Export it, or delete conversations."
+      : "The browser stores nothing for this page: conversations are on this screen only. Export what you want to keep.";
+  }
+}
+
+export const write = (key, value) => put(key, JSON.stringify(value));
+
+function stored(id) {
+  try {
+    return revive(localStorage.getItem(PREFIX + id));
+  } catch {
+    return null;
+  }
+}
+
+export function save(conversation) {
+  const before = stored(conversation.id);
+  if (before) merge(conversation, before);
+  conversations.set(conversation.id, conversation);
+  const trouble = write(PREFIX + conversation.id, conversation);
+  if (trouble) unsaved.add(conversation.id);
+  else unsaved.delete(conversation.id);
+  onTrouble(trouble || (unsaved.size > 0 ? retry() : ""));
+}
+
+/** There may be room by now for what could not be written. */
+function retry() {
+  for (const id of unsaved) {
+    const trouble = write(PREFIX + id, conversations.get(id));
+    if (trouble) return trouble;
+    unsaved.delete(id);
+  }
+  return "";
+}
+
+export function remove(conversation) {
+  conversations.delete(conversation.id);
+  unsaved.delete(conversation.id);
+  try {
+    localStorage.removeItem(PREFIX + conversation.id);
+  } catch { /* then it was not there either */ }
+  onTrouble(retry());
+}
+
+/**
+ * Reads what is stored, and from then on what other tabs store. `onChange(id)`: a conversation was changed by another tab.
+ * `onTrouble(text)`: why things are not stored, empty when they are. Gives the conversation of an earlier version of this
+ * page, if there was one.
+ */
+export function open(listeners) {
+  ({ onChange, onTrouble } = listeners);
+  try {
+    for (const key of Object.keys(localStorage)) {
+      const conversation = key.startsWith(PREFIX) ? revive(localStorage.getItem(key)) : null;
+      if (conversation) conversations.set(conversation.id, conversation);
+    }
+  } catch { /* no storage, and so nothing in it */ }
+  addEventListener("storage", ({ key, newValue }) => {
+    if (!key?.startsWith(PREFIX)) return;
+    const id = key.slice(PREFIX.length);
+    const theirs = revive(newValue);
+    const mine = conversations.get(id);
+    if (!theirs) conversations.delete(id);
+    else if (!mine) conversations.set(id, theirs);
+    else {
+      merge(mine, theirs, true);
+      if (hasMore(mine, theirs)) save(mine);
+    }
+    onChange(id);
+  });
+  addEventListener("beforeunload", (event) => {
+    if (unsaved.size > 0) event.preventDefault(); // the browser asks
+  });
+  const old = fromTurns(read(OLD, []));
+  if (old) save(old);
+  if (!old || !unsaved.has(old.id)) {
+    try {
+      localStorage.removeItem(OLD);
+    } catch { /* nothing there */ }
+  }
+  return old;
+}
