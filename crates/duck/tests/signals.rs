@@ -234,20 +234,23 @@ fn a_signal_that_was_ignored_stays_ignored() {
 const NO_MEMORY: i32 = 99;
 const CLOSED: i32 = 98;
 
+/// Hides the cursor.
+const HIDE: &[u8] = b"\x1b[?25l";
 /// Runs a command under a pseudo-terminal, sends it keys and a signal once it draws, and prints the exit code, whether the
 /// terminal's attributes are those of before, and what was drawn.
 const TERMINAL: &str = r#"
 import fcntl, json, os, pty, resource, select, signal, struct, sys, termios, time
 keys, number, command = bytes.fromhex(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 keeper, slave = pty.openpty()
-fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
 before = termios.tcgetattr(slave)
 child = os.fork()
 if child == 0:
     os.setsid()
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
     for fd in (0, 1, 2): os.dup2(slave, fd)
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM): signal.signal(number, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.execv(command[0], command)
 drawn, start, sent, code = b"", time.time(), 0, None
 while code is None and time.time() - start < 60:
@@ -270,7 +273,7 @@ if code is None: os.kill(child, signal.SIGKILL)
 while select.select([keeper], [], [], 0.1)[0]: drawn += os.read(keeper, 65536)
 print(json.dumps({"code": code, "same": before == termios.tcgetattr(slave), "screen": b"\x1b[?1049h" in drawn,
     "left": drawn.rfind(b"\x1b[?1049l") > drawn.rfind(b"\x1b[?1049h"), "cursor": drawn.rfind(b"\x1b[?25h") >= drawn.rfind(b"\x1b[?25l"),
-    "end": drawn[-4000:].decode(errors="replace")}))
+    "end": drawn[-4000:].decode(errors="replace"), "drawn": drawn.hex()}))
 "#;
 
 /// What [`TERMINAL`] says of a run of many steps; `None` without Python.
@@ -292,6 +295,80 @@ fn in_terminal(out: &Path, term: &str, keys: &str, signal: i32, more: &[&str]) -
     Some(serde_json::from_slice(&python.stdout).unwrap())
 }
 
+/// The pictures that were drawn, as a person saw them: each ends by hiding the cursor.
+fn pictures(seen: &Value) -> Vec<String> {
+    let hex = seen["drawn"].as_str().unwrap().as_bytes().chunks(2);
+    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+    let drawn: Vec<u8> = hex.map(byte).collect();
+    let mut screen = vt100::Parser::default();
+    let mut pictures = Vec::new();
+    let mut start = 0;
+    for end in HIDE.len()..=drawn.len() {
+        if drawn[..end].ends_with(HIDE) {
+            screen.process(&drawn[start..end]);
+            start = end;
+            pictures.push(screen.screen().contents());
+        }
+    }
+    pictures
+}
+
+/// The numbers of `{before}A{between}B` in a picture.
+fn numbers(picture: &str, before: &str, between: &str) -> Option<(usize, usize)> {
+    let (_, rest) = picture.split_once(before)?;
+    let (first, rest) = rest.split_once(between)?;
+    let second = rest.split(|next: char| !next.is_ascii_digit()).next()?;
+    Some((first.trim().parse().ok()?, second.parse().ok()?))
+}
+
+#[test]
+fn the_display_shows_true_progress_keys_and_samples() {
+    let home = tempfile::tempdir().unwrap();
+    let more = ["--steps", "700", "--set", "run.seed=7"];
+    let Some(seen) = in_terminal(home.path(), "xterm-256color", "", 0, &more) else { return };
+    assert_eq!((&seen["code"], &seen["screen"]), (&0.into(), &true.into()));
+    let pictures = pictures(&seen);
+    let mut last = 0;
+    for picture in &pictures {
+        let (step, steps) = numbers(picture, "step ", " of ").unwrap_or_else(|| panic!("{picture}"));
+        assert!(step <= steps && steps == 700 && step >= last, "after {last}:\n{picture}");
+        let percent = format!("{} %", 100 * step / steps);
+        assert!(picture.contains(&percent), "no {percent}:\n{picture}");
+        if let Some((batch, batches)) = numbers(picture, "batch ", " of ") {
+            assert!(batch <= batches && batches > 0, "{picture}");
+        }
+        for shown in ["x-7", "epoch ", "← →", "q quit", "Ctrl-C stop, with a checkpoint"] {
+            assert!(picture.contains(shown), "no {shown}:\n{picture}");
+        }
+        last = step;
+    }
+    let shown = |what: &str| pictures.iter().any(|picture| picture.contains(what));
+    assert!(shown("Loss, nats per token") && shown("• validation") && shown("Samples of step 150"));
+}
+
+#[test]
+fn a_resumed_run_shows_what_was_before() {
+    let home = tempfile::tempdir().unwrap();
+    let more = ["--steps", "1500", "--set", "run.eval_every=500", "--resume"];
+    let mut child = duck(home.path(), &more);
+    wait_for(home.path(), 520);
+    send("-TERM", &child);
+    assert_eq!(child.wait().unwrap().code(), Some(7));
+    let before = result(home.path())["steps"].as_u64().unwrap() as usize;
+    assert!(before < 1000, "the run was too fast: {before}");
+    let Some(seen) = in_terminal(home.path(), "xterm-256color", "", 0, &more) else { return };
+    let step = |picture: &String| numbers(picture, "step ", " of ").map_or(0, |(step, _)| step);
+    // Before the next evaluation.
+    let first = pictures(&seen).into_iter().find(|picture| (before..1000).contains(&step(picture)));
+    let first = first.expect("a picture of the first steps");
+    assert!(first.contains("• validation "), "{first}");
+    // A curve from the left on: the run has done a third.
+    let braille = |c: char| ('\u{2801}'..='\u{28ff}').contains(&c);
+    let columns = |line: &str| line.chars().position(braille);
+    let start = first.lines().filter_map(columns).min().unwrap();
+    assert!(start < 12, "column {start}:\n{first}");
+}
+
 #[test]
 fn the_terminal_is_restored_however_a_run_ends() {
     let long = ["--steps", "100000", "--set", "schedule.warmup_steps=5"];
@@ -302,6 +379,9 @@ fn the_terminal_is_restored_however_a_run_ends() {
         ("quit", "qs", 0, 7),
         ("kill", "qk", 0, 7),
         ("memory", "", NO_MEMORY, 4),
+        ("QUIT", "", 3, -3),
+        // Not to quit after all.
+        ("go on", "qc\x03", 0, 7),
         // No key of the interface, and no signal.
         ("Ctrl-Z, Ctrl-C", "\x1a\x1c\x03", 0, 7),
     ] {
@@ -313,7 +393,7 @@ fn the_terminal_is_restored_however_a_run_ends() {
         }
         let saved = fs::read_dir(home.path().join("x-1/checkpoints")).map(Iterator::count).unwrap_or(0);
         // Without memory it may live long enough for its first one.
-        assert!(name == "memory" || (saved > 0) == (name != "kill"), "{name}");
+        assert!(name == "memory" || (saved > 0) != ["kill", "QUIT"].contains(&name), "{name}");
     }
 }
 
@@ -332,7 +412,7 @@ fn a_run_whose_terminal_is_closed_ends_with_a_checkpoint() {
     }
 }
 
-/// The interface has no place for samples, and its last picture goes with it.
+/// The display goes with its last picture.
 #[test]
 fn the_end_shows_samples_and_what_may_be_done_next() {
     for flags in [&[][..], &["--plain"]] {
@@ -342,7 +422,7 @@ fn the_end_shows_samples_and_what_may_be_done_next() {
         assert_eq!((&seen["code"], &seen["screen"]), (&0.into(), &flags.is_empty().into()), "{seen}");
         let end = seen["end"].as_str().unwrap();
         for shown in [
-            "sample \"",
+            "sample  \u{1b}[2m",
             "x-1 (model.gguf, loss.svg, codes.svg, samples.txt, metrics.jsonl)",
             "duck chat ",
             "duck generate ",

@@ -128,6 +128,7 @@ pub struct ReportMetric {
     unit: Option<&'static str>,
     higher_is_better: bool,
     aggregate: Aggregate,
+    validates: bool,
     read: fn(&StepReport) -> Option<f64>,
     show: fn(f64) -> f64,
     current: Option<f64>,
@@ -143,6 +144,7 @@ impl ReportMetric {
             unit: None,
             higher_is_better: false,
             aggregate: Aggregate::Mean,
+            validates: true,
             read,
             show: |value| value,
             current: None,
@@ -166,6 +168,16 @@ impl ReportMetric {
 
     fn higher_is_better(self) -> Self {
         Self { higher_is_better: true, ..self }
+    }
+
+    /// Of training steps only.
+    fn of_training(self) -> Self {
+        Self { validates: false, ..self }
+    }
+
+    /// Whether a validation has this number.
+    pub fn validates(&self) -> bool {
+        self.validates
     }
 
     /// The value of the last report, finite or not.
@@ -250,16 +262,17 @@ impl Numeric for ReportMetric {
 /// Every metric of a run, in the order in which a dashboard shows them.
 pub fn all() -> Vec<ReportMetric> {
     vec![
-        ReportMetric::mean("Loss", |r| Some(r.loss)).unit("nats"),
+        ReportMetric::mean("Loss", |r| Some(r.loss)).unit("nats per token"),
         ReportMetric::mean("Perplexity", |r| Some(r.loss)).show(f64::exp),
         ReportMetric::mean("Bits per byte", |r| r.bits_per_byte).unit("bits"),
         ReportMetric::mean("Accuracy", |r| Some(r.accuracy)).higher_is_better(),
         ReportMetric::mean("Tokens per second", |r| Some(r.tokens_per_s.recip()))
             .show(f64::recip)
             .unit("tok/s")
-            .higher_is_better(),
-        ReportMetric::latest("Learning rate", |r| Some(r.lr)),
-        ReportMetric::mean("Gradient norm", |r| Some(r.grad_norm)),
+            .higher_is_better()
+            .of_training(),
+        ReportMetric::latest("Learning rate", |r| Some(r.lr)).of_training(),
+        ReportMetric::mean("Gradient norm", |r| Some(r.grad_norm)).of_training(),
         ReportMetric::latest("Zero fraction", |r| r.zero_fraction).higher_is_better(),
         ReportMetric::latest("Bits per weight", |r| r.bits_per_weight).unit("bits"),
         ReportMetric::latest("Compression ratio", |r| r.compression).unit("x").higher_is_better(),
@@ -376,7 +389,7 @@ mod tests {
         let mut loss = metric("Loss");
         update(&mut loss, StepReport { loss: 2.0, tokens: 8, ..Default::default() });
         let entry = update(&mut loss, StepReport { loss: f64::NAN, tokens: 8, ..Default::default() });
-        assert_eq!(entry.formatted, "epoch 2.000 nats - batch NaN nats");
+        assert_eq!(entry.formatted, "epoch 2.000 nats per token - batch NaN nats per token");
         assert!(loss.value().is_none());
         assert_eq!(loss.final_value().current(), 2.0);
     }

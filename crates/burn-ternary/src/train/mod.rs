@@ -4,6 +4,7 @@ mod adamw;
 pub mod checkpoint;
 pub mod codes;
 pub mod command;
+mod display;
 pub mod distill;
 mod error;
 pub mod experiment;

@@ -1,4 +1,4 @@
-//! Progress where there is no terminal: one line of plain text a log step.
+//! Progress without a full-screen display: one line of plain text per log step.
 
 use super::metrics::{StepReport, significant};
 use burn::train::{
@@ -46,8 +46,8 @@ impl ProgressLine {
         line
     }
 
-    /// `sample "Once upon a time|, there was a duck"`: what the model was given, a bar, and what it wrote, on one
-    /// line; control characters, which an untrained model writes too, are escaped.
+    /// `sample "Once upon a time|, there was a duck"`: the prompt, a bar, and what the model wrote, on one line, as `samples.txt` and
+    /// pipes have it. Control characters, which an untrained model writes too, are escaped.
     pub fn sample(prompt: &str, text: &str) -> String {
         let mut line = String::from("sample \"");
         let bar = if prompt.is_empty() { "" } else { "|" };
@@ -59,6 +59,13 @@ impl ProgressLine {
             }
         }
         line + "\""
+    }
+
+    /// The same for a terminal: the prompt is dimmed, and the text keeps its lines. Other control characters are replaced.
+    pub fn sample_dimmed(prompt: &str, text: &str) -> String {
+        let shown =
+            |text: &str| text.replace(|c: char| c.is_control() && !matches!(c, '\n' | '\t'), "\u{fffd}");
+        format!("sample  \u{1b}[2m{}\u{1b}[0m{}", shown(prompt), shown(text))
     }
 }
 
@@ -108,8 +115,8 @@ pub(super) fn duration(seconds: f64) -> String {
     }
 }
 
-/// A renderer for pipes, files and `--quiet`: it prints nothing, since Burn would have it write a line a batch and a
-/// table at the end; the run prints its [`ProgressLine`]s and its summary itself.
+/// A renderer for lines and `--quiet`: it prints nothing, since Burn would have it write a line a batch and a table at the end; the run
+/// prints its [`ProgressLine`]s and its summary itself.
 pub struct PlainRenderer;
 
 impl MetricsRendererTraining for PlainRenderer {
@@ -232,6 +239,12 @@ mod tests {
         let line = ProgressLine::sample("Hi,", "\n\x1b[31mduck \"é\u{9b}\"\t");
         assert_eq!(line, "sample \"Hi,|\\n\\u{1b}[31mduck \"é\\u{9b}\"\\t\"");
         assert_eq!(ProgressLine::sample("", "quack"), "sample \"quack\"");
+    }
+
+    #[test]
+    fn a_sample_on_a_terminal_is_its_text() {
+        let shown = ProgressLine::sample_dimmed("Hi,\r", " \"duck\"\n\x1b[31mé\u{9b}");
+        assert_eq!(shown, "sample  \u{1b}[2mHi,\u{fffd}\u{1b}[0m \"duck\"\n\u{fffd}[31mé\u{fffd}");
     }
 
     #[test]

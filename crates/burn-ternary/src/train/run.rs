@@ -3,12 +3,13 @@
 use super::checkpoint::{CheckpointError, Checkpoints, Loaded};
 use super::codes::CodeTracker;
 use super::command::{Claim, move_aside};
+use super::display::Display;
 use super::distill::{Teacher, TeacherFile};
 use super::identity::{Identity, Inputs, model_digest};
 use super::metrics;
 use super::optim::Moments;
 use super::plot;
-use super::progress::{PlainRenderer, say};
+use super::progress::{PlainRenderer, ProgressLine, say};
 use super::report::{self, History, MetricsFile, Place, RunResult, write_atomic};
 use super::saved::{check_frozen, frozen_model, start_model};
 use super::schedule::Schedule;
@@ -50,7 +51,7 @@ pub struct RunOptions {
     pub resume: bool,
     /// Print warnings and the summary only.
     pub quiet: bool,
-    /// Print lines on a terminal too, in place of Burn's interface.
+    /// Print lines on a terminal too, in place of the full-screen display.
     pub plain: bool,
     /// Passes over the training text, in place of the experiment's steps.
     pub epochs: Option<f64>,
@@ -211,8 +212,10 @@ pub(super) fn run_claimed(
         .map_err(|source| TrainError::Write { path, source })?;
     let size = trainer.model().size();
     let chats = data.train.tokens().target_tokens() < data.train.tokens().len();
-    let tui = terminal::can_draw() && !options.quiet && !options.plain;
     let run = &experiment.run;
+    let epochs_per_step = (run.batch_size * run.accumulation) as f64 / data.train.per_epoch() as f64;
+    let display = (terminal::can_draw() && !options.quiet && !options.plain)
+        .then(|| Display::new(format!("{}-{}", run.name, run.seed), run.steps, epochs_per_step));
     let train = LmLoader::training(
         data.train.clone(),
         run.batch_size,
@@ -237,7 +240,9 @@ pub(super) fn run_claimed(
         history,
         codes,
         size,
-        prints: !tui && !options.quiet,
+        prints: display.is_none() && !options.quiet,
+        display: display.clone(),
+        samples: Vec::new(),
     };
     let intervals_done = step / run.eval_every;
     let learner = trainer.learner();
@@ -251,33 +256,37 @@ pub(super) fn run_claimed(
         .num_epochs(run.steps.div_ceil(run.eval_every))
         .checkpoint(intervals_done);
     for metric in metrics::all() {
-        training = training.metric_train_numeric(metric.clone()).metric_valid_numeric(metric);
+        training = training.metric_train_numeric(metric.clone());
+        if metric.validates() {
+            training = training.metric_valid_numeric(metric);
+        }
     }
     let interrupter = training.interrupter();
-    let signals = options.signals.then(|| Signals::listen(interrupter.clone(), !tui)).transpose();
+    let signals =
+        options.signals.then(|| Signals::listen(interrupter.clone(), display.is_none())).transpose();
     let _signals =
         signals.map_err(|error| TrainError::Burn(format!("signals cannot be handled: {error}")))?;
-    let screen = match tui {
-        true => {
-            let opened = Screen::open(interrupter, intervals_done);
-            let (screen, renderer) = opened.map_err(TrainError::Terminal)?;
-            training = training.renderer(Box::new(renderer));
-            Some(screen)
+    let screen = match display {
+        Some(display) => {
+            training = training.renderer(Box::new(display.clone()));
+            let opened = Screen::open(display, interrupter, options.signals);
+            Some(opened.map_err(TrainError::Terminal)?)
         }
-        false => {
+        None => {
             training = training.renderer(Box::new(PlainRenderer));
             None
         }
     };
     let learned = training.launch(learner);
-    drop(learned.renderer);
-    drop(screen);
-    if tui {
-        print_samples(&run_dir);
-    }
-
     let mut outcome =
         outcome.lock().expect("held for one line").take().expect("the strategy leaves an outcome");
+    if screen.is_some() {
+        drop(screen);
+        // The display is gone with them.
+        for (prompt, text) in &outcome.samples {
+            let _ = writeln!(std::io::stdout(), "{}", ProgressLine::sample_dimmed(prompt, text));
+        }
+    }
     let mut result = summarize(&experiment, &device, &outcome);
     result.wall_s = earlier + started.elapsed().as_secs_f64();
     let size = learned.model.model.size();
@@ -638,16 +647,6 @@ fn summarize(experiment: &Experiment, device: &Device, outcome: &Outcome) -> Run
         interrupted: outcome.interrupted,
         finished: step == run.steps,
         ..RunResult::new(&run.name, run.seed)
-    }
-}
-
-/// The last text samples: the interface has no place for them.
-fn print_samples(run_dir: &Path) {
-    let samples = fs::read_to_string(run_dir.join("samples.txt")).unwrap_or_default();
-    let step = |line: &str| line.split("  ").next().map(String::from);
-    let last = samples.lines().next_back().and_then(step);
-    for line in samples.lines().filter(|line| step(line) == last) {
-        let _ = writeln!(std::io::stdout(), "{line}");
     }
 }
 

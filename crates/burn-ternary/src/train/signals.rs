@@ -14,7 +14,7 @@ pub(super) struct Signals {
 mod unix {
     use super::*;
     use crate::train::error::INTERRUPTED;
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
     use std::fs;
     use std::sync::Arc;
     use std::time::{Duration, Instant};
@@ -23,33 +23,38 @@ mod unix {
     const SAME: Duration = Duration::from_secs(1);
 
     impl Signals {
-        /// INT, TERM and HUP stop `interrupter`, and say so where `speaks`. A signal that the process was started to ignore (as by
-        /// `nohup`, or in the background of a script) stays ignored.
+        /// INT, TERM and HUP stop `interrupter`, and say so where `speaks`; QUIT restores the terminal before it ends the process. A signal
+        /// that the process was started to ignore (as by `nohup`, or in the background of a script) stays ignored.
         ///
         /// # Errors
         /// The system refuses a handler or a thread.
         pub fn listen(interrupter: Interrupter, speaks: bool) -> io::Result<Self> {
             let ignored = ignored();
-            let listened =
-                [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored & 1 << (signal - 1) == 0);
+            let listened = [SIGINT, SIGTERM, SIGHUP, SIGQUIT]
+                .into_iter()
+                .filter(|signal| ignored & 1 << (signal - 1) == 0);
             let mut signals = signal_hook::iterator::Signals::new(listened)?;
             let handle = signals.handle();
             let listen = move || {
-                let mut first = None;
+                let mut first: Option<Instant> = None;
                 for signal in signals.forever() {
-                    if signal == SIGHUP {
-                        terminal::abandon_closed();
-                    }
-                    match *first.get_or_insert_with(Instant::now) {
-                        _ if !interrupter.should_stop() => {
-                            interrupter.stop(Some("a signal"));
-                            if speaks {
-                                let line = "stopping after this step, with a checkpoint; another signal stops at once";
-                                say(line);
-                            }
+                    match signal {
+                        SIGHUP => terminal::abandon_closed(),
+                        SIGQUIT => {
+                            terminal::restore();
+                            let _ = signal_hook::low_level::emulate_default_handler(SIGQUIT);
                         }
-                        first if first.elapsed() > SAME => end_at_once(),
                         _ => (),
+                    }
+                    if !interrupter.should_stop() {
+                        first = Some(Instant::now());
+                        interrupter.stop(Some("a signal"));
+                        if speaks {
+                            say("stopping after this step, with a checkpoint; another signal stops at once");
+                        }
+                    } else if first.is_none_or(|first| first.elapsed() > SAME) {
+                        // Of a run that a key has stopped, too.
+                        end_at_once();
                     }
                 }
             };

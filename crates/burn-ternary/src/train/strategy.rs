@@ -5,13 +5,14 @@
 
 use super::checkpoint::Checkpoints;
 use super::codes::{CodeStats, CodeTracker};
+use super::display::Display;
 use super::identity::Identity;
 use super::metrics::{LmItem, Split, StepReport};
 use super::progress::ProgressLine;
 use super::report::{History, MetricsFile};
 use super::state::StartLoss;
 use super::step::{LanguageModel, QuantizationTrainer};
-use super::{Experiment, TrainError, TrainState};
+use super::{Experiment, TrainError, TrainState, terminal};
 use crate::ImportError;
 use crate::data::window::TokenWindows;
 use crate::data::{LmBatch, chat};
@@ -58,6 +59,9 @@ pub(super) struct Session {
     pub size: ModelSize,
     /// Whether progress lines go to standard output.
     pub prints: bool,
+    pub display: Option<Display>,
+    /// Prompts of the last text samples, and what followed them.
+    pub samples: Vec<(String, String)>,
 }
 
 /// What a session leaves besides files.
@@ -65,6 +69,8 @@ pub(super) struct Outcome {
     pub history: History,
     pub state: TrainState,
     pub counts: Vec<(String, [u64; 3])>,
+    /// The last text samples of this session.
+    pub samples: Vec<(String, String)>,
     /// Whether a signal or the terminal interface ended it before its last step.
     pub interrupted: bool,
     pub error: Option<TrainError>,
@@ -94,8 +100,8 @@ impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
             events: Events {
                 processor: components.event_processor,
                 interrupter: components.interrupter,
-                before: 0,
-                interval: 0,
+                steps: session.experiment.run.steps,
+                eval_every: session.experiment.run.eval_every,
             },
             stats: None,
             started: Instant::now(),
@@ -114,6 +120,7 @@ impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
             history: run.session.history,
             state: run.trainer.state().clone(),
             counts: run.stats.map(|stats| stats.counts).unwrap_or_default(),
+            samples: run.session.samples,
             interrupted,
             error,
         };
@@ -161,7 +168,10 @@ impl Loop {
         if first == 0 && !run.start_from.is_empty() {
             self.look_at_start(&valid)?;
         }
-        self.events.start_interval(first, steps, run.eval_every);
+        if self.session.display.is_some() {
+            self.events.recall(&self.session.history);
+        }
+        self.events.start_interval(first);
         let evaluated = self.session.history.valid.last().map_or(0, |report| report.step);
         if first % run.eval_every == 0 && evaluated < first {
             // The last session was stopped before.
@@ -189,7 +199,7 @@ impl Loop {
                 self.accuracy += report.accuracy * report.tokens as f64;
             }
             let report = self.complete(report);
-            self.events.trained(report, step);
+            self.events.trained(report);
 
             let last = step == steps;
             if step % run.log_every == 0 || last {
@@ -212,9 +222,9 @@ impl Loop {
             if step % run.eval_every == 0 || last {
                 let evaluated = self.evaluate(&valid, !last && !rolled_back)?;
                 stop |= !evaluated;
-                self.events.end_interval(step.div_ceil(run.eval_every));
+                self.events.end_interval(step);
                 if !last && !stop {
-                    self.events.start_interval(step, steps, run.eval_every);
+                    self.events.start_interval(step);
                 }
             }
             if (step % run.checkpoint_every == 0 || last || stop) && !rolled_back {
@@ -256,6 +266,7 @@ impl Loop {
         let step = self.trainer.state().step;
         let mut sum = StepReport { step, ..StepReport::default() };
         let batches = valid.num_items();
+        self.events.start_validation(step, batches);
         for (index, part) in losses(&model, valid).enumerate() {
             let part = part?;
             if can_wait && self.events.interrupter.should_stop() {
@@ -266,6 +277,7 @@ impl Loop {
             sum.accuracy += part.accuracy * part.tokens as f64;
             self.events.validated(self.complete(StepReport { step, ..part }), index + 1, batches);
         }
+        self.events.end_validation(step);
         self.look_at_codes();
         // NaN where no window has a learned token.
         let tokens = sum.tokens as f64;
@@ -309,10 +321,11 @@ impl Loop {
         Ok(())
     }
 
-    /// Writes what the model says to each prompt into `samples.txt`, and prints it.
+    /// Writes what the model says to each prompt into `samples.txt`, and shows it.
     fn sample(&mut self, model: &DuckQuantized, step: usize) -> Result<(), TrainError> {
         let run = &self.session.experiment.run;
         expect_in_place(&self.session.lock, &self.session.run_dir)?;
+        let mut samples = Vec::new();
         for (prompt, ids) in &self.session.prompts {
             let tokenizer = &self.session.tokenizer;
             let stop = chat::special(tokenizer, chat::Special::EndOfText);
@@ -324,8 +337,15 @@ impl Loop {
             disk::open_in_place(&path, File::options().create(true).append(true))
                 .and_then(|mut file| writeln!(file, "step {step}  {line}"))
                 .map_err(|source| TrainError::Write { path, source })?;
-            self.print(|| line);
+            self.print(
+                || if terminal::can_draw() { ProgressLine::sample_dimmed(prompt, &text) } else { line },
+            );
+            samples.push((prompt.clone(), text));
         }
+        if let Some(display) = &self.session.display {
+            display.sampled(step, &samples);
+        }
+        self.session.samples = samples;
         Ok(())
     }
 
@@ -404,40 +424,70 @@ fn losses<'a>(
     })
 }
 
-/// Burn's metrics and renderer; an interval between evaluations is what Burn calls an epoch.
+/// Burn's metrics and renderer; an interval between evaluations is what Burn calls an epoch, and its items are steps of the run.
 struct Events {
     processor: SupervisedTrainingEventProcessor<LanguageModel>,
     interrupter: Interrupter,
-    /// Steps before the interval, and in it.
-    before: usize,
-    interval: usize,
+    steps: usize,
+    eval_every: usize,
 }
 
 impl Events {
-    /// The interval of the step after `done`, of a run of `steps` with an evaluation after every `every`.
-    fn start_interval(&mut self, done: usize, steps: usize, every: usize) {
-        self.before = done / every * every;
-        self.interval = (steps - self.before).min(every);
-        let event = LearnerEvent::StartSplit { epoch_number: done / every + 1, total_items: self.interval };
+    fn train(&mut self, event: LearnerEvent<LmItem>) {
         self.interrupter.fail_on_error(self.processor.process_train(event));
     }
 
-    fn trained(&mut self, report: StepReport, step: usize) {
-        let progress = Progress::new(step - self.before, self.interval, Some("steps".into()));
-        let item = TrainingItem::new(LmItem(report), progress, Some(step), Some(report.lr.into()));
-        self.interrupter.fail_on_error(self.processor.process_train(LearnerEvent::ProcessedItem(item)));
+    fn valid(&mut self, event: LearnerEvent<LmItem>) {
+        self.interrupter.fail_on_error(self.processor.process_valid(event));
+    }
+
+    /// What earlier sessions of the run reported.
+    fn recall(&mut self, history: &History) {
+        let mut trained = history.train.iter().peekable();
+        for report in &history.valid {
+            while let Some(before) = trained.next_if(|before| before.step <= report.step) {
+                self.trained(*before);
+            }
+            self.start_validation(report.step, 1);
+            self.validated(*report, 1, 1);
+            self.end_validation(report.step);
+        }
+        for report in trained {
+            self.trained(*report);
+        }
+        self.train(LearnerEvent::EndSplit(1));
+    }
+
+    /// The interval of the step after `done`.
+    fn start_interval(&mut self, done: usize) {
+        let epoch_number = done / self.eval_every + 1;
+        self.train(LearnerEvent::StartSplit { epoch_number, total_items: self.steps });
+    }
+
+    fn trained(&mut self, report: StepReport) {
+        let progress = Progress::new(report.step, self.steps, Some("steps".into()));
+        let item = TrainingItem::new(LmItem(report), progress, Some(report.step), Some(report.lr.into()));
+        self.train(LearnerEvent::ProcessedItem(item));
+    }
+
+    fn start_validation(&mut self, step: usize, batches: usize) {
+        let epoch_number = step.div_ceil(self.eval_every);
+        self.valid(LearnerEvent::StartSplit { epoch_number, total_items: batches });
     }
 
     fn validated(&mut self, report: StepReport, batch: usize, batches: usize) {
         let progress = Progress::new(batch, batches, Some("batches".into()));
         let item = TrainingItem::new(LmItem(report), progress, Some(batch), None);
-        self.interrupter.fail_on_error(self.processor.process_valid(LearnerEvent::ProcessedItem(item)));
+        self.valid(LearnerEvent::ProcessedItem(item));
     }
 
-    fn end_interval(&mut self, number: usize) {
-        for event in [LearnerEvent::EndSplit(number), LearnerEvent::EndEpoch(number)] {
-            self.interrupter.fail_on_error(self.processor.process_train(event));
-        }
-        self.interrupter.fail_on_error(self.processor.process_valid(LearnerEvent::EndSplit(number)));
+    fn end_validation(&mut self, step: usize) {
+        self.valid(LearnerEvent::EndSplit(step.div_ceil(self.eval_every)));
+    }
+
+    fn end_interval(&mut self, step: usize) {
+        let number = step.div_ceil(self.eval_every);
+        self.train(LearnerEvent::EndSplit(number));
+        self.train(LearnerEvent::EndEpoch(number));
     }
 }

@@ -1,83 +1,142 @@
-//! Burn's terminal interface, in which Ctrl-C is a signal as anywhere else, and a screen that is restored however a run ends.
+//! The terminal of a [`Display`]: it is read key by key, Ctrl-C is a signal as anywhere else, and it is restored however a run ends.
 
-use super::signals::end_at_once;
-use burn::train::{
-    Interrupter, LearnerSummary,
-    logger::{EvaluationProgressLogger, TrainingProgressLogger},
-    metric::MetricDefinition,
-    renderer::{
-        EvaluationName, MetricState, MetricsRenderer, MetricsRendererEvaluation, MetricsRendererTraining,
-        tui::TuiMetricsRendererWrapper,
-    },
+use super::{
+    display::{Display, Wish},
+    signals::end_at_once,
 };
+use burn::train::Interrupter;
 use crossterm::{
     cursor::Show,
-    event::DisableMouseCapture,
+    event::{self, Event},
     execute,
-    terminal::{LeaveAlternateScreen, disable_raw_mode, enable_raw_mode, is_raw_mode_enabled},
+    terminal::{EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode},
 };
-use std::any::Any;
-use std::io::{self, IsTerminal};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use ratatui::{Terminal, backend::CrosstermBackend};
+use std::io::{self, IsTerminal, Write};
+use std::panic;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
-/// What Burn's interface panics with after `q` and `k`: to end the process without a checkpoint.
-const KILLED: &str = "Killing training from user input.";
-/// How long a closing interface may take to draw its last picture.
+/// Time between two pictures.
+const TICK: Duration = Duration::from_millis(100);
+/// How long a closing screen may take to draw its last picture.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Whether a [`Screen`] was ever opened.
-static OPENED: AtomicBool = AtomicBool::new(false);
-/// Whether the terminal was closed.
-static CLOSED: AtomicBool = AtomicBool::new(false);
+/// Whether a [`Screen`] is open. Changed, and asked before a picture is written, with standard output locked.
+static OPEN: AtomicBool = AtomicBool::new(false);
 
 /// The terminal while a run draws on it; restored when this is dropped, by a panic too.
 pub(super) struct Screen {
-    /// Ends when the renderer and its thread have.
+    closing: Arc<AtomicBool>,
+    /// Ends when the thread that draws has.
     closed: Receiver<()>,
 }
 
 impl Screen {
-    /// Burn's interface, and what restores the terminal.
+    /// Draws `display` from now on, and does what its keys ask for. Ctrl-C is a signal where `signals` are listened to, otherwise a key.
     ///
     /// # Errors
     /// There is no terminal that can be read key by key.
-    pub fn open(interrupter: Interrupter, checkpoint: usize) -> io::Result<(Self, Renderer)> {
+    pub fn open(display: Display, interrupter: Interrupter, signals: bool) -> io::Result<Self> {
         let (open, closed) = channel();
-        let screen = Self { closed };
-        OPENED.store(true, Ordering::Relaxed);
+        let closing = Arc::new(AtomicBool::new(false));
+        let screen = Self { closing: closing.clone(), closed };
         #[cfg(all(unix, feature = "flex"))]
         restore_without_memory::arm()?;
-        // Burn's own call finds this done, and leaves the next one alone.
+        restore_before_panics();
+        OPEN.store(true, Ordering::Relaxed);
         enable_raw_mode()?;
-        keep_interrupt_key()?;
-        let burn = TuiMetricsRendererWrapper::new(interrupter, Some(checkpoint));
-        Ok((screen, Renderer { burn: Some(burn), _open: open }))
+        if signals {
+            keep_interrupt_key()?;
+        }
+        execute!(io::stdout(), EnterAlternateScreen)?;
+        let terminal = Terminal::new(CrosstermBackend::new(Output::default()))?;
+        let draw = move || {
+            show(terminal, &display, &interrupter, &closing);
+            drop(open);
+        };
+        std::thread::Builder::new().name("display".into()).spawn(draw)?;
+        Ok(screen)
     }
 }
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        // Nobody sends: this returns when the renderer is gone.
+        self.closing.store(true, Ordering::Relaxed);
+        // Nobody sends: this returns when the thread has ended. On a terminal that was closed, crossterm waits for ever.
         let _ = self.closed.recv_timeout(PATIENCE);
         restore();
     }
 }
 
-/// Restores the terminal where a [`Screen`] was opened. Burn does so itself at the end of a run; in a panic it leaves the cursor hidden.
+fn show(
+    mut terminal: Terminal<CrosstermBackend<Output>>,
+    display: &Display,
+    interrupter: &Interrupter,
+    closing: &AtomicBool,
+) {
+    while !closing.load(Ordering::Relaxed) {
+        // A terminal that cannot be written is no reason to stop a run.
+        let _ = terminal.draw(|frame| display.draw(frame, interrupter.should_stop()));
+        match event::poll(TICK) {
+            Ok(false) => (),
+            Ok(true) => match event::read() {
+                Ok(Event::Key(key)) => match display.key(key) {
+                    Some(Wish::Stop) => interrupter.stop(Some("a key")),
+                    Some(Wish::Kill) => end_at_once(),
+                    None => (),
+                },
+                _ => (),
+            },
+            Err(_) => std::thread::sleep(TICK),
+        }
+    }
+}
+
+/// The bytes of a picture, which reach an open screen as a whole and any other terminal not at all.
+#[derive(Default)]
+struct Output(Vec<u8>);
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        let bytes = std::mem::take(&mut self.0);
+        if !OPEN.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        out.write_all(&bytes)?;
+        out.flush()
+    }
+}
+
+/// Restores the terminal where a [`Screen`] is open.
 pub(super) fn restore() {
-    if !OPENED.load(Ordering::Relaxed) {
+    let mut out = io::stdout().lock();
+    if !OPEN.swap(false, Ordering::Relaxed) {
         return;
     }
-    if is_raw_mode_enabled().unwrap_or(false) {
-        let _ = disable_raw_mode();
-        let _ = execute!(io::stdout(), DisableMouseCapture, LeaveAlternateScreen);
-    }
-    let _ = execute!(io::stdout(), Show);
+    let _ = disable_raw_mode();
+    let _ = execute!(out, LeaveAlternateScreen, Show);
     #[cfg(all(unix, feature = "flex"))]
     restore_without_memory::disarm();
+}
+
+/// Lets the message of a panic reach a terminal on which it can be read.
+fn restore_before_panics() {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            restore();
+            before(panic);
+        }));
+    });
 }
 
 /// Sends standard output and error nowhere where their terminal was closed. What draws on it, or tells an error, would fail and panic, and
@@ -87,7 +146,6 @@ pub(super) fn abandon_closed() {
     use rustix::{io::Errno, stdio, termios::tcgetattr};
     let Ok(nowhere) = std::fs::File::options().write(true).open("/dev/null") else { return };
     if tcgetattr(stdio::stdout()).err() == Some(Errno::IO) {
-        CLOSED.store(true, Ordering::Relaxed);
         let _ = stdio::dup2_stdout(&nowhere);
     }
     if tcgetattr(stdio::stderr()).err() == Some(Errno::IO) {
@@ -100,8 +158,8 @@ pub(super) fn can_draw() -> bool {
     io::stdout().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// In raw mode Ctrl-C is a key that Burn's interface ignores; here it is SIGINT again, and neither Ctrl-Z nor Ctrl-\ is a signal, which
-/// would leave the screen as it is.
+/// In raw mode Ctrl-C is a key; here it is SIGINT again, and neither Ctrl-Z nor Ctrl-\ is a signal, which would leave the screen as it
+/// is.
 #[cfg(unix)]
 fn keep_interrupt_key() -> io::Result<()> {
     use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, tcgetattr, tcsetattr};
@@ -138,8 +196,8 @@ mod restore_without_memory {
 
     /// The terminal and its attributes before a screen was opened.
     static BEFORE: Mutex<Option<(OwnedFd, Termios)>> = Mutex::new(None);
-    /// No reports of the mouse, the main screen, a cursor.
-    const SEQUENCE: &[u8] = b"\x1b[?1006l\x1b[?1015l\x1b[?1003l\x1b[?1002l\x1b[?1000l\x1b[?1049l\x1b[?25h";
+    /// The main screen, a cursor.
+    const SEQUENCE: &[u8] = b"\x1b[?1049l\x1b[?25h";
 
     pub fn arm() -> io::Result<()> {
         let terminal = super::terminal()?;
@@ -166,108 +224,4 @@ mod restore_without_memory {
 #[cfg(not(unix))]
 fn keep_interrupt_key() -> io::Result<()> {
     Ok(())
-}
-
-/// Burn's interface, whose way to end the process is not a panic.
-pub(super) struct Renderer {
-    /// Until this is dropped.
-    burn: Option<TuiMetricsRendererWrapper>,
-    /// Dropped after the interface.
-    _open: Sender<()>,
-}
-
-impl Renderer {
-    fn call<T>(&mut self, call: impl FnOnce(&mut TuiMetricsRendererWrapper) -> T) -> T {
-        let killed = |payload: &Box<dyn Any + Send>| payload.downcast_ref() == Some(&KILLED);
-        let burn = self.burn.as_mut().expect("it is there until it is dropped");
-        match catch_unwind(AssertUnwindSafe(|| call(burn))) {
-            Ok(value) => value,
-            Err(payload) if killed(&payload) => end_at_once(),
-            Err(payload) => resume_unwind(payload),
-        }
-    }
-}
-
-impl Drop for Renderer {
-    fn drop(&mut self) {
-        // Its thread waits for keys, and on a closed terminal crossterm waits for ever.
-        if CLOSED.load(Ordering::Relaxed) {
-            std::mem::forget(self.burn.take());
-        }
-    }
-}
-
-impl MetricsRendererTraining for Renderer {
-    fn update_train(&mut self, state: MetricState) {
-        self.call(|burn| burn.update_train(state));
-    }
-    fn update_valid(&mut self, state: MetricState) {
-        self.call(|burn| burn.update_valid(state));
-    }
-    fn on_train_end(&mut self, summary: Option<LearnerSummary>) -> Result<(), Box<dyn std::error::Error>> {
-        self.call(|burn| burn.on_train_end(summary))
-    }
-}
-
-impl MetricsRendererEvaluation for Renderer {
-    fn update_test(&mut self, name: EvaluationName, state: MetricState) {
-        self.call(|burn| burn.update_test(name, state));
-    }
-    fn on_test_end(&mut self, summary: Option<LearnerSummary>) -> Result<(), Box<dyn std::error::Error>> {
-        self.call(|burn| burn.on_test_end(summary))
-    }
-}
-
-impl TrainingProgressLogger for Renderer {
-    fn start(&mut self, epochs: usize, first: usize, items: Option<usize>, label: Option<&str>) {
-        self.call(|burn| TrainingProgressLogger::start(burn, epochs, first, items, label));
-    }
-    fn update_epoch(&mut self, epoch: usize) {
-        self.call(|burn| burn.update_epoch(epoch));
-    }
-    fn start_split(&mut self, split: &str, items: usize) {
-        self.call(|burn| burn.start_split(split, items));
-    }
-    fn update_split(&mut self, items: usize) {
-        self.call(|burn| burn.update_split(items));
-    }
-    fn end_split(&mut self) {
-        self.call(|burn| burn.end_split());
-    }
-    fn end(&mut self) {
-        self.call(TrainingProgressLogger::end);
-    }
-    fn log_event_training(&mut self, event: String) {
-        self.call(|burn| burn.log_event_training(event));
-    }
-}
-
-impl EvaluationProgressLogger for Renderer {
-    fn start_global_progress(&mut self, tests: usize) {
-        self.call(|burn| burn.start_global_progress(tests));
-    }
-    fn start_test(&mut self, name: &str, items: usize) {
-        self.call(|burn| burn.start_test(name, items));
-    }
-    fn update_test_progress(&mut self, items: usize) {
-        self.call(|burn| burn.update_test_progress(items));
-    }
-    fn end_test(&mut self) {
-        self.call(|burn| burn.end_test());
-    }
-    fn end_global_progress(&mut self) {
-        self.call(|burn| burn.end_global_progress());
-    }
-    fn log_event_evaluation(&mut self, event: String) {
-        self.call(|burn| burn.log_event_evaluation(event));
-    }
-}
-
-impl MetricsRenderer for Renderer {
-    fn manual_close(&mut self) {
-        self.call(|burn| burn.manual_close());
-    }
-    fn register_metric(&mut self, definition: MetricDefinition) {
-        self.call(|burn| burn.register_metric(definition));
-    }
 }
