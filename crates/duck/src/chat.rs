@@ -67,7 +67,7 @@ pub struct Command {
     sampling: SamplingFlags,
     #[command(flatten)]
     engine: EngineFlags,
-    /// Print a line of JSON an answer
+    /// Print one line of JSON per question
     #[arg(long)]
     json: bool,
 }
@@ -105,6 +105,13 @@ struct Turn<'a> {
     finish: &'static str,
     #[serde(flatten)]
     took: Took,
+}
+
+/// What `--json` prints of a question that was too long.
+#[derive(Serialize)]
+struct Unanswered<'a> {
+    question: &'a str,
+    error: &'a str,
 }
 
 /// What an answer took; of the prompt only what was not known from earlier turns.
@@ -168,14 +175,27 @@ impl Chat {
         )
     }
 
-    /// Without one; what goes wrong ends it.
+    /// Without one; what goes wrong ends it, but for a question that is too long.
     fn answer_lines(&mut self, lines: impl BufRead) -> Result<(), Error> {
+        let (mut questions, mut unanswered) = (0, 0);
         for line in lines.lines() {
-            if !self.take(&line.map_err(Error::Input)?)? {
-                break;
+            let question = line.map_err(Error::Input)?;
+            questions += usize::from(!question.trim().is_empty() && !question.starts_with('/'));
+            match self.take(&question) {
+                Ok(true) => (),
+                Ok(false) => break,
+                Err(error @ Error::Engine { source: EngineError::ContextFull { .. }, .. }) => {
+                    unanswered += 1;
+                    let error = terminal::line(&error);
+                    if self.json {
+                        terminal::print_json(&Unanswered { question: question.trim(), error: &error })?;
+                    }
+                    terminal::say(format_args!("error: {error}"));
+                }
+                Err(error) => return Err(error),
             }
         }
-        Ok(())
+        if unanswered > 0 { Err(Error::Unanswered { unanswered, questions }) } else { Ok(()) }
     }
 
     /// Answers a line, or does what it commands; whether to go on.

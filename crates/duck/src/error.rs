@@ -28,6 +28,9 @@ pub enum Error {
     /// A run folder that another process writes.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// Lines of a pipe that a chat could not answer; the errors were said.
+    #[error("{unanswered} of {questions} questions were not answered")]
+    Unanswered { unanswered: usize, questions: usize },
     /// What the program writes has nowhere to go.
     #[error("standard output: {0}")]
     Output(io::Error),
@@ -70,6 +73,7 @@ impl Error {
             Self::Engine { source: EngineError::Memory(_) | EngineError::Weights { .. }, .. } => 4,
             Self::Engine { source: EngineError::Threads { .. }, .. } => 4,
             Self::Usage(_)
+            | Self::Unanswered { .. }
             | Self::Lock(LockError::Held { .. })
             | Self::Threads(ThreadError::TooMany { .. }) => 2,
             Self::Engine {

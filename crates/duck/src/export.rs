@@ -5,7 +5,7 @@ use crate::{
     model::{self, AdapterFlag},
     terminal,
 };
-use std::path::PathBuf;
+use std::path::{Path, PathBuf, is_separator};
 use ternary_format::{Encoding, SizeReport, WeightType, WriteOptions, disk::RunLock, write_model};
 
 const EXAMPLES: &str = "\
@@ -15,9 +15,10 @@ Examples:
   duck export mine.gguf folder/ --type F32     a folder of Hugging Face's
   duck export float.gguf merged.gguf --adapter runs/lora-1/adapter
 
-What OUT ends in decides: .gguf, .onnx, .ternary (the smallest, for shipping), anything else a folder. Codes and scales
-are those of the model; nothing is rounded a second time, and a model that the kind of file cannot hold is an error. An
-adapter becomes part of float weights; with ternary ones its sum is not ternary, and it stays beside them.";
+The ending of OUT decides: .gguf, .onnx, .ternary (the smallest, for shipping); a name without an ending, or one that ends
+in /, is a folder. Codes and scales are those of the model; nothing is rounded a second time, and a model that the kind of
+file cannot hold is an error. An adapter becomes part of float weights; with ternary ones its sum is not ternary, and it
+stays beside them.";
 
 /// Write a model as GGUF, ONNX or a Hugging Face folder.
 #[derive(clap::Args)]
@@ -46,6 +47,7 @@ pub struct Command {
 impl Command {
     pub fn run(self) -> Result<(), Error> {
         let Self { model, out, weights, embedding, adapter, overwrite, json } = self;
+        expect_kind(&out)?;
         terminal::expect_free(&out, overwrite)?;
         let _lock = RunLock::of_file(&out)?;
         let model = adapter.read(Some(&model))?;
@@ -56,4 +58,17 @@ impl Command {
         let report = SizeReport::of_file(&out, &model.spec).map_err(Error::Export)?;
         if json { terminal::print_json(&report) } else { terminal::print(report) }
     }
+}
+
+/// Refuses a name with an ending of no kind of model file: a folder of that name is rarely meant.
+fn expect_kind(out: &Path) -> Result<(), Error> {
+    let Some(ending) = out.extension() else { return Ok(()) };
+    let is_folder = out.to_string_lossy().ends_with(is_separator);
+    if is_folder || ["gguf", "onnx", "ternary"].iter().any(|known| ending == *known) {
+        return Ok(());
+    }
+    let out = out.display();
+    Err(Error::Usage(format!(
+        "{out}: expected a name that ends in .gguf, .onnx or .ternary, or a folder; `{out}/` is a folder"
+    )))
 }

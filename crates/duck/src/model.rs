@@ -82,13 +82,13 @@ pub enum Activations {
 /// How the model is run.
 #[derive(Args, Clone, Debug)]
 pub struct EngineFlags {
-    /// Threads; 0: one a core
+    /// Threads; 0: one per core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
-    /// Longest sequence in tokens, at most the model's
+    /// Context length in tokens, at most the model's
     #[arg(long, value_name = "TOKENS", default_value_t = 4096)]
     pub context: usize,
-    /// Keys and values: f16, or int8 in half of the memory
+    /// KV cache: f16, or int8 at half the memory
     #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
     pub cache: Cache,
     /// Activations: int8, or f32, which is exact and slow
@@ -158,25 +158,25 @@ pub fn bytes(model: &PackedModel) -> usize {
 /// How tokens are drawn.
 #[derive(Args, Clone, Debug)]
 pub struct SamplingFlags {
-    /// Spread of the draws; 0 takes the likeliest token
+    /// Sampling temperature; 0 takes the most likely token
     #[arg(long, value_name = "X", default_value_t = 0.7, allow_negative_numbers = true)]
     pub temperature: f32,
-    /// Draw from so many of the likeliest tokens; 0: all
+    /// Top-k: sample from the N most likely tokens; 0 takes all
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub top_k: usize,
-    /// Draw from the fewest of the likeliest tokens that have this share of the probability
+    /// Top-p (nucleus): sample from the fewest most likely tokens whose probabilities add up to SHARE
     #[arg(long, value_name = "SHARE", default_value_t = 0.95, allow_negative_numbers = true)]
     pub top_p: f32,
-    /// Draw from tokens at least so likely as this share of the likeliest
+    /// Min-p: sample from tokens at least SHARE times as likely as the most likely one
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, allow_negative_numbers = true)]
     pub min_p: f32,
-    /// Make tokens that are there already less likely; 1: not
+    /// Repetition penalty on tokens that the text already has; 1 is none
     #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
     pub repetition_penalty: f32,
-    /// Equal seeds draw equal texts; without it, another one each time
+    /// Random seed: equal seeds give equal texts; without one, each text is another
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// At most so many tokens
+    /// Most tokens to generate
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_tokens: usize,
 }

@@ -59,10 +59,10 @@ pub struct Command {
     /// answer has room. A request can override it with its field `truncation`
     #[arg(long, value_name = "auto|disabled", default_value = "disabled")]
     truncation: Truncation,
-    /// Texts in the making at a time, by model
+    /// Parallel requests per model: the most completions that are generated at the same time
     #[arg(long, value_name = "N", default_value_t = Limits::default().batch)]
     batch: usize,
-    /// Texts that wait for their turn, by model
+    /// Queued requests per model: the most that wait while all parallel ones are in use
     #[arg(long, value_name = "N", default_value_t = Limits::default().queue)]
     queue: usize,
     #[command(flatten)]
@@ -118,6 +118,13 @@ fn named(argument: &str) -> (String, PathBuf) {
 fn failed(error: ServeError) -> Error {
     let message = error.to_string();
     match error {
+        ServeError::Address { address, source } if source.kind() == io::ErrorKind::AddrInUse => {
+            let port = address.port();
+            Error::Network(format!(
+                "port {port} of {} is taken by another program; expected a free one: --port N, or --port 0 for any",
+                address.ip()
+            ))
+        }
         ServeError::Address { .. } | ServeError::Io(_) => Error::Network(message),
         ServeError::NoTokenizer { name } => Error::Engine { model: name, source: EngineError::NoTokenizer },
         ServeError::ChatTemplate { source, .. } => Error::Model(source),

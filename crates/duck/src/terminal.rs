@@ -54,12 +54,12 @@ pub fn expect_free(path: &Path, overwrite: bool) -> Result<(), Error> {
     match (entry.is_file(), overwrite) {
         (true, true) => Ok(()),
         (true, false) => {
-            Err(Error::Usage(format!("{path}: expected nothing, found {found}; --overwrite replaces it")))
+            Err(Error::Usage(format!("{path}: {found} is there already; --overwrite replaces it")))
         }
         (false, true) => {
-            Err(Error::Usage(format!("{path}: expected nothing or a plain file, found {found}")))
+            Err(Error::Usage(format!("{path}: {found} is there; --overwrite replaces plain files only")))
         }
-        (false, false) => Err(Error::Usage(format!("{path}: expected nothing, found {found}"))),
+        (false, false) => Err(Error::Usage(format!("{path}: {found} is there already"))),
     }
 }
 

@@ -41,6 +41,29 @@ fn a_model_file_that_cannot_be_read_is_one_line_and_exit_code_3() {
     assert_eq!(fs::read(path("model.gguf")).unwrap(), whole, "an export that fails replaces nothing");
 }
 
+#[test]
+fn what_is_no_model_is_told_what_a_model_is() {
+    let home = home();
+    fs::write(home.path().join("text.txt"), "a text").unwrap();
+    crate::output(&home, &["export", "model.gguf", "model.onnx", "--type", "INT2"]);
+    for (model, said) in [
+        (
+            "text.txt",
+            "text.txt: expected a model (a .gguf or .ternary file, a Hugging Face folder), found a file that begins with \"a te\"",
+        ),
+        ("model.onnx", "model.onnx: ONNX files are written for onnxruntime and not read"),
+        (
+            ".",
+            ".: expected a Hugging Face folder (with config.json) or a run folder (with experiment.toml), found neither",
+        ),
+    ] {
+        for command in [&["generate", "--prompt", "a"][..], &["chat"], &["inspect"]] {
+            let error = failure(&home, &[command, &[model]].concat(), 3);
+            assert!(error.contains(said), "{error}");
+        }
+    }
+}
+
 /// A conversion that overflowed: one weight of the last tensor, a norm, is NaN or infinite.
 #[test]
 fn a_weight_that_is_not_finite_is_named_by_every_command() {

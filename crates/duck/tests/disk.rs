@@ -56,25 +56,25 @@ fn no_command_replaces_a_file_unless_told_to() {
         let writing = |more: &[&'static str]| [&command[..], &["out.gguf"], more].concat();
         fs::write(&out, "mine").unwrap();
         let error = failure(&home, &writing(&[]), 2);
-        assert!(error.contains("out.gguf: expected nothing, found a plain file; --overwrite"), "{error}");
+        assert!(error.contains("out.gguf: a plain file is there already; --overwrite"), "{error}");
         assert_eq!(fs::read_to_string(&out).unwrap(), "mine");
         output(&home, &writing(&["--overwrite"]));
         assert_ne!(fs::read(&out).unwrap(), b"mine");
         fs::remove_file(&out).unwrap();
 
         fs::create_dir(&out).unwrap();
-        assert!(failure(&home, &writing(&["--overwrite"]), 2).contains("found a folder"));
+        assert!(failure(&home, &writing(&["--overwrite"]), 2).contains("out.gguf: a folder is there"));
         fs::remove_dir(&out).unwrap();
         #[cfg(unix)]
         {
             std::os::unix::fs::symlink("nowhere", &out).unwrap();
             for more in [&[][..], &["--overwrite"]] {
-                assert!(failure(&home, &writing(more), 2).contains("found a symbolic link"));
+                assert!(failure(&home, &writing(more), 2).contains("a symbolic link is there"));
             }
             fs::remove_file(&out).unwrap();
             fifo(&home, "out.gguf");
             for more in [&[][..], &["--overwrite"]] {
-                assert!(failure(&home, &writing(more), 2).contains("found a FIFO"));
+                assert!(failure(&home, &writing(more), 2).contains("a FIFO is there"));
             }
             fs::remove_file(&out).unwrap();
         }
@@ -89,7 +89,7 @@ fn a_dialogue_and_manual_pages_replace_no_file_unless_told_to() {
     let chat = ["chat", "model.gguf", "--max-tokens", "1", "--json"];
     let mut refused = duck(&home, &chat);
     let error = refused.write_stdin("/save d.json\n").assert().code(2).get_output().stderr.clone();
-    assert!(String::from_utf8(error).unwrap().contains("d.json: expected nothing, found a plain file"));
+    assert!(String::from_utf8(error).unwrap().contains("d.json: a plain file is there already"));
     assert_eq!(fs::read_to_string(&saved).unwrap(), "mine");
     piped(&home, &chat, "/save --overwrite d.json\n/save other one.json\n");
     assert_eq!(fs::read_to_string(&saved).unwrap(), "[]\n");

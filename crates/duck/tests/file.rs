@@ -56,16 +56,24 @@ fn an_exported_model_is_the_same_model() {
         assert!((loss(out) - first).abs() < 1e-2, "{out}");
         assert!(printed.contains("blocks"), "{printed}");
         let error = failure(&home, &["export", "model.gguf", out], 2);
-        let expected = if out == "folder" { "found a folder" } else { "--overwrite replaces it" };
+        let expected =
+            if out == "folder" { "folder: a folder is there already" } else { "--overwrite replaces it" };
         assert!(error.contains(expected), "{error}");
     }
     let sizes = json(&output(&home, &["export", "model.gguf", "model.onnx", "--type", "INT2", "--json"]));
     let file = fs::metadata(home.path().join("model.onnx")).unwrap().len();
     assert_eq!(sizes["total"]["bytes"], file);
-    assert!(failure(&home, &["export", "model.gguf", "missing/out.gguf"], 5).contains("missing"));
+    let error = failure(&home, &["export", "model.gguf", "missing/out.gguf"], 5);
+    assert!(error.ends_with("missing/out.gguf: the folder missing does not exist\n"), "{error}");
     // Rows of 64 weights do not fit blocks of 256, and codes with a scale a row not those with one a matrix.
     assert!(failure(&home, &["export", "model.gguf", "a.gguf", "--type", "TQ2_0"], 3).contains("256"));
-    failure(&home, &["export", "model.gguf", "bitnet", "--type", "BITNET"], 3);
+    let error = failure(&home, &["export", "model.gguf", "bitnet"], 3);
+    assert!(error.contains("one scale per matrix") && error.contains("`--type F32`"), "{error}");
+    // A folder that is not meant to be one.
+    let error = failure(&home, &["export", "model.gguf", "e.bin"], 2);
+    assert!(error.contains("e.bin: expected a name that ends in .gguf, .onnx or .ternary"), "{error}");
+    output(&home, &["export", "model.gguf", "e.bin/", "--type", "F32"]);
+    assert!(home.path().join("e.bin/config.json").exists());
     assert!(!home.path().join("a.gguf").exists());
 }
 

@@ -297,5 +297,8 @@ fn a_port_that_is_taken_is_an_error() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let error = crate::failure(&home, &["serve", "model.gguf", "--port", &port], 1);
-    assert!(error.contains(&port), "{error}");
+    assert!(
+        error.contains(&format!("port {port} of 127.0.0.1 is taken")) && error.contains("--port"),
+        "{error}"
+    );
 }

@@ -2,7 +2,7 @@
 
 #![cfg(unix)]
 
-use crate::home;
+use crate::{failure, home, output};
 use std::{
     fs::{self, File, OpenOptions},
     process::{Command, Stdio},
@@ -46,4 +46,31 @@ fn a_training_whose_errors_cannot_be_written_trains() {
     }
     train(closed());
     assert!(home.path().join("runs/00-default-1/result.json").exists());
+}
+
+/// What is wrong with the command is said first, not what is in the folder.
+#[test]
+fn a_second_training_with_a_wrong_argument_is_told_of_that() {
+    let home = home();
+    fs::create_dir_all(home.path().join("runs/00-default-1")).unwrap();
+    fs::write(home.path().join("runs/00-default-1/metrics.jsonl"), "").unwrap();
+    assert!(failure(&home, &["train"], 2).contains("--resume continues it"));
+    let error = failure(&home, &["train", "--data", "nofolder"], 3);
+    assert!(error.contains("nofolder") && !error.contains("--resume"), "{error}");
+    assert!(failure(&home, &["train", "--device", "abacus"], 2).contains("abacus"));
+}
+
+/// Its rows of 96 weights fit no ternary type of GGUF.
+#[test]
+fn a_model_that_fits_no_gguf_file_names_the_command_that_writes_it() {
+    let home = home();
+    fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
+    let train = "train --quiet --data text.txt --tokenizer byte --device flex --steps 2 --batch-size 2 --set run.name=x \
+                 --set model.context=32 --set model.d_model=64 --set model.d_ff=96 --set run.sample_tokens=0";
+    let summary = output(&home, &train.split_whitespace().collect::<Vec<_>>());
+    let line =
+        summary.lines().find(|line| line.starts_with("no model file")).unwrap_or_else(|| panic!("{summary}"));
+    let command = line.split_once(": duck ").unwrap_or_else(|| panic!("{line}")).1;
+    output(&home, &command.split(' ').collect::<Vec<_>>());
+    output(&home, &["generate", "x.ternary", "--prompt", "The", "--max-tokens", "2"]);
 }

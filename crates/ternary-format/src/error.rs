@@ -16,8 +16,20 @@ pub enum FormatError {
     #[error("tensor `{tensor}`: {source}")]
     InTensor { tensor: String, source: Box<FormatError> },
 
-    #[error("expected the magic bytes \"GGUF\", found {found:?}")]
+    #[error(
+        "expected a model (a .gguf or .ternary file, a Hugging Face folder), found a file that begins with {:?}",
+        String::from_utf8_lossy(found)
+    )]
     Magic { found: Vec<u8> },
+    #[error(
+        "ONNX files are written for onnxruntime and not read: expected the run folder, .gguf or .ternary file that it was \
+         exported from"
+    )]
+    Onnx,
+    #[error(
+        "expected a Hugging Face folder (with config.json) or a run folder (with experiment.toml), found neither"
+    )]
+    NoModelFolder,
     #[error("GGUF version {found}, expected 2 or 3, little-endian")]
     Version { found: u32 },
     #[error("offset {offset}: {what} takes {expected} bytes, the file has {left} more")]
@@ -139,8 +151,8 @@ pub enum FormatError {
     #[error("{rows} rows, BitNet packs a multiple of 4")]
     RowCount { rows: usize },
     #[error(
-        "row {row} has another scale than those before it, BitNet files have one a matrix: \
-         train with `[quant] granularity = \"per_tensor\"` or write F32 or F16"
+        "row {row} has another scale than the rows before it, and a BitNet folder has one scale per matrix: write floats \
+         (`--type F32` or `--type F16` of duck export), or train with `[quant] granularity = \"per_tensor\"`"
     )]
     NotPerTensor { row: usize },
     #[error("BitNet's packed weights are read in the llama and bitnet families only: write F32 or F16")]

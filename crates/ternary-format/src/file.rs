@@ -68,10 +68,14 @@ impl WriteOptions {
 /// Reads a model: a folder of Hugging Face's, an [archive] from `*.ternary`, otherwise a GGUF file.
 ///
 /// # Errors
-/// Those of [`huggingface::read`], [`archive::read`] and [`gguf::read`].
+/// `NoModelFolder`: a folder without `config.json`. `Onnx`. Those of [`huggingface::read`], [`archive::read`] and [`gguf::read`].
 pub fn read_model(path: &Path) -> Result<PackedModel, FormatError> {
     match extension(path) {
+        _ if path.is_dir() && !path.join("config.json").exists() => {
+            Err(FormatError::NoModelFolder.in_file(path))
+        }
         _ if path.is_dir() => huggingface::read(path),
+        Some("onnx") if path.exists() => Err(FormatError::Onnx.in_file(path)),
         Some("ternary") => archive::read(path),
         _ => gguf::read(path),
     }

@@ -84,6 +84,14 @@ pub fn read(key: &'static str, sources: &[String]) -> Result<Vec<Document>, Data
     Ok(documents)
 }
 
+/// Looks whether the files of a source can be found.
+///
+/// # Errors
+/// `Read`, `UnknownKind`, `NothingFound`: as [`read`].
+pub fn expect_there(source: &str) -> Result<(), DataError> {
+    if source.starts_with("embedded") { Ok(()) } else { files(Path::new(source)).map(drop) }
+}
+
 /// Holds out about `fraction` of the text for validation: `(training, validation)`.
 ///
 /// From 20 documents on, whole documents are held out, chosen by `seed`. Fewer are cut once, near the end of the

@@ -82,6 +82,14 @@ pub struct Texts {
 }
 
 impl Texts {
+    /// Looks whether the texts of `config` can be found, before a run folder is claimed for them.
+    ///
+    /// # Errors
+    /// `Read`, `UnknownKind`, `NothingFound`, as [`read`](Self::read).
+    pub fn expect_there(config: &DataConfig) -> Result<(), DataError> {
+        config.train.iter().chain(&config.valid).try_for_each(|source| corpus::expect_there(source))
+    }
+
     /// Reads and splits the texts of `config`, and makes their tokenizer.
     ///
     /// A `bpe` tokenizer that was trained on the same texts is taken from `cache_dir`. A run that goes on (`resumes`) takes the

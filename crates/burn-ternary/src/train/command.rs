@@ -32,7 +32,9 @@ Examples:
 
 Ctrl-C, SIGTERM and SIGHUP stop the run after the current step, with a checkpoint; a second one stops it at once.
 Exit codes: 0 finished, 2 usage or experiment, 3 data, 4 device or memory, 5 disk, 6 diverged, 7 interrupted, 1 anything
-else.";
+else.
+
+On a terminal a full-screen display shows the progress and, in its last line, its keys; --plain prints lines instead.";
 
 /// Which experiment: a file, and what overrides it.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -70,13 +72,13 @@ pub struct ExperimentArgs {
 pub struct TrainCommand {
     #[command(flatten)]
     pub args: ExperimentArgs,
-    /// Train for so many passes over the training text; fractions are fine
+    /// Epochs: passes over the training text; fractions are fine
     #[arg(long, value_name = "N", conflicts_with = "steps", value_parser = epochs)]
     pub epochs: Option<f64>,
-    /// Train for so many optimizer steps
+    /// Optimizer steps
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
-    /// Windows a forward pass
+    /// Batch size: windows of text per forward pass
     #[arg(long, value_name = "N")]
     pub batch_size: Option<usize>,
     /// Peak learning rate of AdamW (that of Muon: --set optim.muon_lr=...)

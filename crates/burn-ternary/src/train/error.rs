@@ -29,7 +29,7 @@ pub enum TrainError {
     )]
     OtherRun { path: PathBuf, differences: Vec<String> },
     /// A signal or the terminal interface ended the run; its last checkpoint is of this step.
-    #[error("interrupted after step {step} of {steps}; --resume continues {} from there", path.display())]
+    #[error("interrupted after step {step} of {steps}; the same command with --resume continues {}", path.display())]
     Interrupted { step: usize, steps: usize, path: PathBuf },
     /// The run folder cannot be locked: another process writes it, or the disk refuses.
     #[error(transparent)]
@@ -146,7 +146,11 @@ mod tests {
                 2,
                 "found others: optim.lr is 1; data.train",
             ),
-            (TrainError::Interrupted { step: 9, steps: 12, path: run }, 7, "after step 9 of 12; --resume"),
+            (
+                TrainError::Interrupted { step: 9, steps: 12, path: run },
+                7,
+                "after step 9 of 12; the same command with --resume continues runs/x-1",
+            ),
             (TrainError::Burn("shape".into()), 1, "shape"),
         ] {
             assert_eq!(error.exit_code(), code, "{error}");

@@ -33,8 +33,8 @@ pub fn loss_curve(path: &Path, train: &[StepReport], valid: &[StepReport], title
     svg(path, (900, 540), |canvas| draw_loss(canvas, &train, &valid, title))
 }
 
-/// Draws, for every layer, the shares of its codes as one bar, zeros first, so that the dashed line at the 31.0 % zeros
-/// of Gaussian weights can be compared with every bar. `layers`: name and how many codes are -1, 0 and +1.
+/// Draws, for every layer, the shares of its codes -1, 0 and +1 as one bar. Between the two dashed lines would be the 31.0 % zeros of
+/// Gaussian weights. `layers`: name and how many codes are -1, 0 and +1.
 ///
 /// # Errors
 /// What the file system says, with the path.
@@ -105,7 +105,7 @@ fn draw_loss(canvas: &Canvas, train: &[(usize, f64)], valid: &[(usize, f64)], ti
 }
 
 fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
-    let names: Vec<String> = layers.iter().map(|(name, _)| shortened(name, 36)).collect();
+    let names: Vec<String> = layers.iter().map(|(name, _)| shortened(label(name), 36)).collect();
     let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
     let rows = layers.len().max(1) as f64;
     let mut chart = ChartBuilder::on(canvas)
@@ -119,7 +119,7 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
 
     let title = text(22).pos(Pos::new(HPos::Center, VPos::Center));
     canvas.draw_text("Ternary codes by layer", &title, (450, 28))?;
-    let entries = [(SILVER, "0"), (BLUE, "-1"), (ORANGE, "+1")];
+    let entries = [(BLUE, "-1"), (SILVER, "0"), (ORANGE, "+1")];
     let (left, top) = pixel(0.0, rows);
     for (index, (color, name)) in entries.into_iter().enumerate() {
         let x = left + 62 * index as i32;
@@ -146,8 +146,8 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
         canvas.draw_text(name, &aligned(HPos::Right), (left - 10, y))?;
         canvas.draw_text(&zeros, &aligned(HPos::Right), (right + 62, y))?;
         let mut start = 0.0;
-        for (count, (color, _)) in [counts[1], counts[0], counts[2]].into_iter().zip(entries) {
-            let end = start + count as f64 / total;
+        for (count, (color, _)) in counts.iter().zip(entries) {
+            let end = start + *count as f64 / total;
             let (x, x_end) = (pixel(start, middle).0, pixel(end, middle).0);
             canvas.draw(&Rectangle::new([(x, y - 9), (x_end, y + 9)], color.filled()))?;
             start = end;
@@ -164,8 +164,10 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
         .label_style(text(15))
         .axis_desc_style(text(16))
         .draw()?;
-    let reference = [(GAUSSIAN_ZEROS, 0.0), (GAUSSIAN_ZEROS, rows)];
-    chart.draw_series(DashedLineSeries::new(reference, 6, 4, INK.stroke_width(2)))?;
+    for share in [0.5 - 0.5 * GAUSSIAN_ZEROS, 0.5 + 0.5 * GAUSSIAN_ZEROS] {
+        let reference = [(share, 0.0), (share, rows)];
+        chart.draw_series(DashedLineSeries::new(reference, 6, 4, INK.stroke_width(2)))?;
+    }
     Ok(())
 }
 
@@ -193,11 +195,17 @@ fn aligned(horizontal: HPos) -> TextStyle<'static> {
     text(15).pos(Pos::new(horizontal, VPos::Center))
 }
 
+/// `0 attention.query` for `transformer.blocks.0.attention.query`.
+fn label(name: &str) -> String {
+    let block = name.split_once("blocks.").and_then(|(_, rest)| rest.split_once('.'));
+    block.map_or(name.into(), |(index, layer)| format!("{index} {layer}"))
+}
+
 /// The end of a name that is too long: layers differ there.
-fn shortened(name: &str, most: usize) -> String {
+fn shortened(name: String, most: usize) -> String {
     let length = name.chars().count();
     if length <= most {
-        return name.into();
+        return name;
     }
     format!("..{}", name.chars().skip(length + 2 - most).collect::<String>())
 }
@@ -331,7 +339,7 @@ mod tests {
     #[test]
     fn bars_are_as_long_as_the_shares_of_the_codes() {
         let mut layers = vec![("blocks.0.attention.query".to_string(), [345, 310, 345])];
-        let long = "a.very.long.name.of.a.module.that.nobody.should.have.blocks.1.feed_forward.up";
+        let long = "a.very.long.name.of.a.module.that.nobody.should.have.in.a.model.feed_forward.up";
         layers.push((long.into(), [100, 700, 200]));
         layers.push(("blocks.1.feed_forward.down".into(), [0, 0, 0]));
         layers.push(("blocks.2.feed_forward.down".into(), [1, 2, u64::MAX / 2]));
@@ -351,7 +359,9 @@ mod tests {
             assert!((found - share * whole).abs() <= 1.0, "{found} of {whole} is not {share}");
         }
         assert!((plus[3] - whole).abs() <= 1.0);
-        for text in ["blocks.0.attention.query", "31.0 %", "none", "70.0 %", "..", "feed_forward.up"] {
+        for text in
+            ["0 attention.query", "1 feed_forward.down", "31.0 %", "none", "70.0 %", "..", "feed_forward.up"]
+        {
             assert!(svg.contains(text), "{text} is missing");
         }
         assert!(!svg.contains("a.very.long"));

@@ -104,6 +104,7 @@ pub(super) fn run_claimed(
     device::start_threads()?;
     let device = device::device(&experiment.run.device)?;
     check_device(&experiment, &device)?;
+    Texts::expect_there(&experiment.data)?;
     let run_dir = experiment.run_dir();
     let Claim { lock, replaced } = claim(&run_dir)?;
     let lock = Arc::new(lock);
@@ -386,7 +387,7 @@ fn begun(experiment: &Experiment, start: &PackedModel, device: &Device) -> Resul
 
 /// Products of other factors than floats, and moments at eight bits, are there on flex only, yet.
 fn check_device(experiment: &Experiment, device: &Device) -> Result<(), TrainError> {
-    if device::device("flex").is_ok_and(|flex| flex == *device) {
+    if is_flex(device) {
         return Ok(());
     }
     let key = if experiment.quant.compute != Products::Float {
@@ -401,6 +402,10 @@ fn check_device(experiment: &Experiment, device: &Device) -> Result<(), TrainErr
         device::describe(device)
     );
     Err(TrainError::Experiment { origin: experiment.run.name.clone(), message })
+}
+
+fn is_flex(device: &Device) -> bool {
+    device::device("flex").is_ok_and(|flex| flex == *device)
 }
 
 /// Puts in what only the tokenizer can tell: the vocabulary.
@@ -449,7 +454,7 @@ fn preflight(
     device: &Device,
     options: &RunOptions,
 ) -> Result<(), TrainError> {
-    let needed = memory_estimate(experiment);
+    let needed = memory_estimate(experiment, device);
     let run = &experiment.run;
     let tokens = run.steps * run.batch_size * run.accumulation * experiment.model.context;
     let (windows, empty) = (data.train.per_epoch(), data.train.without_targets(usize::MAX));
@@ -499,7 +504,7 @@ fn preflight(
 /// An error where the run cannot fit into memory, with a teacher of so many bytes and of which so many are taken already.
 fn check_memory(experiment: &Experiment, device: &Device, teacher: u64, held: u64) -> Result<(), TrainError> {
     if device::is_cpu(device) {
-        memory::check((memory_estimate(experiment) + teacher).saturating_sub(held) + PROGRAM)?;
+        memory::check((memory_estimate(experiment, device) + teacher).saturating_sub(held) + PROGRAM)?;
     }
     Ok(())
 }
@@ -569,9 +574,9 @@ fn sample_prompts(run: &RunConfig, tokenizer: &Tokenizer) -> Vec<(String, Vec<u3
 }
 
 /// Bytes that training takes, roughly: latent and fake quantized weights, gradients, optimizer moments and one
-/// temporary, of which a frozen model has the first two; the activations that the backward pass reads; and copies of weights and
-/// moments while a checkpoint is written.
-fn memory_estimate(Experiment { model, run, lora, optim, .. }: &Experiment) -> u64 {
+/// temporary, of which a frozen model has the first two; the activations that the backward pass reads, with the scores of attention
+/// except on flex, which computes them again; and copies of weights and moments while a checkpoint is written.
+fn memory_estimate(Experiment { model, run, lora, optim, .. }: &Experiment, device: &Device) -> u64 {
     let trained = |params: usize| match optim.moments {
         Moments::Float => 9 * params,
         Moments::Int8 => 6 * params,
@@ -581,7 +586,8 @@ fn memory_estimate(Experiment { model, run, lora, optim, .. }: &Experiment) -> u
         false => trained(model.num_params()),
     };
     let tokens = run.batch_size * model.context;
-    let layer = 16 * model.d_model + 8 * model.d_ff + 4 * model.n_heads * model.context;
+    let scores = if is_flex(device) { 0 } else { 4 * model.n_heads * model.context };
+    let layer = 16 * model.d_model + 8 * model.d_ff + scores;
     let activations = tokens * (model.n_layers * layer + 6 * model.vocab_size);
     4 * (weights + activations) as u64
 }
@@ -653,13 +659,21 @@ fn summarize(experiment: &Experiment, device: &Device, outcome: &Outcome) -> Run
 /// Leaves the model in the run folder as other programs load it; that no file can hold it is no error of the run.
 fn export(model: &DuckQuantized, tokenizer: &Tokenizer, run_dir: &Path, result: &mut RunResult) {
     let path = run_dir.join("model.gguf");
-    let written = export_for_inference(model, Some(tokenizer), &result.name).and_then(|packed| {
-        write_model(&packed, &path, &WriteOptions::default())?;
-        Ok(())
-    });
-    match written {
+    let packed = match export_for_inference(model, Some(tokenizer), &result.name) {
+        Ok(packed) => packed,
+        Err(error) => {
+            result.no_file = Some(error.to_string());
+            return;
+        }
+    };
+    match write_model(&packed, &path, &WriteOptions::default()).map_err(ExportError::from) {
         Ok(()) => result.file_bytes = fs::metadata(&path).ok().map(|file| file.len()),
-        Err(error) => result.no_file = Some(error.to_string()),
+        Err(error) if error.is_io() => result.no_file = Some(error.to_string()),
+        Err(error) => {
+            let (run, name) = (run_dir.display(), &result.name);
+            result.no_file =
+                Some(format!("{error}; an archive holds it as it is: duck export {run} {name}.ternary"));
+        }
     }
 }
 

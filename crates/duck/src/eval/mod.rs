@@ -45,7 +45,7 @@ loss: nats a token, each document by itself; a run's packed valid loss is that o
 a byte compare models of different tokenizers. In brackets: 95 % intervals, by drawing the
 documents again; of one document there is none. A model is compared to the first one on the same draws.";
 
-/// Measure models on texts: loss, perplexity, bits a byte; answers: BLEU, ROUGE, exact matches; choices: accuracy.
+/// Measure models on texts: loss, perplexity, bits per byte; answers: BLEU, ROUGE, exact matches; choices: accuracy.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
@@ -55,13 +55,13 @@ pub struct Command {
     /// Texts: a .txt or .jsonl file (repeatable)
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
-    /// Tokens by which the window moves on [default: half of the context]
+    /// Stride of the evaluation window, in tokens [default: half of the context]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     stride: Option<u32>,
     /// Answer the questions, greedily, and compare with the answers of the file
     #[arg(long)]
     answers: bool,
-    /// Tokens of such an answer
+    /// Most tokens of an answer
     #[arg(long, value_name = "N", default_value_t = 128, requires = "answers")]
     max_tokens: usize,
     /// Write the answers as .jsonl
@@ -70,19 +70,19 @@ pub struct Command {
     /// Replace that file if it is there and a plain file
     #[arg(long, requires = "save_answers")]
     overwrite: bool,
-    /// Words of BLEU, as sacrebleu cuts them
+    /// Tokenization of BLEU, as sacrebleu names it
     #[arg(long, value_enum, value_name = "NAME", default_value = "13a")]
     bleu_tokenize: Tokenization,
-    /// What BLEU takes where nothing matches, as sacrebleu has it
+    /// Smoothing of BLEU, as sacrebleu names it
     #[arg(long, value_enum, value_name = "NAME", default_value = "exp")]
     bleu_smooth: Smoothing,
-    /// BLEU without regard to case
+    /// Case-insensitive BLEU
     #[arg(long)]
     bleu_lowercase: bool,
-    /// Draws of an interval; 0: no intervals
+    /// Bootstrap resamples for the 95 % confidence intervals; 0 disables them
     #[arg(long, value_name = "N", default_value_t = 1000)]
     resamples: usize,
-    /// Seed of the draws
+    /// Random seed of the bootstrap
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     #[arg(long, value_enum, default_value = "text")]

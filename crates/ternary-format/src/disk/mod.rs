@@ -105,14 +105,22 @@ impl NewFile {
     /// Opens a scratch file beside `path`.
     ///
     /// # Errors
-    /// What the file system says; `InvalidInput` or `IsADirectory`: at `path` is neither a plain file nor a link.
+    /// What the file system says; `InvalidInput` or `IsADirectory`: at `path` is neither a plain file nor a link; `NotFound`: the
+    /// folder of `path` does not exist.
     pub fn create(path: &Path) -> io::Result<Self> {
         match metadata_of_entry(path)? {
             Some(entry) if !entry.is_symlink() => expect_plain(&entry)?,
             _ => (),
         }
-        remove_abandoned(parent(path));
-        let new = scratch().make_in(parent(path), |scratch| File::create_new(scratch))?;
+        let folder = parent(path);
+        remove_abandoned(folder);
+        let new = scratch().make_in(folder, |scratch| File::create_new(scratch)).map_err(|error| {
+            if error.kind() != io::ErrorKind::NotFound {
+                return error;
+            }
+            // Not the scratch name, which nobody asked for.
+            io::Error::new(error.kind(), format!("the folder {} does not exist", folder.display()))
+        })?;
         let (file, scratch) = new.into_parts();
         // For `remove_abandoned`; without a lock it stays, too.
         let _ = file.try_lock();
