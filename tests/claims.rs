@@ -139,7 +139,10 @@ fn the_answers_of_the_readme_are_computed_from_the_committed_results() {
     let duck = results("01-duck");
     let exact = said("answers", &duck, "/files/0/models/0/exact_match/value")[0];
     let questions = said("answers", &duck, "/files/0/documents")[0];
-    let claim = format!("gives {:.0} % of {questions} held-out questions", 100.0 * exact);
+    let claim = format!(
+        "On {questions} held-out questions, {:.0} % of its answers match the reference exactly",
+        100.0 * exact
+    );
     assert!(fs::read_to_string("README.md").unwrap().contains(&claim), "not in the README: {claim}");
 }
 
