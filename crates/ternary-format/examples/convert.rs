@@ -1,4 +1,4 @@
-//! Converts a model file to another kind of file, and says what its parts take; the paths tell the kinds.
+//! Converts a model file to another kind of file, and prints the size of its parts. The paths select the kinds.
 //!
 //! `cargo run --release -p ternary-format --example convert -- IN OUT [TYPE [EMBEDDING]]`
 

@@ -1,4 +1,4 @@
-//! Writes a model with random ternary weights, for trying readers on.
+//! Writes a model with random ternary weights, to test the programs that read such files.
 //!
 //! `cargo run --release -p ternary-format --example random -- FAMILY GRANULARITY OUT [TYPE [TOKENIZER.json]]`, with
 //! FAMILY gpt2, llama or bitnet and GRANULARITY per_tensor, per_channel or a number of weights.
@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let tokenizer = rest.get(1).map(|path| Tokenizer::load(Path::new(path))).transpose()?;
     let tokenizer = tokenizer.unwrap_or_else(Tokenizer::byte);
-    // What bitnet is differs: in llama.cpp it has SwiGLU and a tied head, in transformers a squared ReLU.
+    // bitnet has SwiGLU and tied embeddings in llama.cpp, and a squared ReLU in transformers.
     let gguf = out.ends_with(".gguf");
     let (family, activation) = match family.as_str() {
         "gpt2" => (Family::Gpt2, Activation::Gelu),

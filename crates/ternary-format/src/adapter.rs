@@ -1,22 +1,22 @@
-//! [`Adapter`]: low-rank products beside the matrices of a model.
+//! [`Adapter`]: LoRA fine-tuning weights of a frozen model.
 
 use crate::{Encoding, FormatError, ModelSpec, PackedModel, Tensor};
 use std::{borrow::Cow, collections::BTreeMap};
 
-/// What fine-tuning adds to a frozen model (LoRA): beside some of its matrices `W`, a pair that makes a layer
-/// `W x + alpha / rank B (A x)`.
+/// A LoRA adapter: low-rank pairs for some matrices `W` of a frozen model. A layer with a pair computes `W x + alpha
+/// / rank B (A x)`.
 ///
 /// # Source
 /// Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, equation 3.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Adapter {
-    /// By the matrix that each stands beside, such as `blk.0.attn_q.weight`.
+    /// Pairs by the name of the matrix that they adapt, such as `blk.0.attn_q.weight`.
     pub pairs: BTreeMap<String, LowRank>,
-    /// What the reader of its folder did not understand, for users.
+    /// Warnings for the user about unknown keys in the configuration.
     pub warnings: Vec<String>,
 }
 
-/// `alpha / rank B A`, which has the shape of a matrix `[out, in]`.
+/// A low-rank pair `alpha / rank B A`, of the shape `[out, in]` of the adapted matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LowRank {
     rank: usize,
@@ -26,14 +26,17 @@ pub struct LowRank {
 }
 
 impl LowRank {
+    /// Creates a pair from its factors.
+    ///
     /// # Shapes
     /// a `[rank, in]`, b `[out, rank]`
     ///
     /// # Errors
-    /// `Value`: no rank, or an alpha that is not finite. `WrongShape`: a factor that is no whole number of ranks.
+    /// `Value`: a rank of 0, or an alpha that is not finite. `WrongShape`: a factor whose length is not a multiple of
+    /// the rank.
     pub fn new(rank: usize, alpha: f64, a: Vec<f32>, b: Vec<f32>) -> Result<Self, FormatError> {
-        check(rank > 0, "r", rank, "at least 1")?;
-        check(alpha.is_finite(), "lora_alpha", alpha, "a finite number")?;
+        require(rank > 0, "r", rank, "at least 1")?;
+        require(alpha.is_finite(), "lora_alpha", alpha, "a finite number")?;
         for factor in [&a, &b] {
             if factor.is_empty() || !factor.len().is_multiple_of(rank) {
                 let expected = vec![rank, factor.len() / rank];
@@ -43,41 +46,43 @@ impl LowRank {
         Ok(Self { rank, alpha, a, b })
     }
 
+    /// The inner dimension of the product.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
+    /// The numerator of the scale.
     pub fn alpha(&self) -> f64 {
         self.alpha
     }
 
-    /// `alpha / rank`
+    /// The scale of the product: `alpha / rank`.
     pub fn scale(&self) -> f32 {
         (self.alpha / self.rank as f64) as f32
     }
 
-    /// `[rank, in]`
+    /// Factor A, `[rank, in]`, row-major.
     pub fn a(&self) -> &[f32] {
         &self.a
     }
 
-    /// `[out, rank]`
+    /// Factor B, `[out, rank]`, row-major.
     pub fn b(&self) -> &[f32] {
         &self.b
     }
 
-    /// `[out, in]`
+    /// Shape of the product, `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
         [self.b.len() / self.rank, self.a.len() / self.rank]
     }
 
-    /// Whether it adds nothing, as before its first step.
+    /// Returns whether the product is zero, as it is before the first training step.
     pub fn is_zero(&self) -> bool {
         let zero = |factor: &[f32]| factor.iter().all(|value| *value == 0.0);
         self.alpha == 0.0 || zero(&self.a) || zero(&self.b)
     }
 
-    /// Without the ranks to which `b` gives nothing; `None` where that is all of them.
+    /// Removes the ranks whose column of B is zero; `None` if no rank is left.
     pub(crate) fn trimmed(self) -> Option<Self> {
         let used = |rank: &usize| self.b.iter().skip(*rank).step_by(self.rank).any(|value| *value != 0.0);
         let kept: Vec<usize> = (0..self.rank).filter(used).collect();
@@ -91,7 +96,10 @@ impl LowRank {
         Some(Self { rank: kept.len(), alpha, a, b })
     }
 
-    /// Adds row `row` of the product to `values`, `[in]`.
+    /// Adds row `row` of the product to `values`.
+    ///
+    /// # Shapes
+    /// values `[in]`
     fn add_row(&self, row: usize, values: &mut [f32]) {
         let (scale, b) = (self.scale(), &self.b[row * self.rank..(row + 1) * self.rank]);
         for (a, b) in self.a.chunks_exact(values.len()).zip(b) {
@@ -101,21 +109,21 @@ impl LowRank {
     }
 }
 
-/// `Value` unless it holds.
-pub(crate) fn check(
-    holds: bool,
+/// Returns a `Value` error unless the condition is true.
+pub(crate) fn require(
+    condition: bool,
     key: &str,
     found: impl ToString,
     expected: impl Into<String>,
 ) -> Result<(), FormatError> {
-    if holds {
+    if condition {
         return Ok(());
     }
     Err(FormatError::Value { key: key.into(), found: found.to_string(), expected: expected.into() })
 }
 
 impl Adapter {
-    /// Checks that each pair stands beside a matrix of a block, and has its shape.
+    /// Checks that each pair adapts a matrix of a transformer block, and has its shape.
     ///
     /// # Errors
     /// `UnknownTensor`, `WrongShape`
@@ -140,7 +148,7 @@ impl Adapter {
     /// Checks that no factor is NaN or infinite.
     ///
     /// # Errors
-    /// `NotFinite`: in the first pair beside the matrix that is named.
+    /// `NotFinite`: the first such pair, named by its matrix.
     pub fn check_finite(&self) -> Result<(), FormatError> {
         for (name, pair) in &self.pairs {
             for (factor, width) in [(&pair.a, pair.a.len() / pair.rank), (&pair.b, pair.rank)] {
@@ -158,7 +166,7 @@ impl Adapter {
     }
 }
 
-/// The matrices of the blocks with their shapes, `[out, in]`.
+/// Names and shapes, `[out, in]`, of the matrices of the transformer blocks.
 pub(crate) fn matrices(spec: &ModelSpec) -> impl Iterator<Item = (String, [usize; 2])> + use<> {
     spec.tensors().filter_map(|(name, shape)| match shape[..] {
         [out, inputs] if name.starts_with("blk.") => Some((name, [out, inputs])),
@@ -167,12 +175,12 @@ pub(crate) fn matrices(spec: &ModelSpec) -> impl Iterator<Item = (String, [usize
 }
 
 impl PackedModel {
-    /// The model without an adapter beside it: `W + alpha / rank B A` in place of a float matrix, in F16 where it is, else in F32.
+    /// Merges the adapter into the weights: `W + alpha / rank B A`, in F16 for an F16 matrix, else in F32.
     ///
-    /// The sum of a ternary matrix and a pair is not ternary; only a pair that is zero can be left out.
+    /// The sum of a ternary matrix and a pair is not ternary, so only a zero pair can be dropped there.
     ///
     /// # Errors
-    /// `Unmergeable`: the matrix beside a pair is not one of floats.
+    /// `Unmergeable`: a pair on a matrix that is not float.
     pub fn merged(&self) -> Result<Cow<'_, Self>, FormatError> {
         let Some(adapter) = &self.adapter else {
             return Ok(Cow::Borrowed(self));

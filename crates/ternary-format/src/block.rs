@@ -1,4 +1,18 @@
-//! Blocks of float weights: Q8_0, Q4_0, Q4_1, Q4_K and Q6_K.
+//! Float block layouts: Q8_0, Q4_0, Q4_1, Q4_K and Q6_K.
+//!
+//! ```text
+//! Q8_0   32 weights,  34 bytes: [scale: 2] [codes, i8: 32]                          value = scale * code
+//! Q4_0   32 weights,  18 bytes: [scale: 2] [codes: 16]                              value = scale * (code - 8)
+//! Q4_1   32 weights,  20 bytes: [scale: 2] [min: 2] [codes: 16]                     value = scale * code + min
+//! Q4_K  256 weights, 144 bytes: [scale: 2] [min: 2] [8 x (scale, min), 6 bits: 12] [codes: 128]
+//!                               value = scale * s(j) * code - min * m(j)            j: 32 weights each
+//! Q6_K  256 weights, 210 bytes: [low 4 bits: 128] [high 2 bits: 64] [16 scales, i8: 16] [scale: 2]
+//!                               value = scale * s(j) * (code - 32)                  j: 16 weights each
+//! ```
+//!
+//! Byte `i` of 4-bit codes stores weight `i` in its low half and weight `i + 16` (Q4_K: `i + 32`, in each 64 weights)
+//! in its high half. Q6_K has two halves of 128 weights each: weight `l + 32 q` has its low bits in nibble `q / 2` of
+//! byte `l + 32 (q mod 2)`, and its high bits at bits `2q` of byte `l`.
 //!
 //! # Source
 //! `ggml-quants.c` of llama.cpp, functions `quantize_row_*_ref` and `dequantize_row_*`.
@@ -6,7 +20,7 @@
 use crate::Encoding;
 use half::f16;
 
-/// The values of a block.
+/// Reads the values of a block.
 ///
 /// # Shapes
 /// values `[block_weights]`
@@ -46,10 +60,14 @@ pub(crate) fn decode_block(encoding: Encoding, block: &[u8], values: &mut [f32])
     }
 }
 
-/// The integers of a block of Q8_0, Q4_0 or Q6_K, and its scale: a value is `scale * factor * code`.
+/// Reads the integer codes and factors of a block of Q8_0, Q4_0 or Q6_K, and returns its scale. A value is `scale *
+/// factor * code`.
 ///
 /// # Shapes
-/// codes `[block_weights]`, factors `[block_weights / 16]`, all 1 but in Q6_K
+/// codes `[block_weights]`, factors `[block_weights / 16]` (all 1 except in Q6_K)
+///
+/// # Panics
+/// If the encoding is another one.
 pub(crate) fn decode_codes(encoding: Encoding, block: &[u8], codes: &mut [i8], factors: &mut [i8]) -> f16 {
     let f16_at = |i: usize| f16::from_le_bytes([block[i], block[i + 1]]);
     factors.fill(1);
@@ -87,7 +105,7 @@ fn nibbles(codes: &[u8], values: &mut [f32], value: impl Fn(u8) -> f32) {
     }
 }
 
-/// Scale and minimum `j` of a Q4_K block, 6 bits each.
+/// Scale and minimum `j` of a Q4_K block, 6 bits each (`get_scale_min_k4` in llama.cpp).
 fn six_bits(packed: &[u8], j: usize) -> (u8, u8) {
     if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
@@ -96,9 +114,9 @@ fn six_bits(packed: &[u8], j: usize) -> (u8, u8) {
     }
 }
 
-/// Rounds values to a block of Q8_0 or Q4_0, as GGML does.
+/// Rounds values to a block of Q8_0 or Q4_0, to the bit as GGML does.
 pub(crate) fn encode_block(encoding: Encoding, values: &[f32], block: &mut [u8]) {
-    // The first of the largest in magnitude: with its sign it becomes the code -8 of Q4_0.
+    // The first value of the largest magnitude. Its sign is kept: in Q4_0 it becomes the code -8.
     let largest = values.iter().fold(0.0f32, |most, &v| if most.abs() < v.abs() { v } else { most });
     let divisor = if encoding == Encoding::Q8_0 { 127.0 } else { -8.0 };
     let largest = if encoding == Encoding::Q8_0 { largest.abs() } else { largest };
@@ -111,7 +129,7 @@ pub(crate) fn encode_block(encoding: Encoding, values: &[f32], block: &mut [u8])
     encode_codes(encoding, &codes, f16::from_f32(scale), block);
 }
 
-/// Codes of a block of Q8_0 or Q4_0 (-8 to 7) with their scale, exactly.
+/// Writes codes of a block of Q8_0 or Q4_0 (-8 to 7) and their scale without rounding.
 pub(crate) fn encode_codes(encoding: Encoding, codes: &[i8], scale: f16, block: &mut [u8]) {
     block[..2].copy_from_slice(&scale.to_le_bytes());
     match encoding {

@@ -30,8 +30,11 @@ const MARKS: std::ops::Range<u32> = 0xf_0000..0xf_fffe;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
+    /// Instructions of the application.
     System,
+    /// A user message.
     User,
+    /// An answer of the model.
     Assistant,
 }
 
@@ -48,11 +51,14 @@ impl Role {
 /// A turn of a dialogue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
+    /// Author of the message.
     pub role: Role,
+    /// Text of the message.
     pub content: String,
 }
 
 impl Message {
+    /// Creates a message.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
         Self { role, content: content.into() }
     }
@@ -61,7 +67,9 @@ impl Message {
 /// A part of a rendered dialogue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
+    /// Id of a special token that the template writes.
     Special(u32),
+    /// Plain text, in which no special token is recognized.
     Text(String),
 }
 

@@ -1,33 +1,50 @@
-//! [`Encoding`]: how the values of a tensor are stored.
+//! [`Encoding`]: the storage type of a tensor's values.
 
 use crate::FormatError;
 use std::{fmt, str::FromStr};
 
-/// How the values of a tensor are stored; the GGML names are those of GGUF files.
+/// How the values of a tensor are stored.
+///
+/// All variants but [`Ternary`](Self::Ternary) are GGML types, with the block layouts of GGUF files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
+    /// IEEE 754 single precision.
     F32,
+    /// IEEE 754 half precision.
     F16,
+    /// bfloat16: the upper half of an F32.
     Bf16,
+    /// 8-bit codes; one f16 scale per 32 weights.
     Q8_0,
+    /// 4-bit codes; one f16 scale per 32 weights.
     Q4_0,
+    /// 4-bit codes; one f16 scale and one f16 minimum per 32 weights.
     Q4_1,
+    /// 4-bit codes; one 6-bit scale and minimum per 32 weights, one f16 scale and minimum per 256.
     Q4K,
+    /// 6-bit codes; one 8-bit scale per 16 weights, one f16 scale per 256.
     Q6K,
-    /// Ternary: base 3, five codes a byte, 256 weights a scale.
+    /// Ternary codes in base 3, five per byte; one f16 scale per 256 weights.
     Tq1_0,
-    /// Ternary: 2 bits a code, 256 weights a scale.
+    /// Ternary codes of 2 bits; one f16 scale per 256 weights.
     Tq2_0,
-    /// 2 bits a code, 64 weights a scale.
+    /// Ternary codes of 2 bits; one f16 scale per 64 weights.
     Q2_0,
-    /// Ternary, in memory only: all codes at 2 bits (code + 1, low bits first, each row padded to a byte), then all
-    /// f16 scales, row by row, one for each `group` consecutive weights of a row (the whole row: `group == cols`).
+    /// Ternary codes of 2 bits with any group size. In memory and in archives only.
+    ///
+    /// ```text
+    /// [codes of row 0] [codes of row 1] ... [scales of row 0] [scales of row 1] ...
+    ///
+    /// byte b of a row = sum over i in 0..4 of (code(4b + i) + 1) << 2i       rows are padded to whole bytes
+    /// scales of a row = one f16 per `group` consecutive weights
+    /// ```
     Ternary {
+        /// Weights per scale; the row length for one scale per row.
         group: usize,
     },
 }
 
-/// A type of GGML.
+/// A GGML type.
 struct Ggml {
     encoding: Encoding,
     number: u32,
@@ -59,22 +76,22 @@ impl Encoding {
         GGML.iter().find(|known| known.encoding == self)
     }
 
-    /// The number of the type in GGUF files; `None` for what exists in memory only.
+    /// Number of the type in GGUF files; `None` for [`Ternary`](Self::Ternary).
     pub fn ggml_type(self) -> Option<u32> {
         self.ggml().map(|known| known.number)
     }
 
-    /// The inverse of [`ggml_type`](Self::ggml_type); `None` for types that we do not read.
+    /// The inverse of [`ggml_type`](Self::ggml_type); `None` for types that this crate does not read.
     pub fn from_ggml_type(number: u32) -> Option<Self> {
         GGML.iter().find(|known| known.number == number).map(|known| known.encoding)
     }
 
-    /// Whether all values are -1, 0 or +1 times a scale.
+    /// Returns whether every value is -1, 0 or +1 times a scale.
     pub fn is_ternary(self) -> bool {
         matches!(self, Self::Tq1_0 | Self::Tq2_0 | Self::Q2_0 | Self::Ternary { .. })
     }
 
-    /// Weights that are stored together: row lengths are multiples of it.
+    /// Weights per block. The length of a row is a multiple of it.
     pub fn block_weights(self) -> usize {
         match self {
             Self::Ternary { group } => group,
@@ -82,12 +99,12 @@ impl Encoding {
         }
     }
 
-    /// Bytes of [`block_weights`](Self::block_weights) weights; 0 in memory, where codes and scales are apart.
+    /// Bytes per block; 0 for `Ternary`, whose codes and scales are stored separately.
     pub(crate) fn block_bytes(self) -> usize {
         self.ggml().map_or(0, |known| known.block_bytes)
     }
 
-    /// Where the f16 scales and minimums are in a block; none where weights are floats or scales are apart.
+    /// Byte offsets of the f16 scales and minimums in a block; empty where a block has none.
     pub(crate) fn scale_offsets(self) -> &'static [usize] {
         match self {
             Self::Q8_0 | Self::Q4_0 | Self::Q2_0 => &[0],
@@ -99,10 +116,20 @@ impl Encoding {
         }
     }
 
-    /// Bytes of a tensor of `shape`.
+    /// Codes that the encoding can store, for error messages.
+    pub(crate) fn code_range(self) -> &'static str {
+        match self {
+            Self::Q8_0 => "-128, -127, ..., 127",
+            Self::Q4_0 => "-8, -7, ..., 7",
+            _ => "-1, 0, +1",
+        }
+    }
+
+    /// Size of a tensor of `shape`, in bytes.
     ///
     /// # Errors
-    /// `Shape`: no dimension, no weights, or too many. `RowLength`: rows that are no whole number of blocks.
+    /// `Shape`: no dimension, no weights, or more than memory can address. `RowLength`: a row that is not a whole
+    /// number of blocks.
     pub fn bytes(self, shape: &[usize]) -> Result<usize, FormatError> {
         let cols = *shape.last().ok_or(FormatError::Shape { shape: vec![] })?;
         let block = self.block_weights();
@@ -116,7 +143,7 @@ impl Encoding {
             }
             _ => blocks.checked_mul(self.block_bytes()),
         };
-        // The number of weights must fit as well, although few bytes may hold many.
+        // The number of weights must fit in a `usize` as well, although a few bytes may store many weights.
         let weights = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
         let rows = shape[..shape.len() - 1].iter().try_fold(1usize, |product, &n| product.checked_mul(n));
         weights
@@ -137,7 +164,7 @@ impl fmt::Display for Encoding {
 impl FromStr for Encoding {
     type Err = String;
 
-    /// A GGML name in any case, such as `TQ2_0`.
+    /// Parses a GGML name in any case, such as `TQ2_0`.
     fn from_str(name: &str) -> Result<Self, String> {
         let known = GGML.iter().find(|known| known.name.eq_ignore_ascii_case(name));
         known.map(|known| known.encoding).ok_or_else(|| {

@@ -1,4 +1,4 @@
-//! A model file of any kind, told by its path.
+//! [`read_model`] and [`write_model`]: model files of every kind, chosen by the path.
 
 use crate::{
     Encoding, FormatError, PackedModel, Tensor, archive,
@@ -7,16 +7,17 @@ use crate::{
 };
 use std::{fmt, path::Path, str::FromStr};
 
-/// How the matrices of the blocks are stored.
+/// The storage type of the weight matrices in the transformer blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightType {
-    /// F32 and F16 in every kind of file; in GGUF and archives also Q8_0, Q4_0, TQ1_0, TQ2_0 and Q2_0.
+    /// A GGML type: F32 or F16 in every kind of file; in GGUF files and archives also Q8_0, Q4_0, TQ1_0, TQ2_0 and
+    /// Q2_0.
     Encoded(Encoding),
-    /// `BITNET`: packed codes in a Hugging Face folder; one scale a matrix.
+    /// `BITNET`: packed ternary codes of a Hugging Face folder, with one scale per matrix.
     Bitnet,
-    /// `INT2`: ONNX's own two-bit integers; a scale a row or group.
+    /// `INT2`: ONNX's 2-bit integers, with one scale per row or group.
     Int2,
-    /// `MATMULNBITS2` and `MATMULNBITS4`: onnxruntime's operator `MatMulNBits`.
+    /// `MATMULNBITS2` and `MATMULNBITS4`: the operator `MatMulNBits` of onnxruntime, with 2 or 4 bits per weight.
     MatMulNBits(u8),
 }
 
@@ -34,7 +35,7 @@ impl fmt::Display for WeightType {
 impl FromStr for WeightType {
     type Err = String;
 
-    /// Any of the names above, in any case.
+    /// Parses one of the names above, in any case.
     fn from_str(name: &str) -> Result<Self, String> {
         let others = [Self::Bitnet, Self::Int2, Self::MatMulNBits(2), Self::MatMulNBits(4)];
         let known = others.into_iter().find(|known| known.to_string().eq_ignore_ascii_case(name));
@@ -48,24 +49,28 @@ impl FromStr for WeightType {
     }
 }
 
-/// How a model is written; `None` takes the smallest form that the kind of file has and that changes no value.
+/// Storage types of a written model. `None` selects the smallest type of the file kind that keeps every value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WriteOptions {
-    /// GGUF: TQ2_0, or Q2_0 where rows do not fit. Folder: BITNET. ONNX: INT2. Archive: as the model has them.
+    /// Matrices of the transformer blocks. The default is TQ2_0 in GGUF files (Q2_0 if rows do not fit), BITNET in
+    /// folders, INT2 in ONNX files, and the types of the model in archives.
     pub weights: Option<WeightType>,
-    /// Token embedding and untied head: as the model has them where the kind of file can, else F32.
+    /// Token embedding and untied output head. The default is the type of the model where the file kind supports it,
+    /// else F32.
     pub embedding: Option<Encoding>,
 }
 
 impl WriteOptions {
-    /// How a table is written in a kind of file that has the encodings `known`.
+    /// Storage type of an embedding table in a kind of file that supports the encodings `known`.
     pub(crate) fn table(&self, table: &Tensor, known: &[Encoding]) -> Encoding {
         let own = Some(table.encoding()).filter(|own| known.contains(own));
         self.embedding.or(own).unwrap_or(Encoding::F32)
     }
 }
 
-/// Reads a model: a folder of Hugging Face's, an [archive] from `*.ternary`, otherwise a GGUF file.
+/// Reads a model: a Hugging Face folder, an [archive] from `*.ternary`, or else a GGUF file.
+///
+/// Tensors stay in the memory-mapped file where their layout allows it.
 ///
 /// # Errors
 /// `NoModelFolder`: a folder without `config.json`. `Onnx`. Those of [`huggingface::read`], [`archive::read`] and [`gguf::read`].
@@ -81,12 +86,14 @@ pub fn read_model(path: &Path) -> Result<PackedModel, FormatError> {
     }
 }
 
-/// Writes a model: GGUF to `*.gguf`, ONNX to `*.onnx`, an [archive] to `*.ternary`, otherwise a folder of Hugging
-/// Face's. An adapter is merged into float matrices.
+/// Writes a model: GGUF to `*.gguf`, ONNX to `*.onnx`, an [archive] to `*.ternary`, or else a Hugging Face folder.
+///
+/// A LoRA adapter is merged into float matrices.
 ///
 /// # Errors
-/// `Unmergeable`: an adapter beside matrices that are not float. `NotFinite`: a weight is NaN or infinite. Those of [`huggingface::write`], [`onnx::write`], [`archive::write()`] and [`gguf::write()`]. `WeightType`: a type of
-/// another kind of file.
+/// `Unmergeable`: an adapter on matrices that are not float. `NotFinite`: a weight is NaN or infinite. `WeightType`:
+/// a type that the kind of file does not support. Those of [`huggingface::write`], [`onnx::write`],
+/// [`archive::write()`] and [`gguf::write()`].
 pub fn write_model(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
     model.check_finite()?;
     let model = &*model.merged()?;
@@ -112,7 +119,10 @@ fn write_archive(model: &PackedModel, path: &Path, options: &WriteOptions) -> Re
             (name, _) if !name.starts_with("blk.") || tensor.shape().len() < 2 => None,
             (_, Some(WeightType::Encoded(encoding))) => Some(encoding),
             (_, Some(found)) => {
-                return Err(FormatError::WeightType { found, expected: "a type of an archive" });
+                return Err(FormatError::WeightType {
+                    found,
+                    expected: "a GGML type (archives support no other)",
+                });
             }
         };
         if let Some(encoding) = encoding {
@@ -127,7 +137,9 @@ fn write_gguf(model: &PackedModel, path: &Path, options: &WriteOptions) -> Resul
     let blocks = match options.weights {
         None => gguf_blocks(model),
         Some(WeightType::Encoded(encoding)) => encoding,
-        Some(found) => return Err(FormatError::WeightType { found, expected: "a type of GGUF" }),
+        Some(found) => {
+            return Err(FormatError::WeightType { found, expected: "a GGML type (GGUF supports no other)" });
+        }
     };
     let table = |name| {
         let table: &Tensor = &model.tensors[name];
@@ -141,8 +153,8 @@ fn write_gguf(model: &PackedModel, path: &Path, options: &WriteOptions) -> Resul
     gguf::write(model, path, &GgufOptions { blocks, embedding, head })
 }
 
-/// TQ2_0 where rows and scales fit its blocks of 256 weights, else Q2_0; of a model that is not ternary, the encoding
-/// of its first matrix.
+/// Default weight type of a GGUF file: TQ2_0 if rows and scales fit its blocks of 256 weights, else Q2_0. For a model
+/// that is not ternary, the type of its first float matrix.
 fn gguf_blocks(model: &PackedModel) -> Encoding {
     let matrices = || {
         let blocks = model.tensors.iter().filter(|(name, _)| name.starts_with("blk."));
@@ -161,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn weight_types_are_told_by_their_names() {
+    fn weight_types_parse_from_their_names() {
         let types =
             [WeightType::Bitnet, WeightType::Int2, WeightType::MatMulNBits(2), WeightType::MatMulNBits(4)];
         for known in types.into_iter().chain([WeightType::Encoded(Encoding::Tq2_0)]) {

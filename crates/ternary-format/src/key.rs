@@ -1,40 +1,41 @@
-//! [`Keys`]: what a reader makes of each key of a file.
+//! [`KeyTable`]: which keys of a configuration file a reader supports.
 //!
-//! A key that nobody looks at may make another model of the same tensors. So a reader declares the keys that it uses,
-//! those that change what a model computes, with the values at which they do not, and those that change nothing. Any
-//! other value is an error, and any other key a warning.
+//! A configuration key that a reader ignores may change what the same tensors compute. So a reader declares three
+//! kinds of keys: those that it reads, those that change the computation together with the values at which they do
+//! not, and those that change nothing. Another value of a key of the second kind is an error. A key that is not
+//! declared is a warning.
 
 use crate::FormatError;
 use serde_json::{Map, Value};
 
-/// The keys of one kind of file.
-pub(crate) struct Keys<'a> {
-    /// What all keys of the table begin with, such as `llama.`; it is not repeated below.
+/// The declared keys of one kind of file.
+pub(crate) struct KeyTable<'a> {
+    /// Prefix of all keys of the table, such as `llama.`. The keys below omit it.
     pub prefix: &'a str,
-    /// Read by the reader, which checks their values itself.
+    /// Keys that the reader uses. It checks their values itself.
     pub used: &'a [&'a str],
-    /// Keys that change what a model computes, and the values at which they do not, as JSON, with ` or ` between them.
-    /// A list is such a value when all of its items are; so is an empty object.
+    /// Keys that change what a model computes, and the values at which they do not: JSON, separated by ` or `. A list
+    /// matches if all of its items do; an empty object always matches.
     pub fixed: &'a [(&'a str, &'a str)],
-    /// Keys that change nothing that a model computes; those that begin so where the last character is `*`.
+    /// Keys that do not change what a model computes. A trailing `*` matches any suffix.
     pub neutral: &'a [&'a str],
 }
 
-/// Unknown keys that are named in a warning.
-const NAMED: usize = 40;
-/// Characters of a key or a value in a message.
-const SHOWN: usize = 60;
+/// Unknown keys that a warning lists.
+const LISTED_KEYS: usize = 40;
+/// Characters of a key or value that a message shows.
+const SHOWN_CHARS: usize = 60;
 
-impl Keys<'_> {
-    /// Whether the key is declared.
+impl KeyTable<'_> {
+    /// Returns whether the table declares the key.
     ///
     /// # Errors
-    /// `Value`: a value that makes another model.
-    fn admit(&self, whole: &str, value: &Value) -> Result<bool, FormatError> {
+    /// `Value`: the value changes what the model computes.
+    fn declares(&self, whole: &str, value: &Value) -> Result<bool, FormatError> {
         let Some(key) = whole.strip_prefix(self.prefix) else { return Ok(false) };
         if let Some((_, expected)) = self.fixed.iter().find(|(fixed, _)| *fixed == key) {
             if !is_one_of(value, expected) {
-                let found = short(&value.to_string());
+                let found = truncated(&value.to_string());
                 return Err(FormatError::Value { key: whole.into(), found, expected: (*expected).into() });
             }
             return Ok(true);
@@ -47,12 +48,12 @@ impl Keys<'_> {
     }
 }
 
-/// A warning that names the keys that no table of `tables` declares; `null` stands for a key that is not set.
+/// Returns a warning that lists the keys that no table declares. A key with the value `null` counts as not set.
 ///
 /// # Errors
-/// `Value`: the first key whose value makes another model.
+/// `Value`: the first key whose value changes what the model computes.
 pub(crate) fn check(
-    tables: &[Keys],
+    tables: &[KeyTable],
     file: &str,
     entries: impl IntoIterator<Item = (String, Value)>,
 ) -> Result<Option<String>, FormatError> {
@@ -60,20 +61,20 @@ pub(crate) fn check(
     for (key, value) in entries {
         let mut known = value.is_null();
         for table in tables {
-            known |= table.admit(&key, &value)?;
+            known |= table.declares(&key, &value)?;
         }
         if !known {
-            unknown.push(format!("`{}`", short(&key)));
+            unknown.push(format!("`{}`", truncated(&key)));
         }
     }
-    let (count, more) = (unknown.len(), unknown.len().saturating_sub(NAMED));
-    unknown.truncate(NAMED);
+    let (count, more) = (unknown.len(), unknown.len().saturating_sub(LISTED_KEYS));
+    unknown.truncate(LISTED_KEYS);
     let names = unknown.join(", ");
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     Ok((count > 0).then(|| format!("{file}: unknown keys are ignored: {names}{more}")))
 }
 
-/// The entries of a JSON object; those of the objects that are its values at `nested` as `key.inner`.
+/// Entries of a JSON object. The fields of the objects at the keys `nested` become `key.field`.
 pub(crate) fn entries(object: &Map<String, Value>, nested: &[&str]) -> Vec<(String, Value)> {
     let mut entries = Vec::new();
     for (key, value) in object {
@@ -89,7 +90,7 @@ pub(crate) fn entries(object: &Map<String, Value>, nested: &[&str]) -> Vec<(Stri
 
 fn is_one_of(value: &Value, expected: &str) -> bool {
     let equal = |text: &str| {
-        let known: Value = serde_json::from_str(text).expect("the tables hold JSON");
+        let known: Value = serde_json::from_str(text).expect("the tables contain JSON");
         *value == known || value.as_f64().is_some_and(|value| Some(value) == known.as_f64())
     };
     match value {
@@ -99,8 +100,8 @@ fn is_one_of(value: &Value, expected: &str) -> bool {
     }
 }
 
-fn short(text: &str) -> String {
-    match text.char_indices().nth(SHOWN) {
+fn truncated(text: &str) -> String {
+    match text.char_indices().nth(SHOWN_CHARS) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text.into(),
     }
@@ -111,7 +112,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    const KEYS: Keys = Keys {
+    const KEYS: KeyTable = KeyTable {
         prefix: "a.",
         used: &["size"],
         fixed: &[("scale", "1 or null"), ("bias", "false"), ("kinds", "\"full\"")],
@@ -138,8 +139,8 @@ mod tests {
         ] {
             assert_eq!(warning(key, value.clone()).unwrap(), None, "{key} {value}");
         }
-        let told = warning("novelty", json!(1)).unwrap().unwrap();
-        assert_eq!(told, "config.json: unknown keys are ignored: `a.novelty`");
+        let found = warning("novelty", json!(1)).unwrap().unwrap();
+        assert_eq!(found, "config.json: unknown keys are ignored: `a.novelty`");
         let many: Vec<String> = (0..50).map(|i| format!("{i:0200}")).collect();
         let many = check(&[KEYS], "a", many.into_iter().map(|key| (key, json!(1)))).unwrap().unwrap();
         assert!(many.len() < 3000 && many.ends_with("and 10 more"), "{many}");

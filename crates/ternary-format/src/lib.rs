@@ -1,7 +1,70 @@
-//! Files of language models whose weights are -1, 0 or +1, and the one container that all of them are read into and
-//! written from: a [`ModelSpec`], a tokenizer and named [`Tensor`]s make a [`PackedModel`].
+//! Model files of ternary language models (BitNet b1.58 style): GGUF, Hugging Face safetensors, ONNX and compressed
+//! archives.
 //!
-//! No deep-learning framework and no arithmetic beyond decoding: training and inference meet here only.
+//! Every reader returns a [`PackedModel`], and every writer takes one: a [`ModelSpec`], a [`Tokenizer`] and named
+//! [`Tensor`]s. Training and inference meet in this crate only. It depends on no deep-learning framework, and
+//! computes nothing but the conversion between storage types.
+//!
+//! # Example
+//!
+//! Convert a model to GGUF for llama.cpp, and report its size:
+//!
+//! ```
+//! use ternary_format::{SizeReport, WriteOptions, read_model, write_model};
+//! # use ternary_format::{Activation, Family, ModelSpec, PackedModel, Tensor, Tokenizer};
+//! # let folder = tempfile::tempdir()?;
+//! # let (input, output) = (folder.path().join("model.ternary"), folder.path().join("model.gguf"));
+//! # let tokenizer = Tokenizer::byte();
+//! # let spec = ModelSpec {
+//! #     family: Family::Llama, vocab_size: tokenizer.vocab_size(), context: 64, d_model: 64, n_layers: 1, n_heads: 2,
+//! #     n_kv_heads: 1, d_ff: 128, activation: Activation::Swiglu, tied: true, norm_eps: 1e-5, rope_theta: 1e4,
+//! # };
+//! # let tensors = spec.tensors().map(|(name, shape)| {
+//! #     let tensor = match shape[..] {
+//! #         [rows, cols] => Tensor::ternary(rows, cols, cols, |row, codes, scales| {
+//! #             codes[row % cols] = 1;
+//! #             scales.fill(half::f16::ONE);
+//! #         }),
+//! #         _ => Tensor::f32(&shape, &vec![1.0; shape[0]]),
+//! #     };
+//! #     Ok((name, tensor?))
+//! # });
+//! # let tensors = tensors.collect::<Result<_, ternary_format::FormatError>>()?;
+//! # let model = PackedModel {
+//! #     name: "example".into(), spec, tensors, tokenizer: Some(tokenizer), chat_template: None, adapter: None,
+//! #     warnings: Vec::new(),
+//! # };
+//! # write_model(&model, &input, &WriteOptions::default())?;
+//!
+//! let model = read_model(&input)?; // a GGUF file, a Hugging Face folder, or a `*.ternary` archive
+//! write_model(&model, &output, &WriteOptions::default())?; // the smallest lossless type of the kind of file
+//! println!("{}", SizeReport::of_file(&output, &model.spec)?);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! `cargo run --release -p ternary-format --example convert -- IN OUT` does the same.
+//!
+//! # Modules
+//!
+//! | module | content |
+//! |---|---|
+//! | [`gguf`] | GGUF files of llama.cpp |
+//! | [`huggingface`] | folders of transformers, and LoRA adapters of PEFT |
+//! | [`onnx`] | ONNX graphs with a KV cache |
+//! | [`archive`] | `*.ternary`: entropy-coded archives |
+//! | [`chat`] | chat templates |
+//! | [`disk`] | reading files, atomic writes, locks of run folders |
+//! | [`memory`], [`threads`] | available memory, thread pool |
+//!
+//! At the root are the model ([`PackedModel`], [`ModelSpec`], [`Adapter`]), its tensors ([`Tensor`], [`Encoding`]),
+//! the [`Tokenizer`], errors ([`FormatError`]) and sizes ([`SizeReport`]).
+//!
+//! # Files from strangers
+//!
+//! Readers do not trust their files: a malformed file is an error. It cannot cause a panic, an endless loop, or an
+//! allocation by an unchecked length. See `fuzz/` in the repository.
+
+#![warn(missing_docs)]
 
 mod adapter;
 pub mod archive;
@@ -12,7 +75,6 @@ mod encoding;
 mod error;
 mod file;
 pub mod gguf;
-mod guard;
 pub mod huggingface;
 mod key;
 pub mod memory;
@@ -26,6 +88,7 @@ mod tensor;
 mod ternary;
 pub mod threads;
 mod tokenizer;
+mod tokenizer_limit;
 
 pub use adapter::{Adapter, LowRank};
 pub use encoding::Encoding;

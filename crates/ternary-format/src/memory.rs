@@ -1,4 +1,4 @@
-//! [`available`]: memory that this process can still take, and what limits it.
+//! [`available`]: how much memory this process can still allocate, and which limit decides.
 
 use std::{
     error::Error,
@@ -6,23 +6,23 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What limits the memory of a process.
+/// A limit on the memory of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Limit {
-    /// What the machine has free.
+    /// Free memory of the machine.
     Machine,
-    /// A memory cgroup, such as that of a container: its folder.
+    /// A memory cgroup, for example of a container: its folder.
     Cgroup(PathBuf),
-    /// `ulimit -v`
+    /// Limit of the address space, `ulimit -v`.
     AddressSpace,
-    /// `ulimit -d`
+    /// Limit of the data segment, `ulimit -d`.
     Data,
 }
 
 impl fmt::Display for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Machine => f.write_str("this machine has no more free: close other programs"),
+            Self::Machine => f.write_str("this machine has no more free memory: close other programs"),
             Self::Cgroup(path) => {
                 write!(
                     f,
@@ -36,31 +36,35 @@ impl fmt::Display for Limit {
     }
 }
 
-/// The least of what each limit leaves.
+/// Memory that can still be allocated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Available {
+    /// Bytes left.
     pub bytes: u64,
+    /// The limit that leaves the least.
     pub limit: Limit,
 }
 
-/// More memory is needed than is available, in bytes.
+/// An operation needs more memory than is available.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("about {} MiB of memory are needed and {} MiB are available; {}", needed >> 20, available.bytes >> 20, available.limit)]
 pub struct OutOfMemory {
+    /// Bytes needed.
     pub needed: u64,
+    /// Bytes available, and the limit that decides.
     pub available: Available,
 }
 
-/// Memory that can be allocated without swapping: the least of what the machine, the memory cgroups (v1 and v2, with all
-/// their ancestors) and the resource limits of this process leave. `None` where the system does not say.
+/// Memory that this process can allocate without swapping: the minimum over free memory, memory cgroups (v1 and v2,
+/// with all their ancestors) and resource limits. `None` if the system does not report any of them.
 pub fn available() -> Option<Available> {
     available_in(Path::new("/"))
 }
 
-/// An error unless so many bytes are [`available`].
+/// Checks that `needed` bytes are [`available`].
 ///
 /// # Errors
-/// Fewer are.
+/// [`OutOfMemory`]: fewer are available.
 pub fn check(needed: u64) -> Result<(), OutOfMemory> {
     match available() {
         Some(available) if needed > available.bytes => Err(OutOfMemory { needed, available }),
@@ -68,7 +72,7 @@ pub fn check(needed: u64) -> Result<(), OutOfMemory> {
     }
 }
 
-/// Whether an error began with memory that the system refused.
+/// Returns whether the error, or one of its sources, is an allocation that the system refused.
 pub fn is_cause_of(error: &(dyn Error + 'static)) -> bool {
     std::iter::successors(Some(error), |&error| error.source()).any(|error| {
         let io = error.downcast_ref::<io::Error>();
@@ -81,7 +85,7 @@ fn available_in(root: &Path) -> Option<Available> {
     let status = read("proc/self/status");
     let limits = read("proc/self/limits");
     let machine = field(&read("proc/meminfo"), "MemAvailable:").map(|kib| (kib << 10, Limit::Machine));
-    // What is used is in KiB.
+    // Limits are in bytes, usage is in KiB.
     let resource = |name: &str, used: &str, limit: Limit| {
         let most = field(&limits, name)?;
         Some((most.saturating_sub(field(&status, used)? << 10), limit))
@@ -99,13 +103,13 @@ fn available_in(root: &Path) -> Option<Available> {
     all.min_by_key(|(bytes, _)| *bytes).map(|(bytes, limit)| Available { bytes, limit })
 }
 
-/// The number that follows `key` at the start of a line; `None` where it is another word, as `unlimited`.
+/// The number after `key` at the start of a line; `None` for words such as `unlimited`.
 fn field(text: &str, key: &str) -> Option<u64> {
     let value = text.lines().find_map(|line| line.strip_prefix(key))?;
     value.split_whitespace().next()?.parse().ok()
 }
 
-/// The folders of the memory cgroup of this process and of its ancestors, of both versions.
+/// Folders of the memory cgroup of this process and of its ancestors, in both versions of cgroups.
 fn cgroups(own: &str, mounts: &str) -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for mount in mounts.lines() {
@@ -126,14 +130,14 @@ fn cgroups(own: &str, mounts: &str) -> Vec<PathBuf> {
             is_own.then_some(path)
         });
         let Some(path) = path else { continue };
-        // In a container, the mount may begin at its own group, or the path may be one outside.
+        // In a container, the mount may start at the own group, or the path may name a group outside of it.
         let inner = Path::new(path).strip_prefix(root).unwrap_or(Path::new(""));
         folders.extend(inner.ancestors().map(|inner| Path::new(mount).join(inner)));
     }
     folders
 }
 
-/// What a cgroup may still take; its file cache that is not in use can be dropped.
+/// Bytes that a cgroup may still allocate. Inactive file cache counts as free, since the kernel can drop it.
 fn left_in_cgroup(folder: &Path) -> Option<u64> {
     let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
     let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
@@ -151,7 +155,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// A machine with 8 GiB free, and the files that are given.
+    /// A machine with 8 GiB of free memory, and the given files.
     fn machine(files: &[(&str, &str)]) -> Option<Available> {
         let root = tempfile::tempdir().unwrap();
         let common = [
@@ -175,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_limit_is_found_and_named() {
+    fn the_smallest_limit_decides_and_is_named() {
         let (v2, v1) = (
             "30 24 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n",
             "35 31 0:32 / /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory\n\
@@ -221,7 +225,7 @@ mod tests {
         ];
         assert_eq!(found(files), (30, cgroup("/sys/fs/cgroup/memory/")));
 
-        // Both: the lesser one.
+        // Both versions: the smaller limit.
         let both = format!("{v1}{}", v2.replace("/sys/fs/cgroup ", "/sys/fs/cgroup/unified "));
         let files = &[
             ("proc/self/cgroup", "4:memory:/a/b\n0::/c\n"),
@@ -235,14 +239,14 @@ mod tests {
     }
 
     #[test]
-    fn a_system_that_does_not_say_has_no_limit() {
+    fn a_system_without_memory_information_has_no_limit() {
         assert_eq!(available_in(Path::new("/no/such/root")), None);
     }
 
     #[test]
-    fn this_machine_has_memory_and_not_all_there_could_be() {
+    fn this_machine_reports_a_plausible_amount_of_memory() {
         let Some(found) = available() else {
-            println!("skipped: the system does not tell the available memory");
+            println!("skipped: the system does not report its available memory");
             return;
         };
         assert!((1 << 20..1 << 44).contains(&found.bytes), "{found:?}");
@@ -252,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn refused_memory_is_found_below_other_errors() {
+    fn a_refused_allocation_is_found_among_the_sources_of_an_error() {
         let io = |kind| crate::FormatError::Io { path: "m.gguf".into(), source: io::Error::from(kind) };
         assert!(is_cause_of(&io(io::ErrorKind::OutOfMemory).in_tensor("t")));
         assert!(!is_cause_of(&io(io::ErrorKind::NotFound)));

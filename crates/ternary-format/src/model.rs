@@ -1,38 +1,56 @@
-//! [`PackedModel`]: what a model file holds.
+//! [`PackedModel`]: the content of a model file.
 
 use crate::{Adapter, FormatError, ModelSpec, Tensor, Tokenizer};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A model in memory, or mapped from a file.
+/// A model in memory, or memory-mapped from a file.
 ///
-/// Tensors have GGUF's names, for every family the same parts: `token_embd.weight`, `position_embd.weight` (gpt2),
-/// `output_norm.{weight,bias}`, `output.weight` (untied), and for block `i` `blk.i.` + `attn_norm`, `attn_q`, `attn_k`,
-/// `attn_v`, `attn_sub_norm` (bitnet), `attn_output`, `ffn_norm`, `ffn_gate` (gated), `ffn_up`, `ffn_sub_norm`
-/// (bitnet), `ffn_down` + `.weight` or `.bias`. Queries and keys are in half-rotation order (component `i` of a head
-/// turns with `i + head_dim / 2`); readers and writers of files with other conventions (fused or interleaved)
-/// convert.
+/// # Tensors
+///
+/// All families use the tensor names of GGUF. `blk.N` is transformer block `N`; matrices are `[out, in]`.
+///
+/// | name | families |
+/// |---|---|
+/// | `token_embd.weight` | all |
+/// | `position_embd.weight` | gpt2 |
+/// | `blk.N.attn_norm`, `attn_q`, `attn_k`, `attn_v`, `attn_output` | all |
+/// | `blk.N.attn_sub_norm` | bitnet |
+/// | `blk.N.ffn_norm`, `ffn_up`, `ffn_down` | all |
+/// | `blk.N.ffn_gate` | llama, bitnet |
+/// | `blk.N.ffn_sub_norm` | bitnet |
+/// | `output_norm` | all |
+/// | `output.weight` | untied models |
+///
+/// Each name of a layer has the suffix `.weight`, and in gpt2 also `.bias`.
+///
+/// Rows of queries and keys are in half-rotation order (component `i` of a head rotates with `i + head_dim / 2`).
+/// Readers and writers convert files with other conventions, such as fused QKV matrices or interleaved rotation.
 #[derive(Clone, Debug)]
 pub struct PackedModel {
+    /// Name of the model, such as the name of its run or folder.
     pub name: String,
+    /// Architecture and sizes.
     pub spec: ModelSpec,
+    /// Tensors by name. [`ModelSpec::tensors`] lists the required names and shapes.
     pub tensors: BTreeMap<String, Tensor>,
-    /// `None`: the model knows ids only.
+    /// Tokenizer; `None` for a model that is used with token ids only.
     pub tokenizer: Option<Tokenizer>,
-    /// Jinja; see the `chat` module.
+    /// Chat template in Jinja; see [`chat`](crate::chat).
     pub chat_template: Option<String>,
-    /// Beside the matrices. No model file holds one: see [`merged`](Self::merged), and
-    /// [`huggingface::write_adapter`](crate::huggingface::write_adapter) for a file of its own.
+    /// LoRA adapter. Model files do not store adapters: [`merged`](Self::merged) adds it to float weights, and
+    /// [`huggingface::write_adapter`](crate::huggingface::write_adapter) writes it to a folder of its own.
     pub adapter: Option<Adapter>,
-    /// What the reader of its file did not understand, for users; empty for a model that was not read.
+    /// Warnings for the user about unknown keys in the file; empty for a model that was not read from a file.
     pub warnings: Vec<String>,
 }
 
 impl PackedModel {
-    /// Checks that the tensors, and those of an adapter, are those of the spec: no fewer, no others, of their shapes.
+    /// Checks that the tensors, and those of the adapter, match the spec: none missing, none unknown, and all of the
+    /// right shape.
     ///
     /// # Errors
-    /// `Spec`: no model has such a shape. `Vocabulary`: ids without a row of the embedding.
-    /// `MissingTensor`, `UnknownTensor`, `WrongShape`.
+    /// `Spec`: sizes that contradict each other. `Vocabulary`: more tokens than the embedding has rows.
+    /// `MissingTensor`, `UnknownTensor`, `WrongShape`: a tensor that does not match.
     pub fn validate(&self) -> Result<(), FormatError> {
         self.spec.validate()?;
         if let Some(tokens) = self.tokenizer.as_ref().map(Tokenizer::vocab_size)
@@ -58,11 +76,11 @@ impl PackedModel {
         self.adapter.as_ref().map_or(Ok(()), |adapter| adapter.validate(&self.spec))
     }
 
-    /// Checks that no weight, and none of an adapter, is NaN or infinite. It reads the whole model, which
-    /// [`validate`](Self::validate) does not.
+    /// Checks that no weight, and no weight of the adapter, is NaN or infinite. Unlike [`validate`](Self::validate),
+    /// this reads every tensor.
     ///
     /// # Errors
-    /// `NotFinite`, in the first such tensor.
+    /// `NotFinite`: the first such tensor.
     pub fn check_finite(&self) -> Result<(), FormatError> {
         let tensor =
             |(name, tensor): (&String, &Tensor)| tensor.check_finite().map_err(|error| error.in_tensor(name));
@@ -71,9 +89,9 @@ impl PackedModel {
     }
 }
 
-/// A small model of random ternary matrices, with a scale a matrix, or so many a row.
+/// A small model with random ternary matrices: `scales_per_row` scales per row, or one scale per matrix.
 #[cfg(test)]
-pub(crate) fn random(family: crate::Family, scales_a_row: Option<usize>) -> PackedModel {
+pub(crate) fn random(family: crate::Family, scales_per_row: Option<usize>) -> PackedModel {
     use crate::{Activation, Family};
     use half::f16;
     use rand::{Rng, SeedableRng};
@@ -96,12 +114,12 @@ pub(crate) fn random(family: crate::Family, scales_a_row: Option<usize>) -> Pack
     let tensors = spec.tensors().map(|(name, shape)| {
         let tensor = if name.starts_with("blk.") && shape.len() == 2 {
             let shared = f16::from_f32(rng.random_range(0.01..1.0));
-            let group = shape[1] / scales_a_row.unwrap_or(1);
+            let group = shape[1] / scales_per_row.unwrap_or(1);
             Tensor::ternary(shape[0], shape[1], group, |_, codes, scales| {
                 codes.iter_mut().for_each(|code| *code = rng.random_range(-1..=1));
                 for scale in scales {
                     let own = f16::from_f32(rng.random_range(0.01..1.0));
-                    *scale = if scales_a_row.is_some() { own } else { shared };
+                    *scale = if scales_per_row.is_some() { own } else { shared };
                 }
             })
         } else {

@@ -1,4 +1,4 @@
-//! Safetensors files: mapped on reading, streamed on writing.
+//! Safetensors files: memory-mapped on reading, streamed on writing.
 //!
 //! # Source
 //! README of github.com/huggingface/safetensors, "Format".
@@ -15,7 +15,7 @@ use std::{
     path::Path,
 };
 
-/// A tensor as a file holds it, of any type.
+/// A tensor of a file, of any type.
 #[derive(Clone, Debug)]
 pub(crate) struct Stored {
     pub dtype: Dtype,
@@ -24,7 +24,7 @@ pub(crate) struct Stored {
 }
 
 impl Stored {
-    /// The encoding of floats.
+    /// The encoding of a float tensor.
     ///
     /// # Errors
     /// `StoredType`: not F32, F16 or BF16.
@@ -37,7 +37,7 @@ impl Stored {
         }
     }
 
-    /// As a float tensor, not copied.
+    /// Converts to a float [`Tensor`] without copying.
     ///
     /// # Errors
     /// `StoredType`: not F32, F16 or BF16.
@@ -47,7 +47,7 @@ impl Stored {
     }
 }
 
-/// All tensors of a file; lengths and offsets are checked, nothing is read.
+/// Maps a file and returns its tensors. Lengths and offsets are checked; the data is not read.
 ///
 /// # Errors
 /// `Io`, `Safetensors`
@@ -63,10 +63,10 @@ pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Stored>, FormatError>
     Ok(metadata.tensors().into_iter().map(|(name, info)| (name, stored(info))).collect())
 }
 
-/// Writes the bytes of a tensor.
+/// Writes the data of a tensor.
 pub(crate) type Produce<'a> = Box<dyn Fn(&mut dyn Write) -> io::Result<()> + 'a>;
 
-/// A tensor whose bytes are made when they are written.
+/// A tensor to write. Its data is produced while it is written, so that a model need not fit in memory twice.
 pub(crate) struct Entry<'a> {
     pub name: String,
     pub dtype: Dtype,
@@ -74,7 +74,7 @@ pub(crate) struct Entry<'a> {
     pub produce: Produce<'a>,
 }
 
-/// Writes `entries` to a new file, widest types first, so that all are aligned.
+/// Writes a new file. Tensors of wide types come first, so that all are aligned.
 ///
 /// # Errors
 /// `Io`, `Safetensors`
@@ -87,7 +87,7 @@ pub(crate) fn write(path: &Path, mut entries: Vec<Entry>) -> Result<(), FormatEr
         let info = TensorInfo { dtype: entry.dtype, shape: entry.shape.clone(), data_offsets: (start, end) };
         (entry.name.clone(), info)
     });
-    // Readers in Python refuse a file that does not say which framework's conventions it has.
+    // transformers refuses a file whose metadata does not name the framework whose conventions it follows.
     let about = HashMap::from([("format".to_string(), "pt".to_string())]);
     let metadata = Metadata::new(Some(about), infos.collect()).map_err(FormatError::from)?;
     let mut header = serde_json::to_vec(&metadata).expect("names and numbers are JSON");

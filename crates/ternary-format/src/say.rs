@@ -1,34 +1,36 @@
-//! [`say`]: a line for a person, which never ends nor stops a program.
+//! [`say`]: messages for the user on standard error.
 
 use std::{
     fmt::Display,
     io::{self, Write},
 };
 
-/// Writes a line to standard error. It is lost where it cannot be written: standard error is closed, its disk is full, or
-/// a pipe that nobody reads has been full for a second.
+/// Writes a line to standard error, and never panics or blocks for long.
+///
+/// The line is dropped if standard error is closed, if its disk is full, or if it is a pipe whose reader has not made
+/// room for a second. `eprintln!` would panic in the first two cases, and wait forever in the third.
 pub fn say(line: impl Display) {
-    if takes() {
+    if is_writable() {
         let _ = writeln!(io::stderr(), "{line}");
     }
 }
 
-/// Whether standard error takes a line now or soon.
+/// Returns whether standard error accepts a line within a second.
 #[cfg(unix)]
-fn takes() -> bool {
+fn is_writable() -> bool {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-    /// Nobody read the last line, so the next one does not wait.
-    static STUCK: AtomicBool = AtomicBool::new(false);
-    let patience = Timespec { tv_sec: i64::from(!STUCK.load(Relaxed)), tv_nsec: 0 };
+    /// Set when the last line timed out. The next one then does not wait.
+    static TIMED_OUT: AtomicBool = AtomicBool::new(false);
+    let timeout = Timespec { tv_sec: i64::from(!TIMED_OUT.load(Relaxed)), tv_nsec: 0 };
     let stderr = io::stderr();
-    let ready = poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&patience));
-    STUCK.store(ready == Ok(0), Relaxed);
+    let ready = poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&timeout));
+    TIMED_OUT.store(ready == Ok(0), Relaxed);
     ready != Ok(0)
 }
 
 #[cfg(not(unix))]
-fn takes() -> bool {
+fn is_writable() -> bool {
     true
 }

@@ -1,17 +1,19 @@
-//! [`SizeReport`]: what the parts of a model take, next to what they take as f32.
+//! [`SizeReport`]: bytes of the parts of a model, compared with f32.
 
 use crate::{Encoding, FormatError, ModelSpec, PackedModel, archive, onnx, read_model};
 use serde::Serialize;
 use std::{fmt, fs, io, path::Path};
 
-/// A part of a model.
+/// Size of a part of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct PartSize {
+    /// Number of weights.
     pub weights: u64,
+    /// Bytes, including scales.
     pub bytes: u64,
-    /// `8 bytes / weights`, scales included; 0 of no weights.
+    /// `8 bytes / weights`; 0 without weights.
     pub bits_per_weight: f64,
-    /// Bytes as f32 over bytes; 0 of no weights.
+    /// Bytes as f32 divided by `bytes`; 0 without weights.
     pub compression: f64,
 }
 
@@ -27,37 +29,38 @@ impl PartSize {
     }
 }
 
-/// Bytes of a model by part.
+/// Size of a model by part.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct SizeReport {
-    /// Matrices of the blocks: what is ternary.
+    /// Matrices of the transformer blocks: the ternary weights.
     pub blocks: PartSize,
-    /// Token embedding; also the head when they are tied.
+    /// Token embedding; also the output head if they are tied.
     pub embedding: PartSize,
-    /// Head, when it is not the embedding.
+    /// Output head, if it is not the embedding.
     pub head: PartSize,
-    /// Norms, biases, learned positions; of a file also its header with the tokenizer.
+    /// Norms, biases and learned positions. For a file, also its header with the tokenizer.
     pub other: PartSize,
+    /// All parts.
     pub total: PartSize,
-    /// [`Self::LIMIT`]
+    /// [`Self::LIMIT`].
     pub limit: f64,
 }
 
 impl SizeReport {
-    /// `32 / log2(3)`: what ternary weights can be compressed to at a fixed rate, scales and all else left out.
+    /// `32 / log2(3)`: the compression limit of ternary weights at a fixed rate, without scales.
     pub const LIMIT: f64 = 20.189_752;
 
-    /// The sizes of a model as it is in memory.
+    /// Size of a model in memory.
     pub fn of_model(model: &PackedModel) -> Self {
         let sizes =
             model.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.shape(), tensor.bytes().len()));
         Self::sum(sizes)
     }
 
-    /// The sizes of a model that need not exist: nothing is allocated.
+    /// Size of a model with the given encodings, computed without allocating it.
     ///
     /// # Errors
-    /// `Spec`: no model has such a shape. `RowLength`: rows do not fit the encoding.
+    /// `Spec`: sizes that contradict each other. `RowLength`: rows that do not fit the encoding.
     pub fn of_spec(
         spec: &ModelSpec,
         blocks: Encoding,
@@ -79,10 +82,10 @@ impl SizeReport {
         Ok(Self::sum(sizes.iter().map(|(name, shape, bytes)| (name.as_str(), shape.as_slice(), *bytes))))
     }
 
-    /// The sizes of a model as it lies in a file or folder that [`write_model`](crate::write_model) wrote.
+    /// Size of a model in a file or folder that [`write_model`](crate::write_model) wrote.
     ///
     /// # Errors
-    /// Those of [`read_model`]; `Io`.
+    /// Those of [`read_model`]. `Io`.
     pub fn of_file(path: &Path, spec: &ModelSpec) -> Result<Self, FormatError> {
         let file_bytes = length(path).map_err(FormatError::io(path))?;
         let stored = match path.extension().and_then(|extension| extension.to_str()) {
@@ -91,7 +94,7 @@ impl SizeReport {
             _ => return Ok(Self::of_model(&read_model(path)?).in_file(file_bytes)),
         };
         let sizes = spec.tensors().map(|(name, shape)| {
-            // A weight may have scales beside it.
+            // The scales of a matrix may be a tensor of their own.
             let scale = name.replace(".weight", ".scale");
             let own = stored.iter().filter(|(own, _)| *own == name || *own == scale);
             let bytes = own.map(|(_, bytes)| bytes).sum();
@@ -119,7 +122,7 @@ impl SizeReport {
         Self { blocks, embedding, head, other, total, limit: Self::LIMIT }
     }
 
-    /// The report of a file of `file_bytes`: what the tensors do not take is header, and counted as `other`.
+    /// The report for a file of `file_bytes` bytes. Bytes outside of the tensors count as `other`.
     pub fn in_file(self, file_bytes: u64) -> Self {
         let header = file_bytes.saturating_sub(self.total.bytes);
         let of = |part: PartSize| (part.weights, part.bytes);
@@ -127,13 +130,13 @@ impl SizeReport {
         Self::from_parts([of(self.blocks), of(self.embedding), of(self.head), other])
     }
 
-    /// Bytes of the same model as f32.
+    /// Bytes of the same model in f32.
     pub fn fp32_bytes(&self) -> u64 {
         4 * self.total.weights
     }
 }
 
-/// Bytes of a file, or of the files in a folder.
+/// Bytes of a file, or of all files in a folder.
 fn length(path: &Path) -> io::Result<u64> {
     if path.is_file() {
         return Ok(fs::metadata(path)?.len());
@@ -158,7 +161,7 @@ fn part(name: &str, dimensions: usize) -> Part {
 }
 
 impl fmt::Display for SizeReport {
-    /// A table with a row a part.
+    /// Formats a table with one row per part.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let rows = [
             ("blocks", self.blocks),
@@ -175,7 +178,11 @@ impl fmt::Display for SizeReport {
                 part.weights, part.bytes, part.bits_per_weight, part.compression
             )?;
         }
-        write!(f, "ratio: f32 bytes over bytes; at a fixed rate ternary weights end at {:.2}x", self.limit)
+        write!(
+            f,
+            "ratio: f32 bytes over bytes; the limit of ternary weights at a fixed rate is {:.2}x",
+            self.limit
+        )
     }
 }
 
@@ -249,7 +256,7 @@ mod tests {
             warnings: Vec::new(),
         };
         let folder = tempfile::tempdir().unwrap();
-        // Codes at two bits; scales a row of 128 or 256 weights; the embedding is f32.
+        // Codes of 2 bits; one scale per row of 128 or 256 weights; the embedding is f32.
         for (file, blocks) in
             [("m.gguf", 2.0 + 16.0 / 64.0), ("m.onnx", 2.0 + 32.0 / 150.0), ("bitnet", 2.0 + 16.0 / 150.0)]
         {

@@ -1,70 +1,80 @@
-//! [`ModelSpec`]: the shape of a language model, the same for every file type, the trainer and the engine.
+//! [`ModelSpec`]: architecture and sizes of a language model, shared by all file types, the trainer and the engine.
 
 use crate::FormatError;
 use serde::{Deserialize, Serialize};
 
-/// The largest width, context or vocabulary: far above any model, low enough that no product of three overflows.
+/// Limit of a width, context or vocabulary: far above any model, yet a product of three such sizes cannot overflow.
 pub(crate) const LARGEST_SIZE: usize = 1 << 20;
 
-/// The architecture family; decides norms, positions, biases and sub-norms.
+/// The architecture family. It determines norms, position encoding, biases and sub-norms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
     /// LayerNorm, learned positions, biases.
     Gpt2,
-    /// RMSNorm, rotary positions, no biases, grouped-query attention.
+    /// RMSNorm, rotary positions (RoPE), grouped-query attention, no biases.
     Llama,
-    /// llama with a norm before the attention output and the down projection.
+    /// Llama with an additional norm (sub-norm) before the attention output and the down projection.
     Bitnet,
 }
 
-/// The non-linearity of the feed-forward block.
+/// The activation function of the feed-forward network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
-    /// GELU in its tanh form, as GPT-2 has it (`gelu_new`).
+    /// GELU in its tanh approximation, as in GPT-2 (`gelu_new` in transformers).
     Gelu,
-    /// Gated: `silu(gate(x)) * up(x)`.
+    /// SwiGLU: `silu(gate(x)) * up(x)`.
     Swiglu,
-    /// Gated: `relu(gate(x))^2 * up(x)` in the llama and bitnet families, `relu(up(x))^2` in gpt2.
+    /// Squared ReLU: `relu(gate(x))^2 * up(x)` in the llama and bitnet families, `relu(up(x))^2` in gpt2.
     SquaredRelu,
 }
 
-/// The shape of a model.
+/// Architecture and sizes of a model.
+///
+/// [`validate`](Self::validate) checks that the sizes fit each other.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
+    /// Architecture family.
     pub family: Family,
+    /// Rows of the token embedding.
     pub vocab_size: usize,
-    /// Longest sequence, in tokens.
+    /// Maximum sequence length, in tokens.
     pub context: usize,
+    /// Width of the residual stream.
     pub d_model: usize,
+    /// Number of transformer blocks.
     pub n_layers: usize,
+    /// Number of query heads.
     pub n_heads: usize,
-    /// Heads that share keys and values; `n_heads` for ordinary attention.
+    /// Number of key and value heads: `n_heads` for multi-head attention, fewer for grouped-query attention.
     pub n_kv_heads: usize,
+    /// Hidden width of the feed-forward network.
     pub d_ff: usize,
+    /// Activation of the feed-forward network.
     pub activation: Activation,
-    /// The head is the token embedding.
+    /// Whether the output head is the token embedding (tied embeddings).
     pub tied: bool,
+    /// Epsilon of the norms.
     pub norm_eps: f32,
-    /// Base of the rotary frequencies; ignored by gpt2.
+    /// Base of the RoPE frequencies; unused in gpt2.
     pub rope_theta: f32,
 }
 
 impl ModelSpec {
-    /// Width of one attention head.
+    /// Width of one attention head: `d_model / n_heads`.
     pub fn head_dim(&self) -> usize {
         self.d_model / self.n_heads
     }
 
-    /// Whether the feed-forward block has a gate: in all families but gpt2.
+    /// Returns whether the feed-forward network has a gate projection: in all families but gpt2.
     pub fn is_gated(&self) -> bool {
         self.family != Family::Gpt2
     }
 
-    /// The tensors of a model of this shape: names as in [`PackedModel`](crate::PackedModel), and shapes.
+    /// Names and shapes of the tensors of such a model, in the order of [`PackedModel`](crate::PackedModel).
     ///
-    /// Lazy, so that a spec with absurd sizes costs nothing.
+    /// The iterator is lazy, so a spec with absurd sizes costs no memory.
     pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>)> + use<> {
         let Self { vocab_size, context, d_model, d_ff, tied, .. } = *self;
         let kv = self.n_kv_heads * self.head_dim();
@@ -100,13 +110,13 @@ impl ModelSpec {
             .chain((!tied).then(|| table("output.weight", vocab_size)))
     }
 
-    /// Checks that a model of this shape can be.
+    /// Checks that all sizes are in range and fit each other.
     ///
     /// # Errors
-    /// `Spec`: the first size that is out of range or does not fit the others.
+    /// `Spec`: the first size that is out of range, or contradicts another.
     pub fn validate(&self) -> Result<(), FormatError> {
-        let require = |holds: bool, key, found: String, expected: String| {
-            if holds { Ok(()) } else { Err(FormatError::Spec { key, found, expected }) }
+        let require = |condition: bool, key, found: String, expected: String| {
+            if condition { Ok(()) } else { Err(FormatError::Spec { key, found, expected }) }
         };
         let Self { d_model, n_heads, n_kv_heads, activation, .. } = *self;
         for (key, size) in [

@@ -1,13 +1,13 @@
-//! [`Tensor`]: bytes with a shape and an encoding, read row by row.
+//! [`Tensor`]: bytes with a shape and an encoding. Rows are decoded one at a time.
 
 use crate::{Encoding, FormatError, block, disk, ternary};
 use half::{bf16, f16};
 use std::{ops::Range, path::Path, sync::Arc};
 
-/// The bits of an f16 that are all set in NaN and infinity.
+/// Exponent bits of an f16. All are set in NaN and infinity only.
 const F16_EXPONENT: u16 = 0x7c00;
 
-/// Bytes that are owned, or part of a mapped file.
+/// A slice of bytes, owned or memory-mapped. Cloning and slicing share the memory.
 #[derive(Clone, Debug)]
 pub struct Bytes {
     owner: Arc<dyn AsBytes>,
@@ -35,8 +35,8 @@ impl AsBytes for memmap2::Mmap {
     #[cfg(unix)]
     fn release(&self, range: Range<usize>) {
         let advice = memmap2::UncheckedAdvice::DontNeed;
-        // SAFETY: the map is read only and of a file, which its pages are read from again when they are needed.
-        // Only advice: where it is refused, the pages stay.
+        // SAFETY: the map is read-only and backed by a file, from which its pages are read again on the next access.
+        // The call is advice: if the system refuses it, the pages stay in memory.
         #[allow(unsafe_code)]
         let _ = unsafe { self.unchecked_advise_range(advice, range.start, range.len()) };
     }
@@ -53,24 +53,25 @@ impl Bytes {
     /// Maps a file into memory.
     ///
     /// # Errors
-    /// `Io`: missing, no permission, or not a file that can be mapped.
+    /// `Io`: the file is missing, may not be read, or cannot be mapped.
     pub fn map(path: &Path) -> Result<Self, FormatError> {
         let file = disk::open(path).map_err(FormatError::io(path))?;
         if file.metadata().map_err(FormatError::io(path))?.len() == 0 {
-            return Ok(Vec::new().into()); // nothing can be mapped
+            return Ok(Vec::new().into()); // an empty file cannot be mapped
         }
-        // SAFETY: the map is read only. Whoever cuts the file while it is mapped ends this process; model files are
-        // replaced under a new inode by everything that writes them here.
+        // SAFETY: the map is read-only. Another program that truncates the file while it is mapped would kill this
+        // process with SIGBUS. This workspace never does that: it replaces a model file by renaming a new one over
+        // it.
         #[allow(unsafe_code)]
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(FormatError::io(path))?;
         let range = 0..map.len();
         Ok(Self { owner: Arc::new(map), range })
     }
 
-    /// A part of the same bytes, not copied.
+    /// Returns a part of the bytes without copying it.
     ///
     /// # Panics
-    /// When `range` goes past the end.
+    /// If `range` ends after the bytes.
     pub fn slice(&self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.range.len());
         let start = self.range.start;
@@ -95,10 +96,11 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A tensor of stored bytes.
+    /// Creates a tensor from its stored bytes.
     ///
     /// # Errors
-    /// `Shape`, `RowLength`, `TensorBytes`: bytes and shape do not fit. `NotACode`: a 2-bit code that is not ternary.
+    /// `Shape`, `RowLength`, `TensorBytes`: bytes and shape do not match. `NotACode`: a 2-bit code that is not
+    /// ternary.
     pub fn new(shape: Vec<usize>, encoding: Encoding, bytes: impl Into<Bytes>) -> Result<Self, FormatError> {
         let data = bytes.into();
         let expected = encoding.bytes(&shape)?;
@@ -113,16 +115,16 @@ impl Tensor {
         Ok(tensor)
     }
 
-    /// A tensor of float values.
+    /// Creates an F32 tensor.
     ///
     /// # Errors
-    /// `Shape`, `TensorBytes`: not as many values as the shape has.
+    /// `Shape`, `TensorBytes`: the number of values does not match the shape.
     pub fn f32(shape: &[usize], values: &[f32]) -> Result<Self, FormatError> {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         Self::new(shape.into(), Encoding::F32, bytes)
     }
 
-    /// A tensor of half precision values.
+    /// Creates an F16 tensor.
     ///
     /// # Errors
     /// As [`f32`](Self::f32).
@@ -131,8 +133,11 @@ impl Tensor {
         Self::new(shape.into(), Encoding::F16, bytes)
     }
 
-    /// A matrix of codes -1, 0, +1 with a scale for each `group` weights of a row. `fill` writes row by row:
-    /// `fill(row, codes [cols], scales [cols / group])`.
+    /// Creates a matrix of codes -1, 0, +1 with one scale per `group` weights of a row. `fill(row, codes, scales)`
+    /// writes one row.
+    ///
+    /// # Shapes
+    /// codes `[cols]`, scales `[cols / group]`
     ///
     /// # Errors
     /// As [`from_codes`](Self::from_codes).
@@ -145,11 +150,15 @@ impl Tensor {
         Self::from_codes(Encoding::Ternary { group }, rows, cols, fill)
     }
 
-    /// A matrix of integer codes and their scales, exactly: of a ternary encoding, or `Q8_0` (codes -128 to 127) or
-    /// `Q4_0` (-8 to 7). `fill` writes row by row: `fill(row, codes [cols], scales [cols / block_weights])`.
+    /// Creates a matrix from integer codes and scales without rounding. The encoding is a ternary one, `Q8_0` (codes
+    /// -128 to 127) or `Q4_0` (-8 to 7). `fill(row, codes, scales)` writes one row.
+    ///
+    /// # Shapes
+    /// codes `[cols]`, scales `[cols / block_weights]`
     ///
     /// # Errors
-    /// `Shape`, `RowLength`. `NotACode`: a code outside of the range. `ReadOnly`: an encoding without codes.
+    /// `Shape`, `RowLength`: the sizes do not fit the encoding. `NotACode`: a code out of range. `ReadOnly`: the
+    /// encoding has no integer codes, or is read-only.
     pub fn from_codes(
         encoding: Encoding,
         rows: usize,
@@ -176,10 +185,12 @@ impl Tensor {
         Ok(Self { shape, encoding, data: data.into() })
     }
 
+    /// Dimensions, outermost first.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
 
+    /// Storage type of the values.
     pub fn encoding(&self) -> Encoding {
         self.encoding
     }
@@ -189,26 +200,29 @@ impl Tensor {
         &self.data
     }
 
-    /// Gives the memory of a mapped file's pages back to the system, for who has made a copy of the weights; they are
-    /// read from the file again when they are needed.
+    /// Lets the system drop the pages of a memory-mapped tensor, for example after its weights were copied. They are
+    /// read from the file again on the next access. Owned tensors are unaffected.
     pub fn release(&self) {
         self.data.owner.release(self.data.range.clone());
     }
 
-    /// All dimensions but the last, multiplied.
+    /// Number of rows: the product of all dimensions but the last.
     pub fn rows(&self) -> usize {
         self.shape[..self.shape.len() - 1].iter().product()
     }
 
-    /// The last dimension: what is contiguous.
+    /// Length of a row: the last dimension.
     pub fn cols(&self) -> usize {
         *self.shape.last().expect("a tensor has a dimension")
     }
 
-    /// The values of a row.
+    /// Decodes a row.
+    ///
+    /// # Shapes
+    /// values `[cols]`
     ///
     /// # Panics
-    /// When `values` does not have one place a column.
+    /// If `row` is out of range, or `values` has another length.
     pub fn read_row(&self, row: usize, values: &mut [f32]) {
         assert_eq!(values.len(), self.cols());
         let bytes = &self.data[self.row_bytes(row)];
@@ -245,10 +259,10 @@ impl Tensor {
         }
     }
 
-    /// Checks that no weight is NaN or infinite; of weights with scales, only the scales are read.
+    /// Checks that no weight is NaN or infinite. In encodings with scales, this reads the scales only.
     ///
     /// # Errors
-    /// `NotFinite`: the first row that has one.
+    /// `NotFinite`: the first row with such a weight.
     pub fn check_finite(&self) -> Result<(), FormatError> {
         let row = (0..self.rows()).find(|&row| !self.is_finite(row));
         row.map_or(Ok(()), |row| Err(FormatError::NotFinite { row }))
@@ -256,7 +270,8 @@ impl Tensor {
 
     fn is_finite(&self, row: usize) -> bool {
         let bytes = &self.data[self.row_bytes(row)];
-        // A value is finite unless all bits of its exponent are set. No early end, so that many are compared at once.
+        // A value is finite unless all bits of its exponent are set. The loop has no early exit, so that it is
+        // vectorized.
         let halves = |bytes: &[u8], exponent: u16| {
             let finite = |pair: &[u8]| u16::from_le_bytes([pair[0], pair[1]]) & exponent != exponent;
             bytes.chunks_exact(2).fold(true, |all, pair| all & finite(pair))
@@ -279,18 +294,18 @@ impl Tensor {
         }
     }
 
-    /// How many consecutive weights of a row share a stored scale; `None` where the encoding is not ternary.
+    /// Consecutive weights of a row per stored scale; `None` if the encoding is not ternary.
     pub fn ternary_group(&self) -> Option<usize> {
         self.encoding.is_ternary().then(|| self.encoding.block_weights())
     }
 
-    /// Codes -1, 0, +1 and scales of a row of a ternary tensor.
+    /// Reads codes -1, 0, +1 and scales of a row of a ternary tensor.
     ///
     /// # Shapes
     /// codes `[cols]`, scales `[cols / group]`
     ///
     /// # Panics
-    /// When the encoding is not ternary.
+    /// If the encoding is not ternary, `row` is out of range, or a length differs.
     pub fn read_ternary_row(&self, row: usize, codes: &mut [i8], scales: &mut [f16]) {
         let group = self.ternary_group().expect("a ternary tensor");
         assert_eq!((codes.len(), scales.len()), (self.cols(), self.cols() / group));
@@ -308,13 +323,13 @@ impl Tensor {
         }
     }
 
-    /// The integers of a row of `Q8_0`, `Q4_0` or `Q6_K`: a weight is `scale * factor * code`.
+    /// Reads integer codes of a row of `Q8_0`, `Q4_0` or `Q6_K`. A weight is `scale * factor * code`.
     ///
     /// # Shapes
-    /// codes `[cols]`, factors `[cols / 16]` (all 1 but in `Q6_K`), scales `[cols / block_weights]`
+    /// codes `[cols]`, factors `[cols / 16]` (all 1 except in `Q6_K`), scales `[cols / block_weights]`
     ///
     /// # Panics
-    /// When the encoding is another one.
+    /// If the encoding is another one, `row` is out of range, or a length differs.
     pub fn read_integer_row(&self, row: usize, codes: &mut [i8], factors: &mut [i8], scales: &mut [f16]) {
         let weights = self.encoding.block_weights();
         assert_eq!((codes.len(), factors.len()), (self.cols(), self.cols() / 16));
@@ -327,14 +342,15 @@ impl Tensor {
         }
     }
 
-    /// The same weights in another encoding.
+    /// Converts to another encoding.
     ///
-    /// Ternary weights keep codes and scales exactly in every ternary encoding and in `Q8_0` and `Q4_0`. Others are
-    /// rounded as GGML does. Weights that are not ternary never become ternary.
+    /// Ternary weights keep codes and scales exactly in every ternary encoding, in `Q8_0` and in `Q4_0`. Other
+    /// weights are rounded to the bit as GGML does. Weights that are not ternary are never rounded to ternary ones.
     ///
     /// # Errors
-    /// `RowLength`, `ScalesDiffer`: rows or scales do not fit the blocks. `NotTernary`. `ReadOnly`. `NotFinite`: weights
-    /// that are not finite, or not in the range of the encoding.
+    /// `RowLength`, `ScalesDiffer`: rows or scales do not fit the blocks. `NotTernary`: float weights for a ternary
+    /// encoding. `ReadOnly`: an encoding that is not written. `NotFinite`: a weight that is not finite, or out of
+    /// range for the encoding.
     pub fn encode(&self, encoding: Encoding) -> Result<Self, FormatError> {
         if encoding == self.encoding {
             return Ok(self.clone());
@@ -366,7 +382,7 @@ impl Tensor {
         tensor.check_finite().map(|()| tensor)
     }
 
-    /// [`encode`](Self::encode) from ternary to whatever has codes and scales.
+    /// Converts ternary weights to another encoding with integer codes and scales.
     fn encode_codes(&self, encoding: Encoding) -> Result<Self, FormatError> {
         let [rows, cols] = [self.rows(), self.cols()];
         let (group, block) = (self.encoding.block_weights(), encoding.block_weights());
@@ -375,7 +391,7 @@ impl Tensor {
         let mut tensor = Self::from_codes(encoding, rows, cols, |row, codes, scales| {
             self.read_ternary_row(row, codes, &mut old);
             for (i, (scale, codes)) in scales.iter_mut().zip(codes.chunks_exact(block)).enumerate() {
-                // Where all codes are zero, any scale says the same; the first is kept if there is no other.
+                // If all codes of a block are zero, its scale has no effect: the first one is kept.
                 let mut one = None;
                 for (place, code) in codes.iter().enumerate() {
                     let found = old[(i * block + place) / group];
@@ -393,10 +409,10 @@ impl Tensor {
         Ok(tensor)
     }
 
-    /// Some rows, in the order of `rows`, as a matrix.
+    /// Copies rows, in the order of `rows`, to a matrix.
     ///
     /// # Panics
-    /// When there is no such row.
+    /// If a row is out of range.
     pub fn select_rows(&self, rows: impl IntoIterator<Item = usize>) -> Self {
         let rows: Vec<usize> = rows.into_iter().collect();
         let mut data = Vec::new();
@@ -412,7 +428,7 @@ impl Tensor {
         Self { shape: vec![rows.len(), self.cols()], encoding: self.encoding, data: data.into() }
     }
 
-    /// Where the bytes of a row are; of its codes only for `Ternary`.
+    /// Byte range of a row; for `Ternary`, of its codes.
     fn row_bytes(&self, row: usize) -> Range<usize> {
         let bytes = match self.encoding {
             Encoding::Ternary { .. } => self.cols().div_ceil(4),
@@ -422,7 +438,7 @@ impl Tensor {
         row * bytes..(row + 1) * bytes
     }
 
-    /// Whether the 2-bit fields of a row are codes.
+    /// Returns whether all 2-bit fields of a row are ternary codes.
     fn holds_codes(&self, row: usize) -> bool {
         let bytes = &self.data[self.row_bytes(row)];
         match self.encoding {
@@ -433,7 +449,7 @@ impl Tensor {
     }
 }
 
-/// Writes codes and scales of a row to their places in `data`.
+/// Writes codes and scales of a row to `data`.
 fn write_codes(
     encoding: Encoding,
     [rows, cols]: [usize; 2],
@@ -469,7 +485,7 @@ mod tests {
     const TERNARY: [Encoding; 4] =
         [Encoding::Tq1_0, Encoding::Tq2_0, Encoding::Q2_0, Encoding::Ternary { group: 64 }];
 
-    /// A ternary matrix with a scale a row, and its codes and scales.
+    /// A ternary matrix with one scale per row, its codes and its scales.
     fn matrix(rows: usize, cols: usize, seed: u64) -> (Tensor, Vec<i8>, Vec<f16>) {
         use rand::{Rng, SeedableRng};
         let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
@@ -514,7 +530,7 @@ mod tests {
                 let shape = vec![rows, expected.len() / rows];
                 let tensor = Tensor::new(shape, encoding, stored.data().to_vec()).unwrap();
                 assert_eq!(values(&tensor), expected, "{name} {encoding}");
-                // Through the form in memory and back: every byte.
+                // A round trip through the in-memory encoding keeps every byte.
                 let codes = tensor.encode(Encoding::Ternary { group: 256 }).unwrap();
                 assert_eq!(codes.encode(encoding).unwrap().bytes(), stored.data(), "{name} {encoding}");
                 blocks += stored.data().len() / encoding.block_bytes();
@@ -548,7 +564,7 @@ mod tests {
         }
 
         #[test]
-        fn odd_rows_are_kept_in_memory(rows in 1usize..5, cols in 1usize..300, seed: u64) {
+        fn rows_of_any_length_survive_in_memory(rows in 1usize..5, cols in 1usize..300, seed: u64) {
             let (tensor, codes, scales) = matrix(rows, cols, seed);
             let expected: Vec<f32> =
                 codes.iter().enumerate().map(|(i, &c)| f32::from(c) * scales[i / cols].to_f32()).collect();
@@ -577,7 +593,7 @@ mod tests {
     }
 
     #[test]
-    fn integer_codes_go_into_8_and_4_bits_exactly() {
+    fn integer_codes_are_stored_exactly_in_8_and_4_bits() {
         for (encoding, limit) in [(Encoding::Q8_0, 127), (Encoding::Q4_0, 7)] {
             let code = |row: usize, i: usize| ((7 * i + row) as i32 % (2 * limit + 1) - limit) as i8;
             let scale = |row: usize| f16::from_f32(0.01 + row as f32);
@@ -593,7 +609,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_becomes_ternary_that_was_not() {
+    fn weights_that_are_not_ternary_are_never_rounded_to_ternary() {
         let floats = Tensor::f32(&[1, 256], &[0.5; 256]).unwrap();
         for encoding in TERNARY {
             assert!(matches!(floats.encode(encoding), Err(FormatError::NotTernary { .. })));
@@ -602,7 +618,7 @@ mod tests {
         let error = tensor.encode(Encoding::Tq2_0).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "rows of 384 weights, TQ2_0 needs a multiple of 256: use another type or train with one"
+            "rows of 384 weights, TQ2_0 needs a multiple of 256: use another type, or train with a multiple of 256"
         );
         assert!(tensor.encode(Encoding::Q2_0).is_ok());
         let groups = Tensor::ternary(1, 256, 64, |_, codes, scales| {
@@ -616,7 +632,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_tensor_are_refused() {
+    fn bytes_that_do_not_match_the_shape_are_refused() {
         let new =
             |shape: &[usize], encoding, bytes| Tensor::new(shape.to_vec(), encoding, vec![255u8; bytes]);
         for shape in [&[][..], &[0], &[0, 256], &[usize::MAX, 2], &[1 << 31, 1 << 31, 1 << 31]] {
@@ -631,11 +647,11 @@ mod tests {
         for (encoding, bytes) in [(Encoding::Tq2_0, 66), (Encoding::Ternary { group: 256 }, 66)] {
             assert!(matches!(new(&[256], encoding, bytes), Err(FormatError::NotACode { row: 0, .. })));
         }
-        // Every byte of TQ1_0 is five codes.
+        // Every byte of TQ1_0 decodes to five codes, so only the scale is NaN.
         assert!(values(&new(&[256], Encoding::Tq1_0, 54).unwrap())[..5].iter().all(|v| v.is_nan()));
     }
 
-    /// Bytes of one row of two blocks of every encoding, all finite; each scale made NaN or infinite in turn.
+    /// Every scale in turn of a row of two blocks is NaN or infinite, in every encoding.
     #[test]
     fn a_value_that_is_not_finite_is_found_in_every_encoding() {
         let check = |encoding, cols: usize, bytes: &[u8]| {
@@ -694,7 +710,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore)] // which maps no files
+    #[cfg_attr(miri, ignore)] // miri cannot map files
     fn released_tensors_are_read_again() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("values");

@@ -1,45 +1,61 @@
-//! The threads of rayon, which would end the program with a panic where they cannot be started.
+//! The global thread pool of rayon.
+//!
+//! Rayon panics if it cannot start its threads on first use. [`start`] starts them early and returns an error
+//! instead.
 
 use std::{error::Error, io, thread};
 
-/// Most threads that may be asked for, unless there are more cores. Beyond the cores, threads only take turns: 512 on two
-/// cores made training fifty times as slow.
-const MOST: usize = 256;
+/// Limit of threads on machines with fewer cores. More threads than cores only take turns: 512 on two cores made
+/// training 50 times slower.
+const MAX_THREADS: usize = 256;
 
-/// Why the threads did not start.
+/// Why the thread pool did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ThreadError {
+    /// `RAYON_NUM_THREADS` exceeds the limit.
     #[error("RAYON_NUM_THREADS is {found}, expected at most {most}")]
-    TooMany { found: usize, most: usize },
+    TooMany {
+        /// The value of the environment variable.
+        found: usize,
+        /// The limit, see [`most`].
+        most: usize,
+    },
+    /// The operating system refused to start the threads.
     #[error("cannot start {threads} threads: {source}; expected fewer (RAYON_NUM_THREADS), or higher limits")]
-    Start { threads: usize, source: io::Error },
+    Start {
+        /// Number of threads.
+        threads: usize,
+        /// The error of the operating system.
+        source: io::Error,
+    },
 }
 
-/// Most threads that may be asked for: 256, or one per core.
+/// Maximum number of threads: 256, or one per core if there are more cores.
 pub fn most() -> usize {
-    cores().max(MOST)
+    cores().max(MAX_THREADS)
 }
 
 fn cores() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Starts the threads that all parallel work shares, one per core or as many as the environment variable
-/// `RAYON_NUM_THREADS` says; returns how many. Later calls start none.
+/// Starts the global thread pool: `RAYON_NUM_THREADS` threads, or one per core. Returns the number of threads. Later
+/// calls have no effect.
 ///
 /// # Errors
-/// `TooMany`: more than [`most`]. `Start`: the system has no memory or no place for them.
+/// `TooMany`: more than [`most`]. `Start`: the system has no memory for the threads, or a limit of processes was
+/// reached.
 pub fn start() -> Result<usize, ThreadError> {
-    let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
-    if asked > most() {
-        return Err(ThreadError::TooMany { found: asked, most: most() });
+    let requested = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    if requested > most() {
+        return Err(ThreadError::TooMany { found: requested, most: most() });
     }
     match rayon::ThreadPoolBuilder::new().build_global() {
         Err(error) if error.source().is_some() => {
-            let threads = if asked == 0 { cores() } else { asked };
+            let threads = if requested == 0 { cores() } else { requested };
             Err(ThreadError::Start { threads, source: io::Error::other(error) })
         }
-        // Or they have been started already.
+        // Started now, or before.
         _ => Ok(rayon::current_num_threads()),
     }
 }

@@ -1,4 +1,4 @@
-//! Archives give back what they were made of, bit for bit, in little more than its entropy.
+//! Archives restore a model bit for bit, and take little more than its entropy.
 
 use half::f16;
 use proptest::prelude::*;
@@ -11,7 +11,7 @@ use ternary_format::{
 
 const FAMILIES: [Family; 3] = [Family::Gpt2, Family::Llama, Family::Bitnet];
 
-/// All encodings but `Ternary`.
+/// All encodings except `Ternary`.
 const ENCODINGS: [Encoding; 11] = [
     Encoding::F32,
     Encoding::F16,
@@ -56,7 +56,7 @@ fn model(spec: ModelSpec, mut tensor: impl FnMut(&str, Vec<usize>) -> Tensor) ->
     }
 }
 
-/// Codes where the encoding has codes, else any bytes.
+/// Random codes if the encoding has codes, else random bytes.
 fn random(rng: &mut StdRng, shape: Vec<usize>, encoding: Encoding) -> Tensor {
     let cols = shape[shape.len() - 1];
     let (limit, zeros, same) = match encoding {
@@ -104,7 +104,7 @@ type Parts = (
     BTreeMap<String, (Vec<usize>, Encoding, Vec<u8>)>,
 );
 
-/// All that a model is, to compare.
+/// Everything that a model contains, for comparison.
 fn parts(model: &PackedModel) -> Parts {
     let tensors = model.tensors.iter().map(|(name, tensor)| {
         (name.clone(), (tensor.shape().to_vec(), tensor.encoding(), tensor.bytes().to_vec()))
@@ -127,7 +127,7 @@ fn check(model: &PackedModel) -> usize {
 }
 
 #[test]
-fn every_encoding_comes_back() {
+fn every_encoding_round_trips() {
     let mut rng = StdRng::seed_from_u64(1);
     for family in FAMILIES {
         for encoding in ENCODINGS {
@@ -144,7 +144,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn odd_shapes_come_back(half in 1usize..30, d_ff in 1usize..70, groups in 1usize..4, family in 0usize..3, seed: u64) {
+    fn odd_shapes_round_trip(half in 1usize..30, d_ff in 1usize..70, groups in 1usize..4, family in 0usize..3, seed: u64) {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut any = model(spec(FAMILIES[family], 2 * half, d_ff), |_, shape| {
             let cols = shape[shape.len() - 1];
@@ -162,9 +162,10 @@ proptest! {
 }
 
 #[test]
-fn bytes_that_other_writers_leave_come_back() {
+fn unused_bits_of_other_writers_round_trip() {
     let mut rng = StdRng::seed_from_u64(2);
-    // 3 codes in a byte: the fourth is no code. All 256 bytes of TQ1_0 are codes; 243 are written.
+    // With 3 codes per row, the fourth field of a byte is unused. TQ1_0 can read all 256 bytes, but the writer uses
+    // 243.
     let padded = check(&model(spec(Family::Llama, 6, 3), |name, shape| {
         if !name.ends_with("ffn_down.weight") {
             return Tensor::f32(&shape, &vec![0.0; shape.iter().product()]).unwrap();
@@ -183,7 +184,7 @@ fn bytes_that_other_writers_leave_come_back() {
 }
 
 #[test]
-fn tensors_of_several_chunks_come_back() {
+fn tensors_of_several_chunks_round_trip() {
     let mut rng = StdRng::seed_from_u64(3);
     let spec = ModelSpec { vocab_size: 5000, ..spec(Family::Llama, 512, 64) };
     check(&model(spec, |name, shape| {
@@ -193,7 +194,7 @@ fn tensors_of_several_chunks_come_back() {
     }));
 }
 
-/// A sparse ternary model with a ternary embedding and a scale a row.
+/// A sparse ternary model with a ternary embedding, and one scale per row.
 fn sparse(zeros: f64) -> PackedModel {
     let mut rng = StdRng::seed_from_u64(4);
     let spec = ModelSpec {
@@ -221,7 +222,7 @@ fn sparse(zeros: f64) -> PackedModel {
 }
 
 #[test]
-fn sparse_models_reach_the_ratios_that_their_entropies_allow() {
+fn sparse_models_are_within_one_percent_of_their_entropies() {
     let folder = tempfile::tempdir().unwrap();
     for (zeros, ratio) in [(0.31, 19.5), (0.77, 30.0), (0.926, 63.0), (0.948, 80.0)] {
         let model = sparse(zeros);
@@ -231,7 +232,7 @@ fn sparse_models_reach_the_ratios_that_their_entropies_allow() {
         let report = SizeReport::of_file(&path, &model.spec).unwrap();
         let bytes = std::fs::metadata(&path).unwrap().len();
         assert_eq!(report.total.bytes, bytes);
-        // Weights at H(z), scales at 13 bits of 16, norms at 27 of 32, and a head.
+        // Weights at H(z), scales at 13 of 16 bits, norms at 27 of 32 bits, and a header.
         let h = -zeros * zeros.log2() - (1.0 - zeros) * ((1.0 - zeros) / 2.0).log2();
         let (mut weights, mut rest) = (0, 0);
         for tensor in model.tensors.values() {
@@ -254,7 +255,7 @@ fn sparse_models_reach_the_ratios_that_their_entropies_allow() {
 }
 
 #[test]
-fn options_say_how_an_archive_holds_the_weights() {
+fn options_select_the_encodings_of_an_archive() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.ternary");
     let options =
@@ -277,7 +278,7 @@ fn options_say_how_an_archive_holds_the_weights() {
 }
 
 #[test]
-fn tokenizers_come_back_and_take_little() {
+fn tokenizers_round_trip_in_few_bytes() {
     for (path, most) in
         [("tokenizers/gpt2", 170_000), ("tokenizers/smollm2", 170_000), ("models/stories260k", 1500)]
     {

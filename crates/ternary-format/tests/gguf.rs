@@ -1,4 +1,4 @@
-//! GGUF files: what is written is read back, and is what stock programs expect.
+//! GGUF files: they round trip, and have the layout that llama.cpp expects.
 
 use half::f16;
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -25,7 +25,7 @@ fn spec(family: Family, d_model: usize, d_ff: usize, tied: bool) -> ModelSpec {
     }
 }
 
-/// A model with random weights: ternary matrices with a scale a row, everything else float.
+/// A model with random weights: ternary matrices with one scale per row, everything else float.
 fn random(spec: ModelSpec, seed: u64) -> PackedModel {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut tensors = BTreeMap::new();
@@ -108,12 +108,12 @@ fn every_family_and_encoding_survives() {
             }
         }
     }
-    // Neither a scratch file nor anything else is left.
+    // No scratch file is left.
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
 #[test]
-fn misfits_name_the_setting() {
+fn errors_of_widths_name_the_setting() {
     let (folder, path) = temporary();
     let error = |spec: ModelSpec, blocks| gguf::write(&random(spec, 2), &path, &options(blocks)).unwrap_err();
     let narrow = spec(Family::Llama, 256, 384, true);
@@ -125,7 +125,7 @@ fn misfits_name_the_setting() {
     assert!(error(spec(Family::Llama, 96, 96, true), Encoding::Q2_0).to_string().contains("d_model is 96"));
     let squared = ModelSpec { activation: Activation::SquaredRelu, ..narrow };
     assert!(error(squared, Encoding::Q2_0).to_string().contains("squared_relu in the llama family"));
-    // A float twin never becomes ternary.
+    // A float model is never rounded to ternary.
     let mut model = random(spec(Family::Gpt2, 256, 256, true), 3);
     let name = "blk.1.attn_v.weight";
     model.tensors.insert(name.into(), Tensor::f32(&[256, 256], &[0.5; 256 * 256]).unwrap());
@@ -137,8 +137,8 @@ fn misfits_name_the_setting() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
-/// The values of rotary attention scores do not depend on the order of a head's rows, as long as queries and keys are
-/// turned in the order that the family has: checked against what the converter of llama.cpp does.
+/// Rows of queries and keys are in the order of interleaved rotation, as the converter of llama.cpp writes them.
+/// Attention scores do not depend on this order if both share it.
 #[test]
 fn queries_and_keys_are_permuted_as_llama_cpp_does() {
     let (_folder, path) = temporary();
@@ -169,7 +169,7 @@ fn the_reference_file_is_read() {
         println!("skipped: {path}: no reference data");
         return;
     }
-    // It has tensors and no model: the container is parsed before that is found out.
+    // The file has tensors but no model. This is detected after the container was parsed.
     let error = gguf::read(Path::new(path)).unwrap_err();
     assert!(matches!(error.kind(), FormatError::MissingKey { .. }), "{error}");
 }

@@ -1,7 +1,7 @@
-//! Hostile GGUF files and archives: each mistake is its own error, nothing panics, and nothing is allocated from a length that was
-//! not checked.
+//! Hostile GGUF files and archives: each mistake has its own error, nothing panics, and no unchecked length is
+//! allocated.
 //!
-//! The first table has every case of llama.cpp's `test-gguf.cpp`, under its names there.
+//! The first table has every case of `test-gguf.cpp` of llama.cpp, under its name there.
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{
@@ -13,12 +13,12 @@ use ternary_format::{
     Activation, Encoding, Family, FormatError, ModelSpec, PackedModel, Tensor, Tokenizer, archive, chat, gguf,
 };
 
-/// The system's allocator, which remembers the largest request.
+/// The system allocator, which also records the largest request.
 struct Watched;
 
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: everything is done by the system's allocator.
+// SAFETY: every call is forwarded to the system allocator.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Watched {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
@@ -48,7 +48,7 @@ struct Info {
     offset: u64,
 }
 
-/// A file to be spoilt.
+/// A GGUF file, before it is corrupted.
 #[derive(Clone)]
 struct File {
     magic: [u8; 4],
@@ -133,7 +133,7 @@ impl File {
         self.tensors.iter_mut().find(|info| info.name == name.as_bytes()).unwrap()
     }
 
-    /// Offsets and data of the tensors.
+    /// Sets offsets and data of the tensors.
     fn place(&mut self) {
         let mut offset = 0;
         for info in &mut self.tensors {
@@ -178,7 +178,7 @@ fn parse(bytes: Vec<u8>) -> Result<PackedModel, FormatError> {
     gguf::parse(bytes.into())
 }
 
-/// The name of the error, without where it was.
+/// Name of the error variant, without its file and tensor.
 fn variant(bytes: Vec<u8>) -> String {
     match parse(bytes) {
         Ok(_) => "none".into(),
@@ -190,13 +190,13 @@ fn variant(bytes: Vec<u8>) -> String {
     }
 }
 
-/// A file that is spoilt, and the error it must give.
+/// Name of the case, the corruption, and the expected error.
 type Case = (&'static str, fn(&mut File), &'static str);
 
 fn check(cases: &[Case]) {
-    for (name, spoil, expected) in cases {
+    for (name, corrupt, expected) in cases {
         let mut file = File::valid();
-        spoil(&mut file);
+        corrupt(&mut file);
         assert_eq!(variant(file.bytes()), *expected, "{name}");
     }
     let largest = LARGEST.load(Ordering::Relaxed);
@@ -204,7 +204,7 @@ fn check(cases: &[Case]) {
 }
 
 #[test]
-fn the_file_is_sound_before_it_is_spoilt() {
+fn the_uncorrupted_file_is_valid() {
     let model = parse(File::valid().bytes()).unwrap();
     model.validate().unwrap();
     let tokenizer = model.tokenizer.unwrap();
@@ -270,7 +270,7 @@ fn every_case_of_llama_cpp_is_its_own_error() {
         ),
         ("DATA_MEM_SIZE_OVERFLOW", |f| f.tensors[0].dims = vec![1 << 60], "Truncated"),
     ]);
-    // The length of a key is the one case whose bytes are not in the table's reach.
+    // The length of a key is the only case that the table cannot corrupt.
     let mut bytes = File::valid().bytes();
     bytes[24..32].copy_from_slice(&u64::MAX.to_le_bytes());
     assert_eq!(variant(bytes), "Count", "KV_BAD_KEY_SIZE");
@@ -284,9 +284,9 @@ fn numbers_that_overflow_are_errors() {
         ("a text", |f| f.keys[0].2[..8].copy_from_slice(&u64::MAX.to_le_bytes()), "Count"),
         ("a text past the end", |f| f.keys[0].2[..8].copy_from_slice(&(1u64 << 20).to_le_bytes()), "Count"),
         ("arrays of arrays", |f| f.keys[10].2 = array(ARRAY, 1, &[]), "ValueType"),
-        ("an array of nothing known", |f| f.keys[10].2 = array(77, 1, &[]), "ValueType"),
-        ("no UTF-8", |f| f.keys[0].0 = vec![0xff], "NotUtf8"),
-        ("a tensor's name is no UTF-8", |f| f.tensors[0].name = vec![0xc3], "NotUtf8"),
+        ("an array of an unknown type", |f| f.keys[10].2 = array(77, 1, &[]), "ValueType"),
+        ("a key that is not UTF-8", |f| f.keys[0].0 = vec![0xff], "NotUtf8"),
+        ("a tensor name that is not UTF-8", |f| f.tensors[0].name = vec![0xc3], "NotUtf8"),
         ("alignment 0", |f| _ = f.set("general.alignment", U32, vec![0; 4]), "Alignment"),
         ("alignment 2^31", |f| _ = f.set("general.alignment", U32, vec![0, 0, 0, 0x80]), "Alignment"),
         ("no dimensions", |f| f.tensors[0].dims.clear(), "Dimensions"),
@@ -298,14 +298,14 @@ fn numbers_that_overflow_are_errors() {
 }
 
 #[test]
-fn files_that_are_no_model_are_errors() {
+fn files_without_a_valid_model_are_errors() {
     check(&[
         ("no architecture", |f| drop(f.keys.remove(0)), "MissingKey"),
         ("another architecture", |f| f.keys[0].2 = text(b"mamba"), "Architecture"),
         ("an architecture that is a number", |f| _ = f.set("general.architecture", U32, vec![0; 4]), "Value"),
         ("no heads", |f| f.keys[5].2 = vec![0; 4], "Spec"),
-        ("blocks without end", |f| f.keys[3].2 = vec![0xff; 4], "Spec"),
-        ("a context without end", |f| f.keys[1].2 = vec![0xff; 4], "Spec"),
+        ("too many blocks", |f| f.keys[3].2 = vec![0xff; 4], "Spec"),
+        ("a context that is too long", |f| f.keys[1].2 = vec![0xff; 4], "Spec"),
         ("epsilon", |f| f.keys[7].2 = f32::NAN.to_le_bytes().into(), "Spec"),
         ("a width that is a text", |f| (f.keys[2].1, f.keys[2].2) = (TEXT, text(b"4")), "Value"),
         ("experts", |f| _ = f.set("llama.expert_count", U32, vec![8, 0, 0, 0]), "Value"),
@@ -332,11 +332,7 @@ fn files_that_are_no_model_are_errors() {
         ("an unknown pre-tokenizer", |f| f.keys[9].2 = text(b"duck"), "Value"),
         ("an unknown tokenizer", |f| f.keys[8].2 = text(b"bert"), "Value"),
         ("no scores", |f| f.keys[8].2 = text(b"llama"), "MissingKey"),
-        (
-            "a tokenizer that is none",
-            |f| _ = f.set("tokenizer.huggingface.json", TEXT, text(b"{}")),
-            "Tokenizer",
-        ),
+        ("an invalid tokenizer", |f| _ = f.set("tokenizer.huggingface.json", TEXT, text(b"{}")), "Tokenizer"),
         (
             "a tokenizer of more ids",
             |f| _ = f.set("burn_ternary.tokenizer.json", TEXT, text(br#"{"type":"byte"}"#)),
@@ -359,7 +355,7 @@ fn files_that_end_early_are_errors() {
 }
 
 #[test]
-fn no_byte_that_is_changed_brings_a_panic() {
+fn changed_bytes_never_cause_a_panic() {
     let mut rng = StdRng::seed_from_u64(7);
     let sound = File::valid();
     let mut spm = sound.clone();
@@ -392,7 +388,7 @@ fn no_byte_that_is_changed_brings_a_panic() {
     assert!(largest < 1 << 26, "{largest} bytes allocated at once");
 }
 
-/// A `tokenizer.json` of two tokens with `part` beside the model.
+/// A `tokenizer.json` of two tokens, with `part` next to the model.
 fn tokenizer(part: &str, model: &str) -> Result<Tokenizer, FormatError> {
     let comma = if part.is_empty() { "" } else { "," };
     let vocab = r#""type": "BPE", "vocab": {"a": 0, "ab": 1}"#;
@@ -400,7 +396,7 @@ fn tokenizer(part: &str, model: &str) -> Result<Tokenizer, FormatError> {
 }
 
 #[test]
-fn tokenizers_that_would_panic_or_never_end_are_errors() {
+fn tokenizers_that_would_panic_or_not_terminate_are_errors() {
     let no_merges = r#""merges": []"#;
     tokenizer("", no_merges).unwrap();
     let replace = |pattern: &str, content: &str| {
@@ -417,19 +413,19 @@ fn tokenizers_that_would_panic_or_never_end_are_errors() {
     let templates = vec![template; 30].join(",");
     for (name, part, model, expected) in [
         (
-            "texts of a gigabyte",
+            "a normalizer that doubles texts 30 times",
             format!(r#""normalizer": {{"type": "Sequence", "normalizers": [{twice}]}}"#),
             no_merges,
             "times as long",
         ),
         (
-            "between all characters",
+            "an empty pattern",
             format!(r#""decoder": {{"type": "Sequence", "decoders": [{empty}]}}"#),
             no_merges,
             "times as long",
         ),
         (
-            "copies",
+            "a post-processor that copies texts",
             format!(r#""post_processor": {{"type": "Sequence", "processors": [{templates}]}}"#),
             no_merges,
             "times as long",
@@ -453,7 +449,7 @@ fn tokenizers_that_would_panic_or_never_end_are_errors() {
     }
 }
 
-/// An archive of a model of one block, in encodings of all kinds.
+/// An archive of a model with one block, in several encodings.
 fn archived() -> Vec<u8> {
     let spec = ModelSpec {
         family: Family::Llama,
@@ -499,9 +495,9 @@ fn archived() -> Vec<u8> {
     file
 }
 
-/// Where the checksums of an archive are whose tensors have a chunk each.
+/// Positions of the checksums in an archive whose tensors have one chunk each.
 fn checksums(file: &[u8]) -> Option<Vec<usize>> {
-    let number = |at: &mut usize| {
+    let varint = |at: &mut usize| {
         let (mut number, mut shift) = (0u64, 0);
         loop {
             let byte = *file.get(*at)?;
@@ -514,10 +510,10 @@ fn checksums(file: &[u8]) -> Option<Vec<usize>> {
         }
     };
     let mut at = 5;
-    number(&mut at)?;
+    varint(&mut at)?;
     let mut places = Vec::new();
     loop {
-        at = number(&mut at)?.checked_add(at)?;
+        at = varint(&mut at)?.checked_add(at)?;
         if at > file.len() - 4 {
             return None;
         }
@@ -528,14 +524,14 @@ fn checksums(file: &[u8]) -> Option<Vec<usize>> {
             Some(encoding) => {
                 at += 1 + usize::from(*encoding == 255) * {
                     let mut end = at + 1;
-                    number(&mut end).map_or(0, |_| end - at - 1)
+                    varint(&mut end).map_or(0, |_| end - at - 1)
                 }
             }
         }
     }
 }
 
-/// Gives an archive the checksums of its bytes.
+/// Recomputes the checksums of an archive.
 fn seal(file: &mut [u8]) {
     let mut crc = u32::MAX;
     let mut from = 0;
@@ -554,7 +550,7 @@ fn unpack(file: &[u8]) -> Result<PackedModel, FormatError> {
 }
 
 #[test]
-fn archives_that_end_early_or_late_or_have_another_byte_are_errors() {
+fn archives_with_missing_added_or_changed_bytes_are_errors() {
     let file = archived();
     unpack(&file).unwrap();
     for end in 0..file.len() {
@@ -563,35 +559,35 @@ fn archives_that_end_early_or_late_or_have_another_byte_are_errors() {
     }
     assert!(unpack(&[&file[..], &[0]].concat()).unwrap_err().to_string().contains("after the last tensor"));
     for at in 0..file.len() {
-        let mut spoilt = file.clone();
+        let mut corrupt = file.clone();
         for change in (0..8).map(|bit| 1 << bit).chain([255]) {
-            spoilt[at] = file[at] ^ change;
-            assert!(unpack(&spoilt).is_err(), "{at} of {}: {change}", file.len());
+            corrupt[at] = file[at] ^ change;
+            assert!(unpack(&corrupt).is_err(), "{at} of {}: {change}", file.len());
         }
     }
 }
 
 #[test]
-fn archives_name_what_is_damaged() {
+fn archive_errors_name_the_damaged_part() {
     let file = archived();
     let last = checksums(&file).unwrap().pop().unwrap();
     for (at, value, expected) in [
         (0, b'G', "expected the magic bytes \"TRNA\", found [71, 82, 78, 65]"),
         (4, 2, "archive version 2, expected 1"),
-        (5, 0, "head: "),
-        (20, 0, "head: its checksum is not that of its bytes: the file is damaged"),
-        (last - 1, 0, "tensor `output_norm.weight`: chunk 1 of 1: its checksum is not that of its bytes"),
-        (last, 0, "tensor `output_norm.weight`: chunk 1 of 1: its checksum is not that of its bytes"),
+        (5, 0, "header: "),
+        (20, 0, "header: its checksum does not match its bytes: the file is damaged"),
+        (last - 1, 0, "tensor `output_norm.weight`: chunk 1 of 1: its checksum does not match its bytes"),
+        (last, 0, "tensor `output_norm.weight`: chunk 1 of 1: its checksum does not match its bytes"),
     ] {
-        let mut spoilt = file.clone();
-        spoilt[at] = value;
-        let error = unpack(&spoilt).unwrap_err().to_string();
+        let mut corrupt = file.clone();
+        corrupt[at] = value;
+        let error = unpack(&corrupt).unwrap_err().to_string();
         assert!(error.starts_with("memory: ") && error.contains(expected), "{at}: {error}");
     }
 }
 
 #[test]
-fn no_archive_with_the_right_checksums_brings_a_panic() {
+fn archives_with_correct_checksums_never_cause_a_panic() {
     let sound = archived();
     let mut again = sound.clone();
     seal(&mut again);

@@ -1,4 +1,4 @@
-//! Tokenizers: ids of references, and the way through GGUF files.
+//! Tokenizers: ids of reference implementations, and the round trip through GGUF files.
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::{collections::BTreeMap, path::PathBuf};
@@ -25,7 +25,7 @@ fn characters(text: &str) -> Tokenizer {
     Tokenizer::from_characters(characters).unwrap()
 }
 
-/// A model that is only a place for a tokenizer.
+/// A small model with this tokenizer.
 fn model(tokenizer: Option<Tokenizer>, vocab_size: usize) -> PackedModel {
     let spec = ModelSpec {
         family: Family::Llama,
@@ -54,8 +54,8 @@ fn model(tokenizer: Option<Tokenizer>, vocab_size: usize) -> PackedModel {
     }
 }
 
-/// What a GGUF file makes of a tokenizer. Without `ours`, as if a stock program had written it: our copy of the
-/// tokenizer's JSON is made unreadable to us by another key of the same length.
+/// The tokenizer after a round trip through a GGUF file. Without `ours`, the keys of this crate are renamed, as if
+/// another program had written the file.
 fn through_gguf(tokenizer: &Tokenizer, rows: usize, ours: bool) -> Result<Tokenizer, FormatError> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
@@ -100,8 +100,8 @@ fn every_kind_survives_gguf() {
 }
 
 #[test]
-fn stock_programs_cut_text_as_we_do() {
-    // Bytes are tokens of their own without merges.
+fn files_of_other_programs_have_the_same_ids() {
+    // Without merges, every byte is a token.
     let bytes = through_gguf(&Tokenizer::byte(), 259, false).unwrap();
     same(&Tokenizer::byte(), &bytes, &[HOSTILE, "", "\u{fffd}🦆"]);
     for name in ["gpt2", "smollm2"] {
@@ -132,14 +132,14 @@ fn sentence_piece_has_the_ids_of_the_reference() {
 }
 
 #[test]
-fn streamed_text_is_the_text() {
+fn streamed_text_equals_decoded_text() {
     let mut tokenizers = vec![Tokenizer::byte(), characters(HOSTILE)];
     let path = shared("tokenizers/gpt2/tokenizer.json");
     tokenizers.extend(path.map(|path| Tokenizer::load(&path).unwrap()));
     let mut rng = StdRng::seed_from_u64(1);
     for tokenizer in &tokenizers {
         let mut cases = vec![tokenizer.encode(HOSTILE).unwrap_or_default()];
-        // Ids that a model may generate as well: broken characters, specials, ids of no token.
+        // A model may also generate incomplete characters, special tokens and unknown ids.
         cases.extend((0..200).map(|n| {
             (0..n % 40).map(|_| rng.random_range(0..tokenizer.vocab_size() as u32 + 9)).collect::<Vec<_>>()
         }));
@@ -151,12 +151,12 @@ fn streamed_text_is_the_text() {
             if i == 0 {
                 assert_eq!(text, expected);
             }
-            // Of broken characters, both say that they are broken; how often is a matter of taste.
+            // The number of replacement characters may differ.
             let whole = |text: &str| text.replace(char::REPLACEMENT_CHARACTER, "");
             assert_eq!(whole(&text), whole(&expected), "{ids:?}");
         }
     }
-    // With byte fallback, one broken byte makes its neighbours broken too, and they may have been given out before.
+    // With byte fallback, an invalid byte also invalidates its neighbours, whose text may have been returned before.
     let Some(path) = shared("models/stories260k/tokenizer.json") else { return };
     let tokenizer = Tokenizer::load(&path).unwrap();
     for text in [HOSTILE, " Once upon a time 🦆, there was", "\n\n"] {
@@ -168,7 +168,7 @@ fn streamed_text_is_the_text() {
 }
 
 #[test]
-fn a_character_comes_whole() {
+fn the_decoder_never_splits_a_character() {
     let tokenizer = Tokenizer::byte();
     let mut decoder = tokenizer.decoder();
     let texts: Vec<String> = "é🦆".bytes().map(|byte| decoder.push(byte.into())).collect();
@@ -187,7 +187,7 @@ fn plain_text_never_becomes_a_special_token() {
         let ids = tokenizer.encode(HOSTILE).unwrap();
         assert!(specials.iter().all(|id| !ids.contains(id)), "{specials:?} in {ids:?}");
         assert_eq!(tokenizer.decode(&ids), HOSTILE);
-        // Special tokens and ids beyond the vocabulary leave no trace in the text.
+        // Special tokens and unknown ids are not decoded.
         let unknown = tokenizer.vocab_size() as u32 + 5;
         assert_eq!(tokenizer.decode(&[&specials[..], &ids, &[unknown]].concat()), HOSTILE);
         assert_eq!(tokenizer.ends().eos, Some(specials[0]));
@@ -195,7 +195,7 @@ fn plain_text_never_becomes_a_special_token() {
 }
 
 #[test]
-fn files_are_loaded_as_they_were_and_bad_ones_refused() {
+fn files_round_trip_and_invalid_ones_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tokenizer.json");
     assert!(matches!(Tokenizer::load(&path), Err(FormatError::Io { .. })));
@@ -204,11 +204,11 @@ fn files_are_loaded_as_they_were_and_bad_ones_refused() {
         assert_eq!(Tokenizer::load(&path).unwrap().to_json(), tokenizer.to_json());
     }
     for (json, found) in [
-        ("quack", "no JSON"),
-        ("", "no JSON"),
-        ("{}", "other JSON"),
-        (r#"{"type": "word"}"#, "other JSON"),
-        (r#"{"type": "char", "characters": "ba"}"#, "not in order"),
+        ("quack", "not valid JSON"),
+        ("", "not valid JSON"),
+        ("{}", "unexpected JSON"),
+        (r#"{"type": "word"}"#, "unexpected JSON"),
+        (r#"{"type": "char", "characters": "ba"}"#, "out of order"),
     ] {
         std::fs::write(&path, json).unwrap();
         let message = Tokenizer::load(&path).unwrap_err().to_string();
@@ -240,7 +240,7 @@ fn gpt2_ids_are_those_of_the_reference() {
     assert!(cases > 10);
 }
 
-/// Tokenizers of which no number of bytes bounds a token.
+/// Tokenizers with tokens of unlimited length.
 fn unbounded() -> [Tokenizer; 3] {
     let load = |json: serde_json::Value| Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
     let with = |normalizer: serde_json::Value, model: serde_json::Value| {
@@ -262,14 +262,14 @@ fn unbounded() -> [Tokenizer; 3] {
     [with(serde_json::Value::Null, word), with(serde_json::Value::Null, fused.clone()), with(squeeze, fused)]
 }
 
-/// The tokenizer of the Duck that is shipped.
+/// The tokenizer of the model that is shipped with `duck`.
 fn duck() -> Tokenizer {
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../duck/duck.gguf");
     ternary_format::read_model(file.as_ref()).unwrap().tokenizer.unwrap()
 }
 
 #[test]
-fn a_bounded_encoding_is_the_encoding_of_a_text_that_fits() {
+fn a_bounded_encoding_equals_the_encoding_of_a_text_that_fits() {
     let mut tokenizers = vec![Tokenizer::byte(), characters("abcdefghijklmnopqrstuvwxyz .,\n🦆"), duck()];
     tokenizers.extend(unbounded());
     let prose = "the duck swims, and the goose\nwaits. 🦆 ".repeat(4000);
@@ -279,9 +279,9 @@ fn a_bounded_encoding_is_the_encoding_of_a_text_that_fits() {
             for most in [0, 1, 128, 5000, 40_000, 150_000, usize::MAX] {
                 match tokenizer.encode_within(text, most) {
                     Ok(ids) => assert_eq!(ids, whole),
-                    Err(FormatError::TooManyTokens { most: told }) => {
+                    Err(FormatError::TooManyTokens { most: limit }) => {
                         assert!(
-                            told == most && whole.len() > most,
+                            limit == most && whole.len() > most,
                             "tokenizer {i}: {} and {most}",
                             whole.len()
                         );
@@ -291,7 +291,7 @@ fn a_bounded_encoding_is_the_encoding_of_a_text_that_fits() {
             }
         }
     }
-    // A text of any length may be one token.
+    // A text of any length may be a single token.
     for tokenizer in unbounded() {
         assert_eq!(tokenizer.encode_within(&"z".repeat(1_000_000), 4).unwrap().len(), 1);
     }
@@ -312,7 +312,7 @@ fn long_texts_are_refused_without_encoding_them() {
         let ids = template.ids_within(&tokenizer, &messages, true, 128);
         assert!(matches!(ids, Err(FormatError::TooManyTokens { most: 128 })), "{}", messages.len());
     }
-    // What fits, or nearly so, is counted.
+    // Texts that fit, or nearly fit, are encoded.
     for messages in [many(1, "Who are you?"), many(40, "a duck"), many(1, &"duck ".repeat(500))] {
         let whole = template.ids(&tokenizer, &messages, true).unwrap();
         assert_eq!(template.ids_within(&tokenizer, &messages, true, 128).unwrap(), whole);

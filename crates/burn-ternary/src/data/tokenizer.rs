@@ -212,11 +212,11 @@ mod tests {
         assert!(matches!(load(&path), Err(DataError::Read { .. })));
         let hole = r#"{"model": {"type": "BPE", "vocab": {"a": 0, "b": 9}, "merges": []}}"#;
         for (json, found) in [
-            ("quack", "no JSON"),
-            ("", "no JSON"),
-            ("{}", "other JSON"),
-            (r#"{"type": "word"}"#, "other JSON"),
-            (r#"{"type": "char", "characters": "ba"}"#, "not in order"),
+            ("quack", "not valid JSON"),
+            ("", "not valid JSON"),
+            ("{}", "unexpected JSON"),
+            (r#"{"type": "word"}"#, "unexpected JSON"),
+            (r#"{"type": "char", "characters": "ba"}"#, "out of order"),
             (hole, "tokens with ids up to 9"),
         ] {
             fs::write(&path, json).unwrap();

@@ -1,4 +1,18 @@
-//! Decisions between two things, coded at the cost of their probabilities, and what learns these probabilities.
+//! Binary entropy coding with rANS, and the adaptive bit models that provide its probabilities.
+//!
+//! [`Coder`] codes one decision with a given probability. [`Encoder`] and [`Decoder`] implement it, so that a format
+//! is written once, as a function over `impl Coder`:
+//!
+//! ```text
+//! encoder.decide(x, p)       records x, returns x
+//! decoder.decide(_, p)       ignores its argument, returns the x that was recorded
+//! ```
+//!
+//! A decision costs `-log2 p(x)` bits. [`BitModel`] learns `p` from the decisions before, in both directions alike.
+//! See the [module](super) for the exact arithmetic.
+//!
+//! rANS is a stack: it returns the last recorded decision first. So the encoder collects all decisions of a chunk,
+//! and codes them from the last to the first. Models run forward, before that.
 
 use constriction::stream::{
     Decode, Encode,
@@ -10,47 +24,49 @@ use std::{borrow::Borrow, num::NonZeroU32};
 /// Bits of a probability in fixed point.
 const PRECISION: usize = 16;
 
-/// The least probability of anything, 1/256: nothing is free, so that a stream says no more than its length allows.
-const LEAST: u32 = 1 << (PRECISION - 8);
+/// Smallest probability, 1/256. Even a certain decision costs 0.0056 bits, so that the length of a stream bounds its
+/// number of decisions.
+const MIN_PROBABILITY: u32 = 1 << (PRECISION - 8);
 
-/// The state of rANS before the first decision is put in, large enough for every decision to change it: by at least a
-/// 254th of a bit.
-const START: u64 = 1 << PRECISION;
+/// State of rANS before the first decision. It is large enough that every decision changes it, by at least 1/254 of a
+/// bit.
+const INITIAL_STATE: u64 = 1 << PRECISION;
 
-/// Whether a stream of so many bytes can hold so many decisions.
-pub(super) fn can_hold(bytes: usize, decisions: usize) -> bool {
+/// Returns whether `bytes` bytes can encode `decisions` decisions.
+pub(super) fn can_encode(bytes: usize, decisions: usize) -> bool {
     decisions / (8 * 256) <= bytes
 }
 
-/// Codes decisions. One function written against it both packs and unpacks: an encoder gives back the decision that
-/// it was told, a decoder the one that it found.
+/// Codes decisions, in either direction. An encoder returns its argument; a decoder ignores it and returns the
+/// decision that it reads.
 pub(super) trait Coder {
-    /// `p`: the probability of `true` in 1/65536.
+    /// Codes one decision. `p` is the probability of `true` in units of 1/65536.
     fn decide(&mut self, decision: bool, p: u32) -> bool;
 }
 
-/// Collects decisions; rANS gives out last what was put in first, so they are coded from the last on.
+/// Collects decisions. They are coded by [`finish`](Self::finish), from the last to the first.
 #[derive(Default)]
 pub(super) struct Encoder {
-    /// `p << 1 | decision`
+    /// `p << 1 | decision`.
     decisions: Vec<u32>,
 }
 
 impl Coder for Encoder {
     #[inline(always)]
     fn decide(&mut self, decision: bool, p: u32) -> bool {
-        self.decisions.push(p.clamp(LEAST, (1 << PRECISION) - LEAST) << 1 | u32::from(decision));
+        self.decisions
+            .push(p.clamp(MIN_PROBABILITY, (1 << PRECISION) - MIN_PROBABILITY) << 1 | u32::from(decision));
         decision
     }
 }
 
 impl Encoder {
-    /// The coded decisions.
+    /// Codes all decisions. Trailing zero bytes are dropped: the decoder pads to whole words.
     pub fn finish(self) -> Vec<u8> {
-        let mut coder = DefaultAnsCoder::from_raw_parts(Vec::new(), START);
+        let mut coder = DefaultAnsCoder::from_raw_parts(Vec::new(), INITIAL_STATE);
         for packed in self.decisions.into_iter().rev() {
             let Ok(()) = coder.encode_symbol(packed & 1 == 1, Bernoulli(packed >> 1)) else {
-                unreachable!("both decisions have a probability and memory takes all words");
+                unreachable!("both decisions have a nonzero probability, and the buffer grows");
             };
         }
         let Ok(words) = coder.into_compressed();
@@ -62,19 +78,20 @@ impl Encoder {
     }
 }
 
-/// Gives out decisions.
+/// Reads decisions from a stream.
 pub(super) struct Decoder(DefaultAnsCoder);
 
 impl Coder for Decoder {
     #[inline(always)]
     fn decide(&mut self, _: bool, p: u32) -> bool {
-        let Ok(decision) = self.0.decode_symbol(Bernoulli(p.clamp(LEAST, (1 << PRECISION) - LEAST)));
+        let Ok(decision) =
+            self.0.decode_symbol(Bernoulli(p.clamp(MIN_PROBABILITY, (1 << PRECISION) - MIN_PROBABILITY)));
         decision
     }
 }
 
 impl Decoder {
-    /// `None`: bytes that no [`Encoder`] wrote.
+    /// Opens a stream; `None` for bytes that no [`Encoder`] writes.
     pub fn new(bytes: &[u8]) -> Option<Self> {
         let word = |bytes: &[u8]| {
             let mut word = [0; 4];
@@ -84,21 +101,21 @@ impl Decoder {
         DefaultAnsCoder::from_compressed(bytes.chunks(4).map(word).collect()).ok().map(Self)
     }
 
-    /// Whether every bit was used, as after the last decision of an [`Encoder`].
+    /// Returns whether the stream ends here, as after the last decision of its [`Encoder`].
     pub fn finished(self) -> bool {
         let (words, state) = self.0.into_raw_parts();
-        words.is_empty() && state == START
+        words.is_empty() && state == INITIAL_STATE
     }
 }
 
-/// The probability of `true` in 1/65536: neither 0 nor 65536.
+/// The probability of `true` in units of 1/65536, neither 0 nor 65536.
 #[derive(Clone, Copy)]
 struct Bernoulli(u32);
 
 impl Bernoulli {
-    /// Start and length of the part of 0..65536 that stands for a decision.
+    /// Start and length of the interval of 0..65536 that encodes a decision.
     #[inline(always)]
-    fn part(self, decision: bool) -> (u32, NonZeroU32) {
+    fn interval(self, decision: bool) -> (u32, NonZeroU32) {
         let (start, length) = if decision { (0, self.0) } else { (self.0, (1 << PRECISION) - self.0) };
         (start, NonZeroU32::new(length).unwrap_or(NonZeroU32::MIN))
     }
@@ -112,7 +129,7 @@ impl EntropyModel<PRECISION> for Bernoulli {
 impl EncoderModel<PRECISION> for Bernoulli {
     #[inline(always)]
     fn left_cumulative_and_probability(&self, decision: impl Borrow<bool>) -> Option<(u32, NonZeroU32)> {
-        Some(self.part(*decision.borrow()))
+        Some(self.interval(*decision.borrow()))
     }
 }
 
@@ -120,20 +137,22 @@ impl DecoderModel<PRECISION> for Bernoulli {
     #[inline(always)]
     fn quantile_function(&self, quantile: u32) -> (bool, u32, NonZeroU32) {
         let decision = quantile < self.0;
-        let (start, length) = self.part(decision);
+        let (start, length) = self.interval(decision);
         (decision, start, length)
     }
 }
 
-/// A probability that is learned: at first the mean of what was seen, with a half of each decision beforehand, then a
-/// mean of about the last [`MEMORY`](Self::MEMORY).
+/// An adaptive bit model: the estimated probability of a decision.
+///
+/// At first it is the mean of the decisions seen, plus half a decision of each kind. Once it has seen
+/// [`MAX_COUNT`](Self::MAX_COUNT) decisions, it becomes an exponential moving average over about that many.
 #[derive(Clone, Copy)]
-pub(super) struct Chance(u32);
+pub(super) struct BitModel(u32);
 
-impl Chance {
-    /// Decisions that a mean is over at most.
-    const MEMORY: u32 = 1023;
-    /// `65536 / (n + 3/2)`
+impl BitModel {
+    /// Maximum count, that is the length of the average.
+    const MAX_COUNT: u32 = 1023;
+    /// Learning rates: `65536 / (n + 3/2)` after `n` decisions.
     const RATES: [u32; 1024] = {
         let mut rates = [0; 1024];
         let mut n = 0;
@@ -143,36 +162,37 @@ impl Chance {
         }
         rates
     };
-    /// Nothing is known.
+    /// Probability 1/2, no decisions seen.
     pub const EVEN: Self = Self::new(1 << (PRECISION - 1), 0);
 
-    /// `p` in 1/65536, as if from `seen` decisions, at most [`MEMORY`](Self::MEMORY).
+    /// Probability `p` in units of 1/65536, weighted like `seen` decisions, at most [`MAX_COUNT`](Self::MAX_COUNT).
     pub const fn new(p: u32, seen: u32) -> Self {
         Self(p << 16 | seen)
     }
 
-    /// Of `true`, in 1/65536.
+    /// The probability of `true`, in units of 1/65536.
     #[inline(always)]
     pub fn p(self) -> u32 {
         self.0 >> 16
     }
 
-    /// A mean over at most `memory` decisions.
+    /// Learns a decision. The average is over at most `limit` decisions.
     #[inline(always)]
-    pub fn learn_within(&mut self, decision: bool, memory: u32) {
-        // 22 bits of probability above 10 bits of count.
+    pub fn learn_with_limit(&mut self, decision: bool, limit: u32) {
+        // Bit layout: 22 bits of probability, then 10 bits of count.
         let (p, seen) = (self.0 >> 10, self.0 & 1023);
         let target = if decision { (1i64 << 22) - 1 } else { 0 };
         let change = ((target - i64::from(p)) * i64::from(Self::RATES[seen as usize])) >> 16;
-        self.0 = ((i64::from(p) + change) as u32) << 10 | (seen + 1).min(memory);
+        self.0 = ((i64::from(p) + change) as u32) << 10 | (seen + 1).min(limit);
     }
 
+    /// Learns a decision.
     #[inline(always)]
     pub fn learn(&mut self, decision: bool) {
-        self.learn_within(decision, Self::MEMORY);
+        self.learn_with_limit(decision, Self::MAX_COUNT);
     }
 
-    /// Codes a decision and learns it.
+    /// Codes a decision, and learns it.
     #[inline(always)]
     pub fn decide(&mut self, coder: &mut impl Coder, decision: bool) -> bool {
         let decision = coder.decide(decision, self.p());
@@ -181,27 +201,28 @@ impl Chance {
     }
 }
 
-/// Codes the lowest `bits` bits of a number, from the highest on, each with a chance for all that is before it.
+/// Codes the lowest `bits` bits of a number with a bit tree: from the highest bit to the lowest, with one bit model
+/// per prefix.
 ///
 /// # Shapes
-/// chances `[2^bits]`
+/// models `[2^bits]`
 #[inline(always)]
-pub(super) fn number(coder: &mut impl Coder, chances: &mut [Chance], bits: u32, value: u32) -> u32 {
+pub(super) fn bit_tree(coder: &mut impl Coder, models: &mut [BitModel], bits: u32, value: u32) -> u32 {
     let mut found = 1;
     for bit in (0..bits).rev() {
-        let one = chances[found as usize].decide(coder, value >> bit & 1 == 1);
+        let one = models[found as usize].decide(coder, value >> bit & 1 == 1);
         found = found << 1 | u32::from(one);
     }
     found - (1 << bits)
 }
 
-/// `65536 / (1 + e^-x)` at `x` from -8 to 8 in steps of a half.
+/// `65536 / (1 + e^-x)` at `x` from -8 to 8 in steps of 1/2.
 const LOGISTIC: [i32; 33] = [
     22, 36, 60, 98, 162, 267, 439, 720, 1179, 1921, 3108, 4971, 7812, 11955, 17625, 24743, 32768, 40793,
     47911, 53581, 57724, 60565, 62428, 63615, 64357, 64816, 65097, 65269, 65374, 65438, 65476, 65500, 65514,
 ];
 
-/// The probability of odds `e^(x / 256)`, in 1/65536: [`LOGISTIC`] and straight lines between.
+/// The probability of log-odds `x / 256`, in units of 1/65536, interpolated linearly in [`LOGISTIC`].
 #[inline(always)]
 pub(super) const fn squash(x: i32) -> u32 {
     let x = if x < -2047 {
@@ -215,7 +236,7 @@ pub(super) const fn squash(x: i32) -> u32 {
     ((LOGISTIC[i] * (128 - rest) + LOGISTIC[i + 1] * rest) >> 7) as u32
 }
 
-/// The inverse of [`squash`], by the upper 12 bits of a probability.
+/// The inverse of [`squash`], by the upper 12 bits of the probability.
 static STRETCH: [i16; 4096] = {
     let mut table = [2047; 4096];
     let (mut x, mut next) = (-2047, 0);
@@ -230,7 +251,7 @@ static STRETCH: [i16; 4096] = {
     table
 };
 
-/// `256 ln(p / (1 - p))`
+/// Log-odds of a probability: `256 ln(p / (1 - p))`.
 #[inline(always)]
 pub(super) fn stretch(p: u32) -> i32 {
     i32::from(STRETCH[(p >> 4) as usize])
@@ -242,7 +263,7 @@ mod tests {
     use rand::{Rng, SeedableRng, rngs::StdRng};
 
     #[test]
-    fn decisions_come_back_at_the_cost_of_their_probabilities() {
+    fn decisions_round_trip_at_the_cost_of_their_probabilities() {
         let mut rng = StdRng::seed_from_u64(1);
         for n in [0, 1, 2, 31, 100_000] {
             let decisions: Vec<(bool, u32)> = (0..n)
@@ -255,11 +276,12 @@ mod tests {
             let mut bits = 0.0;
             for &(decision, p) in &decisions {
                 assert_eq!(encoder.decide(decision, p), decision);
-                let p = f64::from(p.clamp(LEAST, (1 << PRECISION) - LEAST)) / f64::from(1 << PRECISION);
+                let p = f64::from(p.clamp(MIN_PROBABILITY, (1 << PRECISION) - MIN_PROBABILITY))
+                    / f64::from(1 << PRECISION);
                 bits -= if decision { p } else { 1.0 - p }.log2();
             }
             let bytes = encoder.finish();
-            assert!(can_hold(bytes.len(), n));
+            assert!(can_encode(bytes.len(), n));
             assert!(
                 (bytes.len() as f64) < bits / 8.0 * 1.001 + 4.0,
                 "{n}: {} bytes, {bits} bits",
@@ -274,28 +296,28 @@ mod tests {
     }
 
     #[test]
-    fn what_is_certain_is_not_free() {
+    fn certain_decisions_are_not_free() {
         for n in [10, 1000, 1_000_000] {
             for (decision, p) in [(true, 1 << PRECISION), (false, 0)] {
                 let mut encoder = Encoder::default();
                 (0..n).for_each(|_| assert_eq!(encoder.decide(decision, p), decision));
                 let bytes = encoder.finish().len();
-                assert!(can_hold(bytes, n) && bytes <= 4 + n / 1000, "{n}: {bytes}");
+                assert!(can_encode(bytes, n) && bytes <= 4 + n / 1000, "{n}: {bytes}");
             }
         }
     }
 
     #[test]
-    fn chances_are_means_and_stay_within_their_bits() {
-        let mut chance = Chance::EVEN;
+    fn bit_models_converge_to_means_and_stay_within_their_bits() {
+        let mut model = BitModel::EVEN;
         for n in 1..1000u32 {
-            chance.learn(n.is_multiple_of(4));
+            model.learn(n.is_multiple_of(4));
         }
-        assert!((f64::from(chance.p()) / 65536.0 - 0.25).abs() < 0.01);
+        assert!((f64::from(model.p()) / 65536.0 - 0.25).abs() < 0.01);
         for decision in [true, false] {
-            (0..100_000).for_each(|_| chance.learn(decision));
-            assert_eq!(chance.p() > 1 << 15, decision);
-            assert_eq!(chance.0 & 1023, Chance::MEMORY);
+            (0..100_000).for_each(|_| model.learn(decision));
+            assert_eq!(model.p() > 1 << 15, decision);
+            assert_eq!(model.0 & 1023, BitModel::MAX_COUNT);
         }
     }
 

@@ -1,4 +1,18 @@
-//! [`RunLock`]: one writer a run folder.
+//! [`RunLock`]: at most one writer per run folder.
+//!
+//! ```text
+//! acquire:  create the folder
+//!           loop:  open `run.lock` (create it, follow no link)
+//!                  try to lock it exclusively            locked elsewhere: error with the id in the file
+//!                  is the open file still at its path?   no: the folder was moved meanwhile, try again
+//!           write the process id, remove leftovers of killed processes
+//! drop:     truncate the file; closing it releases the lock
+//! ```
+//!
+//! The lock is a lock of the operating system, not the existence of the file: it ends with its process, however that
+//! ends, so there are no stale locks. The file is never removed, because a process could then lock a file that is no
+//! longer reachable while another locks a new one of the same name. For the same reason, `acquire` compares device
+//! and inode after locking.
 
 use super::{open_in_place, parent, remove_leftovers};
 use std::{
@@ -8,40 +22,53 @@ use std::{
     process,
 };
 
-/// The file that is locked in a run folder.
+/// Name of the locked file in a run folder.
 pub const LOCK: &str = "run.lock";
 
-/// The right to write a run folder, which one process has at a time: an exclusive lock on `run.lock`.
+/// The exclusive right to write a run folder: a lock on its file `run.lock`.
 ///
-/// The system releases the lock when its process ends, however it ends. The file stays, empty, and is never moved nor
-/// removed, so that whoever opens it meets the same lock. Readers need none.
+/// The system releases the lock when the process ends, in any way. The file stays, empty, and is never moved or
+/// removed, so that every process locks the same file. Readers need no lock.
 #[derive(Debug)]
 pub struct RunLock {
     file: File,
     path: PathBuf,
 }
 
-/// Why a run folder may not be written.
+/// Why a run folder cannot be locked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LockError {
-    /// Another process, or another run of this one, writes the folder.
+    /// Another process, or another run of this process, has locked the folder.
     #[error(
-        "{}: expected a run folder that no other process writes, found one in use by {}; wait for it, stop it, or choose \
+        "{}: the run folder is locked by {}, expected one that is not in use: wait for that process, stop it, or choose \
          another run.name or run.seed",
         folder.display(),
         process.map_or("another process".into(), |id| format!("process {id}"))
     )]
-    Held { folder: PathBuf, process: Option<u32> },
+    Held {
+        /// The run folder.
+        folder: PathBuf,
+        /// Id of the process that holds the lock, if it is known.
+        process: Option<u32>,
+    },
+    /// The folder or its lock file cannot be written.
     #[error("{}: cannot write: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
+    Io {
+        /// The folder or file.
+        path: PathBuf,
+        /// The error of the operating system.
+        source: io::Error,
+    },
 }
 
 impl RunLock {
-    /// Locks a run folder, which is created where it is missing, and removes what killed processes left in it.
+    /// Locks a run folder, creating it if it is missing, and removes the scratch files that killed processes left in
+    /// it.
     ///
     /// # Errors
-    /// `Held`; `Io`: the folder or the file cannot be made, or the file system has no locks.
+    /// `Held`: another run uses the folder. `Io`: the folder or file cannot be created, or the file system has no
+    /// locks.
     pub fn acquire(folder: &Path) -> Result<Self, LockError> {
         let at = |path: &Path| {
             let path = path.to_path_buf();
@@ -60,7 +87,7 @@ impl RunLock {
                 }
                 Err(TryLockError::Error(source)) => return Err(at(&path)(source)),
             }
-            // Somebody may have moved the folder between the two calls.
+            // The folder may have been moved between opening and locking the file.
             if is_at(&file, &path) {
                 let written = file.set_len(0).and_then(|()| writeln!(file, "{}", process::id()));
                 written.and_then(|()| remove_leftovers(folder)).map_err(at(&path))?;
@@ -69,7 +96,7 @@ impl RunLock {
         }
     }
 
-    /// Locks the folder of `path` where it is a run folder that was ever locked.
+    /// Locks the folder of `path` if it is a run folder: one with an experiment that was locked before.
     ///
     /// # Errors
     /// As [`acquire`](Self::acquire).
@@ -79,7 +106,7 @@ impl RunLock {
         is_run.then(|| Self::acquire(folder)).transpose()
     }
 
-    /// Whether the locked file is still that of the folder: nobody moved or removed the folder since.
+    /// Returns whether the locked file is still at its path: the folder was neither moved nor removed.
     pub fn is_in_place(&self) -> bool {
         is_at(&self.file, &self.path)
     }
@@ -87,19 +114,19 @@ impl RunLock {
 
 impl Drop for RunLock {
     fn drop(&mut self) {
-        // Nobody's from now on; where this fails, the next owner writes over it.
+        // The file then names no process. If this fails, the next owner overwrites the id.
         let _ = self.file.set_len(0);
     }
 }
 
-/// The process that wrote its id into the file.
+/// The process id in the file.
 fn owner(file: &File) -> Option<u32> {
     let mut text = String::new();
     file.take(16).read_to_string(&mut text).ok()?;
     text.trim().parse().ok()
 }
 
-/// Whether `file` is what `path` names.
+/// Returns whether `path` names the open `file`.
 fn is_at(file: &File, path: &Path) -> bool {
     #[cfg(unix)]
     {
@@ -110,7 +137,7 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
     #[cfg(not(unix))]
     {
-        // A folder with an open file cannot be moved.
+        // Windows does not move a folder that contains an open file.
         let _ = (file, path);
         true
     }
@@ -140,14 +167,14 @@ mod tests {
         assert!(RunLock::of_file(&home.path().join("x.gguf")).unwrap().is_none());
         drop(lock);
         assert_eq!(read(&folder.join(LOCK)).unwrap(), b"");
-        // What a killed process leaves: its id, and no lock.
+        // A killed process leaves its id, and no lock.
         fs::write(folder.join(LOCK), "4294967295\n").unwrap();
         drop(RunLock::acquire(&folder).unwrap());
     }
 
     #[cfg(unix)]
     #[test]
-    fn a_lock_does_not_go_to_a_folder_that_took_the_place_of_its_own() {
+    fn a_lock_does_not_extend_to_a_folder_that_replaced_its_own() {
         let home = tempfile::tempdir().unwrap();
         let folder = home.path().join("run");
         let lock = RunLock::acquire(&folder).unwrap();
@@ -156,7 +183,7 @@ mod tests {
         assert!(!lock.is_in_place());
         let other = RunLock::acquire(&folder).unwrap();
         assert!(!lock.is_in_place() && other.is_in_place());
-        // A link in place of the lock file is replaced.
+        // A symbolic link at the path of the lock file is replaced.
         drop(other);
         write(&home.path().join("mine"), b"mine").unwrap();
         fs::remove_file(folder.join(LOCK)).unwrap();

@@ -1,9 +1,20 @@
-//! How this workspace reads and writes files, and who may write a run folder.
+//! Reading files, atomic writes, and locks of run folders. All crates of the workspace use this module.
 //!
-//! Inputs are plain files, or links to such: FIFOs, sockets and devices are refused at once, and no more is read than
-//! the metadata of a file say. Outputs appear whole or not at all: they are written under a random scratch name beside
-//! their own, synced, renamed, and then their folder is synced. A plain file or a link is replaced, the link itself and
-//! never its target; anything else is an error.
+//! Inputs are regular files, or links to them. FIFOs, sockets and devices are refused at once, and no more bytes are
+//! read than the metadata of the file report.
+//!
+//! Outputs appear completely or not at all:
+//!
+//! ```text
+//! write to <folder>/.ternary-XXXXXXXXXXXX.partial      random name, locked while it is written
+//! sync the file
+//! rename it to its final name                          readers see the old file or the new one
+//! sync the folder                                      the name survives a power failure
+//! ```
+//!
+//! An existing regular file is replaced. A link is replaced itself; its target is never changed. Anything else at the
+//! path is an error. Scratch files of killed processes are removed by the next write into the folder, once they are
+//! unlocked and ten minutes old.
 
 mod lock;
 
@@ -17,53 +28,54 @@ use std::{
 };
 use tempfile::{Builder, TempDir, TempPath};
 
-/// Scratch names are this, [`RANDOM`] letters and digits, and [`SUFFIX`].
+/// Scratch files are named by this prefix, [`RANDOM_CHARS`] letters and digits, and [`SUFFIX`].
 const PREFIX: &str = ".ternary-";
 const SUFFIX: &str = ".partial";
-const RANDOM: usize = 12;
-/// The age at which a scratch file that nobody has locked is taken for that of a process that was killed.
+const RANDOM_CHARS: usize = 12;
+/// Age after which an unlocked scratch file belongs to a killed process. A new one is unlocked for a moment.
 const ABANDONED: Duration = Duration::from_secs(600);
 
-/// Opens a plain file for reading.
+/// Opens a regular file for reading.
 ///
 /// # Errors
-/// What the file system says; `InvalidInput`: not a plain file (`IsADirectory`: a folder).
+/// Those of the file system. `InvalidInput`: not a regular file (`IsADirectory`: a folder).
 pub fn open(path: &Path) -> io::Result<File> {
     expect_plain(&fs::metadata(path)?)?;
     let mut options = File::options();
-    // Should it have become a FIFO since, opening does not wait for its other end.
+    // The path may name a FIFO by now: a non-blocking open does not wait for its writer.
     let file = with_flags(options.read(true), Flags::NonBlocking).open(path)?;
     expect_plain(&file.metadata()?)?;
     Ok(file)
 }
 
-/// The bytes of a plain file.
+/// Reads a regular file.
 ///
 /// # Errors
 /// As [`open`].
 pub fn read(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    limited(path)?.read_to_end(&mut bytes)?;
+    open_limited(path)?.read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
-/// The text of a plain file.
+/// Reads a regular text file.
 ///
 /// # Errors
-/// As [`open`]; `InvalidData`: not UTF-8.
+/// As [`open`]. `InvalidData`: not UTF-8.
 pub fn read_to_string(path: &Path) -> io::Result<String> {
     let mut text = String::new();
-    limited(path)?.read_to_string(&mut text)?;
+    open_limited(path)?.read_to_string(&mut text)?;
     Ok(text)
 }
 
-fn limited(path: &Path) -> io::Result<impl Read> {
+/// Opens a file up to the length that its metadata report, so that a growing file ends.
+fn open_limited(path: &Path) -> io::Result<impl Read> {
     let file = open(path)?;
     let length = file.metadata()?.len();
     Ok(file.take(length))
 }
 
-/// What is at a path, in words: a plain file, a folder, a symbolic link, a FIFO, a socket or a device.
+/// Describes what is at a path: a plain file, a folder, a symbolic link, a FIFO, a socket or a device.
 pub fn kind(metadata: &Metadata) -> &'static str {
     let kind = metadata.file_type();
     #[cfg(unix)]
@@ -93,8 +105,8 @@ fn expect_plain(metadata: &Metadata) -> io::Result<()> {
     Err(io::Error::new(error, format!("expected a plain file, found {}", kind(metadata))))
 }
 
-/// A file that appears under its name, replacing what was there, when it is committed. Dropped before that, it leaves
-/// nothing behind.
+/// A file in the process of an atomic write. [`commit`](Self::commit) gives it its name, replacing an existing file.
+/// Dropping it before leaves nothing behind.
 pub struct NewFile {
     file: BufWriter<File>,
     scratch: TempPath,
@@ -102,10 +114,10 @@ pub struct NewFile {
 }
 
 impl NewFile {
-    /// Opens a scratch file beside `path`.
+    /// Opens a scratch file in the folder of `path`.
     ///
     /// # Errors
-    /// What the file system says; `InvalidInput` or `IsADirectory`: at `path` is neither a plain file nor a link; `NotFound`: the
+    /// Those of the file system. `InvalidInput` or `IsADirectory`: `path` is neither a regular file nor a link. `NotFound`: the
     /// folder of `path` does not exist.
     pub fn create(path: &Path) -> io::Result<Self> {
         match metadata_of_entry(path)? {
@@ -114,23 +126,23 @@ impl NewFile {
         }
         let folder = parent(path);
         remove_abandoned(folder);
-        let new = scratch().make_in(folder, |scratch| File::create_new(scratch)).map_err(|error| {
+        let new = scratch_builder().make_in(folder, |scratch| File::create_new(scratch)).map_err(|error| {
             if error.kind() != io::ErrorKind::NotFound {
                 return error;
             }
-            // Not the scratch name, which nobody asked for.
+            // The error of the system would name the scratch file, which the user does not know.
             io::Error::new(error.kind(), format!("the folder {} does not exist", folder.display()))
         })?;
         let (file, scratch) = new.into_parts();
-        // For `remove_abandoned`; without a lock it stays, too.
+        // Protects the file from `remove_abandoned`. On a file system without locks, only its age does.
         let _ = file.try_lock();
         Ok(Self { file: BufWriter::new(file), scratch, path: path.into() })
     }
 
-    /// Gives the file its name, once its bytes are on the disk.
+    /// Syncs the file and renames it to its final name.
     ///
     /// # Errors
-    /// What the file system says.
+    /// Those of the file system.
     pub fn commit(self) -> io::Result<()> {
         self.file.into_inner()?.sync_all()?;
         self.scratch.persist(&self.path)?;
@@ -154,7 +166,7 @@ impl Seek for NewFile {
     }
 }
 
-/// Writes a whole file, or replaces one.
+/// Writes a whole file atomically, replacing an existing one.
 ///
 /// # Errors
 /// As [`NewFile`].
@@ -164,8 +176,8 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.commit()
 }
 
-/// A [`NewFile`] with the errors of model files.
-pub(crate) fn replace(
+/// An atomic write with the errors of model files.
+pub(crate) fn atomic_write(
     path: &Path,
     write: impl FnOnce(&mut NewFile) -> Result<(), FormatError>,
 ) -> Result<(), FormatError> {
@@ -174,38 +186,40 @@ pub(crate) fn replace(
     file.commit().map_err(FormatError::io(path))
 }
 
-/// Writes a file that is not there yet, as those of a [`NewFolder`], and syncs it.
+/// Writes and syncs a file that does not exist yet, such as one in a [`NewFolder`].
 ///
 /// # Errors
-/// What the file system says; `AlreadyExists`.
+/// Those of the file system. `AlreadyExists`.
 pub fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create_new(path)?;
     file.write_all(bytes)?;
     file.sync_all()
 }
 
-/// A folder that appears under its name when it is committed. Dropped before that, it leaves nothing behind.
+/// A folder in the process of an atomic write. [`commit`](Self::commit) gives it its name. Dropping it before leaves
+/// nothing behind.
 pub struct NewFolder {
     scratch: TempDir,
     path: PathBuf,
-    /// Locked for [`remove_abandoned`], where the system has locks of folders.
+    /// Protects the folder from [`remove_abandoned`], on systems that can lock folders.
     _lock: Option<File>,
 }
 
 impl NewFolder {
-    /// Creates a scratch folder beside `path`, and the folders above it where they are missing.
+    /// Creates a scratch folder next to `path`, and missing parent folders.
     ///
     /// # Errors
-    /// What the file system says; `AlreadyExists`: there is something at `path`.
+    /// Those of the file system. `AlreadyExists`: `path` exists.
     pub fn create(path: &Path) -> io::Result<Self> {
-        expect_nothing(path)?;
+        expect_vacant(path)?;
         Self::successor(path)
     }
 
-    /// The same for a folder whose place is made free before [`commit`](Self::commit).
+    /// Creates a scratch folder for a `path` that still exists. The caller must remove or rename the old folder
+    /// before [`commit`](Self::commit).
     ///
     /// # Errors
-    /// What the file system says.
+    /// Those of the file system.
     pub fn successor(path: &Path) -> io::Result<Self> {
         fs::create_dir_all(parent(path))?;
         remove_abandoned(parent(path));
@@ -214,38 +228,39 @@ impl NewFolder {
         Ok(Self { scratch, path: path.into(), _lock: lock })
     }
 
-    /// Where its files go; they are synced by whoever writes them.
+    /// The folder to write files to. The writer of each file must sync it.
     pub fn scratch(&self) -> &Path {
         self.scratch.path()
     }
 
-    /// Gives the folder its name.
+    /// Renames the folder to its final name.
     ///
     /// # Errors
-    /// What the file system says; `AlreadyExists`.
+    /// Those of the file system. `AlreadyExists`.
     pub fn commit(self) -> io::Result<()> {
         sync_folder(self.scratch.path())?;
-        expect_nothing(&self.path)?;
+        expect_vacant(&self.path)?;
         fs::rename(self.scratch.path(), &self.path)?;
         let _ = self.scratch.keep();
         sync_folder(parent(&self.path))
     }
 }
 
-/// Removes a folder, or a link to one: killed at any point, no half of it is left under its name.
+/// Removes a folder, or a link to one. It is renamed first, so a killed process never leaves half of it under its
+/// name.
 ///
 /// # Errors
-/// What the file system says.
+/// Those of the file system.
 pub fn remove_folder(path: &Path) -> io::Result<()> {
     let scratch = scratch_folder(parent(path))?;
     fs::rename(path, scratch.path().join("removed"))?;
     scratch.close()
 }
 
-/// Removes the scratch files and folders that killed processes left in a folder that nobody else writes.
+/// Removes scratch files and folders of killed processes. No other process may write to the folder; see [`RunLock`].
 ///
 /// # Errors
-/// What the file system says.
+/// Those of the file system.
 pub fn remove_leftovers(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
@@ -260,14 +275,14 @@ fn remove(entry: &DirEntry) -> io::Result<()> {
     if entry.file_type()?.is_dir() { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) }
 }
 
-/// Removes scratch files and folders that killed processes left in a folder that others may write: those that are old and not
-/// locked. What cannot be removed stays.
+/// Removes scratch files and folders of killed processes from a folder that other processes may write to: those that
+/// are old and unlocked. Errors are ignored.
 fn remove_abandoned(folder: &Path) {
     let abandoned = |entry: &DirEntry| {
         let is_ours = entry.file_name().to_str().is_some_and(is_scratch);
-        // A new one is made before it is locked.
+        // A scratch file exists for a moment before its owner locks it.
         let is_old = || entry.metadata().ok()?.modified().ok()?.elapsed().ok().map(|age| age > ABANDONED);
-        // Nobody else writes under these names, so a link there is no file of ours.
+        // No writer creates a link under such a name, so a link is not ours.
         let is_free = || open_in_folder(&entry.path()).is_ok_and(|file| file.try_lock().is_ok());
         is_ours && is_old() == Some(true) && is_free()
     };
@@ -276,37 +291,39 @@ fn remove_abandoned(folder: &Path) {
     }
 }
 
-/// Opens a file or a folder for its lock, and nothing through a link.
+/// Opens a file or folder to lock it, without following a link.
 fn open_in_folder(path: &Path) -> io::Result<File> {
     with_flags(File::options().read(true), Flags::InPlace).open(path)
 }
 
 fn is_scratch(name: &str) -> bool {
     let random = name.strip_prefix(PREFIX).and_then(|name| name.strip_suffix(SUFFIX));
-    random.is_some_and(|random| random.len() == RANDOM && random.bytes().all(|b| b.is_ascii_alphanumeric()))
+    random.is_some_and(|random| {
+        random.len() == RANDOM_CHARS && random.bytes().all(|b| b.is_ascii_alphanumeric())
+    })
 }
 
-fn scratch() -> Builder<'static, 'static> {
+fn scratch_builder() -> Builder<'static, 'static> {
     let mut builder = Builder::new();
-    builder.prefix(PREFIX).suffix(SUFFIX).rand_bytes(RANDOM);
+    builder.prefix(PREFIX).suffix(SUFFIX).rand_bytes(RANDOM_CHARS);
     builder
 }
 
 fn scratch_folder(parent: &Path) -> io::Result<TempDir> {
-    let mut builder = scratch();
+    let mut builder = scratch_builder();
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // As any new folder: less what the umask takes away.
+        // The permissions of any new folder; the umask applies.
         builder.permissions(fs::Permissions::from_mode(0o777));
     }
     builder.tempdir_in(parent)
 }
 
-/// Opens a file of a run folder where it is, to go on writing it. A link is removed and never followed.
+/// Opens a file of a run folder to continue it, such as a log. A link is removed, never followed.
 ///
 /// # Errors
-/// What the file system says; `InvalidInput` or `IsADirectory`: at `path` is neither a plain file nor a link.
+/// Those of the file system. `InvalidInput` or `IsADirectory`: `path` is neither a regular file nor a link.
 pub fn open_in_place(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     match metadata_of_entry(path)? {
         Some(entry) if entry.is_symlink() => fs::remove_file(path)?,
@@ -319,8 +336,9 @@ pub fn open_in_place(path: &Path, options: &mut OpenOptions) -> io::Result<File>
 }
 
 enum Flags {
+    /// Opening a FIFO does not block.
     NonBlocking,
-    /// Not through a link, either.
+    /// In addition, links are not followed.
     InPlace,
 }
 
@@ -340,7 +358,7 @@ fn with_flags(options: &mut OpenOptions, flags: Flags) -> &mut OpenOptions {
     }
 }
 
-/// What is at `path` itself, not what a link there names.
+/// Metadata of `path` itself, without following a link; `None` if it does not exist.
 fn metadata_of_entry(path: &Path) -> io::Result<Option<Metadata>> {
     match fs::symlink_metadata(path) {
         Ok(metadata) => Ok(Some(metadata)),
@@ -349,7 +367,7 @@ fn metadata_of_entry(path: &Path) -> io::Result<Option<Metadata>> {
     }
 }
 
-fn expect_nothing(path: &Path) -> io::Result<()> {
+fn expect_vacant(path: &Path) -> io::Result<()> {
     match metadata_of_entry(path)? {
         None => Ok(()),
         Some(entry) => Err(io::Error::new(
@@ -359,7 +377,7 @@ fn expect_nothing(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether `path` is in `folder` itself, however both are spelled.
+/// Returns whether `path` is directly in `folder`, however both are spelled.
 pub fn is_in(path: &Path, folder: &Path) -> bool {
     let [found, expected] = [parent(path), folder].map(fs::canonicalize);
     found.is_ok_and(|found| expected.is_ok_and(|expected| found == expected))
@@ -369,14 +387,14 @@ fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Makes the names in a folder durable; only Unix has a call for it.
+/// Makes the names in a folder durable. Systems other than Unix have no call for this.
 ///
 /// # Errors
-/// What the file system says.
+/// Those of the file system.
 pub fn sync_folder(path: &Path) -> io::Result<()> {
     match File::open(path) {
         Ok(folder) if cfg!(unix) => folder.sync_all(),
-        // A folder that may be written and not read: its names are as durable as the system makes them.
+        // A folder with write but without read permission cannot be synced.
         _ => Ok(()),
     }
 }
@@ -443,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_left_is_removed_later() {
+    fn scratch_files_of_killed_processes_are_removed_later() {
         let home = tempfile::tempdir().unwrap();
         let age = |name: &str| {
             let old = std::time::SystemTime::now() - 2 * ABANDONED;
@@ -467,7 +485,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn links_are_replaced_and_what_is_no_plain_file_is_refused() {
+    fn links_are_replaced_and_special_files_are_refused() {
         use std::os::unix::{fs::symlink, net::UnixListener};
         let home = tempfile::tempdir().unwrap();
         let at = |name: &str| home.path().join(name);

@@ -1,4 +1,20 @@
-//! Names, keys and orders of rows in the architectures of llama.cpp.
+//! Metadata keys, tensor names and row orders of the architectures of llama.cpp.
+//!
+//! # Row orders of rotary attention
+//!
+//! RoPE rotates pairs of components of a head. In memory, component `i` is paired with `i + head_dim / 2` (half
+//! rotation, NEOX). llama.cpp pairs `2i` with `2i + 1` in its llama architecture (interleaved, NORM), and uses half
+//! rotation in bitnet. Attention scores do not depend on the order of components, as long as queries and keys share
+//! it. So the rows of `attn_q` and `attn_k` are permuted within each head, here for `head_dim = 8`:
+//!
+//! ```text
+//! half rotation, in memory:    0 1 2 3 | 4 5 6 7         pairs (0,4) (1,5) (2,6) (3,7)
+//! interleaved, in llama files: 0 4 1 5 2 6 3 7           numbers of the rows in memory; pairs are adjacent
+//! ```
+//!
+//! # Fused tensors
+//!
+//! gpt2 files have one tensor `attn_qkv` of the rows of queries, keys and values, in this order.
 
 use super::{
     GgufOptions,
@@ -7,14 +23,14 @@ use super::{
 };
 use crate::{Activation, Encoding, Family, FormatError, ModelSpec, PackedModel, key};
 
-/// A tensor as the file has it.
+/// A tensor as it is stored in a file.
 #[derive(Clone, Debug)]
 pub(super) struct FileTensor {
     pub name: String,
     pub shape: Vec<usize>,
-    /// Which of our tensors lie in it, and how many rows each has.
+    /// Our tensors that it contains, with their number of rows.
     pub parts: Vec<(String, usize)>,
-    /// Whether rows of queries and keys are in the order of interleaved rotation.
+    /// Whether its rows are in the order of interleaved rotation.
     pub interleaved: bool,
 }
 
@@ -23,12 +39,12 @@ impl FileTensor {
         TensorInfo { name: self.name.clone(), shape: self.shape.clone(), encoding }
     }
 
-    /// Norms, biases and positions.
+    /// Returns whether the tensor is a norm, a bias or the learned positions.
     pub(super) fn is_float(&self) -> bool {
         self.shape.len() == 1 || self.name == "position_embd.weight"
     }
 
-    /// Whether rows are whole blocks.
+    /// Checks that rows are whole blocks.
     pub(super) fn check_width(&self, encoding: Encoding) -> Result<(), FormatError> {
         let width = self.shape[self.shape.len() - 1];
         let block = encoding.block_weights();
@@ -47,19 +63,19 @@ impl FileTensor {
     }
 }
 
-/// The tensors of a file, in order; lazy, as [`ModelSpec::tensors`] is.
+/// Tensors of a file, in order. Lazy, as [`ModelSpec::tensors`] is.
 pub(super) fn layout(spec: &ModelSpec) -> impl Iterator<Item = FileTensor> + use<> {
     let gpt2 = spec.family == Family::Gpt2;
     let llama = spec.family == Family::Llama;
     spec.tensors().filter_map(move |(name, mut shape)| {
         let rows = shape[0];
         if !gpt2 {
-            // llama.cpp turns the llama family interleaved (LLAMA_ROPE_TYPE_NORM), bitnet by halves (NEOX).
+            // LLAMA_ROPE_TYPE_NORM (interleaved) in llama, LLAMA_ROPE_TYPE_NEOX (half rotation) in bitnet.
             let interleaved = llama && (name.ends_with("attn_q.weight") || name.ends_with("attn_k.weight"));
             return Some(FileTensor { parts: vec![(name.clone(), rows)], name, shape, interleaved });
         }
         if name.contains("attn_k.") || name.contains("attn_v.") {
-            return None; // with the queries
+            return None; // part of `attn_qkv`
         }
         let mut parts = vec![(name.clone(), rows)];
         if name.contains("attn_q.") {
@@ -70,7 +86,7 @@ pub(super) fn layout(spec: &ModelSpec) -> impl Iterator<Item = FileTensor> + use
     })
 }
 
-/// Where row `row` of the order by halves is in the interleaved order.
+/// Row of the interleaved order that stores row `row` of the half-rotation order.
 pub(super) fn interleaved_row(row: usize, head_dim: usize) -> usize {
     let (start, within) = (row / head_dim * head_dim, row % head_dim);
     let half = head_dim / 2;
@@ -83,17 +99,17 @@ pub(super) fn half_rotation_row(row: usize, head_dim: usize) -> usize {
     start + within % 2 * (head_dim / 2) + within / 2
 }
 
-/// Whether stock programs compute what the model computes.
-pub(super) fn check_stock(spec: &ModelSpec) -> Result<(), FormatError> {
+/// Checks that llama.cpp computes the same as this model.
+pub(super) fn check_llama_cpp(spec: &ModelSpec) -> Result<(), FormatError> {
     let (family, activation) = (spec.family, spec.activation);
     let not = |what: String, why: &str| Err(FormatError::NotInGguf { what, why: why.into() });
     if activation == Activation::SquaredRelu {
-        let why = "llama.cpp has gelu in gpt2, swiglu in llama and bitnet: train with that, or write another file type";
+        let why = "llama.cpp supports gelu in gpt2, swiglu in llama and bitnet: train with that, or write another file type";
         return not(format!("activation squared_relu in the {} family", name(family)), why);
     }
     if family == Family::Bitnet && !spec.tied {
         let why = "llama.cpp's bitnet uses the token embedding as its head: train with tied = true";
-        return not("an untied head in the bitnet family".into(), why);
+        return not("an untied output head in the bitnet family".into(), why);
     }
     Ok(())
 }
@@ -106,7 +122,7 @@ fn name(family: Family) -> &'static str {
     }
 }
 
-/// Read from the keys that begin with the name of the architecture.
+/// Keys that this reader uses, without the prefix of the architecture.
 const USED: &[&str] = &[
     "attention.head_count",
     "attention.head_count_kv",
@@ -119,7 +135,8 @@ const USED: &[&str] = &[
     "rope.freq_base",
 ];
 
-/// Of those keys, what llama.cpp computes with where the value is another; it takes a zero for a key that is not set.
+/// Keys with which llama.cpp would compute something else, and the values at which it does not. A zero means that the
+/// key is not set.
 const FIXED: &[(&str, &str)] = &[
     ("attention.causal", "true"),
     ("attention.clamp_kqv", "0"),
@@ -144,7 +161,7 @@ const FIXED: &[(&str, &str)] = &[
     ("rope.scale_linear", "0 or 1"),
     ("rope.scaling.alpha", "0"),
     ("rope.scaling.attn_factor", "1"),
-    // Linear where there is a factor and no type, so that the factor decides.
+    // Scaling is linear if there is a factor and no type, so the factor decides.
     ("rope.scaling.factor", "0 or 1"),
     ("rope.scaling.type", "\"none\" or \"linear\""),
     ("rope.scaling.yarn_attn_factor", "1"),
@@ -152,6 +169,7 @@ const FIXED: &[(&str, &str)] = &[
     ("use_parallel_residual", "false"),
 ];
 
+/// Keys that do not change what a model computes.
 const NEUTRAL: &[&str] = &[
     "decoder_start_token_id",
     "expert_feed_forward_length",
@@ -164,8 +182,8 @@ const NEUTRAL: &[&str] = &[
     "vocab_size",
 ];
 
-/// The keys of every architecture.
-const FILE: key::Keys = key::Keys {
+/// Keys without the prefix of an architecture.
+const FILE: key::KeyTable = key::KeyTable {
     prefix: "",
     used: &[
         "burn_ternary.tokenizer.json",
@@ -194,7 +212,7 @@ const FILE: key::Keys = key::Keys {
         "split.*",
         "tokenizer.chat_template.*",
         "tokenizer.chat_templates",
-        // Whoever encodes a text appends its end.
+        // The caller that encodes a text appends the end token.
         "tokenizer.ggml.add_eos_token",
         "tokenizer.ggml.added_tokens",
         "tokenizer.ggml.cls_token_id",
@@ -211,14 +229,14 @@ const FILE: key::Keys = key::Keys {
     ],
 };
 
-/// The keys of a file.
+/// Metadata of a file.
 pub(super) fn metadata(
     model: &PackedModel,
     options: &GgufOptions,
 ) -> Result<Vec<(String, Value)>, FormatError> {
     let spec = &model.spec;
     let architecture = name(spec.family);
-    // LLAMA_FTYPE_*: what most of the file is; readers show it, no more.
+    // LLAMA_FTYPE_*: the type of most of the file. llama.cpp only displays it.
     let file_type = match options.blocks {
         Encoding::F16 => 1,
         Encoding::Q4_0 => 2,
@@ -263,9 +281,9 @@ pub(super) fn metadata(
     Ok(keys)
 }
 
-/// The shape of the model in a file.
+/// Architecture and sizes of the model in a file.
 pub(super) fn spec(container: &Container) -> Result<ModelSpec, FormatError> {
-    let keys = Keys { container, architecture: text(container, "general.architecture")? };
+    let keys = ArchitectureKeys { container, architecture: text(container, "general.architecture")? };
     let family = match keys.architecture {
         "gpt2" => Family::Gpt2,
         "llama" => Family::Llama,
@@ -300,23 +318,23 @@ pub(super) fn spec(container: &Container) -> Result<ModelSpec, FormatError> {
 
 fn text<'a>(container: &'a Container, key: &str) -> Result<&'a str, FormatError> {
     let value = container.metadata.get(key).ok_or_else(|| FormatError::MissingKey { key: key.into() })?;
-    value.as_text().ok_or_else(|| unexpected(key, "a text", value))
+    value.as_text().ok_or_else(|| unexpected(key, "a string", value))
 }
 
-/// The keys that begin with the name of the architecture.
-struct Keys<'a> {
+/// Access to the keys with the prefix of the architecture.
+struct ArchitectureKeys<'a> {
     container: &'a Container,
     architecture: &'a str,
 }
 
-impl Keys<'_> {
+impl ArchitectureKeys<'_> {
     fn get(&self, key: &str) -> (String, Option<&Value>) {
         let key = format!("{}.{key}", self.architecture);
         let value = self.container.metadata.get(&key);
         (key, value)
     }
 
-    /// A whole number, or one for each layer that are all the same.
+    /// An integer, or an array with one equal integer per layer.
     fn size(&self, key: &str, default: Option<usize>) -> Result<usize, FormatError> {
         let (key, value) = self.get(key);
         let Some(value) = value else { return default.ok_or(FormatError::MissingKey { key }) };
@@ -327,7 +345,9 @@ impl Keys<'_> {
                 first.filter(|_| items.all(|item| item.as_size() == first))
             }
         };
-        size.ok_or_else(|| unexpected(&key, "a whole number, the same for all layers", value))
+        size.ok_or_else(|| {
+            unexpected(&key, "an integer that is not negative, the same for all layers", value)
+        })
     }
 
     fn float(&self, key: &str, default: Option<f32>) -> Result<f32, FormatError> {
@@ -337,19 +357,19 @@ impl Keys<'_> {
     }
 }
 
-/// A warning of unknown keys.
+/// Returns a warning about unknown keys.
 ///
 /// # Errors
-/// `Value`: a key that makes another model of the same tensors.
+/// `Value`: a key with which llama.cpp would compute something else.
 pub(super) fn check_keys(container: &Container, spec: &ModelSpec) -> Result<Option<String>, FormatError> {
     let prefix = format!("{}.", name(spec.family));
     let head_dim = spec.head_dim().to_string();
     let by_head = ["attention.key_length", "attention.value_length", "rope.dimension_count"];
     let mut fixed = FIXED.to_vec();
     fixed.extend(by_head.map(|key| (key, &*head_dim)));
-    let own = key::Keys { prefix: &prefix, used: USED, fixed: &fixed, neutral: NEUTRAL };
+    let own = key::KeyTable { prefix: &prefix, used: USED, fixed: &fixed, neutral: NEUTRAL };
     let kind = container.metadata.get(&format!("{prefix}rope.scaling.type"));
-    // llama.cpp then ignores the factor.
+    // With the type `none`, llama.cpp ignores the factor.
     let unscaled = kind.and_then(Value::as_text) == Some("none");
     let factors = ["rope.scaling.factor", "rope.scale_linear"].map(|key| format!("{prefix}{key}"));
     let entries = container.metadata.iter().filter(|(key, _)| !(unscaled && factors.contains(key)));
@@ -362,7 +382,8 @@ mod tests {
     use super::*;
     use crate::{Bytes, gguf};
 
-    /// A small llama file with a few more keys; those of `keys` begin with `llama.` unless they have a dot in front.
+    /// Checks the keys of a small llama file with additional `keys`. They get the prefix `llama.` unless they start
+    /// with a dot.
     fn checked(keys: &[(&str, Value)]) -> Result<Option<String>, FormatError> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("m.gguf");
@@ -382,7 +403,7 @@ mod tests {
         let neutral: [&[(&str, Value)]; 7] = [
             &[],
             &[("rope.scaling.factor", Value::F32(1.0))],
-            // llama.cpp ignores the factor of no scaling.
+            // With the type `none`, llama.cpp ignores the factor.
             &[("rope.scaling.type", text("none")), ("rope.scaling.factor", Value::F32(4.0))],
             &[("attention.sliding_window", Value::U32(0)), ("expert_count", Value::U32(0))],
             &[("attention.key_length", Value::U32(6)), ("rope.dimension_count", Value::U64(6))],
@@ -410,8 +431,8 @@ mod tests {
             let error = checked(keys).unwrap_err().to_string();
             assert!(error.contains(&format!("key `llama.{named}` is ")), "{keys:?}: {error}");
         }
-        let told = checked(&[("novelty", Value::Bool(true)), (".tokenizer.novelty", Value::U8(1))]);
+        let warning = checked(&[("novelty", Value::Bool(true)), (".tokenizer.novelty", Value::U8(1))]);
         let expected = "metadata: unknown keys are ignored: `llama.novelty`, `tokenizer.novelty`";
-        assert_eq!(told.unwrap().unwrap(), expected);
+        assert_eq!(warning.unwrap().unwrap(), expected);
     }
 }

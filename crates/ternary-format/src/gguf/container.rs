@@ -1,5 +1,19 @@
 //! The GGUF container: metadata and tensors, whatever they mean.
 //!
+//! ```text
+//! "GGUF"  version: u32 = 3  tensors: u64  keys: u64
+//! keys x     { key: string  type: u32  value }
+//! tensors x  { name: string  dimensions: u32  size: u64 each, innermost first  GGML type: u32  offset: u64 }
+//! padding to `general.alignment` (32 by default)
+//! data of each tensor, at its offset from here, padded to the alignment
+//!
+//! string = length: u64, then UTF-8
+//! array  = type: u32  length: u64  values                    type 9 (array) has this as its value
+//! ```
+//!
+//! All integers are little-endian. The reader checks every length against the rest of the file before it allocates or
+//! reads, and requires tensors to be contiguous: no gaps, no overlaps. Data stays in the memory-mapped file.
+//!
 //! # Source
 //! `docs/gguf.md` of GGML; `gguf.cpp` for what its reader refuses.
 
@@ -11,14 +25,16 @@ use std::{
 
 const MAGIC: [u8; 4] = *b"GGUF";
 const VERSION: u32 = 3;
-/// Where tensors start, unless the file says otherwise.
+/// Alignment of tensor data, in bytes, unless `general.alignment` sets another one.
 pub(crate) const ALIGNMENT: usize = 32;
 const ALIGNMENT_KEY: &str = "general.alignment";
-/// GGML's limits, which its reader enforces.
+/// Limit of GGML: names are shorter than this.
 const NAME_BYTES: usize = 64;
+/// Limit of GGML.
 const DIMENSIONS: usize = 4;
 
-/// Bytes of an array that may hold a setting for each layer; those of tokenizers are longer.
+/// Arrays up to this many bytes may store one setting per layer, and are compared with expected values. Longer ones
+/// belong to tokenizers.
 const SMALL_ARRAY: usize = 1 << 13;
 
 /// A metadata value.
@@ -37,14 +53,14 @@ pub(crate) enum Value {
     I64(i64),
     F64(f64),
     Texts(Vec<String>),
-    /// The bytes of an array of numbers, as they are in the file.
+    /// An array of numbers: its bytes in the file.
     Numbers {
         kind: Number,
         bytes: Bytes,
     },
 }
 
-/// The type of an array's numbers.
+/// Type of a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Number {
     U8,
@@ -61,7 +77,7 @@ pub(crate) enum Number {
 }
 
 impl Number {
-    /// Its number in the file, and bytes.
+    /// Every type with its number in the file, and its size in bytes.
     const ALL: [(Self, u32, usize); 11] = [
         (Self::U8, 0, 1),
         (Self::I8, 1, 1),
@@ -78,7 +94,7 @@ impl Number {
 
     fn code_and_bytes(self) -> (u32, usize) {
         let (_, code, bytes) =
-            Self::ALL.into_iter().find(|known| known.0 == self).expect("ALL has every kind");
+            Self::ALL.into_iter().find(|known| known.0 == self).expect("`ALL` contains every kind");
         (code, bytes)
     }
 
@@ -123,7 +139,7 @@ impl Value {
         Self::Numbers { kind: Number::F32, bytes: bytes.into() }
     }
 
-    /// A whole number that is not negative, of any type.
+    /// An integer of any type that is not negative.
     pub(crate) fn as_size(&self) -> Option<usize> {
         match *self {
             Self::U8(n) => Some(n.into()),
@@ -158,13 +174,13 @@ impl Value {
         }
     }
 
-    /// The numbers of an array.
+    /// The numbers of an array of numbers.
     pub(crate) fn items(&self) -> Option<impl Iterator<Item = Self> + '_> {
         let Self::Numbers { kind, bytes } = self else { return None };
         Some(bytes.chunks_exact(kind.code_and_bytes().1).map(|item| kind.read(item)))
     }
 
-    /// As JSON: texts, numbers and arrays of numbers; other arrays, and what JSON does not have, in words.
+    /// Converts to JSON. Arrays of strings, long arrays and numbers without a JSON form become their description.
     pub(crate) fn to_json(&self) -> serde_json::Value {
         match self {
             Self::Bool(flag) => (*flag).into(),
@@ -180,7 +196,7 @@ impl Value {
         }
     }
 
-    /// For error messages: arrays and long texts in short.
+    /// A short description for error messages.
     pub(crate) fn describe(&self) -> String {
         match self {
             Self::Texts(texts) => format!("an array of {} texts", texts.len()),
@@ -237,12 +253,12 @@ fn write_text(text: &str, to: &mut Vec<u8>) {
     to.extend(text.as_bytes());
 }
 
-/// The error of a key whose value cannot be used.
+/// The error for a key whose value cannot be used.
 pub(crate) fn unexpected(key: &str, expected: &str, found: &Value) -> FormatError {
     FormatError::Value { key: key.into(), expected: expected.into(), found: found.describe() }
 }
 
-/// Name, shape (rows first, as everywhere but in the file) and encoding of a tensor.
+/// Name, shape (outermost dimension first, unlike in the file) and encoding of a tensor.
 #[derive(Clone, Debug)]
 pub(crate) struct TensorInfo {
     pub name: String,
@@ -254,12 +270,12 @@ pub(crate) struct TensorInfo {
 #[derive(Debug)]
 pub(crate) struct Container {
     pub metadata: BTreeMap<String, Value>,
-    /// By name: shape, encoding and bytes.
+    /// Headers and data by name.
     tensors: BTreeMap<String, (TensorInfo, Bytes)>,
 }
 
 impl Container {
-    /// Reads metadata and the places of tensors; tensor data stays where it is.
+    /// Reads metadata and tensor headers. Tensor data is located, but not read.
     pub(crate) fn parse(file: Bytes) -> Result<Self, FormatError> {
         let mut reader = Reader { file, at: 0 };
         let magic = reader.take(4, "the magic bytes")?;
@@ -270,7 +286,7 @@ impl Container {
         if !(2..=VERSION).contains(&version) {
             return Err(FormatError::Version { found: version });
         }
-        // Name or key, counts and types take so many bytes at least.
+        // The minimum size of an entry bounds the counts.
         let tensors = reader.count(8 + 4 + 4 + 8, "tensors")?;
         let keys = reader.count(8 + 1 + 4 + 1, "metadata keys")?;
         let mut metadata = BTreeMap::new();
@@ -300,10 +316,10 @@ impl Container {
             }
         };
         let infos = reader.tensor_infos(tensors)?;
-        Ok(Self { metadata, tensors: reader.places(infos, alignment)? })
+        Ok(Self { metadata, tensors: reader.locate(infos, alignment)? })
     }
 
-    /// The shape of a tensor; `None` where it is missing.
+    /// Shape of a tensor; `None` if it is missing.
     pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
         self.tensors.get(name).map(|(info, _)| &*info.shape)
     }
@@ -313,7 +329,7 @@ impl Container {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// A tensor, or those of its rows that are in `rows`; for one dimension, its entries.
+    /// A tensor, or some of its rows; for one dimension, some of its values.
     pub(crate) fn tensor(
         &self,
         name: &str,
@@ -338,7 +354,7 @@ impl Container {
     }
 }
 
-/// Reads a file front to back; every length is checked before it is used.
+/// Reads a file from front to back. Every length is checked before it is used.
 struct Reader {
     file: Bytes,
     at: usize,
@@ -362,12 +378,12 @@ impl Reader {
         Ok(u64_of(&self.take(8, what)?))
     }
 
-    /// A number of things of which each takes `least` bytes or more.
-    fn count(&mut self, least: usize, what: &'static str) -> Result<usize, FormatError> {
+    /// A count of items that take at least `min_bytes` bytes each.
+    fn count(&mut self, min_bytes: usize, what: &'static str) -> Result<usize, FormatError> {
         let found = self.u64(what)?;
         let left = self.file.len() - self.at;
         match usize::try_from(found) {
-            Ok(count) if count <= left / least => Ok(count),
+            Ok(count) if count <= left / min_bytes => Ok(count),
             _ => Err(FormatError::Count { what, offset: self.at - 8, found, left }),
         }
     }
@@ -402,7 +418,7 @@ impl Reader {
         }
     }
 
-    /// Tensors in the order of the file, with their offsets.
+    /// Tensor headers in the order of the file, with their data offsets.
     fn tensor_infos(&mut self, n: usize) -> Result<Vec<(TensorInfo, u64)>, FormatError> {
         let mut seen = BTreeSet::new();
         let mut infos = Vec::new();
@@ -423,7 +439,7 @@ impl Reader {
                 let size = self.u64("a dimension")?;
                 shape.push(usize::try_from(size).unwrap_or(usize::MAX));
             }
-            shape.reverse(); // the file has what is contiguous first
+            shape.reverse(); // the file stores the innermost dimension first
             let number = self.u32("the type of a tensor")?;
             let encoding = Encoding::from_ggml_type(number)
                 .ok_or_else(|| FormatError::TensorType { tensor: name.clone(), found: number })?;
@@ -433,8 +449,8 @@ impl Reader {
         Ok(infos)
     }
 
-    /// The bytes of tensors, which must follow each other without gaps or overlaps.
-    fn places(
+    /// Locates the data of the tensors, which must be contiguous.
+    fn locate(
         &mut self,
         infos: Vec<(TensorInfo, u64)>,
         alignment: usize,
@@ -448,7 +464,7 @@ impl Reader {
             if offset != expected as u64 {
                 return Err(at(FormatError::Offset { expected: expected as u64, found: offset }));
             }
-            // No overflow: both are less than the file, which is less than isize::MAX.
+            // This cannot overflow: both are less than the length of the file, which is less than `isize::MAX`.
             let first = start + expected;
             if bytes > self.file.len().saturating_sub(first) {
                 let left = self.file.len().saturating_sub(first);
@@ -467,30 +483,31 @@ impl Reader {
     }
 }
 
-/// Writes metadata and tensor infos up to where the data begins; each tensor starts at a multiple of [`ALIGNMENT`].
+/// The bytes of a file before its tensor data. Each tensor starts at a multiple of [`ALIGNMENT`].
 ///
 /// # Errors
-/// `Shape`, `RowLength`: a tensor that cannot be.
-pub(crate) fn head(metadata: &[(String, Value)], tensors: &[TensorInfo]) -> Result<Vec<u8>, FormatError> {
-    let mut head = Vec::new();
-    head.extend(MAGIC);
-    head.extend(VERSION.to_le_bytes());
-    head.extend((tensors.len() as u64).to_le_bytes());
-    head.extend((metadata.len() as u64).to_le_bytes());
+/// `Shape`, `RowLength`: a shape that does not fit its encoding. `ReadOnly`: an encoding that GGUF does not have.
+pub(crate) fn header(metadata: &[(String, Value)], tensors: &[TensorInfo]) -> Result<Vec<u8>, FormatError> {
+    let mut header = Vec::new();
+    header.extend(MAGIC);
+    header.extend(VERSION.to_le_bytes());
+    header.extend((tensors.len() as u64).to_le_bytes());
+    header.extend((metadata.len() as u64).to_le_bytes());
     for (key, value) in metadata {
-        write_text(key, &mut head);
-        value.write(&mut head);
+        write_text(key, &mut header);
+        value.write(&mut header);
     }
     let mut offset = 0u64;
     for TensorInfo { name, shape, encoding } in tensors {
-        write_text(name, &mut head);
-        head.extend((shape.len() as u32).to_le_bytes());
-        shape.iter().rev().for_each(|&size| head.extend((size as u64).to_le_bytes()));
-        head.extend(encoding.ggml_type().ok_or(FormatError::ReadOnly { encoding: *encoding })?.to_le_bytes());
-        head.extend(offset.to_le_bytes());
+        write_text(name, &mut header);
+        header.extend((shape.len() as u32).to_le_bytes());
+        shape.iter().rev().for_each(|&size| header.extend((size as u64).to_le_bytes()));
+        header
+            .extend(encoding.ggml_type().ok_or(FormatError::ReadOnly { encoding: *encoding })?.to_le_bytes());
+        header.extend(offset.to_le_bytes());
         let bytes = encoding.bytes(shape).map_err(|error| error.in_tensor(name))?;
         offset += bytes.next_multiple_of(ALIGNMENT) as u64;
     }
-    head.resize(head.len().next_multiple_of(ALIGNMENT), 0);
-    Ok(head)
+    header.resize(header.len().next_multiple_of(ALIGNMENT), 0);
+    Ok(header)
 }

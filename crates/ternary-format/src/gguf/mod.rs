@@ -1,4 +1,10 @@
-//! GGUF files, as llama.cpp reads and writes them, for its architectures `gpt2`, `llama` and `bitnet`.
+//! GGUF files, as llama.cpp reads and writes them, of its architectures `gpt2`, `llama` and `bitnet`.
+//!
+//! | file | content |
+//! |---|---|
+//! | `container.rs` | the container: metadata and tensors, whatever they mean |
+//! | `architecture.rs` | metadata keys, tensor names and row orders of the three architectures |
+//! | `vocabulary/` | tokenizers, to and from the keys of llama.cpp |
 //!
 //! # Source
 //! `llama-model.cpp`, `models/{gpt2,llama,bitnet}.cpp` and `conversion/` of llama.cpp.
@@ -12,21 +18,21 @@ use architecture::FileTensor;
 use container::{ALIGNMENT, Container, Value};
 use std::{collections::BTreeSet, io::Write, path::Path};
 
-/// How the matrices of a file are stored; norms, biases and positions are always F32.
+/// Storage types of the matrices in a file. Norms, biases and learned positions are always F32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GgufOptions {
-    /// The linear layers of the blocks.
+    /// Matrices of the transformer blocks.
     pub blocks: Encoding,
-    /// The token embedding.
+    /// Token embedding.
     pub embedding: Encoding,
-    /// The head, where it is not the embedding.
+    /// Output head, if it is not the embedding.
     pub head: Encoding,
 }
 
-/// Reads a model; the data of its tensors stays in the mapped file.
+/// Reads a model. Its tensors stay in the memory-mapped file.
 ///
 /// # Errors
-/// `Io`, or what is wrong with the file, `InFile`.
+/// `Io`: the file cannot be read. `InFile`: what is wrong with it.
 pub fn read(path: &Path) -> Result<PackedModel, FormatError> {
     parse(Bytes::map(path)?).map_err(|error| error.in_file(path))
 }
@@ -74,24 +80,25 @@ pub fn parse(file: Bytes) -> Result<PackedModel, FormatError> {
     Ok(model)
 }
 
-/// Writes a model, replacing what was there once the file is whole.
+/// Writes a model atomically.
 ///
-/// Ternary weights keep their codes and scales. Nothing that is not ternary becomes ternary.
+/// Ternary weights keep their codes and scales exactly. Weights that are not ternary are never rounded to ternary
+/// ones.
 ///
 /// # Errors
-/// As [`PackedModel::validate`]. `Width`, `ScalesDiffer`, `NotTernary`, `ReadOnly`: a tensor does not fit its encoding.
-/// `NotInGguf`: stock programs cannot run the model. As [`PackedModel::merged`]. `Io`.
+/// Those of [`PackedModel::validate`] and [`PackedModel::merged`]. `Width`, `ScalesDiffer`, `NotTernary`, `ReadOnly`:
+/// a tensor does not fit its type. `NotInGguf`: llama.cpp cannot run the model. `Io`.
 pub fn write(model: &PackedModel, path: &Path, options: &GgufOptions) -> Result<(), FormatError> {
     model.validate()?;
     let model = &*model.merged()?;
     write_with(model, path, options, |name| Ok(model.tensors[name].clone()))
 }
 
-/// Writes a model whose tensors do not fit in memory together: `tensor(name)` gives one when it is needed, and those
-/// in `model` are not looked at.
+/// Writes a model whose tensors do not fit in memory together. `tensor(name)` is called once per tensor, when it is
+/// written; the tensors of `model` are ignored.
 ///
 /// # Errors
-/// As [`write()`], and what `tensor` fails with.
+/// Those of [`write()`] and of `tensor`.
 pub fn write_with(
     model: &PackedModel,
     path: &Path,
@@ -101,9 +108,9 @@ pub fn write_with(
     let tensors = encoded_layout(&model.spec, options)?;
     let metadata = architecture::metadata(model, options)?;
     let infos: Vec<_> = tensors.iter().map(|(tensor, encoding)| tensor.info(*encoding)).collect();
-    let head = container::head(&metadata, &infos)?;
-    disk::replace(path, |file| {
-        file.write_all(&head).map_err(FormatError::io(path))?;
+    let header = container::header(&metadata, &infos)?;
+    disk::atomic_write(path, |file| {
+        file.write_all(&header).map_err(FormatError::io(path))?;
         for (to, encoding) in &tensors {
             let mut written = 0;
             for (name, rows) in &to.parts {
@@ -130,13 +137,13 @@ pub fn write_with(
     })
 }
 
-/// The tensors of a file with their encodings.
+/// Tensors of the file with their encodings.
 fn encoded_layout(
     spec: &ModelSpec,
     options: &GgufOptions,
 ) -> Result<Vec<(FileTensor, Encoding)>, FormatError> {
     spec.validate()?;
-    architecture::check_stock(spec)?;
+    architecture::check_llama_cpp(spec)?;
     let mut tensors = Vec::new();
     for tensor in architecture::layout(spec) {
         let encoding = match tensor.name.as_str() {

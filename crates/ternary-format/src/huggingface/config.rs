@@ -1,19 +1,19 @@
-//! `config.json`: what it says to a [`ModelSpec`] and back.
+//! `config.json`, to and from a [`ModelSpec`].
 
 use crate::{
     Activation, Family, FormatError, ModelSpec,
-    key::{self, Keys},
+    key::{self, KeyTable},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// Whose settings are in the way of a spec, and what they would have to be.
-fn refuse(key: &'static str, found: impl ToString, expected: &str) -> FormatError {
+/// A `Spec` error: an unsupported value of a setting.
+fn unsupported(key: &'static str, found: impl ToString, expected: &str) -> FormatError {
     FormatError::Spec { key, found: found.to_string(), expected: expected.into() }
 }
 
-/// Keys of every family. Many belong to models that share the tensors of a llama and compute something else.
-const COMMON: Keys = Keys {
+/// Keys of all families. Many belong to models that share the tensor names of llama and compute something else.
+const COMMON: KeyTable = KeyTable {
     prefix: "",
     used: &["model_type", "vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id"],
     fixed: &[
@@ -94,7 +94,7 @@ const COMMON: Keys = Keys {
     ],
 };
 
-const GPT2_KEYS: Keys = Keys {
+const GPT2_KEYS: KeyTable = KeyTable {
     prefix: "",
     used: &[
         "n_positions",
@@ -106,11 +106,11 @@ const GPT2_KEYS: Keys = Keys {
         "layer_norm_epsilon",
     ],
     fixed: &[("scale_attn_weights", "true"), ("scale_attn_by_inverse_layer_idx", "false")],
-    // Attention is computed in f32 here in any case.
+    // Here, attention is always computed in f32.
     neutral: &["attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_*"],
 };
 
-const LLAMA_KEYS: Keys = Keys {
+const LLAMA_KEYS: KeyTable = KeyTable {
     prefix: "",
     used: &[
         "max_position_embeddings",
@@ -146,13 +146,13 @@ const LLAMA_KEYS: Keys = Keys {
         ("use_qk_norm", "false or null"),
         ("use_sliding_window", "false or null"),
     ],
-    // `pretraining_tp` cuts products into parts, with the same sums.
+    // `pretraining_tp` splits products into parts with the same sums.
     neutral: &["max_window_layers", "original_max_position_embeddings", "pretraining_tp", "rope_type"],
 };
 
-/// Of `rope_parameters`, and of `rope_scaling`, as transformers before 5 calls it.
-const fn rope_keys(prefix: &str) -> Keys<'_> {
-    Keys {
+/// Keys of `rope_parameters`, and of `rope_scaling`, its name before transformers 5.
+const fn rope_keys(prefix: &str) -> KeyTable<'_> {
+    KeyTable {
         prefix,
         used: &["rope_theta"],
         fixed: &[
@@ -169,7 +169,7 @@ const fn rope_keys(prefix: &str) -> Keys<'_> {
     }
 }
 
-const QUANTIZATION_KEYS: Keys = Keys {
+const QUANTIZATION_KEYS: KeyTable = KeyTable {
     prefix: "quantization_config.",
     used: &["quant_method", "linear_class", "quantization_mode", "use_rms_norm"],
     fixed: &[],
@@ -211,7 +211,7 @@ struct Llama {
     hidden_act: String,
     rms_norm_eps: f32,
     rope_theta: Option<f32>,
-    /// Since transformers 5 in place of `rope_theta` and `rope_scaling`.
+    /// Since transformers 5, in place of `rope_theta` and `rope_scaling`.
     rope_parameters: Option<Rope>,
     rope_scaling: Option<Rope>,
 }
@@ -221,7 +221,7 @@ struct Rope {
     rope_theta: Option<f32>,
 }
 
-/// How the matrices of a BitNet file are packed.
+/// How the matrices of a BitNet checkpoint are packed.
 #[derive(Deserialize)]
 pub(super) struct Quantization {
     quant_method: String,
@@ -241,52 +241,58 @@ fn offline() -> String {
     "offline".into()
 }
 
-/// What `config.json` says.
+/// The content of a `config.json`.
 pub(super) struct Config {
     pub spec: ModelSpec,
-    /// `tie_word_embeddings`, where it is said.
+    /// `tie_word_embeddings`, if it is set.
     pub tied: Option<bool>,
     pub quantization: Option<Quantization>,
-    /// Keys that nobody knows.
+    /// Warning about unknown keys.
     pub warning: Option<String>,
 }
 
 impl Quantization {
-    /// Whether `weight_scale` is 1 / scale.
+    /// Returns whether a weight is `code / weight_scale`, not `code * weight_scale`.
     pub fn is_inverse(&self) -> bool {
         self.linear_class == "bitlinear"
     }
 
     fn check(&self) -> Result<(), FormatError> {
         if self.quant_method != "bitnet" {
-            return Err(refuse("quantization_config.quant_method", &self.quant_method, "bitnet"));
+            return Err(unsupported("quantization_config.quant_method", &self.quant_method, "bitnet"));
         }
         if self.quantization_mode != "offline" {
-            let expected = "offline: latent weights are for a trainer";
-            return Err(refuse("quantization_config.quantization_mode", &self.quantization_mode, expected));
+            let expected =
+                "offline: online checkpoints store latent weights, which have to be trained and packed first";
+            return Err(unsupported(
+                "quantization_config.quantization_mode",
+                &self.quantization_mode,
+                expected,
+            ));
         }
         if !["autobitlinear", "bitlinear"].contains(&&*self.linear_class) {
             let expected = "autobitlinear or bitlinear";
-            return Err(refuse("quantization_config.linear_class", &self.linear_class, expected));
+            return Err(unsupported("quantization_config.linear_class", &self.linear_class, expected));
         }
         if self.use_rms_norm {
-            return Err(refuse("quantization_config.use_rms_norm", true, "false"));
+            return Err(unsupported("quantization_config.use_rms_norm", true, "false"));
         }
         Ok(())
     }
 }
 
 impl Config {
+    /// Parses a `config.json`.
+    ///
     /// # Errors
-    /// `Json`: not JSON, or a setting that is missing or of another type. `Spec`, `Value`: a setting that no model of
-    /// ours has.
+    /// `Json`: not JSON, or a setting that is missing or of another type. `Spec`, `Value`: an unsupported setting.
     pub fn parse(json: &[u8]) -> Result<Self, FormatError> {
         let value: Value = serde_json::from_slice(json)?;
         let family = match value["model_type"].as_str().unwrap_or_default() {
             "gpt2" => Family::Gpt2,
             "llama" => Family::Llama,
             "bitnet" => Family::Bitnet,
-            other => return Err(refuse("model_type", other, "gpt2, llama or bitnet")),
+            other => return Err(unsupported("model_type", other, "gpt2, llama or bitnet")),
         };
         let warning = check_keys(family, &value)?;
         let mut spec = match family {
@@ -298,16 +304,16 @@ impl Config {
         quantization.as_ref().map_or(Ok(()), Quantization::check)?;
         spec.validate()?;
         let tied = Option::<bool>::deserialize(&value["tie_word_embeddings"]).map_err(|_| {
-            refuse("tie_word_embeddings", &value["tie_word_embeddings"], "true, false or null")
+            unsupported("tie_word_embeddings", &value["tie_word_embeddings"], "true, false or null")
         })?;
         Ok(Self { spec, tied, quantization, warning })
     }
 }
 
-/// A warning of unknown keys.
+/// Returns a warning about unknown keys.
 ///
 /// # Errors
-/// `Value`: a key that makes another model.
+/// `Value`: a key that changes what the model computes.
 fn check_keys(family: Family, config: &Value) -> Result<Option<String>, FormatError> {
     let own = if family == Family::Gpt2 { GPT2_KEYS } else { LLAMA_KEYS };
     let [parameters, scaling] = ["rope_parameters.", "rope_scaling."].map(rope_keys);
@@ -329,7 +335,7 @@ fn gpt2(config: Gpt2) -> Result<ModelSpec, FormatError> {
         activation: match config.activation_function.as_str() {
             "gelu_new" | "gelu_pytorch_tanh" => Activation::Gelu,
             "relu2" => Activation::SquaredRelu,
-            other => return Err(refuse("activation_function", other, "gelu_new or relu2")),
+            other => return Err(unsupported("activation_function", other, "gelu_new or relu2")),
         },
         tied: true,
         norm_eps: config.layer_norm_epsilon,
@@ -341,7 +347,7 @@ fn llama(config: Llama) -> Result<ModelSpec, FormatError> {
     let rope = config.rope_scaling.or(config.rope_parameters);
     let (d_model, n_heads) = (config.hidden_size, config.num_attention_heads);
     if let Some(head_dim) = config.head_dim.filter(|dim| dim.checked_mul(n_heads) != Some(d_model)) {
-        return Err(refuse("head_dim", head_dim, "hidden_size / num_attention_heads"));
+        return Err(unsupported("head_dim", head_dim, "hidden_size / num_attention_heads"));
     }
     Ok(ModelSpec {
         family: Family::Llama,
@@ -355,7 +361,7 @@ fn llama(config: Llama) -> Result<ModelSpec, FormatError> {
         activation: match config.hidden_act.as_str() {
             "silu" => Activation::Swiglu,
             "relu2" => Activation::SquaredRelu,
-            other => return Err(refuse("hidden_act", other, "silu or relu2")),
+            other => return Err(unsupported("hidden_act", other, "silu or relu2")),
         },
         tied: false,
         norm_eps: config.rms_norm_eps,
@@ -365,7 +371,7 @@ fn llama(config: Llama) -> Result<ModelSpec, FormatError> {
 
 /// The `config.json` of a spec, without token ids.
 pub(super) fn to_json(spec: &ModelSpec, dtype: &str, packed: bool) -> Value {
-    // As the shortest decimal that is the same f32.
+    // The shortest decimal that parses to the same f32.
     let float = |value: f32| value.to_string().parse::<f64>().expect("a number");
     let mut config = match spec.family {
         Family::Gpt2 => json!({
@@ -406,7 +412,7 @@ pub(super) fn to_json(spec: &ModelSpec, dtype: &str, packed: bool) -> Value {
     config["tie_word_embeddings"] = spec.tied.into();
     config["torch_dtype"] = dtype.into();
     if packed {
-        // The class whose `weight_scale` is the scale itself, so that f16 scales stay exact.
+        // In this class, `weight_scale` is the scale itself, so f16 scales are exact.
         config["quantization_config"] = json!({
             "quant_method": "bitnet",
             "linear_class": "autobitlinear",

@@ -1,10 +1,28 @@
-//! Folders as Hugging Face transformers reads and writes them: `config.json`, `tokenizer.json`, safetensors.
+//! Hugging Face folders, as transformers reads and writes them: `config.json`, `tokenizer.json` and safetensors. LoRA
+//! adapters are read and written in the format of PEFT.
 //!
-//! Adapters are read and written as PEFT does it.
+//! The reader supports `GPT2LMHeadModel`, `LlamaForCausalLM` and `BitNetForCausalLM`, in one file or in shards, with
+//! float weights or the packed codes of BitNet. The writer stores floats, which are exact for ternary weights even in
+//! F16, or packed codes for matrices with one scale.
 //!
-//! Read are `GPT2LMHeadModel`, `LlamaForCausalLM` and `BitNetForCausalLM`, in one file or in shards, floats or BitNet's
-//! packed codes. Written are floats, exact for ternary weights even in f16, and packed codes where a matrix has one
-//! scale.
+//! # Packed codes of BitNet
+//!
+//! A matrix `[out, in]` is stored as `U8` of `[out / 4, in]`, with one f32 `weight_scale`. Four rows share a byte,
+//! and they are a quarter of the matrix apart:
+//!
+//! ```text
+//! R = out / 4
+//! byte (r, c) = sum over p in 0..4 of (code(p R + r, c) + 1) << 2p
+//! ```
+//!
+//! In the class `autobitlinear`, a weight is `code * weight_scale`; in `bitlinear`, it is `code / weight_scale`. The
+//! writer uses the first, so that f16 scales are exact.
+//!
+//! # Layout of GPT-2
+//!
+//! `Conv1D` stores weights as `[in, out]`, so they are transposed. `c_attn` contains queries, keys and values next to
+//! each other. minGPT and nanoGPT use `nn.Linear`, `[out, in]`, under the same names. They differ in the shape of
+//! `c_attn`.
 //!
 //! # Source
 //! transformers: `models/{gpt2,llama,bitnet}`, `integrations/bitnet.py`.
@@ -21,7 +39,7 @@ pub use write::write;
 
 use crate::Family;
 
-/// Our part of a tensor name and theirs, outside of blocks.
+/// Part of our tensor name, and its name in transformers, outside of blocks.
 const GPT2: [(&str, &str); 4] = [
     ("token_embd", "transformer.wte"),
     ("position_embd", "transformer.wpe"),
@@ -54,27 +72,27 @@ const LLAMA_BLOCK: [(&str, &str); 11] = [
     ("ffn_down", "mlp.down_proj"),
 ];
 
-/// Their name of one of our tensors, such as `model.layers.0.mlp.up_proj.weight` for `blk.0.ffn_up.weight`.
+/// Name in transformers of one of our tensors, such as `model.layers.0.mlp.up_proj.weight` for `blk.0.ffn_up.weight`.
 ///
-/// In the gpt2 family the names of queries, keys and values are the same: their tensor is fused.
-fn their_name(family: Family, ours: &str) -> String {
+/// In the gpt2 family, queries, keys and values have the same name, since they are fused.
+fn transformers_name(family: Family, ours: &str) -> String {
     let (outside, blocks, prefix): (&[_], &[_], _) = match family {
         Family::Gpt2 => (&GPT2, &GPT2_BLOCK, "transformer.h"),
         Family::Llama | Family::Bitnet => (&LLAMA, &LLAMA_BLOCK, "model.layers"),
     };
-    let theirs = |table: &[(&str, &'static str)], part: &str| {
+    let lookup = |table: &[(&str, &'static str)], part: &str| {
         let known = table.iter().find(|(ours, _)| *ours == part);
         known.map(|(_, theirs)| *theirs).expect("a name of `ModelSpec::tensors`")
     };
     let (ours, kind) = ours.rsplit_once('.').expect("`.weight` or `.bias`");
     match ours.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
-        Some((index, part)) => format!("{prefix}.{index}.{}.{kind}", theirs(blocks, part)),
-        None => format!("{}.{kind}", theirs(outside, ours)),
+        Some((index, part)) => format!("{prefix}.{index}.{}.{kind}", lookup(blocks, part)),
+        None => format!("{}.{kind}", lookup(outside, ours)),
     }
 }
 
-/// Which third of a fused `c_attn` a tensor of a gpt2 model is; `None` for the others.
-fn fused_part(family: Family, ours: &str) -> Option<usize> {
+/// Third of the fused `c_attn` that a tensor of a gpt2 model is; `None` for other tensors.
+fn fused_third(family: Family, ours: &str) -> Option<usize> {
     let part = ours.strip_prefix("blk.")?.split('.').nth(1)?;
     let place = ["attn_q", "attn_k", "attn_v"].iter().position(|name| *name == part)?;
     (family == Family::Gpt2).then_some(place)
@@ -117,14 +135,14 @@ mod tests {
     fn shared(path: &str) -> Option<PathBuf> {
         let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data/models")).join(path);
         if !path.exists() {
-            println!("skipped: {}: not there", path.display());
+            println!("skipped: {}: missing", path.display());
             return None;
         }
         Some(path)
     }
 
     #[test]
-    fn floats_come_back_exactly_even_from_f16() {
+    fn floats_round_trip_exactly_even_in_f16() {
         let folder = tempfile::tempdir().unwrap();
         for family in [Family::Gpt2, Family::Llama, Family::Bitnet] {
             for weights in ["F32", "F16"] {
@@ -137,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn packed_codes_come_back_as_ternary() {
+    fn packed_codes_round_trip_as_ternary() {
         let folder = tempfile::tempdir().unwrap();
         for family in [Family::Llama, Family::Bitnet] {
             let model = random_model(family, false);
@@ -150,11 +168,11 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_packed_says_what_to_train_with() {
+    fn errors_of_packing_name_the_training_setting() {
         let folder = tempfile::tempdir().unwrap();
         let refused = |model: &PackedModel, weights| {
             let error = write(model, &folder.path().join("model"), &options(weights)).unwrap_err();
-            assert!(fs::read_dir(folder.path()).unwrap().next().is_none(), "something was left behind");
+            assert!(fs::read_dir(folder.path()).unwrap().next().is_none(), "the folder must stay empty");
             error.to_string()
         };
         let per_row = refused(&random_model(Family::Llama, true), "BITNET");
@@ -170,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_there_is_not_replaced() {
+    fn an_existing_folder_is_not_replaced() {
         let folder = tempfile::tempdir().unwrap();
         let error = write(&random_model(Family::Llama, false), folder.path(), &options("F32")).unwrap_err();
         assert!(matches!(error, FormatError::Io { .. }), "{error}");
@@ -192,7 +210,7 @@ mod tests {
         }
     }
 
-    /// Each change to a good folder, and what the error must say.
+    /// Each change to a valid folder, and a part of its error message.
     #[test]
     fn hostile_folders_are_errors() {
         let folder = tempfile::tempdir().unwrap();
@@ -216,7 +234,7 @@ mod tests {
         };
         let codes = {
             let mut file = weights.clone();
-            *file.last_mut().unwrap() = 0xff; // bytes of codes come last
+            *file.last_mut().unwrap() = 0xff; // codes are stored last
             file
         };
         let index =
@@ -273,13 +291,13 @@ mod tests {
             }
             fs::write(bad.join(name), bytes).unwrap();
             if name.ends_with("index.json") {
-                fs::remove_file(bad.join("model.safetensors")).unwrap(); // which would come before it
+                fs::remove_file(bad.join("model.safetensors")).unwrap(); // it would take precedence
             }
             let error = read(&bad).expect_err(name).to_string();
             assert!(error.contains(expected), "{name} {number}: {error}");
             assert!(error.contains("bad "), "{error}: no path");
         }
-        // Every single byte of the header and of the configuration, damaged: an error or a model, no panic.
+        // One bit of each byte of header and configuration is flipped: an error or a model, but no panic.
         for (name, length) in [("config.json", config.len()), ("model.safetensors", header_length.min(700))] {
             let file = fs::read(good.join(name)).unwrap();
             for place in 0..length {
@@ -322,7 +340,7 @@ mod tests {
         assert_same(&model, &read(&path).unwrap());
     }
 
-    /// The first folder of the model with each change to its configuration.
+    /// Writes the model, changes its configuration, and reads it.
     fn with_config(
         model: &PackedModel,
         changes: &[(&str, serde_json::Value)],
@@ -338,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_makes_another_model_is_refused_by_name() {
+    fn keys_that_change_the_computation_are_refused_by_name() {
         use serde_json::json;
         for (family, key, value) in [
             (Family::Gpt2, "scale_attn_weights", json!(false)),
@@ -385,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_file_comes_before_an_old_index() {
+    fn a_single_file_takes_precedence_over_an_index() {
         let folder = tempfile::tempdir().unwrap();
         let (model, path) = (random_model(Family::Llama, false), folder.path().join("model"));
         write(&model, &path, &options("F32")).unwrap();
@@ -410,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn tokenizers_and_templates_come_back() {
+    fn tokenizers_and_templates_round_trip() {
         let folder = tempfile::tempdir().unwrap();
         let characters = || Tokenizer::from_characters(" abcdefé".chars().collect()).unwrap();
         for (number, tokenizer) in [Tokenizer::byte(), characters()].into_iter().enumerate() {

@@ -1,9 +1,9 @@
-//! A folder to a [`PackedModel`].
+//! From a folder to a [`PackedModel`].
 
-use super::{config::Config, fused_part, their_name};
+use super::{config::Config, fused_third, transformers_name};
 use crate::{
     Bytes, Encoding, Family, FormatError, PackedModel, Tensor, Tokenizer, disk,
-    key::{self, Keys},
+    key::{self, KeyTable},
     safetensors::{self, Stored},
 };
 use ::safetensors::tensor::Dtype;
@@ -17,17 +17,17 @@ use std::{
     path::{Component, Path},
 };
 
-/// Text files of a folder that are longer than this are no such files.
+/// Limit of text files in a folder, in bytes.
 const LONGEST_TEXT: u64 = 1 << 28;
 
-/// Endings of tensors that older checkpoints hold and no model needs: buffers.
+/// Suffixes of buffers in older checkpoints. Models do not need them.
 const BUFFERS: [&str; 3] = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
 
 const GENERATION_CONFIG: &str = "generation_config.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
-/// What a model computes does not depend on how tokens are drawn: that is for the program to say.
-const GENERATION_KEYS: Keys = Keys {
+/// Sampling settings do not change what a model computes. The caller chooses them.
+const GENERATION_KEYS: KeyTable = KeyTable {
     prefix: "",
     used: &["bos_token_id", "eos_token_id"],
     fixed: &[],
@@ -63,8 +63,8 @@ const GENERATION_KEYS: Keys = Keys {
     ],
 };
 
-/// `tokenizer.json` has the tokenizer itself.
-const TOKENIZER_KEYS: Keys = Keys {
+/// The tokenizer itself is in `tokenizer.json`.
+const TOKENIZER_KEYS: KeyTable = KeyTable {
     prefix: "",
     used: &["chat_template"],
     fixed: &[],
@@ -108,24 +108,24 @@ const TOKENIZER_KEYS: Keys = Keys {
     ],
 };
 
-/// Reads a folder; tensors stay in the mapped files, except those that are stored transposed or packed.
+/// Reads a folder. Tensors stay in the memory-mapped files, except those that are stored transposed or packed.
 ///
 /// # Errors
-/// `Io`, `Json`, `Safetensors`: files that are missing or damaged. `Spec`, `Value`: a model of another kind.
-/// `MissingTensor`, `UnknownTensor`, `WrongShape`, `StoredType`, `NotACode`: tensors that are not the model's.
-/// `Shard`: an index that points out of the folder.
+/// `Io`, `Json`, `Safetensors`: files that are missing or damaged. `Spec`, `Value`: an unsupported model.
+/// `MissingTensor`, `UnknownTensor`, `WrongShape`, `StoredType`, `NotACode`: tensors that do not match the model.
+/// `Shard`: an index that names a file outside of the folder.
 pub fn read(folder: &Path) -> Result<PackedModel, FormatError> {
     let path = folder.join("config.json");
     let config = Config::parse(&read_text(&path)?).map_err(|error| error.in_file(&path))?;
     let mut checkpoint = Checkpoint::open(folder)?;
     let mut spec = config.spec.clone();
-    // As transformers 5 does: a head that is stored is the head, whatever the configuration says.
+    // As in transformers 5: a stored output head is used, whatever the configuration says.
     spec.tied = match checkpoint.head_is_embedding(spec.family).map_err(|error| error.in_file(folder))? {
         None => config.tied.unwrap_or(true),
         Some(same) => same && config.tied == Some(true),
     };
     if spec.tied {
-        checkpoint.used.insert("lm_head.weight".into()); // a copy of the embedding
+        checkpoint.used.insert("lm_head.weight".into()); // equal to the embedding
     }
     let tensors = spec
         .tensors()
@@ -145,7 +145,7 @@ pub fn read(folder: &Path) -> Result<PackedModel, FormatError> {
     Ok(model)
 }
 
-/// A file of a sane length.
+/// Reads a file of at most [`LONGEST_TEXT`] bytes.
 pub(super) fn read_text(path: &Path) -> Result<Vec<u8>, FormatError> {
     let file = disk::open(path).map_err(FormatError::io(path))?;
     let length = file.metadata().map_err(FormatError::io(path))?.len();
@@ -157,12 +157,12 @@ pub(super) fn read_text(path: &Path) -> Result<Vec<u8>, FormatError> {
     Ok(bytes)
 }
 
-/// A JSON file of the folder.
+/// Reads a JSON file.
 pub(super) fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, FormatError> {
     serde_json::from_slice(&read_text(path)?).map_err(|error| FormatError::from(error).in_file(path))
 }
 
-/// The tokenizer, if there is one, with the ends that `generation_config.json` and `config.json` name.
+/// The tokenizer, if any, with the begin and end tokens of `generation_config.json` and `config.json`.
 fn tokenizer(folder: &Path, warnings: &mut Vec<String>) -> Result<Option<Tokenizer>, FormatError> {
     let path = folder.join("tokenizer.json");
     if !path.exists() {
@@ -174,14 +174,14 @@ fn tokenizer(folder: &Path, warnings: &mut Vec<String>) -> Result<Option<Tokeniz
     if let (true, Some(Value::Object(generation))) =
         (folder.join(GENERATION_CONFIG).exists(), configs.first())
     {
-        let told = key::check(&[GENERATION_KEYS], GENERATION_CONFIG, key::entries(generation, &[]))?;
-        warnings.extend(told);
+        let warning = key::check(&[GENERATION_KEYS], GENERATION_CONFIG, key::entries(generation, &[]))?;
+        warnings.extend(warning);
     }
     let tokenizer = super::tokenizer::from_json(&read_text(&path)?, &configs);
     tokenizer.map(Some).map_err(|error| error.in_file(&path))
 }
 
-/// From its own file, as transformers writes it since 4.52, or from `tokenizer_config.json`.
+/// The chat template from its own file, as transformers writes it since 4.52, or from `tokenizer_config.json`.
 fn chat_template(folder: &Path, warnings: &mut Vec<String>) -> Result<Option<String>, FormatError> {
     let config = folder.join(TOKENIZER_CONFIG);
     let config: Option<Value> = config.exists().then(|| read_json(&config)).transpose()?;
@@ -194,7 +194,7 @@ fn chat_template(folder: &Path, warnings: &mut Vec<String>) -> Result<Option<Str
         let error = |_| FormatError::NotUtf8 { what: "a chat template", offset: 0 }.in_file(&path);
         return text.map(Some).map_err(error);
     }
-    // A list of named templates in a few old folders, which have none that is ours.
+    // A few old folders have a list of named templates instead, which is not supported.
     Ok(config.and_then(|config| config["chat_template"].as_str().map(String::from)))
 }
 
@@ -202,31 +202,31 @@ fn chat_template(folder: &Path, warnings: &mut Vec<String>) -> Result<Option<Str
 struct Checkpoint {
     tensors: BTreeMap<String, Stored>,
     used: BTreeSet<String>,
-    /// Whether a gpt2 model has `nn.Linear` (minGPT, nanoGPT) where the original has `Conv1D`.
+    /// Whether a gpt2 model uses `nn.Linear` (minGPT, nanoGPT) in place of `Conv1D`.
     linear: bool,
 }
 
 impl Checkpoint {
     fn open(folder: &Path) -> Result<Self, FormatError> {
         let (whole, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
-        // The whole file comes first, as in transformers: saving twice into one folder may leave an old index.
+        // A single file takes precedence, as in transformers: saving twice to one folder may leave an old index.
         let tensors = match index.exists() && !whole.exists() {
             true => read_shards(folder, &index)?,
             false => safetensors::read(&whole)?,
         };
-        // The one weight of a gpt2 model that shows by its shape in which order it is stored.
+        // The only weight of a gpt2 model whose shape shows the order in which it is stored.
         let linear = tensors
             .get("transformer.h.0.attn.c_attn.weight")
             .is_some_and(|fused| fused.shape.len() == 2 && fused.shape[0] > fused.shape[1]);
         Ok(Self { tensors, used: BTreeSet::new(), linear })
     }
 
-    /// The tensor that is called `ours` in a [`PackedModel`].
+    /// The tensor that is named `ours` in a [`PackedModel`].
     fn tensor(&mut self, config: &Config, ours: &str, shape: &[usize]) -> Result<Tensor, FormatError> {
         let family = config.spec.family;
-        let name = their_name(family, ours);
+        let name = transformers_name(family, ours);
         let Some(stored) = self.tensors.get(&name).cloned() else {
-            // Biases that a checkpoint of the gpt2 family leaves out are zero.
+            // A checkpoint of the gpt2 family may omit biases that are zero.
             if family == Family::Gpt2 && name.ends_with(".bias") {
                 return Tensor::f32(shape, &vec![0.0; shape.iter().product()]);
             }
@@ -234,11 +234,12 @@ impl Checkpoint {
         };
         let matrix = ours.starts_with("blk.") && shape.len() == 2;
         let tensor = if family == Family::Gpt2 {
-            part_of(stored, shape, fused_part(family, ours), matrix && !self.linear).and_then(Stored::float)
+            gpt2_tensor(stored, shape, fused_third(family, ours), matrix && !self.linear)
+                .and_then(Stored::float)
         } else if let (true, Some(quantization)) = (matrix, &config.quantization) {
             self.scale(&name).and_then(|scale| {
                 let scale = if quantization.is_inverse() { 1.0 / scale } else { scale };
-                unpack(&stored, shape, f16::from_f32(scale))
+                unpack_bitnet(&stored, shape, f16::from_f32(scale))
             })
         } else {
             expect_shape(shape, &stored.shape).and_then(|()| stored.float())
@@ -247,10 +248,10 @@ impl Checkpoint {
         tensor.map_err(|error| error.in_tensor(&name))
     }
 
-    /// Whether the stored head is the embedding again; `None` where there is none.
+    /// Returns whether the stored output head equals the embedding; `None` if no head is stored.
     fn head_is_embedding(&self, family: Family) -> Result<Option<bool>, FormatError> {
-        let [head, embedding] =
-            ["output.weight", "token_embd.weight"].map(|ours| self.tensors.get(&their_name(family, ours)));
+        let [head, embedding] = ["output.weight", "token_embd.weight"]
+            .map(|ours| self.tensors.get(&transformers_name(family, ours)));
         let (Some(head), Some(embedding)) = (head, embedding) else { return Ok(head.map(|_| false)) };
         if head.shape != embedding.shape || head.shape.len() != 2 {
             return Ok(Some(false));
@@ -282,7 +283,7 @@ impl Checkpoint {
         Ok(scale[0])
     }
 
-    /// A tensor that nobody asked for belongs to a model that we would get wrong.
+    /// Checks that all tensors were used. One that was not belongs to a model that computes something else.
     fn check_all_used(&self) -> Result<(), FormatError> {
         let unused = self
             .tensors
@@ -305,7 +306,7 @@ fn read_shards(folder: &Path, index: &Path) -> Result<BTreeMap<String, Stored>, 
         if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
             return Err(FormatError::Shard { shard: shard.clone() }.in_file(index));
         }
-        // A tensor may be in another shard, too.
+        // A tensor may occur in several shards. The index decides.
         let is_here = |(name, _): &(String, Stored)| places.get(name).is_none_or(|place| place == shard);
         tensors.extend(safetensors::read(&folder.join(shard))?.into_iter().filter(is_here));
     }
@@ -322,8 +323,8 @@ pub(super) fn expect_shape(expected: &[usize], found: &[usize]) -> Result<(), Fo
     Err(FormatError::WrongShape { expected: expected.into(), found: found.into() })
 }
 
-/// A tensor of a gpt2 model as `[out, in]`: cut from a fused one, transposed from `Conv1D`'s `[in, out]`.
-fn part_of(
+/// A tensor of a gpt2 model as `[out, in]`: a third of a fused one, or transposed from `[in, out]` of `Conv1D`.
+fn gpt2_tensor(
     stored: Stored,
     shape: &[usize],
     third: Option<usize>,
@@ -356,8 +357,8 @@ fn part_of(
     Ok(Stored { shape: shape.into(), bytes, ..stored })
 }
 
-/// BitNet's packed codes: row `r` of `[out, in]` is at bits `2 (r / R)` of row `r % R` of `[R, in]`, `R = out / 4`.
-fn unpack(stored: &Stored, shape: &[usize], scale: f16) -> Result<Tensor, FormatError> {
+/// Unpacks the codes of BitNet; see the [module](super) for their layout.
+fn unpack_bitnet(stored: &Stored, shape: &[usize], scale: f16) -> Result<Tensor, FormatError> {
     let [rows, cols] = [shape[0], shape[1]];
     expect_shape(&[rows / 4, cols], &stored.shape)?;
     if stored.dtype != Dtype::U8 {

@@ -1,9 +1,9 @@
-//! Tokenizers in folders: `tokenizer.json`, and the ids and texts of their ends in the files beside it.
+//! Tokenizers of folders: `tokenizer.json`, and the begin and end tokens in the files next to it.
 
 use crate::{FormatError, Tokenizer, tokenizer::Kind};
 use serde_json::{Map, Value, json};
 
-/// The `tokenizer.json` of a tokenizer; our own kinds are BPE without merges.
+/// The `tokenizer.json` of a tokenizer. Byte and character tokenizers become BPE without merges.
 pub(super) fn to_json(tokenizer: &Tokenizer) -> Value {
     let (vocab, byte_fallback): (Map<_, _>, _) = match tokenizer.kind() {
         Kind::Hf(_) => return serde_json::from_str(&tokenizer.to_json()).expect("a tokenizer is JSON"),
@@ -52,7 +52,7 @@ pub(super) fn config(tokenizer: &Tokenizer, context: usize, chat_template: Optio
     config
 }
 
-/// Writes the ids of the ends into a configuration.
+/// Writes the ids of the begin and end tokens to a configuration.
 pub(super) fn set_ends(tokenizer: &Tokenizer, config: &mut Value) {
     let ends = tokenizer.ends();
     for (key, id) in [("bos_token_id", ends.bos), ("eos_token_id", ends.eos)] {
@@ -60,16 +60,16 @@ pub(super) fn set_ends(tokenizer: &Tokenizer, config: &mut Value) {
     }
 }
 
-/// A tokenizer with the ends that `configs` name, the first of them that says something.
+/// A tokenizer with the begin and end tokens of `configs`; the first configuration that sets a token decides.
 ///
 /// # Errors
-/// `Tokenizer`: the JSON is none that can be used.
+/// `Tokenizer`: the JSON is not a supported tokenizer.
 pub(super) fn from_json(json: &[u8], configs: &[Value]) -> Result<Tokenizer, FormatError> {
     let tokenizer = Tokenizer::from_json(json)?;
     let id = |key: &str| {
-        let mut said = configs.iter().map(|config| &config[key]).filter(|id| !id.is_null());
-        // A model may have several ends of text; the first is the usual one.
-        let id = said.next().and_then(|id| id.as_u64().or_else(|| id.get(0)?.as_u64()))?;
+        let mut ids = configs.iter().map(|config| &config[key]).filter(|id| !id.is_null());
+        // A model may have several end tokens. The first is the usual one.
+        let id = ids.next().and_then(|id| id.as_u64().or_else(|| id.get(0)?.as_u64()))?;
         u32::try_from(id).ok().filter(|&id| (id as usize) < tokenizer.vocab_size())
     };
     let mut ends = tokenizer.ends();

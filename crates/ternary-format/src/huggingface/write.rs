@@ -1,6 +1,6 @@
-//! A [`PackedModel`] to a folder.
+//! From a [`PackedModel`] to a folder.
 
-use super::{config, fused_part, their_name, tokenizer};
+use super::{config, fused_third, tokenizer, transformers_name};
 use crate::{
     Encoding, Family, FormatError, PackedModel, Tensor, WeightType, WriteOptions,
     disk::{self, NewFolder},
@@ -11,12 +11,12 @@ use half::f16;
 use serde_json::Value;
 use std::{io::Write, path::Path};
 
-/// Writes a new folder: packed codes unless `options` say F32 or F16.
+/// Writes a new folder. Weights are packed codes unless `options` select F32 or F16.
 ///
 /// # Errors
-/// `Io`; an `Io` of kind `AlreadyExists` where the folder is not new. `WeightType`: not F32, F16 or BITNET.
-/// `NotPerTensor`, `NotTernary`, `RowCount`, `Unpackable`: weights or models that cannot be packed. As
-/// [`PackedModel::merged`].
+/// `Io`; of kind `AlreadyExists` if the folder exists. `WeightType`: not F32, F16 or BITNET. `NotPerTensor`,
+/// `NotTernary`, `RowCount`, `Unpackable`: weights or models that cannot be packed. Those of
+/// [`PackedModel::validate`] and [`PackedModel::merged`].
 pub fn write(model: &PackedModel, folder: &Path, options: &WriteOptions) -> Result<(), FormatError> {
     model.validate()?;
     let model = &*model.merged()?;
@@ -49,12 +49,12 @@ pub fn write(model: &PackedModel, folder: &Path, options: &WriteOptions) -> Resu
         let template = model.chat_template.as_deref();
         json("tokenizer_config.json", &tokenizer::config(tokens, model.spec.context, template))?;
     } else {
-        // Their defaults are ids of a vocabulary that is not the model's.
+        // The defaults of transformers are ids of another vocabulary.
         config["bos_token_id"] = Value::Null;
         config["eos_token_id"] = Value::Null;
     }
     json("config.json", &config)?;
-    text("README.md", card(model, weights))?;
+    text("README.md", model_card(model, weights))?;
     safetensors::write(&new.scratch().join("model.safetensors"), entries)?;
     new.commit().map_err(FormatError::io(folder))
 }
@@ -66,8 +66,10 @@ fn float_type(encoding: Encoding, expected: &'static str) -> Result<(), FormatEr
     }
 }
 
+/// Checks that matrices and tables fit the range of their types.
+///
 /// # Errors
-/// `NotFinite`: a matrix or table in F16 that has weights beyond its range.
+/// `NotFinite`: a weight of an F16 tensor is out of range.
 fn check_range(model: &PackedModel, matrices: Encoding, tables: Encoding) -> Result<(), FormatError> {
     for (name, tensor) in model.tensors.iter().filter(|(_, tensor)| tensor.shape().len() == 2) {
         let encoding = if name.starts_with("blk.") { matrices } else { tables };
@@ -76,11 +78,11 @@ fn check_range(model: &PackedModel, matrices: Encoding, tables: Encoding) -> Res
     Ok(())
 }
 
-/// Tensors in floats: matrices of blocks and tables as asked, the rest in f32.
+/// Float tensors: matrices of the blocks as `matrices`, embedding tables as `tables`, all others as F32.
 fn float_entries(model: &PackedModel, matrices: Encoding, tables: Encoding) -> Vec<Entry<'_>> {
     let family = model.spec.family;
     let names =
-        model.tensors.iter().filter(|(name, _)| fused_part(family, name).is_none_or(|part| part == 0));
+        model.tensors.iter().filter(|(name, _)| fused_third(family, name).is_none_or(|part| part == 0));
     names
         .map(|(name, tensor)| {
             let matrix = name.starts_with("blk.") && tensor.shape().len() == 2;
@@ -89,7 +91,7 @@ fn float_entries(model: &PackedModel, matrices: Encoding, tables: Encoding) -> V
                 _ if matrix => matrices,
                 _ => tables,
             };
-            let parts = match fused_part(family, name) {
+            let parts = match fused_third(family, name) {
                 Some(_) => ["attn_q", "attn_k", "attn_v"]
                     .map(|part| &model.tensors[&name.replace("attn_q", part)])
                     .to_vec(),
@@ -102,7 +104,7 @@ fn float_entries(model: &PackedModel, matrices: Encoding, tables: Encoding) -> V
                 shape.reverse();
             }
             Entry {
-                name: their_name(family, name),
+                name: transformers_name(family, name),
                 dtype: if encoding == Encoding::F16 { Dtype::F16 } else { Dtype::F32 },
                 shape,
                 produce: floats(parts, transposed, encoding),
@@ -111,7 +113,7 @@ fn float_entries(model: &PackedModel, matrices: Encoding, tables: Encoding) -> V
         .collect()
 }
 
-/// The values of `parts`, one after the other, each `[out, in]`; transposed as a whole where asked.
+/// Writes the values of `parts`, each `[out, in]`, one after another; transposed as a whole if `transposed`.
 fn floats(parts: Vec<&Tensor>, transposed: bool, encoding: Encoding) -> Produce<'_> {
     Box::new(move |file| {
         let put = |file: &mut dyn Write, values: &[f32]| {
@@ -140,7 +142,7 @@ fn floats(parts: Vec<&Tensor>, transposed: bool, encoding: Encoding) -> Produce<
     })
 }
 
-/// Tensors with the matrices of blocks as BitNet packs them.
+/// Tensors of the model, with the matrices of the blocks packed as in BitNet.
 fn packed_entries(model: &PackedModel, tables: Encoding) -> Result<Vec<Entry<'_>>, FormatError> {
     if model.spec.family == Family::Gpt2 {
         return Err(FormatError::Unpackable);
@@ -150,12 +152,12 @@ fn packed_entries(model: &PackedModel, tables: Encoding) -> Result<Vec<Entry<'_>
         if !name.starts_with("blk.") || tensor.shape().len() != 2 {
             continue;
         }
-        let theirs = their_name(model.spec.family, name);
+        let theirs = transformers_name(model.spec.family, name);
         let scale = tensor_scale(tensor).map_err(|error| error.in_tensor(name))?;
         let entry = entries.iter_mut().find(|entry| entry.name == theirs).expect("every tensor has an entry");
         entry.dtype = Dtype::U8;
         entry.shape = vec![tensor.rows() / 4, tensor.cols()];
-        entry.produce = packed(tensor);
+        entry.produce = pack_bitnet(tensor);
         entries.push(Entry {
             name: format!("{theirs}_scale"),
             dtype: Dtype::F32,
@@ -166,7 +168,7 @@ fn packed_entries(model: &PackedModel, tables: Encoding) -> Result<Vec<Entry<'_>
     Ok(entries)
 }
 
-/// The one scale of a matrix that can be packed.
+/// The single scale of a matrix that can be packed.
 fn tensor_scale(tensor: &Tensor) -> Result<f32, FormatError> {
     let (rows, cols) = (tensor.rows(), tensor.cols());
     let Some(group) = tensor.ternary_group() else {
@@ -182,7 +184,7 @@ fn tensor_scale(tensor: &Tensor) -> Result<f32, FormatError> {
     for row in 0..rows {
         tensor.read_ternary_row(row, &mut codes, &mut scales);
         for (codes, &scale) in codes.chunks(group).zip(&scales) {
-            // Where all codes are zero, any scale says the same.
+            // If all codes of a group are zero, its scale has no effect.
             if codes.iter().any(|&code| code != 0) && *one.get_or_insert(scale) != scale {
                 return Err(FormatError::NotPerTensor { row });
             }
@@ -191,11 +193,15 @@ fn tensor_scale(tensor: &Tensor) -> Result<f32, FormatError> {
     Ok(one.unwrap_or(f16::ONE).to_f32())
 }
 
-/// Codes + 1 in 2 bits: rows `r`, `r + R`, `r + 2R`, `r + 3R` share the bytes of row `r`, low bits first.
-fn packed(tensor: &Tensor) -> Produce<'_> {
+/// Packs codes as in BitNet; see the [module](super) for their layout.
+fn pack_bitnet(tensor: &Tensor) -> Produce<'_> {
     Box::new(move |file| {
         let (rows, cols) = (tensor.rows() / 4, tensor.cols());
-        let mut scales = vec![f16::ZERO; cols / tensor.ternary_group().expect("checked before")];
+        let mut scales =
+            vec![
+                f16::ZERO;
+                cols / tensor.ternary_group().expect("`tensor_scale` checked that it is ternary")
+            ];
         let mut codes = vec![0; cols];
         (0..rows).try_for_each(|row| {
             let mut bytes = vec![0; cols];
@@ -209,17 +215,17 @@ fn packed(tensor: &Tensor) -> Produce<'_> {
     })
 }
 
-/// The model card.
-fn card(model: &PackedModel, weights: WeightType) -> String {
+/// The model card, `README.md`.
+fn model_card(model: &PackedModel, weights: WeightType) -> String {
     let PackedModel { name, spec, .. } = model;
     let stored = match weights {
         WeightType::Encoded(encoding) => format!("weights as {encoding}"),
-        _ => "ternary weights in 2 bits, one scale a matrix".into(),
+        _ => "ternary weights of 2 bits, with one scale per matrix".into(),
     };
     format!(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- ternary\n---\n\n# {name}\n\n\
          A language model of the {family:?} family, trained with ternary weights (-1, 0, +1): {layers} layers of \
-         width {width}, vocabulary {vocab}, context {context}. This folder holds {stored}.\n\n\
+         width {width}, vocabulary {vocab}, context {context}. This folder contains {stored}.\n\n\
          ```python\n\
          from transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
          tokenizer = AutoTokenizer.from_pretrained(\"{name}\")\n\

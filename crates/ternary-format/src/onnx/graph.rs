@@ -1,4 +1,4 @@
-//! [`Builder`]: a graph, node by node.
+//! [`GraphBuilder`]: builds an ONNX graph node by node.
 
 use super::proto::{
     Attribute, Dimension, Graph, Initializer, Node, Shape, Size, TensorType, Type, ValueInfo,
@@ -6,7 +6,7 @@ use super::proto::{
 use crate::FormatError;
 use std::collections::HashMap;
 
-/// Element types, by ONNX's numbers.
+/// Element types, by the numbers of ONNX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Element {
     Float = 1,
@@ -17,30 +17,30 @@ pub(super) enum Element {
     Int2 = 26,
 }
 
-/// What a message of protobuf holds at most, and so an ONNX file.
+/// Limit of a protobuf message, and so of an ONNX file.
 pub(super) const LARGEST_FILE: usize = i32::MAX as usize;
 
 /// Name of a value in the graph: an input, an initializer or the output of a node.
 pub(super) type Value = String;
 
-/// Builds a graph whose values are named after the part of the model that makes them.
+/// Builds a graph. Values are named after the part of the model that computes them.
 #[derive(Default)]
-pub(super) struct Builder {
+pub(super) struct GraphBuilder {
     graph: Graph,
-    /// The part that is being built, such as `blk.0.attn_q`.
+    /// Part of the model that is being built, such as `blk.0.attn_q`.
     pub scope: String,
-    /// How often a name was given.
+    /// Number of uses of each name.
     names: HashMap<String, usize>,
     bytes: usize,
 }
 
-impl Builder {
-    /// A node of ONNX's own operators with one output.
+impl GraphBuilder {
+    /// Adds a node of a standard ONNX operator with one output.
     pub fn op(&mut self, op: &str, inputs: &[&Value], attributes: &[Attribute]) -> Value {
         self.node("", op, inputs, attributes, 1).remove(0)
     }
 
-    /// A node with `outputs` outputs.
+    /// Adds a node with `outputs` outputs.
     pub fn node(
         &mut self,
         domain: &str,
@@ -71,10 +71,10 @@ impl Builder {
         if *times == 1 { name } else { format!("{name}.{times}") }
     }
 
-    /// A tensor that the file holds, of `length` bytes, which `fill` makes.
+    /// Adds a constant tensor of `length` bytes. `fill` is called if the file can still store it.
     ///
     /// # Errors
-    /// `OnnxSize`: more than a file can hold.
+    /// `OnnxSize`: the file would be too large.
     pub fn initializer(
         &mut self,
         name: &str,
@@ -98,19 +98,19 @@ impl Builder {
         Ok(name.into())
     }
 
-    /// A list of integers, such as a shape; the same list is stored once.
+    /// A constant list of integers, such as a shape. Equal lists are stored once.
     pub fn ints(&mut self, values: &[i64]) -> Value {
         let list: Vec<String> = values.iter().map(i64::to_string).collect();
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.constant(format!("[{}]", list.join(",")), Element::Int64, vec![values.len() as i64], bytes)
     }
 
-    /// An integer without dimensions.
+    /// A constant integer scalar.
     pub fn int(&mut self, value: i64) -> Value {
         self.constant(format!("{value}"), Element::Int64, vec![], value.to_le_bytes().into())
     }
 
-    /// A number without dimensions.
+    /// A constant float scalar.
     pub fn float(&mut self, value: f32) -> Value {
         self.constant(format!("{value:e}"), Element::Float, vec![], value.to_le_bytes().into())
     }
@@ -128,7 +128,7 @@ impl Builder {
         name.into()
     }
 
-    /// Gives the model's output `name` the value `value`.
+    /// Makes `value` the output `name` of the model.
     pub fn output(&mut self, name: &str, value: &Value, element: Element, dims: &[Size]) {
         self.graph.node.push(Node {
             input: vec![value.clone()],
@@ -151,27 +151,27 @@ fn value_info(name: &str, element: Element, dims: &[Size]) -> ValueInfo {
     ValueInfo { name: name.into(), kind: Some(Type { tensor: Some(tensor) }) }
 }
 
-/// An attribute that is an integer.
+/// An integer attribute.
 pub(super) fn int(name: &str, value: usize) -> Attribute {
     signed(name, value as i64)
 }
 
-/// An attribute that is an integer below zero, such as an axis from the end.
+/// An integer attribute that may be negative, such as an axis counted from the end.
 pub(super) fn signed(name: &str, i: i64) -> Attribute {
     Attribute { name: name.into(), i, kind: 2, ..Attribute::default() }
 }
 
-/// An attribute that is a number.
+/// A float attribute.
 pub(super) fn float(name: &str, f: f32) -> Attribute {
     Attribute { name: name.into(), f, kind: 1, ..Attribute::default() }
 }
 
-/// An attribute that is a word.
+/// A string attribute.
 pub(super) fn text(name: &str, s: &str) -> Attribute {
     Attribute { name: name.into(), s: s.into(), kind: 3, ..Attribute::default() }
 }
 
-/// An attribute that is a list.
+/// An attribute that is a list of integers.
 pub(super) fn ints(name: &str, ints: &[i64]) -> Attribute {
     Attribute { name: name.into(), ints: ints.into(), kind: 7, ..Attribute::default() }
 }

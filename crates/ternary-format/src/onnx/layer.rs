@@ -1,42 +1,42 @@
-//! The layers of a decoder, one function each.
+//! The layers of a decoder: one function per layer.
 
 use super::{
-    graph::{Builder, Element, Value, float, int, ints, signed, text},
+    graph::{Element, GraphBuilder, Value, float, int, ints, signed, text},
     weight::{self, Table, floats},
 };
 use crate::{
     Activation, Encoding, Family, FormatError, ModelSpec, PackedModel, Tensor, WeightType, WriteOptions,
 };
 
-/// A model on its way into a graph.
+/// A model that is being written to a graph.
 pub(super) struct Decoder<'a> {
     model: &'a PackedModel,
-    form: WeightType,
+    weight_type: WeightType,
     table: Table,
-    /// 0 where a query may look, very negative elsewhere: `[batch, 1, seq, total]`.
-    bias: Value,
-    /// Cosines and sines of the rotary angles, `[batch, 1, seq, head_dim / 2]`; not in gpt2.
+    /// Added to attention scores: 0 where a query may attend, very negative elsewhere. `[batch, 1, seq, total]`
+    attention_bias: Value,
+    /// Cosines and sines of the RoPE angles, `[batch, 1, seq, head_dim / 2]`; `None` in gpt2.
     rotary: Option<[Value; 2]>,
 }
 
 impl<'a> Decoder<'a> {
     pub fn new(
         model: &'a PackedModel,
-        form: WeightType,
-        graph: &mut Builder,
+        weight_type: WeightType,
+        graph: &mut GraphBuilder,
         options: &WriteOptions,
         [ids, mask, positions]: [&Value; 3],
     ) -> Result<Self, FormatError> {
         graph.scope = "token_embd".into();
         let table = table(graph, &model.tensors["token_embd.weight"], options)?;
         graph.scope = "mask".into();
-        let bias = bias(graph, ids, mask);
+        let attention_bias = attention_bias(graph, ids, mask);
         graph.scope = "rotary".into();
         let rotary = match model.spec.family {
             Family::Gpt2 => None,
-            Family::Llama | Family::Bitnet => Some(angles(graph, &model.spec, positions)?),
+            Family::Llama | Family::Bitnet => Some(rotary_cos_sin(graph, &model.spec, positions)?),
         };
-        Ok(Self { model, form, table, bias, rotary })
+        Ok(Self { model, weight_type, table, attention_bias, rotary })
     }
 
     fn spec(&self) -> &'a ModelSpec {
@@ -44,16 +44,19 @@ impl<'a> Decoder<'a> {
     }
 
     /// A vector of the model, such as the weight of a norm, under its own name.
-    fn vector(&self, graph: &mut Builder, kind: &str) -> Result<Value, FormatError> {
+    fn vector(&self, graph: &mut GraphBuilder, kind: &str) -> Result<Value, FormatError> {
         let name = format!("{}.{kind}", graph.scope);
         let tensor = &self.model.tensors[&name];
         floats(graph, &name, tensor.shape(), values(tensor))
     }
 
-    /// Token embedding, and learned positions in gpt2: `[batch, seq]` to `[batch, seq, d_model]`.
+    /// Token embedding, plus learned positions in gpt2.
+    ///
+    /// # Shapes
+    /// `[batch, seq]` to `[batch, seq, d_model]`
     pub fn embed(
         &mut self,
-        graph: &mut Builder,
+        graph: &mut GraphBuilder,
         ids: &Value,
         positions: &Value,
     ) -> Result<Value, FormatError> {
@@ -64,14 +67,14 @@ impl<'a> Decoder<'a> {
         };
         graph.scope = "position_embd".into();
         let table = floats(graph, "position_embd.weight", table.shape(), values(table))?;
-        let places = graph.op("Gather", &[&table, positions], &[int("axis", 0)]);
-        Ok(graph.op("Add", &[&hidden, &places], &[]))
+        let positions = graph.op("Gather", &[&table, positions], &[int("axis", 0)]);
+        Ok(graph.op("Add", &[&hidden, &positions], &[]))
     }
 
-    /// A block, with the keys and values that it leaves in the cache.
+    /// A transformer block. Also returns its new KV cache.
     pub fn block(
         &self,
-        graph: &mut Builder,
+        graph: &mut GraphBuilder,
         index: usize,
         input: &Value,
         past: &[Value; 2],
@@ -85,10 +88,13 @@ impl<'a> Decoder<'a> {
         Ok((graph.op("Add", &[&hidden, &fed], &[]), present))
     }
 
-    /// Norm and head: `[batch, seq, d_model]` to `[batch, seq, vocab]`.
+    /// Final norm and output head.
+    ///
+    /// # Shapes
+    /// `[batch, seq, d_model]` to `[batch, seq, vocab]`
     pub fn head(
         &self,
-        graph: &mut Builder,
+        graph: &mut GraphBuilder,
         hidden: &Value,
         options: &WriteOptions,
     ) -> Result<Value, FormatError> {
@@ -100,12 +106,12 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    /// `input W^T`, plus the bias in gpt2.
-    fn linear(&self, graph: &mut Builder, name: &str, input: &Value) -> Result<Value, FormatError> {
+    /// `x W^T`, plus the bias in gpt2.
+    fn linear(&self, graph: &mut GraphBuilder, name: &str, input: &Value) -> Result<Value, FormatError> {
         graph.scope = name.into();
         let matrix = &self.model.tensors[&format!("{name}.weight")];
         let product =
-            weight::matmul(graph, input, matrix, self.form).map_err(|error| error.in_tensor(name))?;
+            weight::matmul(graph, input, matrix, self.weight_type).map_err(|error| error.in_tensor(name))?;
         if self.spec().family != Family::Gpt2 {
             return Ok(product);
         }
@@ -113,8 +119,8 @@ impl<'a> Decoder<'a> {
         Ok(graph.op("Add", &[&product, &bias], &[]))
     }
 
-    /// LayerNorm in gpt2, else RMSNorm: `x / sqrt(mean(x^2) + eps) w`.
-    fn norm(&self, graph: &mut Builder, name: &str, input: &Value) -> Result<Value, FormatError> {
+    /// LayerNorm in gpt2, else RMSNorm: `x / sqrt(mean(x^2) + eps) * w`.
+    fn norm(&self, graph: &mut GraphBuilder, name: &str, input: &Value) -> Result<Value, FormatError> {
         graph.scope = name.into();
         let weight = self.vector(graph, "weight")?;
         let eps = self.spec().norm_eps;
@@ -132,10 +138,10 @@ impl<'a> Decoder<'a> {
         Ok(graph.op("Mul", &[&unit, &weight], &[]))
     }
 
-    /// Attention over the cache and the new tokens.
+    /// Attention of the new tokens over the KV cache and themselves.
     fn attention(
         &self,
-        graph: &mut Builder,
+        graph: &mut GraphBuilder,
         index: usize,
         input: &Value,
         past: &[Value; 2],
@@ -161,22 +167,23 @@ impl<'a> Decoder<'a> {
         let key = graph.op("Concat", &[&past[0], &key], &[int("axis", 2)]);
         let value = graph.op("Concat", &[&past[1], &value], &[int("axis", 2)]);
 
-        // Query heads that share keys and values are rows of one product: nothing is repeated.
-        let shared = graph.ints(&[0, kv_heads, -1, head_dim]);
-        let query = graph.op("Reshape", &[&query, &shared], &[]);
+        // Grouped-query attention: the query heads of a group become rows of one product with their shared keys, so
+        // keys and values are not repeated.
+        let by_kv_head = graph.ints(&[0, kv_heads, -1, head_dim]);
+        let query = graph.op("Reshape", &[&query, &by_kv_head], &[]);
         let scale = graph.float((head_dim as f32).sqrt().recip());
         let query = graph.op("Mul", &[&query, &scale], &[]);
         let transposed = graph.op("Transpose", &[&key], &[ints("perm", &[0, 1, 3, 2])]);
         let scores = graph.op("MatMul", &[&query, &transposed], &[]);
-        let apart = graph.ints(&[0, heads, -1, 0]);
-        let scores = graph.op("Reshape", &[&scores, &apart], &[]);
-        let scores = graph.op("Add", &[&scores, &self.bias], &[]);
-        let shares = graph.op("Softmax", &[&scores], &[signed("axis", -1)]);
-        let together = graph.ints(&[0, kv_heads, -1, 0]);
-        let shares = graph.op("Reshape", &[&shares, &together], &[]);
-        let mixed = graph.op("MatMul", &[&shares, &value], &[]);
-        let apart = graph.ints(&[0, heads, -1, head_dim]);
-        let mixed = graph.op("Reshape", &[&mixed, &apart], &[]);
+        let by_head = graph.ints(&[0, heads, -1, 0]);
+        let scores = graph.op("Reshape", &[&scores, &by_head], &[]);
+        let scores = graph.op("Add", &[&scores, &self.attention_bias], &[]);
+        let weights = graph.op("Softmax", &[&scores], &[signed("axis", -1)]);
+        let by_kv_head = graph.ints(&[0, kv_heads, -1, 0]);
+        let weights = graph.op("Reshape", &[&weights, &by_kv_head], &[]);
+        let mixed = graph.op("MatMul", &[&weights, &value], &[]);
+        let by_head = graph.ints(&[0, heads, -1, head_dim]);
+        let mixed = graph.op("Reshape", &[&mixed, &by_head], &[]);
         let mixed = graph.op("Transpose", &[&mixed], &[ints("perm", &[0, 2, 1, 3])]);
         let width = graph.ints(&[0, 0, heads * head_dim]);
         let mut mixed = graph.op("Reshape", &[&mixed, &width], &[]);
@@ -186,8 +193,8 @@ impl<'a> Decoder<'a> {
         Ok((self.linear(graph, &at("attn_output"), &mixed)?, [key, value]))
     }
 
-    /// Turns component `i` of each head with component `i + head_dim / 2`.
-    fn rotate(&self, graph: &mut Builder, heads: Value) -> Value {
+    /// RoPE: rotates the halves `x` and `y` of each head to `x cos - y sin` and `y cos + x sin`.
+    fn rotate(&self, graph: &mut GraphBuilder, heads: Value) -> Value {
         let Some([cos, sin]) = &self.rotary else {
             return heads;
         };
@@ -195,15 +202,20 @@ impl<'a> Decoder<'a> {
         let sizes = graph.ints(&[half, half]);
         let halves = graph.node("", "Split", &[&heads, &sizes], &[signed("axis", -1)], 2);
         let mut product = |half: usize, factor| graph.op("Mul", &[&halves[half], factor], &[]);
-        let (near, far) = (product(0, cos), product(1, sin));
-        let (other_near, other_far) = (product(1, cos), product(0, sin));
-        let first = graph.op("Sub", &[&near, &far], &[]);
-        let second = graph.op("Add", &[&other_near, &other_far], &[]);
+        let (x_cos, y_sin) = (product(0, cos), product(1, sin));
+        let (y_cos, x_sin) = (product(1, cos), product(0, sin));
+        let first = graph.op("Sub", &[&x_cos, &y_sin], &[]);
+        let second = graph.op("Add", &[&y_cos, &x_sin], &[]);
         graph.op("Concat", &[&first, &second], &[signed("axis", -1)])
     }
 
-    /// `down(f(up(x)))` in gpt2, else `down(f(gate(x)) up(x))`.
-    fn feed_forward(&self, graph: &mut Builder, index: usize, input: &Value) -> Result<Value, FormatError> {
+    /// Feed-forward network: `down(f(up(x)))` in gpt2, else `down(f(gate(x)) * up(x))`.
+    fn feed_forward(
+        &self,
+        graph: &mut GraphBuilder,
+        index: usize,
+        input: &Value,
+    ) -> Result<Value, FormatError> {
         let at = |part: &str| format!("blk.{index}.{part}");
         let mut hidden = if self.spec().is_gated() {
             let gate = self.linear(graph, &at("ffn_gate"), input)?;
@@ -221,13 +233,13 @@ impl<'a> Decoder<'a> {
     }
 }
 
-fn table(graph: &mut Builder, table: &Tensor, options: &WriteOptions) -> Result<Table, FormatError> {
+fn table(graph: &mut GraphBuilder, table: &Tensor, options: &WriteOptions) -> Result<Table, FormatError> {
     let encoding = options.table(table, &[Encoding::F16, Encoding::Q8_0]);
     let scope = graph.scope.clone();
     Table::new(graph, table, encoding).map_err(|error| error.in_tensor(&scope))
 }
 
-fn activate(graph: &mut Builder, activation: Activation, input: &Value) -> Value {
+fn activate(graph: &mut GraphBuilder, activation: Activation, input: &Value) -> Value {
     match activation {
         Activation::Gelu => graph.op("Gelu", &[input], &[text("approximate", "tanh")]),
         Activation::Swiglu => {
@@ -241,8 +253,8 @@ fn activate(graph: &mut Builder, activation: Activation, input: &Value) -> Value
     }
 }
 
-/// What is added to the scores so that no token looks at later ones or at padding.
-fn bias(graph: &mut Builder, ids: &Value, mask: &Value) -> Value {
+/// The causal and padding mask as a bias of attention scores: no token attends to later tokens or to padding.
+fn attention_bias(graph: &mut GraphBuilder, ids: &Value, mask: &Value) -> Value {
     let (zero, one) = (graph.int(0), graph.int(1));
     let mut length = |of: &Value| {
         let shape = graph.op("Shape", &[of], &[]);
@@ -260,13 +272,17 @@ fn bias(graph: &mut Builder, ids: &Value, mask: &Value) -> Value {
     let token = graph.op("Cast", &[mask], &[int("to", Element::Bool as usize)]);
     let token = graph.op("Unsqueeze", &[&token, &axes], &[]);
     let visible = graph.op("And", &[&earlier, &token], &[]);
-    // Not infinite: a query that is padding itself sees nothing, and its softmax must stay a number.
+    // Finite, because the softmax of a padding token, which attends to nothing, must not be NaN.
     let (nothing, hidden) = (graph.float(0.0), graph.float(f32::MIN));
     graph.op("Where", &[&visible, &nothing, &hidden], &[])
 }
 
 /// Cosine and sine of `position / theta^(2 i / head_dim)`.
-fn angles(graph: &mut Builder, spec: &ModelSpec, positions: &Value) -> Result<[Value; 2], FormatError> {
+fn rotary_cos_sin(
+    graph: &mut GraphBuilder,
+    spec: &ModelSpec,
+    positions: &Value,
+) -> Result<[Value; 2], FormatError> {
     let head_dim = spec.head_dim();
     let theta = f64::from(spec.rope_theta);
     let frequency = |i: usize| theta.powf(-2.0 * i as f64 / head_dim as f64) as f32;

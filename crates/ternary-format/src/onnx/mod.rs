@@ -1,15 +1,17 @@
-//! ONNX graphs: the whole decoder with a key-value cache, as onnxruntime and programs made for optimum's exports run it.
+//! ONNX graphs of the whole decoder with a KV cache. onnxruntime runs them, and programs that load exports of
+//! optimum.
 //!
-//! | name | shape | |
+//! | name | shape | content |
 //! |---|---|---|
-//! | `input_ids` | `[batch, seq]` i64 | the tokens |
-//! | `attention_mask` | `[batch, past + seq]` i64 | 0 at padding |
-//! | `position_ids` | `[batch, seq]` i64 | |
-//! | `past_key_values.N.{key,value}` | `[batch, n_kv_heads, past, head_dim]` f32 | `past` may be 0 |
-//! | `logits` | `[batch, seq, vocab]` f32 | |
-//! | `present.N.{key,value}` | `[batch, n_kv_heads, past + seq, head_dim]` f32 | the next `past_key_values` |
+//! | `input_ids` | `[batch, seq]` i64 | new tokens |
+//! | `attention_mask` | `[batch, past + seq]` i64 | 0 at padding, else 1 |
+//! | `position_ids` | `[batch, seq]` i64 | positions of the new tokens |
+//! | `past_key_values.N.{key,value}` | `[batch, n_kv_heads, past, head_dim]` f32 | KV cache of block `N`; `past` may be 0 |
+//! | `logits` | `[batch, seq, vocab]` f32 | output |
+//! | `present.N.{key,value}` | `[batch, n_kv_heads, past + seq, head_dim]` f32 | KV cache for the next call |
 //!
-//! The file's metadata holds the chat template and the spec. A file is one message of protobuf: 2 GiB at most.
+//! The metadata of the file contains the chat template and the spec. A file is one protobuf message, so it has at
+//! most 2 GiB.
 
 mod graph;
 mod layer;
@@ -17,39 +19,40 @@ mod proto;
 mod weight;
 
 use crate::{Encoding, FormatError, PackedModel, WeightType, WriteOptions, disk};
-use graph::{Builder, Element};
+use graph::{Element, GraphBuilder};
 use layer::Decoder;
 use prost::Message;
 use proto::{Model, OperatorSet, Property, Size};
 use std::{io::Write, path::Path};
 
-/// Writes a model, replacing what was there once the file is whole.
+/// Writes a model atomically.
 ///
-/// `INT2`, the default, is ONNX's own type since version 1.20 (opset 25); onnxruntime loads it since 1.25.
-/// `MATMULNBITS2` and `MATMULNBITS4` are for onnxruntime, with opset 21, as is a `Q8_0` embedding in any form.
+/// `INT2`, the default, is a type of ONNX 1.20 (opset 25), which onnxruntime supports since 1.25. `MATMULNBITS2` and
+/// `MATMULNBITS4` use an operator of onnxruntime, with opset 21. So does a `Q8_0` embedding, with any weight type.
 ///
 /// # Errors
-/// As [`PackedModel::validate`]. `NotTernary`, `Group`, `RowLength`, `WeightType`: weights that do not fit the form.
-/// `OnnxSize`: over 2 GiB. As [`PackedModel::merged`]. `Io`.
+/// Those of [`PackedModel::validate`] and [`PackedModel::merged`]. `NotTernary`, `Group`, `RowLength`, `WeightType`:
+/// weights that do not fit the type. `OnnxSize`: more than 2 GiB. `Io`.
 pub fn write(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result<(), FormatError> {
     let bytes = encode(model, options)?;
-    disk::replace(path, |file| file.write_all(&bytes).map_err(FormatError::io(path)))
+    disk::atomic_write(path, |file| file.write_all(&bytes).map_err(FormatError::io(path)))
 }
 
 /// The bytes of a file.
 ///
 /// # Errors
-/// As [`write()`], but for `Io`.
+/// Those of [`write()`], except `Io`.
 pub fn encode(model: &PackedModel, options: &WriteOptions) -> Result<Vec<u8>, FormatError> {
     model.validate()?;
     let model = &*model.merged()?;
-    let form = options.weights.unwrap_or(WeightType::Int2);
-    if let WeightType::Bitnet | WeightType::Encoded(Encoding::Tq2_0 | Encoding::Tq1_0 | Encoding::Q2_0) = form
+    let weight_type = options.weights.unwrap_or(WeightType::Int2);
+    if let WeightType::Bitnet | WeightType::Encoded(Encoding::Tq2_0 | Encoding::Tq1_0 | Encoding::Q2_0) =
+        weight_type
     {
-        return Err(weight::unfit(form));
+        return Err(weight::unsupported(weight_type));
     }
-    let graph = build(model, form, options)?.build(&model.name);
-    let (opset, ir_version) = if form == WeightType::Int2 { (25, 13) } else { (21, 10) };
+    let graph = build(model, weight_type, options)?.build(&model.name);
+    let (opset, ir_version) = if weight_type == WeightType::Int2 { (25, 13) } else { (21, 10) };
     let domains = [("", opset), (weight::MICROSOFT, 1)];
     let used = |domain: &str| graph.node.iter().any(|node| node.domain == domain);
     let opset_import = domains
@@ -75,28 +78,32 @@ pub fn encode(model: &PackedModel, options: &WriteOptions) -> Result<Vec<u8>, Fo
     Ok(message.encode_to_vec())
 }
 
-/// Names and bytes of the constants of a file.
+/// Names of the initializers (constants) of a file, and their bytes.
 ///
 /// # Errors
-/// `Io`.
+/// `Io`
 pub(crate) fn initializers(path: &Path) -> Result<Vec<(String, usize)>, FormatError> {
     let read = || Ok(Model::decode(&disk::read(path)?[..])?);
     let graph = read().map_err(FormatError::io(path))?.graph.unwrap_or_default();
     Ok(graph.initializer.into_iter().map(|constant| (constant.name, constant.raw_data.len())).collect())
 }
 
-/// The graph of a whole model.
-fn build(model: &PackedModel, form: WeightType, options: &WriteOptions) -> Result<Builder, FormatError> {
+/// Builds the graph of a whole model.
+fn build(
+    model: &PackedModel,
+    weight_type: WeightType,
+    options: &WriteOptions,
+) -> Result<GraphBuilder, FormatError> {
     let spec = &model.spec;
     let named = |name: &str| Size::Named(name.into());
     let fixed = |size: usize| Size::Fixed(size as i64);
-    let mut graph = Builder::default();
+    let mut graph = GraphBuilder::default();
     let ids = graph.input("input_ids", Element::Int64, &[named("batch"), named("seq")]);
     let mask = graph.input("attention_mask", Element::Int64, &[named("batch"), named("total")]);
     let positions = graph.input("position_ids", Element::Int64, &[named("batch"), named("seq")]);
     let cache = |length| [named("batch"), fixed(spec.n_kv_heads), named(length), fixed(spec.head_dim())];
 
-    let mut decoder = Decoder::new(model, form, &mut graph, options, [&ids, &mask, &positions])?;
+    let mut decoder = Decoder::new(model, weight_type, &mut graph, options, [&ids, &mask, &positions])?;
     let mut hidden = decoder.embed(&mut graph, &ids, &positions)?;
     for index in 0..spec.n_layers {
         let past = ["key", "value"].map(|part| {
@@ -143,7 +150,7 @@ mod tests {
         bytes.map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
     }
 
-    /// The node that reads a value.
+    /// The node that uses a value.
     fn reader<'a>(graph: &'a Graph, value: &str) -> &'a Node {
         graph.node.iter().find(|node| node.input.iter().any(|input| input == value)).expect(value)
     }
@@ -160,14 +167,14 @@ mod tests {
     }
 
     #[test]
-    fn graphs_are_sound() {
+    fn graphs_are_well_formed() {
         for family in FAMILIES {
             let model = model::random(family, Some(1));
             for weights in ["INT2", "MATMULNBITS2", "MATMULNBITS4", "F32", "F16"] {
                 let (file, graph) = decoded(&model, &options(weights));
                 let versions = (file.ir_version, file.opset_import[0].version);
                 assert_eq!(versions, if weights == "INT2" { (13, 25) } else { (10, 21) });
-                // Every value is made once, before it is used.
+                // Every value is defined once, before it is used.
                 let mut known = HashSet::new();
                 let inputs = graph.input.iter().map(|value| &value.name);
                 for name in inputs.chain(graph.initializer.iter().map(|value| &value.name)) {
@@ -214,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn int2_holds_codes_and_scales() {
+    fn int2_stores_codes_and_scales() {
         for scales in [1, 2] {
             let model = model::random(Family::Gpt2, Some(scales));
             let (_, graph) = decoded(&model, &options("INT2"));
@@ -248,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_hold_codes_and_scales() {
+    fn matmulnbits_blocks_store_codes_and_scales() {
         let model = model::random(Family::Llama, None);
         for bits in [2usize, 4] {
             let (_, graph) = decoded(&model, &options(&format!("MATMULNBITS{bits}")));
@@ -272,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn misfits_are_errors() {
+    fn weights_that_do_not_fit_their_type_are_errors() {
         let model = model::random(Family::Llama, Some(2));
         let refused = |model, weights| encode(model, &options(weights)).unwrap_err().to_string();
         assert!(refused(&model, "MATMULNBITS4").contains("per_channel"));
@@ -287,8 +294,8 @@ mod tests {
     }
 
     #[test]
-    fn what_no_file_can_hold_is_refused_before_it_is_made() {
-        let mut graph = Builder::default();
+    fn graphs_above_the_file_limit_are_refused_before_they_are_filled() {
+        let mut graph = GraphBuilder::default();
         let half = graph::LARGEST_FILE / 2 + 1;
         graph.initializer("first", Element::Uint8, &[half], half, Vec::new).unwrap();
         let error = graph.initializer("second", Element::Uint8, &[half], half, || unreachable!("too large"));

@@ -1,10 +1,12 @@
-//! The messages of ONNX that we write, by hand: protobuf's compiler is not needed to build.
+//! The messages of ONNX that this crate writes. They are written by hand, so that the build needs no protobuf
+//! compiler.
 //!
 //! # Source
 //! `onnx/onnx.proto` of github.com/onnx/onnx.
 
 use prost::Message;
 
+/// `ModelProto`: a file.
 #[derive(Clone, PartialEq, Message)]
 pub struct Model {
     #[prost(int64, tag = "1")]
@@ -21,15 +23,17 @@ pub struct Model {
     pub metadata_props: Vec<Property>,
 }
 
+/// `OperatorSetIdProto`: a set of operators, and its version.
 #[derive(Clone, PartialEq, Message)]
 pub struct OperatorSet {
-    /// Empty for ONNX's own.
+    /// Empty for the standard operators.
     #[prost(string, tag = "1")]
     pub domain: String,
     #[prost(int64, tag = "2")]
     pub version: i64,
 }
 
+/// `StringStringEntryProto`: an entry of the metadata.
 #[derive(Clone, PartialEq, Message)]
 pub struct Property {
     #[prost(string, tag = "1")]
@@ -38,6 +42,7 @@ pub struct Property {
     pub value: String,
 }
 
+/// `GraphProto`: nodes in topological order.
 #[derive(Clone, PartialEq, Message)]
 pub struct Graph {
     #[prost(message, repeated, tag = "1")]
@@ -52,6 +57,7 @@ pub struct Graph {
     pub output: Vec<ValueInfo>,
 }
 
+/// `NodeProto`: an application of an operator.
 #[derive(Clone, PartialEq, Message)]
 pub struct Node {
     #[prost(string, repeated, tag = "1")]
@@ -68,6 +74,7 @@ pub struct Node {
     pub domain: String,
 }
 
+/// `AttributeProto`: a constant parameter of a node.
 #[derive(Clone, PartialEq, Message)]
 pub struct Attribute {
     #[prost(string, tag = "1")]
@@ -80,12 +87,12 @@ pub struct Attribute {
     pub s: Vec<u8>,
     #[prost(int64, repeated, packed = "false", tag = "8")]
     pub ints: Vec<i64>,
-    /// 1 float, 2 int, 3 string, 7 ints.
+    /// Type of the value: 1 float, 2 int, 3 string, 7 ints.
     #[prost(int32, tag = "20")]
     pub kind: i32,
 }
 
-/// `TensorProto`.
+/// `TensorProto`: a constant tensor.
 #[derive(Clone, PartialEq, Message)]
 pub struct Initializer {
     #[prost(int64, repeated, packed = "false", tag = "1")]
@@ -98,6 +105,7 @@ pub struct Initializer {
     pub raw_data: Vec<u8>,
 }
 
+/// `ValueInfoProto`: an input or output of the model.
 #[derive(Clone, PartialEq, Message)]
 pub struct ValueInfo {
     #[prost(string, tag = "1")]
@@ -106,12 +114,14 @@ pub struct ValueInfo {
     pub kind: Option<Type>,
 }
 
+/// `TypeProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Type {
     #[prost(message, optional, tag = "1")]
     pub tensor: Option<TensorType>,
 }
 
+/// `TypeProto.Tensor`.
 #[derive(Clone, PartialEq, Message)]
 pub struct TensorType {
     #[prost(int32, tag = "1")]
@@ -120,23 +130,26 @@ pub struct TensorType {
     pub shape: Option<Shape>,
 }
 
+/// `TensorShapeProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Shape {
     #[prost(message, repeated, tag = "1")]
     pub dim: Vec<Dimension>,
 }
 
+/// `TensorShapeProto.Dimension`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Dimension {
     #[prost(oneof = "Size", tags = "1, 2")]
     pub size: Option<Size>,
 }
 
+/// The size of a dimension.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum Size {
     #[prost(int64, tag = "1")]
     Fixed(i64),
-    /// The same name is the same size.
+    /// A dynamic size. Dimensions of the same name have the same size.
     #[prost(string, tag = "2")]
     Named(String),
 }

@@ -1,33 +1,42 @@
-//! Matrices and tables, in each of the forms that a graph can hold them in.
+//! Matrices and embedding tables, in each of the types that a graph can store.
+//!
+//! | weight type | stored | node |
+//! |---|---|---|
+//! | `INT2` | `[in, out]` 2-bit integers, scales `[out]` or `[groups, out]` | `DequantizeLinear`, `MatMul` |
+//! | `MATMULNBITS2`, `MATMULNBITS4` | `[out, blocks, bytes]` unsigned codes, scales `[out, blocks]` | `MatMulNBits` of onnxruntime |
+//! | `F32`, `F16` | `[in, out]` | `Cast` to f32, `MatMul` |
 
-use super::graph::{Builder, Element, Value, int, ints};
+use super::graph::{Element, GraphBuilder, Value, int, ints};
 use crate::{Encoding, FormatError, Tensor, WeightType};
 use half::f16;
 
-/// The domain of onnxruntime's own operators.
+/// Domain of the operators of onnxruntime.
 pub(super) const MICROSOFT: &str = "com.microsoft";
 
-/// Weights that share a scale in the 8-bit form, that of `Q8_0`.
+/// Weights per scale of an 8-bit table, as in `Q8_0`.
 const TABLE_BLOCK: usize = 32;
 
-/// `input W^T` for a matrix `W` of `[out, in]`.
+/// `x W^T` for a matrix `W`.
+///
+/// # Shapes
+/// W `[out, in]`
 ///
 /// # Errors
-/// `NotTernary`, `Group`: the matrix does not fit the form. `OnnxSize`.
+/// `NotTernary`, `Group`: the matrix does not fit the type. `OnnxSize`: the file would be too large.
 pub(super) fn matmul(
-    graph: &mut Builder,
+    graph: &mut GraphBuilder,
     input: &Value,
     matrix: &Tensor,
-    form: WeightType,
+    weight_type: WeightType,
 ) -> Result<Value, FormatError> {
     let name = format!("{}.weight", graph.scope);
-    match form {
+    match weight_type {
         WeightType::Int2 => {
             let weight = int2(graph, &name, matrix)?;
             Ok(graph.op("MatMul", &[input, &weight], &[]))
         }
         WeightType::MatMulNBits(bits) => {
-            let stored = Blocks::ternary(graph, &name, matrix, bits.into())?;
+            let stored = BlockedMatrix::ternary(graph, &name, matrix, bits.into())?;
             Ok(stored.matmul(graph, input))
         }
         WeightType::Encoded(encoding) => {
@@ -35,15 +44,16 @@ pub(super) fn matmul(
             let weight = to_float(graph, weight, encoding);
             Ok(graph.op("MatMul", &[input, &weight], &[]))
         }
-        WeightType::Bitnet => Err(unfit(form)),
+        WeightType::Bitnet => Err(unsupported(weight_type)),
     }
 }
 
-pub(super) fn unfit(found: WeightType) -> FormatError {
+pub(super) fn unsupported(found: WeightType) -> FormatError {
     FormatError::WeightType { found, expected: "INT2, MATMULNBITS2, MATMULNBITS4, F32 or F16" }
 }
 
-/// The scales of a ternary matrix, and how many weights of a row share one: a whole row wherever that says the same.
+/// Weights per scale and the scales of a ternary matrix. If all scales of each row are equal, this is one scale per
+/// row.
 fn scales(matrix: &Tensor) -> Result<(usize, Vec<f16>), FormatError> {
     let cols = matrix.cols();
     let Some(group) = matrix.ternary_group() else {
@@ -55,26 +65,26 @@ fn scales(matrix: &Tensor) -> Result<(usize, Vec<f16>), FormatError> {
     for (row, scales) in scales.chunks_mut(cols / group).enumerate() {
         matrix.read_ternary_row(row, &mut codes, scales);
     }
-    let one_a_row = scales.chunks(cols / group).all(|row| row.iter().all(|scale| *scale == row[0]));
-    if !one_a_row {
+    let one_per_row = scales.chunks(cols / group).all(|row| row.iter().all(|scale| *scale == row[0]));
+    if !one_per_row {
         return Ok((group, scales));
     }
     Ok((cols, scales.into_iter().step_by(cols / group).collect()))
 }
 
-/// The codes of a row.
+/// Codes of a row.
 fn codes<'a>(matrix: &Tensor, row: usize, codes: &'a mut [i8]) -> &'a [i8] {
     let mut scales = vec![f16::ZERO; codes.len() / matrix.ternary_group().expect("a ternary matrix")];
     matrix.read_ternary_row(row, codes, &mut scales);
     codes
 }
 
-/// A matrix as two-bit integers `[in, out]` and their scales, dequantized.
+/// A matrix as 2-bit integers `[in, out]` with their scales, dequantized.
 ///
 /// # Source
-/// ONNX, `DequantizeLinear` 25. The other order, `[out, in]` and a `Transpose`, is not recognized by onnxruntime,
-/// which then multiplies floats.
-fn int2(graph: &mut Builder, name: &str, matrix: &Tensor) -> Result<Value, FormatError> {
+/// ONNX, `DequantizeLinear` 25. onnxruntime does not fuse the other order, `[out, in]` and a `Transpose`: it then
+/// multiplies floats.
+fn int2(graph: &mut GraphBuilder, name: &str, matrix: &Tensor) -> Result<Value, FormatError> {
     let [rows, cols] = [matrix.rows(), matrix.cols()];
     let (group, scales) = scales(matrix)?;
     let length = (rows * cols).div_ceil(4);
@@ -83,15 +93,15 @@ fn int2(graph: &mut Builder, name: &str, matrix: &Tensor) -> Result<Value, Forma
         let mut buffer = vec![0; cols];
         for row in 0..rows {
             for (col, &code) in codes(matrix, row, &mut buffer).iter().enumerate() {
-                let place = col * rows + row;
-                bytes[place / 4] |= (code as u8 & 3) << (2 * (place % 4));
+                let index = col * rows + row;
+                bytes[index / 4] |= (code as u8 & 3) << (2 * (index % 4));
             }
         }
         bytes
     })?;
     let groups = cols / group;
-    let places = (0..groups).flat_map(|group| (0..rows).map(move |row| row * groups + group));
-    let values: Vec<f32> = places.map(|place| scales[place].to_f32()).collect();
+    let indices = (0..groups).flat_map(|group| (0..rows).map(move |row| row * groups + group));
+    let values: Vec<f32> = indices.map(|index| scales[index].to_f32()).collect();
     let scale_name = format!("{}.scale", graph.scope);
     if groups == 1 {
         let scale = floats(graph, &scale_name, &[rows], values)?;
@@ -102,12 +112,12 @@ fn int2(graph: &mut Builder, name: &str, matrix: &Tensor) -> Result<Value, Forma
     Ok(graph.op("DequantizeLinear", &[&stored, &scale], &attributes))
 }
 
-/// A matrix `[out, in]` in blocks of unsigned integers, as onnxruntime's `MatMulNBits` has them.
+/// A matrix `[out, in]` in blocks of unsigned integers, for onnxruntime's `MatMulNBits`.
 ///
 /// # Source
-/// onnxruntime, `docs/ContribOperators.md`, `com.microsoft.MatMulNBits`: `B` is `[out, blocks, bytes]`, low bits first,
-/// and a code stands for `code - 2^(bits - 1)`.
-pub(super) struct Blocks {
+/// onnxruntime, `docs/ContribOperators.md`, `com.microsoft.MatMulNBits`: `B` is `[out, blocks, bytes]`, low bits
+/// first, and a code represents `code - 2^(bits - 1)`.
+pub(super) struct BlockedMatrix {
     codes: Value,
     scales: Value,
     shape: [usize; 2],
@@ -115,10 +125,10 @@ pub(super) struct Blocks {
     block: usize,
 }
 
-impl Blocks {
-    /// `fill(row, codes, scales)` writes a row, whose codes are all zero before.
+impl BlockedMatrix {
+    /// Creates the initializers. `fill(row, codes, scales)` writes a row.
     fn new(
-        graph: &mut Builder,
+        graph: &mut GraphBuilder,
         name: &str,
         [rows, cols]: [usize; 2],
         [bits, block]: [usize; 2],
@@ -134,9 +144,9 @@ impl Blocks {
             let rows = data.chunks_mut(bytes).zip(scales.chunks_mut(blocks));
             for (row, (data, scales)) in rows.enumerate() {
                 fill(row, &mut codes[..cols], scales);
-                for (place, &code) in codes.iter().enumerate() {
+                for (index, &code) in codes.iter().enumerate() {
                     let unsigned = (i16::from(code) + (1 << (bits - 1))) as u8;
-                    data[place * bits / 8] |= unsigned << (place * bits % 8);
+                    data[index * bits / 8] |= unsigned << (index * bits % 8);
                 }
             }
             data
@@ -146,23 +156,29 @@ impl Blocks {
     }
 
     /// A ternary matrix in 2 or 4 bits.
-    fn ternary(graph: &mut Builder, name: &str, matrix: &Tensor, bits: usize) -> Result<Self, FormatError> {
+    fn ternary(
+        graph: &mut GraphBuilder,
+        name: &str,
+        matrix: &Tensor,
+        bits: usize,
+    ) -> Result<Self, FormatError> {
         let shape = [matrix.rows(), matrix.cols()];
         let (group, scales) = scales(matrix)?;
-        // The largest block that no boundary of a group cuts; the last one of a row may be longer than what is left.
+        // The largest block that divides a group. If the whole row is one group, the last block of a row may extend
+        // past its end.
         let block = [128, 64, 32, 16].into_iter().find(|block| group % block == 0);
         let block = block.or((group == shape[1]).then_some(32)).ok_or(FormatError::Group { group })?;
         let groups = shape[1] / group;
-        Self::new(graph, name, shape, [bits, block], |row, buffer, of_blocks| {
+        Self::new(graph, name, shape, [bits, block], |row, buffer, block_scales| {
             codes(matrix, row, buffer);
-            for (place, scale) in of_blocks.iter_mut().enumerate() {
-                *scale = scales[row * groups + place * block / group].to_f32();
+            for (index, scale) in block_scales.iter_mut().enumerate() {
+                *scale = scales[row * groups + index * block / group].to_f32();
             }
         })
     }
 
-    /// A table in 8 bits, with the codes and scales of `Q8_0`.
-    fn table(graph: &mut Builder, name: &str, table: &Tensor) -> Result<Self, FormatError> {
+    /// An embedding table in 8 bits, with the codes and scales of `Q8_0`.
+    fn table(graph: &mut GraphBuilder, name: &str, table: &Tensor) -> Result<Self, FormatError> {
         let table = table.encode(Encoding::Q8_0)?;
         let shape = [table.rows(), table.cols()];
         let row_bytes = table.bytes().len() / shape[0];
@@ -175,7 +191,7 @@ impl Blocks {
         })
     }
 
-    fn matmul(&self, graph: &mut Builder, input: &Value) -> Value {
+    fn matmul(&self, graph: &mut GraphBuilder, input: &Value) -> Value {
         let [out, inputs] = self.shape;
         let attributes = [
             int("K", inputs),
@@ -188,24 +204,26 @@ impl Blocks {
     }
 }
 
-/// The token embedding or the head.
+/// The token embedding or the output head.
 pub(super) enum Table {
-    /// `[d, vocab]`, so that it multiplies as it is.
+    /// `[d, vocab]`, so that it multiplies without a transpose.
     Float(Value, Encoding),
     /// `[vocab, blocks, block]`
-    Blocks(Blocks),
+    Blocked(BlockedMatrix),
 }
 
 impl Table {
+    /// Stores a table.
+    ///
     /// # Errors
-    /// `WeightType`: not F32, F16 or Q8_0. `RowLength`: no whole blocks. `OnnxSize`.
-    pub fn new(graph: &mut Builder, table: &Tensor, encoding: Encoding) -> Result<Self, FormatError> {
+    /// `WeightType`: not F32, F16 or Q8_0. `RowLength`: rows that are not whole blocks. `OnnxSize`.
+    pub fn new(graph: &mut GraphBuilder, table: &Tensor, encoding: Encoding) -> Result<Self, FormatError> {
         let name = format!("{}.weight", graph.scope);
         match encoding {
             Encoding::F32 | Encoding::F16 => {
                 Ok(Self::Float(transposed(graph, &name, table, encoding)?, encoding))
             }
-            Encoding::Q8_0 => Ok(Self::Blocks(Blocks::table(graph, &name, table)?)),
+            Encoding::Q8_0 => Ok(Self::Blocked(BlockedMatrix::table(graph, &name, table)?)),
             other => {
                 let found = WeightType::Encoded(other);
                 Err(FormatError::WeightType { found, expected: "F32, F16 or Q8_0" })
@@ -213,15 +231,18 @@ impl Table {
         }
     }
 
-    /// The rows of `ids`: `[batch, seq]` to `[batch, seq, d]`.
-    pub fn rows(&self, graph: &mut Builder, ids: &Value) -> Value {
+    /// Looks up the rows of `ids`.
+    ///
+    /// # Shapes
+    /// `[batch, seq]` to `[batch, seq, d]`
+    pub fn rows(&self, graph: &mut GraphBuilder, ids: &Value) -> Value {
         match self {
             Self::Float(table, encoding) => {
                 let columns = graph.op("Gather", &[table, ids], &[int("axis", 1)]);
                 let columns = to_float(graph, columns, *encoding);
                 graph.op("Transpose", &[&columns], &[ints("perm", &[1, 2, 0])])
             }
-            Self::Blocks(table) => {
+            Self::Blocked(table) => {
                 let codes = graph.op("Gather", &[&table.codes, ids], &[int("axis", 0)]);
                 let codes = graph.op("Cast", &[&codes], &[int("to", Element::Float as usize)]);
                 let zero = graph.float(128.0);
@@ -236,21 +257,24 @@ impl Table {
         }
     }
 
-    /// The product with every row: `[batch, seq, d]` to `[batch, seq, vocab]`.
-    pub fn matmul(&self, graph: &mut Builder, input: &Value) -> Value {
+    /// The product with every row.
+    ///
+    /// # Shapes
+    /// `[batch, seq, d]` to `[batch, seq, vocab]`
+    pub fn matmul(&self, graph: &mut GraphBuilder, input: &Value) -> Value {
         match self {
             Self::Float(table, encoding) => {
                 let table = to_float(graph, table.clone(), *encoding);
                 graph.op("MatMul", &[input, &table], &[])
             }
-            Self::Blocks(table) => table.matmul(graph, input),
+            Self::Blocked(table) => table.matmul(graph, input),
         }
     }
 }
 
-/// An initializer of f32.
+/// A constant tensor of f32.
 pub(super) fn floats(
-    graph: &mut Builder,
+    graph: &mut GraphBuilder,
     name: &str,
     dims: &[usize],
     values: Vec<f32>,
@@ -260,9 +284,9 @@ pub(super) fn floats(
     })
 }
 
-/// An initializer `[in, out]` of a matrix `[out, in]`, in F32 or F16.
+/// A constant tensor `[in, out]` in F32 or F16, from a matrix `[out, in]`.
 fn transposed(
-    graph: &mut Builder,
+    graph: &mut GraphBuilder,
     name: &str,
     matrix: &Tensor,
     encoding: Encoding,
@@ -271,7 +295,7 @@ fn transposed(
     let (element, size) = match encoding {
         Encoding::F32 => (Element::Float, 4),
         Encoding::F16 => (Element::Float16, 2),
-        other => return Err(unfit(WeightType::Encoded(other))),
+        other => return Err(unsupported(WeightType::Encoded(other))),
     };
     let matrix = matrix.encode(encoding)?;
     graph.initializer(name, element, &[cols, rows], size * rows * cols, || {
@@ -280,10 +304,10 @@ fn transposed(
         for row in 0..rows {
             matrix.read_row(row, &mut values);
             for (col, &value) in values.iter().enumerate() {
-                let place = &mut bytes[size * (col * rows + row)..][..size];
+                let target = &mut bytes[size * (col * rows + row)..][..size];
                 match element {
-                    Element::Float16 => place.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
-                    _ => place.copy_from_slice(&value.to_le_bytes()),
+                    Element::Float16 => target.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+                    _ => target.copy_from_slice(&value.to_le_bytes()),
                 }
             }
         }
@@ -291,8 +315,8 @@ fn transposed(
     })
 }
 
-/// The value in f32, if it is not yet.
-fn to_float(graph: &mut Builder, value: Value, encoding: Encoding) -> Value {
+/// Casts to f32 if needed.
+fn to_float(graph: &mut GraphBuilder, value: Value, encoding: Encoding) -> Value {
     match encoding {
         Encoding::F16 => graph.op("Cast", &[&value], &[int("to", Element::Float as usize)]),
         _ => value,

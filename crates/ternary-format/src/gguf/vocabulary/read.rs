@@ -1,4 +1,4 @@
-//! From keys to a [`Tokenizer`].
+//! From metadata keys to a [`Tokenizer`].
 
 use super::{
     super::container::{Container, Value, unexpected},
@@ -8,15 +8,15 @@ use crate::{FormatError, Tokenizer, tokenizer::Ends};
 use serde_json::{Value as Json, json};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// Longer tokens are never put together from others: that would cost the square of their length.
-const LONGEST: usize = 256;
+/// Tokens of more bytes have no merges: finding the pairs of a token takes the square of its length.
+const MAX_MERGED_BYTES: usize = 256;
 
-/// The tokenizer of a file, for an embedding of `rows` rows; `None` where the file has none.
+/// The tokenizer of a file, for an embedding of `rows` rows; `None` if the file has none.
 ///
 /// # Errors
-/// `Vocabulary`, `DuplicateToken`, `Value`, `Tokenizer`: it fits neither the model nor what we read.
+/// `Vocabulary`, `DuplicateToken`, `Value`, `Tokenizer`: it does not fit the model, or is not supported.
 pub(in crate::gguf) fn read(container: &Container, rows: usize) -> Result<Option<Tokenizer>, FormatError> {
-    let keys = Keys(&container.metadata);
+    let keys = Metadata(&container.metadata);
     let Some(model) = keys.text("tokenizer.ggml.model")? else { return Ok(None) };
     if model == "no_vocab" || model == "none" {
         return Ok(None);
@@ -93,19 +93,19 @@ impl Vocabulary {
         self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect()
     }
 
-    /// BPE of bytes.
-    fn byte_level(&self, keys: &Keys, pre: &str) -> Result<Json, FormatError> {
+    /// A `tokenizer.json` of byte-level BPE.
+    fn byte_level(&self, keys: &Metadata, pre: &str) -> Result<Json, FormatError> {
         let known = pre_tokenizers().into_iter().find(|(names, _)| names.contains(&pre));
         let (names, pre_tokenizer) = known.ok_or_else(|| FormatError::Value {
             key: "tokenizer.ggml.pre".into(),
-            expected: "a pre-tokenizer that is known here, such as `gpt-2`".into(),
+            expected: "a supported pre-tokenizer, such as `gpt-2`, `llama-bpe` or `qwen2`".into(),
             found: format!("`{pre}`"),
         })?;
         let merges: Vec<Json> = keys
             .texts("tokenizer.ggml.merges")?
             .iter()
             .map(|merge| {
-                // Not at the beginning, where a space would be the token itself.
+                // Not the first character, since a token may be a space itself.
                 let space = merge.char_indices().skip(1).find(|&(_, c)| c == ' ').map(|(i, _)| i);
                 let (left, right) = space.map_or((merge.as_str(), ""), |i| (&merge[..i], &merge[i + 1..]));
                 json!([left, right])
@@ -124,9 +124,9 @@ impl Vocabulary {
         }))
     }
 
-    /// BPE of characters with byte fallback. The pairs of tokens that make a token are joined in the order of the
-    /// scores of what they make.
-    fn sentence_piece(&self, keys: &Keys) -> Result<Json, FormatError> {
+    /// A `tokenizer.json` of BPE with byte fallback. Its merges are all pairs of tokens that form a token, ordered by
+    /// the score of the result.
+    fn sentence_piece(&self, keys: &Metadata) -> Result<Json, FormatError> {
         let scores = keys.numbers("tokenizer.ggml.scores", self.tokens.len())?;
         let scores = scores.ok_or_else(|| FormatError::MissingKey { key: "tokenizer.ggml.scores".into() })?;
         let normal = self.tokens.iter().enumerate().filter(|&(id, _)| self.types[id] == NORMAL);
@@ -136,7 +136,7 @@ impl Vocabulary {
         let mut merges = Vec::new();
         for id in order {
             let token = &self.tokens[id];
-            if token.len() > LONGEST {
+            if token.len() > MAX_MERGED_BYTES {
                 continue;
             }
             let cuts = token.char_indices().skip(1).map(|(i, _)| token.split_at(i));
@@ -165,11 +165,11 @@ impl Vocabulary {
     }
 }
 
-/// The keys of a file; a value of another type is an error.
-struct Keys<'a>(&'a BTreeMap<String, Value>);
+/// The metadata of a file. A value of another type is an error.
+struct Metadata<'a>(&'a BTreeMap<String, Value>);
 
-impl<'a> Keys<'a> {
-    /// What `get` takes out of a value that is there.
+impl<'a> Metadata<'a> {
+    /// Applies `get` to a value; `None` if the key is missing.
     fn get<T>(
         &self,
         key: &str,
@@ -181,7 +181,7 @@ impl<'a> Keys<'a> {
     }
 
     fn text(&self, key: &str) -> Result<Option<&'a str>, FormatError> {
-        self.get(key, "a text", Value::as_text)
+        self.get(key, "a string", Value::as_text)
     }
 
     fn flag(&self, key: &str) -> Result<Option<bool>, FormatError> {
@@ -192,21 +192,21 @@ impl<'a> Keys<'a> {
     }
 
     fn texts(&self, key: &str) -> Result<&'a [String], FormatError> {
-        let texts = self.get(key, "an array of texts", |value| match value {
+        let texts = self.get(key, "an array of strings", |value| match value {
             Value::Texts(texts) => Some(texts.as_slice()),
             _ => None,
         })?;
         texts.ok_or_else(|| FormatError::MissingKey { key: key.into() })
     }
 
-    /// The id of a token.
+    /// A token id.
     fn id(&self, key: &str, rows: usize) -> Result<Option<u32>, FormatError> {
-        self.get(key, &format!("an id below {rows}"), |value| {
+        self.get(key, &format!("a token id below {rows}"), |value| {
             value.as_size().filter(|&id| id < rows).map(|id| id as u32)
         })
     }
 
-    /// A number for each token.
+    /// One number per token.
     fn numbers(&self, key: &str, tokens: usize) -> Result<Option<Vec<f64>>, FormatError> {
         self.get(key, &format!("an array of {tokens} numbers"), |value| {
             let numbers: Vec<f64> = value.items()?.filter_map(|item| item.as_f64()).collect();

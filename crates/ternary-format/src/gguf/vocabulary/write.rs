@@ -1,4 +1,4 @@
-//! From a [`Tokenizer`] to keys.
+//! From a [`Tokenizer`] to metadata keys.
 
 use super::{
     super::container::Value, BYTE, CONTROL, HF_JSON, NORMAL, OWN_JSON, UNKNOWN, UNUSED, USER_DEFINED,
@@ -11,14 +11,15 @@ use crate::{
 use serde_json::Value as Json;
 use std::collections::{BTreeSet, HashMap};
 
-/// Tokens and their types.
+/// Tokens by id, and their types.
 struct Vocabulary {
     tokens: Vec<String>,
     types: Vec<i32>,
 }
 
 impl Vocabulary {
-    /// Fills up to the rows of the embedding; readers refuse tokens that are there twice.
+    /// Adds unused tokens up to the rows of the embedding. Their names are new, since readers refuse duplicate
+    /// tokens.
     fn pad(&mut self, rows: usize) {
         let known: BTreeSet<&String> = self.tokens.iter().collect();
         let free = (0..).map(|i| format!("[PAD{i}]")).filter(|name| !known.contains(name));
@@ -28,10 +29,10 @@ impl Vocabulary {
     }
 }
 
-/// The keys of a tokenizer for an embedding of `rows` rows.
+/// Keys of a tokenizer, for an embedding of `rows` rows.
 ///
 /// # Errors
-/// `Vocabulary`: more tokens than rows. `NotInGguf`: llama.cpp has no such tokenizer.
+/// `Vocabulary`: more tokens than rows. `NotInGguf`: llama.cpp does not support the tokenizer.
 pub(in crate::gguf) fn metadata(
     tokenizer: &Tokenizer,
     rows: usize,
@@ -47,7 +48,7 @@ pub(in crate::gguf) fn metadata(
         }
         Kind::Char(characters) => {
             let spelt: Vec<String> = characters.iter().map(|c| byte_level(*c)).collect();
-            // A character of several bytes is put together byte by byte; no other merge can begin with a first byte.
+            // A character of several bytes is joined byte by byte. No other merge can begin with its first byte.
             let merges = spelt.iter().flat_map(|token| {
                 let ends: Vec<usize> = token.char_indices().map(|(i, _)| i).skip(1).collect();
                 ends.into_iter().map(|i| {
@@ -74,7 +75,7 @@ pub(in crate::gguf) fn metadata(
     Ok(keys)
 }
 
-/// The keys of byte and char tokenizers.
+/// Keys of a byte or character tokenizer.
 fn own(
     tokenizer: &Tokenizer,
     mut tokens: Vec<String>,
@@ -99,10 +100,10 @@ fn model_keys(model: &str, pre: &str) -> Vec<(String, Value)> {
     ]
 }
 
-/// The keys of a `tokenizer.json`.
+/// Keys of a `tokenizer.json`.
 fn hugging_face(text: &str, size: usize) -> Result<(Vocabulary, Vec<(String, Value)>), FormatError> {
     let refuse = |what: String| {
-        let why = "llama.cpp cuts text otherwise: train with tokenizer \"bpe\" or \"byte\"";
+        let why = "llama.cpp would split text differently: train with tokenizer \"bpe\" or \"byte\"";
         Err(FormatError::NotInGguf { what, why: why.into() })
     };
     let json: Json =
@@ -134,7 +135,7 @@ fn hugging_face(text: &str, size: usize) -> Result<(Vocabulary, Vec<(String, Val
         );
     }
     for (id, token) in vocabulary.tokens.iter_mut().enumerate().filter(|(_, token)| token.is_empty()) {
-        *token = format!("[UNUSED{id}]"); // a hole in the ids
+        *token = format!("[UNUSED{id}]"); // an unused id
     }
     let pairs = model["merges"].as_array().into_iter().flatten().map(|merge| match merge {
         Json::String(merge) => merge.clone(),
@@ -145,9 +146,10 @@ fn hugging_face(text: &str, size: usize) -> Result<(Vocabulary, Vec<(String, Val
         let known = |add_prefix| json["normalizer"] == sentence_piece_normalizer(add_prefix);
         let add_prefix = known(true);
         if !json["pre_tokenizer"].is_null() || !(add_prefix || known(false)) {
-            return refuse("a normalizer or pre-tokenizer that SentencePiece has not".into());
+            return refuse("a normalizer or pre-tokenizer that SentencePiece does not have".into());
         }
-        // SentencePiece joins the pair whose token has the highest score; here the rank of its first merge.
+        // SentencePiece joins the pair whose token has the highest score. The score here is the negative rank of its
+        // first merge.
         let mut scores = vec![-1e6f32; size];
         let ids: HashMap<&str, usize> =
             vocabulary.tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
@@ -174,12 +176,12 @@ fn hugging_face(text: &str, size: usize) -> Result<(Vocabulary, Vec<(String, Val
     Ok((vocabulary, keys))
 }
 
-/// A character as byte-level BPE writes it.
+/// A character in the notation of byte-level BPE.
 fn byte_level(character: char) -> String {
     character.encode_utf8(&mut [0; 4]).bytes().map(byte_character).collect()
 }
 
-/// `<0x00>` to `<0xFF>`.
+/// Returns whether the token is one of `<0x00>` to `<0xFF>`.
 fn is_byte_token(token: &str) -> bool {
     let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
     digits.is_some_and(|digits| digits.len() == 2 && u8::from_str_radix(digits, 16).is_ok())

@@ -1,10 +1,14 @@
-//! `adapter_config.json`: its keys, and patterns of modules' names.
+//! `adapter_config.json`: its keys, and the patterns by which it selects modules.
+//!
+//! PEFT matches `rank_pattern` and `alpha_pattern` as regular expressions against the end of a module name, from a
+//! dot on: the first pattern of the file that matches decides, so their order is kept. `target_modules` and its like
+//! are either one regular expression for the whole name, or a list of names that match from a dot on.
 
 use super::{CONFIG, module};
 use crate::{
     Adapter, Family, FormatError,
-    adapter::check,
-    key::{self, Keys},
+    adapter::require,
+    key::{self, KeyTable},
 };
 use regex::Regex;
 use serde::{
@@ -14,8 +18,8 @@ use serde::{
 use serde_json::{Map, Value};
 use std::{fmt, marker::PhantomData};
 
-/// The keys of PEFT 0.21 and before.
-const KEYS: Keys = Keys {
+/// Keys up to PEFT 0.21.
+const KEYS: KeyTable = KeyTable {
     prefix: "",
     used: &[
         "r",
@@ -47,17 +51,17 @@ const KEYS: Keys = Keys {
     neutral: &[
         "auto_mapping",
         "base_model_name_or_path",
-        // How the first weights were found; see `INITS`.
+        // How the initial weights were found; see `NEUTRAL_INITS`.
         "corda_config",
         "eva_config",
         "lora_ga_config",
         "loftq_config",
-        // Which modules have the same tensors, and where their names have the number of a layer.
+        // Which modules share tensors, and where layer numbers are in their names.
         "ensure_weight_tying",
         "layers_pattern",
-        // How the base stores its weights.
+        // How the base model stores its weights.
         "fan_in_fan_out",
-        // Of training.
+        // Settings of training.
         "inference_mode",
         "lora_dropout",
         "megatron_config",
@@ -71,11 +75,11 @@ const KEYS: Keys = Keys {
     ],
 };
 
-/// `init_lora_weights` that leave the weights of the base as they are. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
-/// change them before training, and the adapter belongs to what they make.
-const INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
+/// Values of `init_lora_weights` that do not change the weights of the base model. The others (PiSSA, OLoRA, CorDA,
+/// LoftQ, LoRA-GA) change them before training, so the adapter is valid for the changed weights only.
+const NEUTRAL_INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
-/// Values by patterns of modules' names, in the order of the file.
+/// Values by patterns of module names, in the order of the file.
 pub(super) struct Patterns<T>(pub Vec<(String, T)>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Patterns<T> {
@@ -113,19 +117,19 @@ impl<T> Default for Patterns<T> {
 }
 
 impl<T: Copy> Patterns<T> {
-    /// The patterns, to be asked for modules.
+    /// Compiles the patterns.
     ///
     /// # Errors
-    /// `Value`: a pattern that is not a regular expression.
+    /// `Value`: a pattern is not a supported regular expression.
     pub(super) fn compile(&self, key: &str) -> Result<Compiled<T>, FormatError> {
         let compile =
-            |(pattern, value): &(String, T)| Ok((whole(key, &format!(r"(.*\.)?({pattern})"))?, *value));
+            |(pattern, value): &(String, T)| Ok((whole_name(key, &format!(r"(.*\.)?({pattern})"))?, *value));
         self.0.iter().map(compile).collect::<Result<_, _>>().map(Compiled)
     }
 }
 
-/// A pattern of a whole name.
-fn whole(key: &str, pattern: &str) -> Result<Regex, FormatError> {
+/// A regular expression that must match a whole name.
+fn whole_name(key: &str, pattern: &str) -> Result<Regex, FormatError> {
     Regex::new(&format!("^({pattern})$")).map_err(|_| FormatError::Value {
         key: key.into(),
         found: format!("`{}`", pattern.chars().take(60).collect::<String>()),
@@ -133,30 +137,34 @@ fn whole(key: &str, pattern: &str) -> Result<Regex, FormatError> {
     })
 }
 
-/// `target_modules` and its like: a regular expression of whole names, names that may have others before them, or null.
-enum Names {
+/// The value of `target_modules` and its like.
+enum ModuleNames {
+    /// A regular expression for whole names.
     Regex(Regex),
+    /// Names that match a whole name, or its end from a dot on.
     Endings(Vec<String>),
 }
 
-impl Names {
+impl ModuleNames {
+    /// Parses the value; `None` for null.
+    ///
     /// # Errors
-    /// `Value`: none of these.
+    /// `Value`: neither a list of names, nor a regular expression, nor null.
     fn parse(key: &str, value: &Value) -> Result<Option<Self>, FormatError> {
         match value {
             Value::Null => Ok(None),
-            Value::String(text) => Ok(Some(Self::Regex(whole(key, text)?))),
+            Value::String(text) => Ok(Some(Self::Regex(whole_name(key, text)?))),
             Value::Array(names) => {
                 let names: Option<Vec<String>> =
                     names.iter().map(|name| Some(name.as_str()?.into())).collect();
-                check(names.is_some(), key, value, "names of modules")?;
+                require(names.is_some(), key, value, "names of modules")?;
                 Ok(names.map(Self::Endings))
             }
-            _ => check(false, key, value, "names of modules, a regular expression or null").map(|()| None),
+            _ => require(false, key, value, "names of modules, a regular expression or null").map(|()| None),
         }
     }
 
-    fn has(&self, module: &str) -> bool {
+    fn matches(&self, module: &str) -> bool {
         match self {
             Self::Regex(regex) => regex.is_match(module),
             Self::Endings(names) => names.iter().any(|name| {
@@ -170,13 +178,13 @@ impl Names {
 pub(super) struct Compiled<T>(Vec<(Regex, T)>);
 
 impl<T: Copy> Compiled<T> {
-    /// The value of the first pattern that matches the name of a module: all of it, or what follows a dot.
-    pub(super) fn of(&self, module: &str) -> Option<T> {
+    /// The value of the first pattern that matches the name of a module, or its end from a dot on.
+    pub(super) fn lookup(&self, module: &str) -> Option<T> {
         self.0.iter().find(|(pattern, _)| pattern.is_match(module)).map(|(_, value)| *value)
     }
 }
 
-/// The keys of a configuration that are read or written.
+/// The keys that are read or written.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Config {
     pub peft_type: String,
@@ -192,9 +200,10 @@ pub(super) struct Config {
     pub exclude_modules: Value,
     #[serde(default, skip_serializing)]
     pub layers_to_transform: Value,
-    /// Ranks and alphas of modules that have others.
+    /// Ranks of modules that differ from `r`.
     #[serde(default)]
     pub rank_pattern: Patterns<usize>,
+    /// Alphas of modules that differ from `lora_alpha`.
     #[serde(default)]
     pub alpha_pattern: Patterns<f64>,
     #[serde(default)]
@@ -216,29 +225,31 @@ pub(super) struct Config {
 }
 
 impl Config {
+    /// Parses the file. Also returns a warning about unknown keys.
+    ///
     /// # Errors
-    /// `Json`: not JSON, or a key of another type. `Value`: what would compute something else than `scale B A` beside the
-    /// weights of the base.
+    /// `Json`: not JSON, or a key of another type. `Value`: the adapter computes something else than `W x + scale B A x`.
     pub(super) fn parse(json: &[u8]) -> Result<(Self, Option<String>), FormatError> {
         let entries = key::entries(&serde_json::from_slice::<Map<String, Value>>(json)?, &[]);
         let warning = key::check(&[KEYS], CONFIG, entries)?;
         let config: Self = serde_json::from_slice(json)?;
         let init = &config.init_lora_weights;
-        let plain =
-            init.is_null() || init.is_boolean() || init.as_str().is_some_and(|init| INITS.contains(&init));
-        let expected = "true, false, \"gaussian\", \"eva\", \"orthogonal\" or \"mica\": this adapter belongs to changed \
-                        weights of the base; convert it with PEFT (`path_initial_model_for_weight_conversion`)";
-        check(plain, "init_lora_weights", init, expected)?;
+        let plain = init.is_null()
+            || init.is_boolean()
+            || init.as_str().is_some_and(|init| NEUTRAL_INITS.contains(&init));
+        let expected = "true, false, \"gaussian\", \"eva\", \"orthogonal\" or \"mica\": this adapter requires changed \
+                        weights of the base model; convert it with PEFT (`path_initial_model_for_weight_conversion`)";
+        require(plain, "init_lora_weights", init, expected)?;
         Ok((config, warning))
     }
 }
 
-/// An error for a module whose tensors PEFT would leave out, as the configuration does not name it.
+/// Checks that the configuration selects every module that has tensors. PEFT would ignore the tensors of the others.
 pub(super) fn check_targets(config: &Config, adapter: &Adapter, family: Family) -> Result<(), FormatError> {
     let all = config.target_modules == "all-linear";
     let [targets, excluded] =
         [("target_modules", &config.target_modules), ("exclude_modules", &config.exclude_modules)]
-            .map(|(key, value)| Names::parse(key, value));
+            .map(|(key, value)| ModuleNames::parse(key, value));
     let (targets, excluded) = (targets?.filter(|_| !all), excluded?);
     let layers: Option<Vec<u64>> = match &config.layers_to_transform {
         Value::Array(layers) => Some(layers.iter().filter_map(Value::as_u64).collect()),
@@ -246,15 +257,15 @@ pub(super) fn check_targets(config: &Config, adapter: &Adapter, family: Family) 
     };
     for ours in adapter.pairs.keys() {
         let module = module(family, ours);
-        let named = targets.as_ref().is_none_or(|names| names.has(&module));
-        check(
+        let named = targets.as_ref().is_none_or(|names| names.matches(&module));
+        require(
             named,
             "target_modules",
             &config.target_modules,
             format!("one that names `{module}`, which has tensors"),
         )?;
-        let kept = excluded.as_ref().is_none_or(|names| !names.has(&module));
-        check(
+        let kept = excluded.as_ref().is_none_or(|names| !names.matches(&module));
+        require(
             kept,
             "exclude_modules",
             &config.exclude_modules,
@@ -263,7 +274,7 @@ pub(super) fn check_targets(config: &Config, adapter: &Adapter, family: Family) 
         let layer = module.split('.').find_map(|part| part.parse().ok());
         let transformed = layers.as_ref().zip(layer).is_none_or(|(layers, layer)| layers.contains(&layer));
         let expected = format!("one with the layer of `{module}`, which has tensors");
-        check(transformed, "layers_to_transform", &config.layers_to_transform, &expected)?;
+        require(transformed, "layers_to_transform", &config.layers_to_transform, &expected)?;
     }
     Ok(())
 }

@@ -1,12 +1,20 @@
-//! Folders of PEFT's with a LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
+//! PEFT folders with a LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
 //!
 //! | tensor | shape |
 //! |---|---|
 //! | `base_model.model.<module>.lora_A.weight` | `[rank, in]` |
 //! | `base_model.model.<module>.lora_B.weight` | `[out, rank]` |
 //!
-//! The modules are those of the family in transformers. In gpt2 queries, keys and values are thirds of one module: their
-//! pairs become one whose rank is the sum of theirs, with zeros in B where a rank gives a third nothing.
+//! Modules have the names of transformers. In gpt2, queries, keys and values are thirds of the module `c_attn`. Their
+//! pairs become one pair, whose rank is the sum of their ranks:
+//!
+//! ```text
+//! A = [A_q; A_k; A_v]        B = | B_q  0   0  |
+//!                                |  0  B_k  0  |
+//!                                |  0   0  B_v |
+//! ```
+//!
+//! A pair has one scale, so each block of B is multiplied by the ratio of its scale to the first one.
 //!
 //! # Source
 //! peft: `utils/save_and_load.py`, `tuners/lora/{config,layer}.py`, `utils/other.py` for `rank_pattern`.
@@ -14,13 +22,13 @@
 mod config;
 
 use super::{
-    fused_part,
+    fused_third,
     read::{expect_shape, read_text},
-    their_name,
+    transformers_name,
 };
 use crate::{
     Adapter, Family, FormatError, LowRank, ModelSpec,
-    adapter::{check, matrices},
+    adapter::{matrices, require},
     disk::{self, NewFolder},
     safetensors::{self, Entry, Stored},
 };
@@ -34,24 +42,24 @@ use std::{
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
-/// How many modules share one in the gpt2 family.
+/// Projections that share `c_attn` in the gpt2 family.
 const THIRDS: usize = 3;
 
-/// The module that has one of our matrices.
+/// Module name of one of our matrices.
 fn module(family: Family, ours: &str) -> String {
-    let name = their_name(family, ours);
+    let name = transformers_name(family, ours);
     name.strip_suffix(".weight").map_or(name.clone(), Into::into)
 }
 
-fn factor(module: &str, factor: char) -> String {
+fn factor_name(module: &str, factor: char) -> String {
     format!("base_model.model.{module}.lora_{factor}.weight")
 }
 
-/// Reads the adapter of a model of shape `spec` from a folder.
+/// Reads the LoRA adapter of a model with this spec from a PEFT folder.
 ///
 /// # Errors
-/// `Io`, `Json`, `Safetensors`: files that are missing or damaged. `Value`: a configuration of another kind of adapter.
-/// `MissingTensor`, `UnknownTensor`, `WrongShape`, `StoredType`: tensors that are not those of the model or the rank.
+/// `Io`, `Json`, `Safetensors`: files that are missing or damaged. `Value`: another kind of adapter. `MissingTensor`,
+/// `UnknownTensor`, `WrongShape`, `StoredType`: tensors that do not match the model or the rank.
 pub fn read(folder: &Path, spec: &ModelSpec) -> Result<Adapter, FormatError> {
     spec.validate()?;
     let path = folder.join(CONFIG);
@@ -61,21 +69,21 @@ pub fn read(folder: &Path, spec: &ModelSpec) -> Result<Adapter, FormatError> {
         Ok((config, ranks, alphas, warning))
     });
     let (config, ranks, alphas, warning) = config.map_err(|error| error.in_file(&path))?;
-    // rsLoRA multiplies by `alpha / sqrt(rank)`.
+    // The scale of rsLoRA is `alpha / sqrt(rank)`.
     let of = |module: &str| {
-        let rank = ranks.of(module).unwrap_or(config.r);
-        let alpha = alphas.of(module).unwrap_or(config.lora_alpha);
+        let rank = ranks.lookup(module).unwrap_or(config.r);
+        let alpha = alphas.lookup(module).unwrap_or(config.lora_alpha);
         (rank, if config.use_rslora { alpha * (rank as f64).sqrt() } else { alpha })
     };
     let path = folder.join(WEIGHTS);
     let tensors = safetensors::read(&path)?;
-    let adapter = pairs(of, &tensors, spec).map_err(|error| error.in_file(&path))?;
+    let adapter = read_pairs(of, &tensors, spec).map_err(|error| error.in_file(&path))?;
     check_targets(&config, &adapter, spec.family).map_err(|error| error.in_file(&folder.join(CONFIG)))?;
     Ok(Adapter { warnings: Vec::from_iter(warning), ..adapter })
 }
 
-/// The pairs of all modules; `of` has the rank and the alpha of each.
-fn pairs(
+/// The pairs of all modules. `of` returns rank and alpha of a module.
+fn read_pairs(
     of: impl Fn(&str) -> (usize, f64),
     tensors: &BTreeMap<String, Stored>,
     spec: &ModelSpec,
@@ -84,7 +92,7 @@ fn pairs(
     let mut used = BTreeSet::new();
     for (ours, [out, inputs]) in matrices(spec) {
         let module = module(spec.family, &ours);
-        let names = ['A', 'B'].map(|which| factor(&module, which));
+        let names = ['A', 'B'].map(|which| factor_name(&module, which));
         let (a, b) = match names.each_ref().map(|name| tensors.get(name)) {
             [Some(a), Some(b)] => (a, b),
             [None, None] => continue,
@@ -92,7 +100,7 @@ fn pairs(
             [_, None] => return Err(FormatError::MissingTensor { tensor: names[1].clone() }),
         };
         let (rank, alpha) = of(&module);
-        let part = fused_part(spec.family, &ours);
+        let part = fused_third(spec.family, &ours);
         let rows = out * part.map_or(1, |_| THIRDS);
         let read = |name: &str, stored: &Stored, shape: [usize; 2]| {
             expect_shape(&shape, &stored.shape)
@@ -105,7 +113,7 @@ fn pairs(
             b = b[part * out * rank..(part + 1) * out * rank].to_vec();
         }
         let pair = LowRank::new(rank, alpha, a, b)?;
-        // What is a rank of one third of a module is zero in the others.
+        // A rank that belongs to one third is zero in the others.
         let pair = if part.is_some() { pair.trimmed() } else { Some(pair) };
         adapter.pairs.extend(pair.map(|pair| (ours, pair)));
         used.extend(names);
@@ -124,17 +132,17 @@ fn floats(stored: &Stored) -> Result<Vec<f32>, FormatError> {
     Ok(values)
 }
 
-/// Writes a new folder with the adapter of a model of shape `spec`; `base` is what it is told to belong to.
+/// Writes a LoRA adapter to a new PEFT folder. `base` is the name or path of the base model.
 ///
 /// # Errors
-/// `Io`; an `Io` of kind `AlreadyExists` where the folder is not new. Those of [`Adapter::validate`]. `Value`: no pairs.
+/// `Io`; of kind `AlreadyExists` if the folder exists. `Value`: no pairs. Those of [`Adapter::validate`].
 pub fn write(adapter: &Adapter, spec: &ModelSpec, base: &str, folder: &Path) -> Result<(), FormatError> {
     adapter.validate(spec)?;
     let family = spec.family;
-    // Pairs of a module, each with its third; in the order of the tensors.
+    // Pairs by module, each with its third, in the order of the tensors.
     let mut modules: BTreeMap<String, Vec<(usize, &LowRank)>> = BTreeMap::new();
     for (ours, pair) in &adapter.pairs {
-        let third = fused_part(family, ours).unwrap_or(0);
+        let third = fused_third(family, ours).unwrap_or(0);
         modules.entry(module(family, ours)).or_default().push((third, pair));
     }
     let parts = if family == Family::Gpt2 { THIRDS } else { 1 };
@@ -146,7 +154,7 @@ pub fn write(adapter: &Adapter, spec: &ModelSpec, base: &str, folder: &Path) -> 
         })
         .collect::<Result<_, FormatError>>()?;
     let Some(first) = fused.values().next() else {
-        return check(false, "adapter", "empty", "at least one pair");
+        return require(false, "adapter", "empty", "at least one pair");
     };
     let mut config = Config {
         peft_type: "LORA".into(),
@@ -154,14 +162,14 @@ pub fn write(adapter: &Adapter, spec: &ModelSpec, base: &str, folder: &Path) -> 
         base_model_name_or_path: Some(base.into()),
         r: first.rank(),
         lora_alpha: first.alpha(),
-        target_modules: targets(family, &fused),
+        target_modules: target_modules(family, &fused),
         exclude_modules: Value::Null,
         layers_to_transform: Value::Null,
         rank_pattern: Patterns::default(),
         alpha_pattern: Patterns::default(),
         lora_dropout: 0.0,
         bias: Some("none".into()),
-        // Of `Conv1D`, whose weight is `[in, out]`.
+        // `Conv1D` stores weights as `[in, out]`.
         fan_in_fan_out: family == Family::Gpt2,
         inference_mode: true,
         use_rslora: false,
@@ -182,7 +190,7 @@ pub fn write(adapter: &Adapter, spec: &ModelSpec, base: &str, folder: &Path) -> 
             [('A', [pair.rank(), inputs], pair.a()), ('B', [out, pair.rank()], pair.b())]
         {
             entries.push(Entry {
-                name: factor(module, which),
+                name: factor_name(module, which),
                 dtype: Dtype::F32,
                 shape: shape.into(),
                 produce: Box::new(move |file| {
@@ -199,7 +207,7 @@ pub fn write(adapter: &Adapter, spec: &ModelSpec, base: &str, folder: &Path) -> 
     new.commit().map_err(FormatError::io(folder))
 }
 
-/// One pair whose ranks are those of all, each for its own of `parts` equal parts of the outputs.
+/// Fuses pairs to one, whose rank is the sum of theirs. Each applies to one of `parts` equal parts of the outputs.
 fn fuse(pairs: &[(usize, &LowRank)], parts: usize) -> Result<LowRank, FormatError> {
     let (_, first) = pairs[0];
     if parts == 1 {
@@ -221,8 +229,8 @@ fn fuse(pairs: &[(usize, &LowRank)], parts: usize) -> Result<LowRank, FormatErro
     LowRank::new(rank, first.alpha() * rank as f64 / first.rank() as f64, a, b)
 }
 
-/// The last parts of the modules' names, as many as tell them apart.
-fn targets(family: Family, modules: &BTreeMap<&str, LowRank>) -> Value {
+/// Shortest ends of the module names that select these modules only.
+fn target_modules(family: Family, modules: &BTreeMap<&str, LowRank>) -> Value {
     let parts = if family == Family::Gpt2 { 2 } else { 1 };
     let ending = |module: &str| {
         let from = module.rmatch_indices('.').nth(parts - 1).map_or(0, |(dot, _)| dot + 1);
@@ -240,7 +248,7 @@ mod tests {
 
     const FAMILIES: [Family; 3] = [Family::Gpt2, Family::Llama, Family::Bitnet];
 
-    /// A pair of another rank beside each matrix whose name holds one of `parts`.
+    /// A pair of rank `rank` for each matrix whose name contains one of `parts`.
     fn adapter(spec: &ModelSpec, parts: &[&str], rank: usize) -> Adapter {
         let rng = &mut StdRng::seed_from_u64(5);
         let chosen = matrices(spec).filter(|(name, _)| parts.iter().any(|part| name.contains(part)));
@@ -264,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_comes_back_and_peft_finds_its_names() {
+    fn adapters_round_trip_with_the_names_of_peft() {
         let folder = tempfile::tempdir().unwrap();
         for family in FAMILIES {
             for (index, parts) in [&["attn_q", "attn_v"][..], &["blk"], &["ffn_down"]].into_iter().enumerate()
@@ -307,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_of_bf16_and_of_patterns_is_read() {
+    fn adapters_in_bf16_and_with_patterns_are_read() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("adapter");
         let spec = spec(Family::Llama);
@@ -340,7 +348,7 @@ mod tests {
             found.warnings,
             ["adapter_config.json: unknown keys are ignored: `a_key_of_a_later_peft`"]
         );
-        // The first pattern of the file that matches the end of the name, from a dot on; all of it is compared.
+        // The first pattern of the file that matches decides. It must match the whole name, or its end from a dot on.
         let scale = |key: &str, patterns: &str| {
             let mut text = value.clone();
             text[key] = serde_json::json!({});
@@ -372,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn tensors_that_peft_leaves_out_are_refused() {
+    fn tensors_that_peft_would_ignore_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("adapter");
         let spec = spec(Family::Llama);
@@ -417,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn a_float_model_takes_its_adapter_in_and_a_ternary_one_does_not() {
+    fn adapters_merge_into_float_models_only() {
         for family in FAMILIES {
             let base = float(family);
             let own = adapter(&base.spec, &["attn_v", "ffn_up"], 2);
@@ -443,7 +451,7 @@ mod tests {
                     }
                 }
             }
-            // Files hold the sum.
+            // Files store the sum.
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("merged.ternary");
             crate::write_model(&model, &path, &Default::default()).unwrap();
@@ -458,7 +466,7 @@ mod tests {
                 assert!(matches!(error.kind(), FormatError::Unmergeable { .. }), "{error}");
                 assert!(error.to_string().contains("--adapter"), "{error}");
             }
-            // A pair that adds nothing is in no way.
+            // A zero pair is dropped.
             let mut zero = own;
             for pair in zero.pairs.values_mut() {
                 *pair = LowRank::new(2, 6.0, pair.a().to_vec(), vec![0.0; pair.b().len()]).unwrap();
@@ -470,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hostile_adapter_is_told_what_is_wrong() {
+    fn hostile_adapters_are_errors() {
         let home = tempfile::tempdir().unwrap();
         let spec = spec(Family::Llama);
         let path = home.path().join("sound");
@@ -516,7 +524,7 @@ mod tests {
             let error = refused(config.to_string().as_bytes(), &sound[1], &spec).to_string();
             assert!(error.contains(fragment) && error.contains("adapter"), "{key}: {error}");
         }
-        // A file of another model, and one of a deeper one.
+        // Adapters of another model, and of a deeper one.
         let wider = ModelSpec { d_model: 48, ..spec.clone() };
         let error = refused(&sound[0], &sound[1], &wider);
         assert!(matches!(error.kind(), FormatError::WrongShape { .. }), "{error}");
@@ -525,7 +533,7 @@ mod tests {
         assert!(matches!(error.kind(), FormatError::UnknownTensor { .. }), "{error}");
         let error = refused(&sound[0], &sound[1], &ModelSpec { n_heads: 0, ..spec.clone() });
         assert!(matches!(error.kind(), FormatError::Spec { .. }), "{error}");
-        // Every end that a file may have too early, and every byte of its head that may be another.
+        // Every truncation, and random changes of the header.
         for length in 0..sound[1].len() {
             let error = refused(&sound[0], &sound[1][..length], &spec);
             assert!(matches!(error.kind(), FormatError::Safetensors { .. }), "{length}: {error}");
@@ -541,12 +549,12 @@ mod tests {
             weights[rng.random_range(0..head)] = rng.random();
             fs::write(path.join(CONFIG), &sound[0]).unwrap();
             fs::write(path.join(WEIGHTS), weights).unwrap();
-            // An error or an adapter that fits; no panic.
+            // An error or a valid adapter; no panic.
             if let Ok(adapter) = read(&path, &spec) {
                 adapter.validate(&spec).unwrap();
             }
         }
-        // One factor without the other, and one that no model has.
+        // One factor without the other, and a tensor of no module.
         let renamed = |from: &str, to: &str| {
             assert_eq!(from.len(), to.len());
             let mut bytes = sound[1].clone();

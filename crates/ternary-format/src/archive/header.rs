@@ -1,10 +1,11 @@
-//! All of a model but its tensors.
+//! The header of an archive: everything but the tensors.
 
 use super::{
     MAGIC, VERSION, check_expansion,
-    coder::{Decoder, Encoder, can_hold},
-    stream::{Sink, Source},
-    text, vocabulary,
+    coder::{Decoder, Encoder, can_encode},
+    compact_tokenizer,
+    io::{Sink, Source},
+    text,
 };
 use crate::{Activation, Ends, Family, FormatError, ModelSpec, PackedModel, Tokenizer};
 use std::{
@@ -12,16 +13,16 @@ use std::{
     path::Path,
 };
 
-/// What a head may add to the usual expansion.
-const FREE: usize = 64 << 10;
+/// Bytes by which a header may exceed the usual expansion.
+const EXPANSION_ALLOWANCE: usize = 64 << 10;
 
-/// Longer heads are no such heads.
-const LONGEST: usize = 1 << 28;
+/// Maximum length of a header, packed or unpacked.
+const LENGTH_LIMIT: usize = 1 << 28;
 
 const FAMILIES: [Family; 3] = [Family::Gpt2, Family::Llama, Family::Bitnet];
 const ACTIVATIONS: [Activation; 3] = [Activation::Gelu, Activation::Swiglu, Activation::SquaredRelu];
 
-/// What the bits of the flags say.
+// Bits of the flags.
 const TIED: u8 = 1;
 const TEMPLATE: u8 = 2;
 const TOKENIZER: u8 = 4;
@@ -30,17 +31,17 @@ const BOS: u8 = 16;
 const EOS: u8 = 32;
 const ADD_BOS: u8 = 64;
 
-/// Writes the head of a file.
+/// Writes the magic bytes, the version and the header.
 pub(super) fn write(model: &PackedModel, sink: &mut Sink<impl Write>) -> Result<(), FormatError> {
     sink.bytes(&MAGIC)?;
     sink.bytes(&[VERSION])?;
-    let mut head = Vec::new();
-    write_fields(model, &mut Sink::new(&mut head, Path::new("")))?;
+    let mut header = Vec::new();
+    write_fields(model, &mut Sink::new(&mut header, Path::new("")))?;
     let mut encoder = Encoder::default();
-    text::code(&mut encoder, &mut head);
+    text::code(&mut encoder, &mut header);
     let packed = encoder.finish();
-    sink.number(head.len())?;
-    sink.number(packed.len())?;
+    sink.varint(header.len())?;
+    sink.varint(packed.len())?;
     sink.bytes(&packed)?;
     sink.checksum()
 }
@@ -50,11 +51,11 @@ fn write_fields(model: &PackedModel, sink: &mut Sink<impl Write>) -> Result<(), 
     let ends = tokenizer.as_ref().map(Tokenizer::ends).unwrap_or_default();
     let json = tokenizer.as_ref().map(Tokenizer::to_json);
     let compact = json.as_deref().and_then(compact);
-    let flag = |holds, flag| if holds { flag } else { 0 };
-    let place = |place: Option<usize>| place.unwrap_or_default() as u8;
+    let flag = |is_set, flag| if is_set { flag } else { 0 };
+    let index = |index: Option<usize>| index.unwrap_or_default() as u8;
     sink.bytes(&[
-        place(FAMILIES.iter().position(|&family| family == spec.family)),
-        place(ACTIVATIONS.iter().position(|&activation| activation == spec.activation)),
+        index(FAMILIES.iter().position(|&family| family == spec.family)),
+        index(ACTIVATIONS.iter().position(|&activation| activation == spec.activation)),
         flag(spec.tied, TIED)
             | flag(chat_template.is_some(), TEMPLATE)
             | flag(json.is_some(), TOKENIZER)
@@ -65,26 +66,26 @@ fn write_fields(model: &PackedModel, sink: &mut Sink<impl Write>) -> Result<(), 
     ])?;
     let ModelSpec { vocab_size, context, d_model, n_layers, n_heads, n_kv_heads, d_ff, .. } = *spec;
     for size in [vocab_size, context, d_model, n_layers, n_heads, n_kv_heads, d_ff] {
-        sink.number(size)?;
+        sink.varint(size)?;
     }
     sink.bytes(&spec.norm_eps.to_le_bytes())?;
     sink.bytes(&spec.rope_theta.to_le_bytes())?;
-    [ends.bos, ends.eos].into_iter().flatten().try_for_each(|id| sink.number(id as usize))?;
+    [ends.bos, ends.eos].into_iter().flatten().try_for_each(|id| sink.varint(id as usize))?;
     sink.text(name)?;
     [chat_template, &compact.or(json)].into_iter().flatten().try_for_each(|text| sink.text(text))
 }
 
-/// The shorter form of a tokenizer, if it says the same.
+/// The compact form of a tokenizer, if it restores exactly the same JSON.
 fn compact(json: &str) -> Option<String> {
-    let short = vocabulary::compact(json)?;
-    let again = Tokenizer::from_json(vocabulary::expand(&short)?.as_bytes()).ok()?;
+    let short = compact_tokenizer::compact(json)?;
+    let again = Tokenizer::from_json(compact_tokenizer::expand(&short)?.as_bytes()).ok()?;
     (again.to_json() == json).then_some(short)
 }
 
-/// Reads the head of a file: a model without its tensors.
+/// Reads the header. The model has no tensors yet.
 ///
 /// # Errors
-/// `Io`, `Truncated`, and what is wrong with the head.
+/// `Io`, `Truncated`, and those of a malformed header.
 pub(super) fn read(source: &mut Source<impl Read>) -> Result<PackedModel, FormatError> {
     let found = source.word("the magic bytes")?;
     if found != MAGIC {
@@ -95,23 +96,23 @@ pub(super) fn read(source: &mut Source<impl Read>) -> Result<PackedModel, Format
         return Err(FormatError::ArchiveVersion { found, expected: VERSION });
     }
     let [length, packed] =
-        [source.number("the length of the head")?, source.number("the packed length of the head")?];
-    let damaged = |why| FormatError::Damaged { part: "head".into(), why };
-    if length > LONGEST || packed > LONGEST || !can_hold(packed, text::DECISIONS * length) {
-        return Err(damaged("a length that no head has"));
+        [source.varint("the length of the header")?, source.varint("the packed length of the header")?];
+    let damaged = |why| FormatError::Damaged { part: "header".into(), why };
+    if length > LENGTH_LIMIT || packed > LENGTH_LIMIT || !can_encode(packed, text::DECISIONS * length) {
+        return Err(damaged("its length is impossible"));
     }
-    check_expansion(packed, length, FREE)?;
-    let packed = source.bytes(packed, "the head")?;
-    source.checksum(|| "head".into())?;
-    let mut head = vec![0; length];
-    let mut decoder = Decoder::new(&packed).ok_or_else(|| damaged("codes that no writer leaves"))?;
-    text::code(&mut decoder, &mut head);
+    check_expansion(packed, length, EXPANSION_ALLOWANCE)?;
+    let packed = source.bytes(packed, "the header")?;
+    source.checksum(|| "header".into())?;
+    let mut header = vec![0; length];
+    let mut decoder = Decoder::new(&packed).ok_or_else(|| damaged("not a valid stream"))?;
+    text::code(&mut decoder, &mut header);
     if !decoder.finished() {
-        return Err(damaged("codes that no writer leaves"));
+        return Err(damaged("not a valid stream"));
     }
-    let mut fields = Source::new(head.as_slice(), Path::new(""));
+    let mut fields = Source::new(header.as_slice(), Path::new(""));
     let model = read_fields(&mut fields)?;
-    if fields.ends()? { Ok(model) } else { Err(damaged("bytes after its last field")) }
+    if fields.is_at_end()? { Ok(model) } else { Err(damaged("bytes after its last field")) }
 }
 
 fn read_fields(source: &mut Source<impl Read>) -> Result<PackedModel, FormatError> {
@@ -132,7 +133,7 @@ fn read_fields(source: &mut Source<impl Read>) -> Result<PackedModel, FormatErro
         .ok_or_else(|| unknown("activation", activation, "at most 2"))?;
     let mut sizes = [0; 7];
     for size in &mut sizes {
-        *size = source.number("a size")?;
+        *size = source.varint("a size")?;
     }
     let [vocab_size, context, d_model, n_layers, n_heads, n_kv_heads, d_ff] = sizes;
     let spec = ModelSpec {
@@ -151,16 +152,16 @@ fn read_fields(source: &mut Source<impl Read>) -> Result<PackedModel, FormatErro
     };
     spec.validate()?;
     let mut id = |flag| {
-        let id = has(flag).then(|| source.number("a token")).transpose()?;
+        let id = has(flag).then(|| source.varint("a token id")).transpose()?;
         Ok::<_, FormatError>(id.map(|id| u32::try_from(id).unwrap_or(u32::MAX)))
     };
     let ends = Ends { bos: id(BOS)?, eos: id(EOS)?, add_bos: has(ADD_BOS) };
     let name = source.text("the name")?;
     let chat_template = has(TEMPLATE).then(|| source.text("the chat template")).transpose()?;
     let tokenizer = has(TOKENIZER).then(|| {
-        let why = || FormatError::Tokenizer { why: "no compact tokenizer".into() };
+        let why = || FormatError::Tokenizer { why: "malformed compact tokenizer in the archive".into() };
         let json = source.text("the tokenizer")?;
-        let json = if has(COMPACT) { vocabulary::expand(&json).ok_or_else(why)? } else { json };
+        let json = if has(COMPACT) { compact_tokenizer::expand(&json).ok_or_else(why)? } else { json };
         Ok::<_, FormatError>(Tokenizer::from_json(json.as_bytes())?.with_ends(ends))
     });
     let tokenizer = tokenizer.transpose()?;

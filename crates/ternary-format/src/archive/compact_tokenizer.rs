@@ -1,13 +1,18 @@
-//! A `tokenizer.json` without what it says twice: ids that count up, and merges of which the tokens are known.
+//! A `tokenizer.json` without redundancy, for archives. Two parts of a BPE tokenizer repeat information:
 //!
-//! `model.vocab`, an object of tokens with the ids 0, 1, 2, ..., becomes the list of its tokens. Of `model.merges`, pairs
-//! of tokens, a pair that makes the token `next` becomes the number of characters of its first part. `next` is at first
-//! the id 0, and after each merge the largest id that a merge made, plus 1.
+//! ```text
+//! "vocab": {"a": 0, "b": 1, "ab": 2}           ids count up:                        ["a", "b", "ab"]
+//! "merges": [["a", "b"], ...]                  the result is the next new token:    [1, ...]       characters of its first part
+//! ```
+//!
+//! A merge is abbreviated if its result is the token `next`. `next` starts at id 0; after each merge, it is the
+//! largest id that any merge produced, plus 1. A BPE trainer numbers tokens in the order in which merges produce
+//! them, so most merges are abbreviated. Merges that produce other tokens are kept as pairs.
 
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 
-/// The shorter form; `None` where there is none.
+/// The compact form; `None` if the tokenizer has none.
 pub(super) fn compact(json: &str) -> Option<String> {
     let mut root: Value = serde_json::from_str(json).ok()?;
     let model = root.get_mut("model")?.as_object_mut()?;
@@ -25,13 +30,13 @@ pub(super) fn compact(json: &str) -> Option<String> {
         if merges.next() == Some(&whole) {
             *merge = characters.into();
         }
-        merges.made(&whole);
+        merges.record(&whole);
     }
     model.insert("vocab".into(), tokens.into());
     serde_json::to_string(&root).ok()
 }
 
-/// The inverse of [`compact`]; `None` for what it does not write.
+/// The inverse of [`compact`]; `None` for text that it does not write.
 pub(super) fn expand(json: &str) -> Option<String> {
     let mut root: Value = serde_json::from_str(json).ok()?;
     let model = root.get_mut("model")?.as_object_mut()?;
@@ -49,7 +54,7 @@ pub(super) fn expand(json: &str) -> Option<String> {
                 whole
             }
         };
-        merges.made(&whole);
+        merges.record(&whole);
     }
     let ids = tokens.iter().enumerate().map(|(id, token)| (token.clone(), Value::from(id)));
     let ids: Map<String, Value> = ids.collect();
@@ -57,7 +62,7 @@ pub(super) fn expand(json: &str) -> Option<String> {
     serde_json::to_string(&root).ok()
 }
 
-/// Which token is next. It never goes back, so that no token is written out twice.
+/// Tracks the token `next`. It never decreases, so no token is expanded twice.
 struct Merges<'a> {
     tokens: &'a [String],
     ids: HashMap<&'a str, usize>,
@@ -74,7 +79,7 @@ impl<'a> Merges<'a> {
         self.tokens.get(self.next)
     }
 
-    fn made(&mut self, whole: &str) {
+    fn record(&mut self, whole: &str) {
         self.next = self.ids.get(whole).map_or(self.next, |id| self.next.max(id + 1));
     }
 }
@@ -84,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_left_out_comes_back() {
+    fn omitted_parts_are_restored() {
         let json = |vocab: &str, merges: &str| {
             format!(r#"{{"added_tokens":[],"model":{{"merges":[{merges}],"type":"BPE","vocab":{vocab}}}}}"#)
         };
@@ -95,7 +100,7 @@ mod tests {
         assert_eq!(short, json(list, r#"["a","b"],1,["b","é"],["b","a"],["x","y"]"#));
         let whole: Value = serde_json::from_str(&json(vocab, merges)).unwrap();
         assert_eq!(serde_json::from_str::<Value>(&expand(&short).unwrap()).unwrap(), whole);
-        // Ids with holes or there twice, and other models.
+        // Ids with gaps, repeated ids, and other models.
         for vocab in [r#"{"a":0,"b":2}"#, r#"{"a":0,"b":0}"#, r#"{"a":-1}"#, r#"[["a",-0.5]]"#, "null"] {
             assert_eq!(compact(&json(vocab, "")), None, "{vocab}");
         }
