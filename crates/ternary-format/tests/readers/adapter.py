@@ -1,9 +1,9 @@
-"""Reads an adapter with PEFT and compares the model with the one into which we have merged it.
+"""Loads an adapter with PEFT and compares the model with one into which this crate merged the adapter.
 
     duck export RUN base/ --type F32
     duck export RUN merged/ --type F32 --adapter LORA_RUN/adapter
     python adapter.py base/ LORA_RUN/adapter merged/ again/
-    duck export RUN merged_again/ --type F32 --adapter again/      must give the weights of merged/
+    duck export RUN merged_again/ --type F32 --adapter again/      must have the weights of merged/
 
 Needs the PyPI packages peft, transformers and torch (a CPU build is enough). `again/` is the adapter as PEFT writes it.
 """

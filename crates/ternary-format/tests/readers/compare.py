@@ -1,21 +1,21 @@
-"""What the readers here compare: logits of texts, greedy continuations, tokens."""
+"""Comparisons shared by the scripts here: logits of texts, greedy continuations, tokens."""
 
 import glob
 import os
 
 import numpy as np
 
-# What CONTRIBUTING and the issue ask of every reader.
-MOST_KL = 5e-3  # nats a token
+# Limits for every reader.
+MOST_KL = 5e-3  # nats per token
 LEAST_EQUAL_GREEDY = 0.9
 GREEDY_TOKENS = 64
-# What tokenizers get wrong.
+# Texts on which tokenizers often differ.
 ODD = ["", " ", "  two  spaces ", "naïve café", "日本語のテキスト", "a\tb\nc", "🦆 quack!", "don't 1234567"]
 
 
 def texts(count=200):
-    """Passages of the file that $TEXTS names (a model is surest of what it was trained on), or lines of real text from
-    ../shared, else made up; with odd characters among them."""
+    """Passages of the file $TEXTS (a model is most certain about its training text), else lines of real text from
+    ../shared, else generated lines; in each case also texts with unusual characters."""
     here = os.path.dirname(os.path.abspath(__file__))
     shared = os.path.join(here, "../../../../../shared/data/text")
     lines = list(ODD)
@@ -29,7 +29,7 @@ def texts(count=200):
             with open(path, encoding="utf-8") as file:
                 lines += [line.strip() for line, _ in zip(file, range(400)) if len(line) > 20]
     if len(lines) < count:
-        print("skipped: ../shared/data/text: not there, texts are made up")
+        print("skipped: ../shared/data/text: missing, texts are generated")
         lines += [f"Text number {i} of {i * i}, once upon a time." for i in range(count)]
     step = max(1, (len(lines) - len(ODD)) // (count - len(ODD)))
     return ODD + lines[len(ODD)::step][:count - len(ODD)]
@@ -48,14 +48,14 @@ def kl(expected, found):
 
 
 def report(name, expected, found, most_kl=MOST_KL):
-    """Compares lists of `(logits [seq, vocab], greedy ids)`; says whether they are equal enough."""
+    """Compares lists of `(logits [seq, vocab], greedy ids)`; returns whether they differ by less than the limits."""
     divergence = np.concatenate([kl(e, f) for (e, _), (f, _) in zip(expected, found)])
     top = np.concatenate([e.argmax(-1) == f.argmax(-1) for (e, _), (f, _) in zip(expected, found)])
     difference = max(np.abs(e - f).max() / np.abs(e).max() for (e, _), (f, _) in zip(expected, found))
     greedy = np.mean([list(e) == list(f) for (_, e), (_, f) in zip(expected, found)])
     good = divergence.mean() < most_kl and greedy >= LEAST_EQUAL_GREEDY
     print(
-        f"{'ok' if good else 'FAILED'}: {name}: KL {divergence.mean():.1e} nats a token (largest {divergence.max():.1e}),"
+        f"{'ok' if good else 'FAILED'}: {name}: KL {divergence.mean():.1e} nats per token (largest {divergence.max():.1e}),"
         f" top-1 equal {top.mean():.4f}, logits within {difference:.1e}, greedy equal {greedy:.2f}"
         f" of {len(expected)} prompts"
     )

@@ -1,4 +1,4 @@
-"""Whether `gguf` (PyPI) reads a GGUF file of ours to the values of the same model in a Hugging Face folder.
+"""Checks that `gguf` (PyPI) reads the same values from a GGUF file as from a Hugging Face folder of the same model.
 
 usage: gguf.py MODEL.gguf FOLDER, after
   cargo run --release -p ternary-format --example convert -- MODEL.gguf FOLDER F32
@@ -9,7 +9,7 @@ import glob
 import os
 import sys
 
-# This file has the name of the package.
+# This file has the same name as the package: remove its folder from the path.
 sys.path = [path for path in sys.path if os.path.abspath(path or ".") != os.path.dirname(os.path.abspath(__file__))]
 import gguf
 import numpy as np
@@ -30,7 +30,7 @@ GPT2 = {
 
 
 def expected(name, arch, heads, folder):
-    """The values that the folder has for a tensor of the file."""
+    """Values in the folder of a tensor of the file."""
     part, kind = name.rsplit(".", 1)
     names, blocks = (GPT2, "transformer.h") if arch == "gpt2" else (LLAMA, "model.layers")
     if part.startswith("blk."):
@@ -50,7 +50,7 @@ def main(path, folder):
     try:
         reader = gguf.GGUFReader(path)
     except ValueError as error:
-        # Q2_0 is number 42, younger than gguf 0.19.
+        # Q2_0, type 42, is newer than gguf 0.19.
         print(f"skipped: {path}: {error}")
         return 0 if "42 is not a valid" in str(error) else 1
     field = lambda key: reader.fields[key].contents()
@@ -70,7 +70,7 @@ def main(path, folder):
         types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + 1
     tokens = field("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in reader.fields else []
     if len(set(tokens)) != len(tokens):
-        print("FAILED: tokens that are there twice")
+        print("FAILED: duplicate tokens")
         return 1
     print(f"ok: gguf {path}: {types}, {len(tokens)} tokens")
     return 0

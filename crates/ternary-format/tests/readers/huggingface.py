@@ -1,10 +1,10 @@
-"""Reads folders with transformers and compares them with the first, which holds floats.
+"""Loads folders with transformers and compares them with the first, which has float weights.
 
     python huggingface.py FLOAT_FOLDER FOLDER...
 
-Needs the PyPI packages transformers, accelerate and torch (a CPU build is enough). transformers multiplies BitNet's
-packed weights with activations that are rounded to int8, one scale a token; a folder of floats must give the same
-answers when its activations are rounded alike, and that is what a packed folder is compared with.
+Needs the PyPI packages transformers, accelerate and torch (a CPU build is enough). transformers multiplies
+BitNet's packed weights with int8 activations, with one scale per token. So a packed folder is compared with the float folder
+whose activations are rounded in the same way.
 """
 
 import json
@@ -26,7 +26,7 @@ def load(folder):
 
 
 def round_activations(model):
-    """Rounds the inputs of the linear layers of the blocks to int8, one scale a token."""
+    """Rounds the inputs of the linear layers of the blocks to int8, one scale per token."""
 
     def hook(module, inputs):
         scale = 127 / inputs[0].abs().amax(-1, keepdim=True).clamp(min=1e-5)
@@ -53,7 +53,7 @@ def answers(model, prompts):
 
 
 def prompts(folder, model, count):
-    """Ids of texts, or of no text where the folder has no tokenizer."""
+    """Ids of texts; empty if the folder has no tokenizer."""
     context = model.config.max_position_embeddings
     longest = min(48, max(1, context - compare.GREEDY_TOKENS))
     if not os.path.exists(os.path.join(folder, "tokenizer.json")):
@@ -65,7 +65,7 @@ def prompts(folder, model, count):
 
 
 def check_tokenizer(folder):
-    """transformers' own tokenizer of the folder must give the ids of tokenizer.json itself."""
+    """Checks that the tokenizer that transformers loads has the ids of tokenizer.json."""
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.exists(path):
         return True

@@ -1,4 +1,4 @@
-"""Runs ONNX files in onnxruntime and compares them with transformers on the same model's folder of floats.
+"""Runs ONNX files in onnxruntime and compares them with transformers on a float folder of the same model.
 
     python onnx.py FLOAT_FOLDER FILE.onnx...
 
@@ -26,7 +26,7 @@ def session(path, accuracy):
 
 
 class Model:
-    """A session and its cache."""
+    """A session and its KV cache."""
 
     def __init__(self, session):
         self.session = session
@@ -34,7 +34,7 @@ class Model:
         self.outputs = [o.name for o in session.get_outputs()]
 
     def run(self, ids, mask, cache=None):
-        """Logits, and the cache that follows."""
+        """Logits, and the next KV cache."""
         ids, mask = np.asarray(ids, np.int64), np.asarray(mask, np.int64)
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1]:]
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -45,7 +45,7 @@ class Model:
         return found["logits"], cache
 
     def answer(self, ids, context):
-        """Logits of the prompt, given in two pieces, and its greedy continuation."""
+        """Logits of the prompt, processed in two parts, and its greedy continuation."""
         half = len(ids) // 2
         first, cache = self.run([ids[:half]], np.ones((1, half)))
         second, cache = self.run([ids[half:]], np.ones((1, len(ids))), cache)
@@ -57,7 +57,7 @@ class Model:
 
 
 def check_batch(model, prompts):
-    """A prompt in a batch, padded on the left, must have the logits that it has alone."""
+    """Checks that a left-padded prompt in a batch has the same logits as alone."""
     length = max(map(len, prompts))
     ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
