@@ -126,13 +126,14 @@ impl NewFile {
         }
         let folder = parent(path);
         remove_abandoned(folder);
-        let new = scratch_builder().make_in(folder, |scratch| File::create_new(scratch)).map_err(|error| {
-            if error.kind() != io::ErrorKind::NotFound {
-                return error;
-            }
-            // The error of the system would name the scratch file, which the user does not know.
-            io::Error::new(error.kind(), format!("the folder {} does not exist", folder.display()))
-        })?;
+        let new =
+            scratch_builder().make_in(folder, |scratch| File::create_new(scratch)).map_err(|error| {
+                if error.kind() != io::ErrorKind::NotFound {
+                    return error;
+                }
+                // The error of the system would name the scratch file, which the user does not know.
+                io::Error::new(error.kind(), format!("the folder {} does not exist", folder.display()))
+            })?;
         let (file, scratch) = new.into_parts();
         // Protects the file from `remove_abandoned`. On a file system without locks, only its age does.
         let _ = file.try_lock();
