@@ -6,7 +6,7 @@ use std::ops::Range;
 use ternary_format::ModelSpec;
 use ternary_kernels::{
     Isa,
-    attention::{self, Head, HeadMut, Line, QUERIES},
+    nn::attention_cached::{self as attention, Head, HeadMut, Line, QUERIES},
 };
 
 /// Keys and values of all layers, for each layer those of one key-value head after the other.

@@ -7,7 +7,7 @@ use crate::{
 };
 use std::sync::Mutex;
 use ternary_format::Activation;
-use ternary_kernels::{Input, Pool, Product, Quantized, attention::QUERIES, multiply};
+use ternary_kernels::{Input, Pool, Product, Quantized, multiply, nn::attention_cached::QUERIES};
 
 /// The next tokens of one sequence.
 pub(crate) trait Segment: Send + Sync {

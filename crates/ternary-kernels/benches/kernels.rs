@@ -3,9 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use std::time::Duration;
-#[cfg(feature = "rayon")]
-use ternary_kernels::training::{HalfFactors, View, half_product};
-use ternary_kernels::training::{Saved, SavedMut, TernaryLinear, Weight};
+use ternary_kernels::nn::{Saved, SavedMut, TernaryLinear, Weight};
 use ternary_kernels::*;
 
 fn threads() -> usize {
@@ -69,8 +67,8 @@ fn products(c: &mut Criterion) {
     shapes.push(("byte 32000x768".into(), byte(32000, 768, 768)));
     for threads in [1, threads()] {
         let pool = Pool::new(threads);
-        let bandwidth = peak::read_bandwidth(&pool) / 1e9;
-        let operations = threads as f64 * peak::integer_operations(pool.isa()) / 1e9;
+        let bandwidth = roofline::read_bandwidth(&pool) / 1e9;
+        let operations = threads as f64 * roofline::integer_operations(pool.isa()) / 1e9;
         println!("{}, {threads} threads: {operations:.0} GOP/s, {bandwidth:.1} GB/s", pool.isa().name());
         for (name, matrix) in &shapes {
             let (rows, cols) = (matrix.rows(), matrix.cols());

@@ -17,43 +17,22 @@
 //! assert_eq!(y, [-63.0, 64.5]);
 //! ```
 
-mod allocator;
-mod arena;
-pub mod attention;
-mod byte;
-mod code;
-mod elementwise;
-mod float;
-mod input;
-mod isa;
-mod matrix;
-pub mod peak;
-mod pool;
-mod product;
-mod room;
-mod scalar;
+mod matmul;
+mod memory;
+pub mod nn;
+pub mod optim;
+pub mod roofline;
 mod simd;
-mod six_bit;
-mod ternary;
 #[cfg(test)]
-mod tests;
-pub mod training;
+mod testing;
+mod thread_pool;
 
-#[cfg(target_arch = "aarch64")]
-mod aarch64;
-#[cfg(target_arch = "x86_64")]
-mod x86_64;
-
-pub use allocator::ExitAllocator;
-pub use arena::Arena;
-pub use byte::ByteMatrix;
-pub use code::{CodeMatrix, Order};
-pub use float::FloatMatrix;
-pub use input::{Input, Quantized};
-pub use isa::Isa;
-pub use matrix::Matrix;
-pub use pool::Pool;
-pub use product::{Product, multiply};
-pub use room::{Room, release_rooms};
-pub use six_bit::SixBitMatrix;
-pub use ternary::TernaryMatrix;
+pub use matmul::{
+    ByteMatrix, CodeMatrix, FloatMatrix, Input, Matrix, Order, Product, Quantized, SixBitMatrix,
+    TernaryMatrix, multiply,
+};
+#[cfg(feature = "rayon")]
+pub use matmul::{HalfFactors, View, float_product, half_product};
+pub use memory::{Arena, ExitAllocator, Room, release_rooms};
+pub use simd::Isa;
+pub use thread_pool::Pool;

@@ -9,7 +9,7 @@ use burn::tensor::Shape;
 use burn_flex::FlexTensor;
 use half::f16;
 use rayon::prelude::*;
-use ternary_kernels::{Room, training as kernels};
+use ternary_kernels::{Room, nn};
 
 /// So few weights are sorted by passes over all columns; of more, each column is gathered and selected in.
 const FEW: usize = 16;
@@ -41,7 +41,7 @@ pub(super) fn ternary_quantize(
     let (weight, scale, threshold) = (dense(weight), dense(scale), dense(threshold));
     let (weight, scale, threshold) = (values(&weight), values(&scale), values(&threshold));
     let mut output = Room::new(weight.len());
-    kernels::ternary_quantize(&POOL, weight, [n, channels], scale, threshold, &mut output);
+    nn::ternary_quantize(&POOL, weight, [n, channels], scale, threshold, &mut output);
     filled(output, shape)
 }
 
@@ -51,7 +51,7 @@ pub(super) fn mean_abs(weight: FlexTensor) -> FlexTensor {
     }
     let [groups, n, channels] = weight.layout().shape().dims();
     let weight = dense(weight);
-    let means = kernels::mean_abs(&POOL, values(&weight), [n, channels]);
+    let means = nn::mean_abs(&POOL, values(&weight), [n, channels]);
     tensor(means, Shape::new([groups, 1, channels]))
 }
 
@@ -141,7 +141,7 @@ pub(super) fn absmax_quantize(input: FlexTensor, levels: f32, scale: RowScale) -
         RowScale::F32 => max / levels,
         RowScale::F16 => to_f16(max / levels),
     };
-    kernels::absmax_quantize(&POOL, input, d, levels, ABSMAX_MIN, scale, &mut output);
+    nn::absmax_quantize(&POOL, input, d, levels, ABSMAX_MIN, scale, &mut output);
     filled(output, shape)
 }
 

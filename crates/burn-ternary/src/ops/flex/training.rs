@@ -16,7 +16,7 @@ use burn::backend::{
 use burn::tensor::{DType, Shape};
 use burn_flex::FlexTensor;
 use std::sync::{LazyLock, Mutex, PoisonError};
-use ternary_kernels::{Room, training as kernels};
+use ternary_kernels::{self as kernels, Room, nn, optim};
 
 fn room(like: &FlexTensor) -> Room {
     Room::new(like.layout().num_elements())
@@ -41,8 +41,8 @@ pub(super) fn norm(
     }
     let (input, weight, bias) = (dense(input), dense(weight), bias.map(dense));
     let mut out = room(&input);
-    let norm = kernels::Norm { weight: values(&weight), bias: bias.as_ref().map(values), epsilon };
-    kernels::norm(&POOL, values(&input), norm, &mut out);
+    let norm = nn::Norm { weight: values(&weight), bias: bias.as_ref().map(values), epsilon };
+    nn::norm(&POOL, values(&input), norm, &mut out);
     filled(out, shape(&input))
 }
 
@@ -58,8 +58,8 @@ pub(super) fn layer_norm_backward(
     let (input, weight, grad) = (dense(input), dense(weight), dense(grad));
     let mut dx = room(&input);
     // Which bias it is does not matter to gradients; that there is one does.
-    let norm = kernels::Norm { weight: values(&weight), bias: Some(values(&weight)), epsilon };
-    let (dweight, dbias) = kernels::norm_backward(&POOL, values(&input), norm, values(&grad), &mut dx);
+    let norm = nn::Norm { weight: values(&weight), bias: Some(values(&weight)), epsilon };
+    let (dweight, dbias) = nn::norm_backward(&POOL, values(&input), norm, values(&grad), &mut dx);
     let dbias = dbias.expect("a norm with a bias has its gradient");
     (filled(dx, shape(&input)), tensor(dweight, shape(&weight)), tensor(dbias, shape(&weight)))
 }
@@ -75,8 +75,8 @@ pub(super) fn rms_norm_backward(
     }
     let (input, weight, grad) = (dense(input), dense(weight), dense(grad));
     let mut dx = room(&input);
-    let norm = kernels::Norm { weight: values(&weight), bias: None, epsilon };
-    let (dweight, _) = kernels::norm_backward(&POOL, values(&input), norm, values(&grad), &mut dx);
+    let norm = nn::Norm { weight: values(&weight), bias: None, epsilon };
+    let (dweight, _) = nn::norm_backward(&POOL, values(&input), norm, values(&grad), &mut dx);
     (filled(dx, shape(&input)), tensor(dweight, shape(&weight)))
 }
 
@@ -86,7 +86,7 @@ pub(super) fn gelu(input: FlexTensor) -> FlexTensor {
     }
     let input = dense(input);
     let mut out = room(&input);
-    kernels::gelu(&POOL, values(&input), &mut out);
+    nn::gelu(&POOL, values(&input), &mut out);
     filled(out, shape(&input))
 }
 
@@ -96,7 +96,7 @@ pub(super) fn gelu_backward(input: FlexTensor, grad: FlexTensor) -> FlexTensor {
     }
     let (input, grad) = (dense(input), dense(grad));
     let mut dx = room(&input);
-    kernels::gelu_backward(&POOL, values(&input), values(&grad), &mut dx);
+    nn::gelu_backward(&POOL, values(&input), values(&grad), &mut dx);
     filled(dx, shape(&input))
 }
 
@@ -106,7 +106,7 @@ pub(super) fn silu_mul(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
     }
     let (gate, up) = (dense(gate), dense(up));
     let mut out = room(&gate);
-    kernels::silu_mul(&POOL, values(&gate), values(&up), &mut out);
+    nn::silu_mul(&POOL, values(&gate), values(&up), &mut out);
     filled(out, shape(&gate))
 }
 
@@ -120,19 +120,13 @@ pub(super) fn silu_mul_backward(
     }
     let (gate, up, grad) = (dense(gate), dense(up), dense(grad));
     let (mut dgate, mut dup) = (room(&gate), room(&up));
-    kernels::silu_mul_backward(&POOL, values(&gate), values(&up), values(&grad), &mut dgate, &mut dup);
+    nn::silu_mul_backward(&POOL, values(&gate), values(&up), values(&grad), &mut dgate, &mut dup);
     (filled(dgate, shape(&gate)), filled(dup, shape(&up)))
 }
 
-fn attention_shape(query: &FlexTensor, heads: Heads) -> kernels::Attention {
+fn attention_shape(query: &FlexTensor, heads: Heads) -> nn::Attention {
     let [batch, seq, width] = query.layout().shape().dims();
-    kernels::Attention {
-        batch,
-        seq,
-        heads: heads.queries,
-        kv_heads: heads.keys,
-        width: width / heads.queries,
-    }
+    nn::Attention { batch, seq, heads: heads.queries, kv_heads: heads.keys, width: width / heads.queries }
 }
 
 /// The kernels know what the future is without the mask.
@@ -151,7 +145,7 @@ pub(super) fn causal_attention(
     let mut out = room(&query);
     let mut log_partition = vec![0.0; of.rows()];
     let inputs = [values(&query), values(&key), values(&value)];
-    kernels::attention(&POOL, of, inputs, &mut out, &mut log_partition);
+    nn::attention(&POOL, of, inputs, &mut out, &mut log_partition);
     let rows = Shape::new([of.batch, of.heads, of.seq, 1]);
     (filled(out, shape(&query)), tensor(log_partition, rows))
 }
@@ -168,7 +162,7 @@ pub(super) fn causal_attention_backward(
     let (query, key, value) = (dense(saved.query), dense(saved.key), dense(saved.value));
     let (output, log_partition, grad) = (dense(saved.output), dense(saved.log_partition), dense(grad));
     let (mut dquery, mut dkey, mut dvalue) = (room(&query), room(&key), room(&value));
-    kernels::attention_backward(
+    nn::attention_backward(
         &POOL,
         of,
         [values(&query), values(&key), values(&value)],
@@ -199,7 +193,7 @@ pub(super) fn embed_backward(table: FlexTensor, ids: FlexTensor, grad: FlexTenso
     let grad = dense(grad);
     let [_, d] = shape(&table).dims();
     let mut out = room(&table);
-    kernels::embedding_backward(&POOL, &indices(ids), values(&grad), d, &mut out);
+    nn::embedding_backward(&POOL, &indices(ids), values(&grad), d, &mut out);
     filled(out, shape(&table))
 }
 
@@ -210,7 +204,7 @@ pub(super) fn log_likelihood(logits: FlexTensor, targets: FlexTensor) -> FlexTen
     let logits = dense(logits);
     let [rows, vocab] = logits.layout().shape().dims();
     let mut out = vec![[0.0; 3]; rows];
-    kernels::cross_entropy(&POOL, values(&logits), vocab, &indices(targets), &mut out);
+    nn::cross_entropy(&POOL, values(&logits), vocab, &indices(targets), &mut out);
     tensor(out.into_flattened(), Shape::new([rows, 3]))
 }
 
@@ -228,7 +222,7 @@ pub(super) fn log_likelihood_backward(
     let log_partition: Vec<f32> = values(&output).chunks(3).map(|row| row[0]).collect();
     let grads: Vec<[f32; 2]> = values(&grad).chunks(3).map(|row| [row[0], row[1]]).collect();
     let mut dlogits = room(&logits);
-    kernels::cross_entropy_backward(
+    nn::cross_entropy_backward(
         &POOL,
         values(&logits),
         vocab,
@@ -247,7 +241,7 @@ pub(super) fn divergences(teacher: FlexTensor, student: FlexTensor, temperature:
     let (teacher, student) = (dense(teacher), dense(student));
     let [rows, vocab] = student.layout().shape().dims();
     let mut out = vec![[0.0; 4]; rows];
-    kernels::divergence(&POOL, values(&teacher), values(&student), vocab, temperature, &mut out);
+    nn::divergence(&POOL, values(&teacher), values(&student), vocab, temperature, &mut out);
     tensor(out.into_flattened(), Shape::new([rows, 4]))
 }
 
@@ -266,7 +260,7 @@ pub(super) fn divergences_backward(
     let (saved, _) = values(&output).as_chunks::<4>();
     let grads: Vec<[f32; 2]> = values(&grad).chunks(4).map(|row| [row[0], row[1]]).collect();
     let mut dstudent = room(&student);
-    kernels::divergence_backward(
+    nn::divergence_backward(
         &POOL,
         values(&teacher),
         values(&student),
@@ -351,7 +345,7 @@ pub(super) fn bias_gradient(grad: FlexTensor) -> FlexTensor {
     }
     let grad = dense(grad);
     let [_, d_output] = shape(&grad).dims();
-    tensor(kernels::column_sums(&POOL, values(&grad), d_output), Shape::new([d_output]))
+    tensor(nn::column_sums(&POOL, values(&grad), d_output), Shape::new([d_output]))
 }
 
 pub(super) fn project(hidden: FlexTensor, table: FlexTensor, factors: Factors) -> FlexTensor {
@@ -381,7 +375,7 @@ pub(super) fn project_backward(
 }
 
 /// Room that linear layers use one after another.
-static LINEAR: LazyLock<Mutex<kernels::TernaryLinear>> = LazyLock::new(Default::default);
+static LINEAR: LazyLock<Mutex<nn::TernaryLinear>> = LazyLock::new(Default::default);
 
 /// Scales and codes, as bytes: nothing but [`ternary_linear_backward`] looks into it.
 fn sealed(room: Room, scales: usize, codes: usize) -> FlexTensor {
@@ -412,7 +406,7 @@ pub(super) fn ternary_linear(
     assert!(is_f32(&[&weight]), "the int8 products have f32 factors");
     let weight = dense(weight);
     let [_, d_output] = shape(&weight).dims();
-    ternary_linear_of(input, kernels::Weight::Ternary(values(&weight)), d_output, bias)
+    ternary_linear_of(input, nn::Weight::Ternary(values(&weight)), d_output, bias)
 }
 
 pub(super) fn latent_linear(
@@ -430,13 +424,13 @@ pub(super) fn latent_linear(
         channels => channels.to_vec(),
     });
     let weight = values(&latent);
-    let weight = kernels::Weight::Latent { weight, scales: &scales, thresholds: &thresholds };
+    let weight = nn::Weight::Latent { weight, scales: &scales, thresholds: &thresholds };
     ternary_linear_of(input, weight, d_output, bias)
 }
 
 fn ternary_linear_of(
     input: FlexTensor,
-    weight: kernels::Weight,
+    weight: nn::Weight,
     d_output: usize,
     bias: FlexTensor,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
@@ -444,12 +438,12 @@ fn ternary_linear_of(
     let (input, bias) = (dense(input), dense(bias));
     let [tokens, d_input] = shape(&input).dims();
     let mut out = Room::new(tokens * d_output);
-    let (input_len, weight_len) = (kernels::Saved::input_len(tokens, d_input), d_input * d_output);
+    let (input_len, weight_len) = (nn::Saved::input_len(tokens, d_input), d_input * d_output);
     let (mut kept_input, mut kept_weight) =
         (sealed_room(tokens, input_len), sealed_room(d_output, weight_len));
     let (input_scales, input_codes) = parts(&mut kept_input, tokens, input_len);
     let (weight_scales, weight_codes) = parts(&mut kept_weight, d_output, weight_len);
-    let saved = kernels::SavedMut { input: input_codes, input_scales, weight: weight_codes, weight_scales };
+    let saved = nn::SavedMut { input: input_codes, input_scales, weight: weight_codes, weight_scales };
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
     layer.forward(&POOL, values(&input), weight, Some(values(&bias)), &mut out, saved);
     (
@@ -470,12 +464,8 @@ pub(super) fn ternary_linear_backward(
     let (input_scales, input) = unsealed(&input, tokens);
     let (weight_scales, weight_codes) = unsealed(&weight, d_output);
     let d_input = weight_codes.len() / d_output;
-    let saved = kernels::Saved {
-        input,
-        input_scales: &input_scales,
-        weight: weight_codes,
-        weight_scales: &weight_scales,
-    };
+    let saved =
+        nn::Saved { input, input_scales: &input_scales, weight: weight_codes, weight_scales: &weight_scales };
     if factors == GradientFactors::Half {
         let mut input = Room::new(tokens * d_input);
         saved.activations(&POOL, &mut input);
@@ -517,18 +507,16 @@ pub(super) fn adamw_step(
     let grad = dense(grad);
     let [mut weight, mut m, mut v] = [weight, m, v].map(owned);
     let moments = (m.storage_mut(), v.storage_mut());
-    kernels::adamw(&POOL, numbers(step), weight.storage_mut(), values(&grad), moments.0, moments.1);
+    optim::adamw(&POOL, numbers(step), weight.storage_mut(), values(&grad), moments.0, moments.1);
     (weight, m, v)
 }
 
 /// What the other backends and the moments' owner go by.
 const _: () = {
-    assert!(kernels::MOMENTS == optimizer::MOMENTS[0] && kernels::Moments::WORDS == optimizer::MOMENTS[1]);
-    assert!(kernels::NEWTON_SCHULZ_STEPS == optimizer::NEWTON_SCHULZ_STEPS);
+    assert!(optim::MOMENTS == optimizer::MOMENTS[0] && optim::Moments::WORDS == optimizer::MOMENTS[1]);
+    assert!(optim::NEWTON_SCHULZ_STEPS == optimizer::NEWTON_SCHULZ_STEPS);
     let [a, b, c] = optimizer::NEWTON_SCHULZ;
-    assert!(
-        kernels::NEWTON_SCHULZ[0] == a && kernels::NEWTON_SCHULZ[1] == b && kernels::NEWTON_SCHULZ[2] == c
-    );
+    assert!(optim::NEWTON_SCHULZ[0] == a && optim::NEWTON_SCHULZ[1] == b && optim::NEWTON_SCHULZ[2] == c);
 };
 
 pub(super) fn adamw_int8_step(
@@ -540,8 +528,8 @@ pub(super) fn adamw_int8_step(
     assert!(is_f32(&[&weight, &grad, &moments]), "parameters have f32");
     let grad = dense(grad);
     let [mut weight, mut moments] = [weight, moments].map(owned);
-    let blocks = kernels::Moments::from_words(moments.storage_mut());
-    kernels::adamw_moments(&POOL, numbers(step), weight.storage_mut(), values(&grad), blocks);
+    let blocks = optim::Moments::from_words(moments.storage_mut());
+    optim::adamw_moments(&POOL, numbers(step), weight.storage_mut(), values(&grad), blocks);
     (weight, moments)
 }
 
@@ -555,17 +543,17 @@ pub(super) fn muon_step(
         return optimizer::muon_step::<Flex>(weight, grad, velocity, step);
     }
     let MuonStep { rate, keep, momentum, grad_factor } = step;
-    let step = kernels::Muon { rate, keep, momentum, grad_factor };
+    let step = optim::Muon { rate, keep, momentum, grad_factor };
     let [_, cols] = shape(&weight).dims();
     let grad = dense(grad);
     let [mut weight, mut velocity] = [weight, velocity].map(owned);
-    kernels::muon(&POOL, step, cols, weight.storage_mut(), values(&grad), velocity.storage_mut());
+    optim::muon(&POOL, step, cols, weight.storage_mut(), values(&grad), velocity.storage_mut());
     (weight, velocity)
 }
 
-fn numbers(step: AdamWStep) -> kernels::AdamW {
+fn numbers(step: AdamWStep) -> optim::AdamW {
     let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = step;
-    kernels::AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor }
+    optim::AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor }
 }
 
 /// The same numbers, and no others, in memory of the tensor's own: copied where somebody else holds them too.
@@ -577,7 +565,7 @@ fn owned(mut tensor: FlexTensor) -> FlexTensor {
     }
     let tensor = dense(tensor);
     let mut copy = room(&tensor);
-    kernels::copy(&POOL, values(&tensor), &mut copy);
+    POOL.copy(values(&tensor), &mut copy);
     filled(copy, shape(&tensor))
 }
 
@@ -585,6 +573,6 @@ pub(super) fn square_sum(input: FlexTensor) -> FlexTensor {
     if !is_f32(&[&input]) {
         return optimizer::square_sum_default::<Flex>(input);
     }
-    let sum = kernels::square_sum(&POOL, values(&dense(input)));
+    let sum = optim::square_sum(&POOL, values(&dense(input)));
     tensor(vec![sum as f32], Shape::new([1]))
 }

@@ -1,0 +1,592 @@
+//! A linear layer with a ternary weight whose three products are integer products.
+
+use crate::{
+    CodeMatrix, Input, Matrix, Order, Pool, Product, Quantized,
+    matmul::{
+        activations::{ABSMAX_MIN, Summed},
+        format::int8_training::Columns,
+    },
+    multiply,
+    simd::{
+        Kernel, LANES, Line, Simd,
+        vector_ops::{abs, load, load_codes, store, store_codes},
+    },
+    thread_pool::{Disjoint, PIECE, rows_a_piece},
+};
+use std::ops::Range;
+
+/// Smallest absolute maximum of a gradient that is quantized; keeps zeros from dividing by zero.
+const GRADIENT_MIN: f32 = 1e-30;
+
+/// `y = x~ W~ + b` with int8 activations `x~` and a ternary weight `W~`, for training.
+///
+/// | product | left | right | scales |
+/// |---|---|---|---|
+/// | `y = x~ W~` | int8 by token | ternary by channel | both after the sum |
+/// | `dx = dy W~^T` | `dy` times the channels' scales, int8 by token | codes | the token's, after the sum |
+/// | `dW~ = x~^T dy` | int8 codes of `x~` | `dy` times the tokens' scales, int8 by channel | the channel's, after the sum |
+///
+/// Sums are exact in i32. Forward is, but for the order of roundings, what fake quantization computes; the gradients
+/// differ from it by the rounding of `dy` alone.
+#[derive(Debug, Default)]
+pub struct TernaryLinear {
+    matrix: CodeMatrix,
+    tokens: Quantized,
+}
+
+/// What the backward pass of a [`TernaryLinear`] needs: a byte an activation, a byte a weight.
+#[derive(Clone, Copy, Debug)]
+pub struct Saved<'a> {
+    /// `[tokens, d_input padded to 16]`
+    pub input: &'a [i8],
+    /// `[tokens]`
+    pub input_scales: &'a [f32],
+    /// -1, 0, +1: `[d_input, d_output]`
+    pub weight: &'a [i8],
+    /// `[d_output]`
+    pub weight_scales: &'a [f32],
+}
+
+/// Room for the same, which [`TernaryLinear::forward`] fills.
+#[derive(Debug)]
+pub struct SavedMut<'a> {
+    pub input: &'a mut [i8],
+    pub input_scales: &'a mut [f32],
+    pub weight: &'a mut [i8],
+    pub weight_scales: &'a mut [f32],
+}
+
+impl Saved<'_> {
+    /// Codes that are kept of an input of so many tokens.
+    pub fn input_len(tokens: usize, d_input: usize) -> usize {
+        tokens * d_input.next_multiple_of(LANES)
+    }
+
+    /// The activations that were multiplied: codes times scales, `[tokens, d_input]`.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    pub fn activations(&self, pool: &Pool, out: &mut [f32]) {
+        let tokens = self.input_scales.len();
+        let (d, stride) = (out.len() / tokens, self.input.len() / tokens);
+        assert_eq!(self.input.len(), Self::input_len(tokens, d), "activations of {tokens} tokens");
+        let rows = rows_a_piece(d);
+        pool.chunks(out, rows * d, |index, _, out| {
+            for (row, out) in (index * rows..).zip(out.chunks_mut(d)) {
+                let (codes, scale) = (&self.input[row * stride..][..d], self.input_scales[row]);
+                pool.isa().run(Scale { codes, scale, out });
+            }
+        });
+    }
+}
+
+struct Scale<'a> {
+    codes: &'a [i8],
+    scale: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Scale<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let scale = s.splat_f32(self.scale);
+        for (out, codes) in self.out.chunks_mut(LANES).zip(self.codes.chunks(LANES)) {
+            store(s, s.mul_f32(s.to_float(load_codes(s, codes)), scale), out);
+        }
+    }
+}
+
+/// The weight of a [`TernaryLinear`], `[d_input, d_output]`.
+#[derive(Clone, Copy, Debug)]
+pub enum Weight<'a> {
+    /// `{-scale, 0, +scale}` by channel; another one gives the product of one that is.
+    Ternary(&'a [f32]),
+    /// What is rounded to that: `scales` with the sign of a weight where it is beyond `thresholds`, both `[d_output]`.
+    Latent { weight: &'a [f32], scales: &'a [f32], thresholds: &'a [f32] },
+}
+
+impl TernaryLinear {
+    /// # Shapes
+    /// x `[tokens, d_input]`, bias `[d_output]`, out `[tokens, d_output]`; saved as [`Saved`] says
+    ///
+    /// # Panics
+    /// When shapes do not fit.
+    pub fn forward(
+        &mut self,
+        pool: &Pool,
+        x: &[f32],
+        weight: Weight,
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+        saved: SavedMut,
+    ) {
+        let d_output = saved.weight_scales.len();
+        let none = vec![0.0; d_output];
+        let (weight, thresholds) = match weight {
+            Weight::Ternary(weight) => {
+                column_scales(weight, saved.weight_scales);
+                (weight, &none[..])
+            }
+            Weight::Latent { weight, scales, thresholds } => {
+                saved.weight_scales.copy_from_slice(scales);
+                (weight, thresholds)
+            }
+        };
+        assert!(weight.len().is_multiple_of(d_output), "{} weights, {d_output} outputs", weight.len());
+        assert!(saved.weight.len() == weight.len() && thresholds.len() == d_output, "codes and thresholds");
+        let d_input = weight.len() / d_output;
+        let signs = Signs { weight, thresholds, codes: Disjoint::new(saved.weight) };
+        self.matrix.pack_columns(pool, d_input, saved.weight_scales, true, &signs);
+        self.tokens.quantize(pool, x, d_input, None, ABSMAX_MIN, Summed::Whole);
+        let input = Input::codes(&self.tokens, d_input);
+        with_matrix(&mut self.matrix, |matrix| {
+            multiply(pool, &input, &mut [Product { matrix, bias, add: false, out }]);
+        });
+        let codes = self.tokens.codes.as_flattened();
+        pool.chunks(saved.input, PIECE, |index, _, kept| {
+            kept.copy_from_slice(&codes[index * PIECE..][..kept.len()]);
+        });
+        saved.input_scales.copy_from_slice(&self.tokens.scales);
+    }
+
+    /// Gradients for input, weight and (returned) bias.
+    ///
+    /// # Shapes
+    /// grad `[tokens, d_output]`, dx `[tokens, d_input]`, dweight `[d_input, d_output]`
+    ///
+    /// # Panics
+    /// When shapes do not fit.
+    pub fn backward(
+        &mut self,
+        pool: &Pool,
+        saved: Saved,
+        grad: &[f32],
+        dx: &mut [f32],
+        dweight: &mut [f32],
+    ) -> Vec<f32> {
+        let (tokens, d_output) = (saved.input_scales.len(), saved.weight_scales.len());
+        let d_input = saved.weight.len() / d_output;
+        assert_eq!(saved.input.len(), Saved::input_len(tokens, d_input), "activations of {tokens} tokens");
+        assert!(grad.len() == tokens * d_output, "gradients");
+        assert_eq!(grad.len(), tokens * d_output, "gradients");
+        let places =
+            self.tokens.places(tokens, d_output, Some(saved.weight_scales), GRADIENT_MIN, Summed::Whole);
+        let (maxima, sums) = columns(pool, grad, d_output, Some(saved.input_scales), |row, values| {
+            // SAFETY: each row is visited once.
+            unsafe { places.quantize(pool.isa(), row, values) };
+        });
+        self.multiply_by_weight(pool, saved.weight, d_output, dx);
+
+        let scales: Vec<f32> = maxima.iter().map(|max| max.max(GRADIENT_MIN) / 127.0).collect();
+        let inverse: Vec<f32> = scales.iter().map(|scale| 1.0 / scale).collect();
+        let stride = saved.input.len() / tokens;
+        for start in (0..tokens).step_by(SUMMED) {
+            let part = start..tokens.min(start + SUMMED);
+            let grad = &grad[part.start * d_output..part.end * d_output];
+            let codes = Codes { grad, factors: &saved.input_scales[part.clone()], inverse: &inverse };
+            self.matrix.pack_columns(pool, part.len(), &scales, false, &codes);
+            let input = &saved.input[part.start * stride..part.end * stride];
+            self.tokens.transpose(pool, input, d_input, part.len());
+            let input = Input::codes(&self.tokens, part.len());
+            with_matrix(&mut self.matrix, |matrix| {
+                let product = Product { add: start > 0, ..Product::new(matrix, dweight) };
+                multiply(pool, &input, &mut [product]);
+            });
+        }
+        sums
+    }
+
+    /// The gradient for the input alone, as [`backward`](Self::backward) has it: that of a layer that is frozen.
+    ///
+    /// # Shapes
+    /// weight (-1, 0, +1) `[d_input, d_output]`, weight_scales `[d_output]`, grad `[tokens, d_output]`, dx
+    /// `[tokens, d_input]`
+    ///
+    /// # Panics
+    /// When shapes do not fit.
+    pub fn input_backward(
+        &mut self,
+        pool: &Pool,
+        weight: &[i8],
+        weight_scales: &[f32],
+        grad: &[f32],
+        dx: &mut [f32],
+    ) {
+        let d_output = weight_scales.len();
+        let d_input = weight.len() / d_output;
+        assert!(grad.len() / d_output * d_input == dx.len(), "gradients");
+        self.tokens.quantize(pool, grad, d_output, Some(weight_scales), GRADIENT_MIN, Summed::Whole);
+        self.multiply_by_weight(pool, weight, d_output, dx);
+    }
+
+    /// `dx` of the gradient that the tokens are.
+    fn multiply_by_weight(&mut self, pool: &Pool, weight: &[i8], d_output: usize, dx: &mut [f32]) {
+        self.matrix.pack(pool, weight, Order::Rows, &vec![1.0; weight.len() / d_output], true);
+        let input = Input::codes(&self.tokens, d_output);
+        with_matrix(&mut self.matrix, |matrix| multiply(pool, &input, &mut [Product::new(matrix, dx)]));
+    }
+}
+
+/// Tokens whose products of bytes are summed before they become floats: `128 * 127` times as many fit into 32 bits.
+const SUMMED: usize = 1 << 17;
+
+/// Lends the matrix as one of all kinds.
+fn with_matrix(matrix: &mut CodeMatrix, f: impl FnOnce(&Matrix)) {
+    let lent = Matrix::Code(std::mem::take(matrix));
+    f(&lent);
+    let Matrix::Code(back) = lent else { unreachable!("a matrix of codes was lent") };
+    *matrix = back;
+}
+
+/// The magnitude in each column of `{-scale, 0, +scale}`: that of its first number that is not zero.
+fn column_scales(weight: &[f32], scales: &mut [f32]) {
+    scales.fill(0.0);
+    let mut missing = scales.len();
+    for row in weight.chunks(scales.len()) {
+        if missing == 0 {
+            break;
+        }
+        for (scale, weight) in scales.iter_mut().zip(row) {
+            if *scale == 0.0 && *weight != 0.0 {
+                *scale = weight.abs();
+                missing -= 1;
+            }
+        }
+    }
+}
+
+/// The sign of each weight that is beyond its threshold, which is also kept.
+struct Signs<'a> {
+    weight: &'a [f32],
+    thresholds: &'a [f32],
+    codes: Disjoint<'a, i8>,
+}
+
+impl Columns for Signs<'_> {
+    #[inline(always)]
+    fn codes<S: Simd>(&self, s: S, col: usize, rows: Range<usize>) -> S::Int {
+        let n = self.thresholds.len();
+        let at = col * n + rows.start;
+        // What the next block of columns begins with; pieces this short are not fetched ahead by themselves.
+        s.prefetch(&self.weight[at], n * LANES * size_of::<f32>() / size_of::<Line>());
+        let x = load(s, &self.weight[at..at + rows.len()]);
+        let threshold = load(s, &self.thresholds[rows.clone()]);
+        let (zero, one) = (s.splat_f32(0.0), s.splat_f32(1.0));
+        let above = s.select_greater(x, threshold, one, zero);
+        let negative = s.select_greater(s.sub_f32(zero, x), threshold, s.splat_f32(-1.0), above);
+        let sign = s.to_int(negative);
+        // SAFETY: each column of each 16 rows is asked for once.
+        store_codes(s, sign, unsafe { self.codes.slice(at, rows.len()) });
+        sign
+    }
+}
+
+/// Of each column of `[rows, n]`: the largest magnitude, of numbers times their row's factor, and the sum, of the numbers
+/// themselves. Each row is also visited, while it is in the cache.
+fn columns(
+    pool: &Pool,
+    x: &[f32],
+    n: usize,
+    factors: Option<&[f32]>,
+    visit: impl Fn(usize, &[f32]) + Sync,
+) -> (Vec<f32>, Vec<f32>) {
+    // A sixteenth at least: each piece has results of its own, to be added up.
+    let rows = x.len() / n;
+    let parts = pool.pieces(rows, rows_a_piece(n).max(rows.div_ceil(16)), |rows| {
+        let mut part = (vec![0.0; n], vec![0.0; n]);
+        for start in rows.clone().step_by(TOGETHER) {
+            let rows = start..rows.end.min(start + TOGETHER);
+            let x = &x[rows.start * n..rows.end * n];
+            let factors = factors.map(|factors| &factors[rows.clone()]);
+            pool.isa().run(Maxima { x, factors, maxima: &mut part.0, sums: &mut part.1 });
+            rows.zip(x.chunks_exact(n)).for_each(|(row, x)| visit(row, x));
+        }
+        part
+    });
+    let mut all = (vec![0.0f32; n], vec![0.0; n]);
+    for (maxima, sums) in parts {
+        all.0.iter_mut().zip(maxima).for_each(|(max, part)| *max = max.max(part));
+        all.1.iter_mut().zip(sums).for_each(|(sum, part)| *sum += part);
+    }
+    all
+}
+
+/// The sum of each column of `[rows, n]`.
+///
+/// # Panics
+/// When `x` is not a whole number of rows.
+pub fn column_sums(pool: &Pool, x: &[f32], n: usize) -> Vec<f32> {
+    assert!(x.len().is_multiple_of(n), "{} numbers are no whole rows of {n}", x.len());
+    columns(pool, x, n, None, |_, _| {}).1
+}
+
+/// Rows that [`columns`] takes at a time: what is gathered is loaded and stored once for all of them.
+const TOGETHER: usize = 8;
+
+/// Of at most so many.
+struct Maxima<'a> {
+    x: &'a [f32],
+    factors: Option<&'a [f32]>,
+    maxima: &'a mut [f32],
+    sums: &'a mut [f32],
+}
+
+impl Kernel for Maxima<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let n = self.maxima.len();
+        let mut factors = [1.0; TOGETHER];
+        if let Some(given) = self.factors {
+            factors[..given.len()].copy_from_slice(given);
+        }
+        let columns = self.maxima.chunks_mut(LANES).zip(self.sums.chunks_mut(LANES));
+        for (column, (maxima, sums)) in columns.enumerate() {
+            let (mut max, mut sum) = (load(s, maxima), load(s, sums));
+            for (row, factor) in self.x.chunks_exact(n).zip(factors) {
+                let x = load(s, &row[column * LANES..][..maxima.len()]);
+                // In this order a NaN is passed over.
+                max = s.max_f32(abs(s, s.mul_f32(x, s.splat_f32(factor))), max);
+                sum = s.add_f32(sum, x);
+            }
+            store(s, max, maxima);
+            store(s, sum, sums);
+        }
+    }
+}
+
+/// `round(grad[t, o] * factors[t] / scales[o])` of a gradient `[tokens, d_output]`.
+struct Codes<'a> {
+    grad: &'a [f32],
+    factors: &'a [f32],
+    inverse: &'a [f32],
+}
+
+impl Columns for Codes<'_> {
+    #[inline(always)]
+    fn codes<S: Simd>(&self, s: S, token: usize, outputs: Range<usize>) -> S::Int {
+        let n = self.inverse.len();
+        let grad = &self.grad[token * n..][outputs.clone()];
+        // As for signs.
+        s.prefetch(&grad[0], n * LANES * size_of::<f32>() / size_of::<Line>());
+        let grad = load(s, grad);
+        let factor = s.splat_f32(self.factors[token]);
+        // At most 127 and a rounding error, which to_int takes off.
+        s.to_int(s.mul_f32(s.mul_f32(grad, factor), load(s, &self.inverse[outputs])))
+    }
+}
+
+impl Quantized {
+    /// Takes the columns of `codes`, `[tokens, cols padded to 16]`, for tokens: int8 `[cols, tokens]` of scale 1.
+    fn transpose(&mut self, pool: &Pool, codes: &[i8], cols: usize, tokens: usize) {
+        let stride = cols.next_multiple_of(LANES);
+        self.resize(cols, tokens, Summed::Whole);
+        self.scales.fill(1.0);
+        let blocks = self.blocks;
+        let (out, sums) = self.codes_and_sums();
+        let sums = Disjoint::new(sums);
+        pool.chunks(out, LINE * blocks, |index, _, out| {
+            // SAFETY: each column is written once.
+            let sums = unsafe { sums.slice(index * LINE * 2, out.len() / blocks * 2) };
+            let (sums, _) = sums.as_chunks_mut();
+            pool.isa().run(Transpose { codes, stride, first: index * LINE, tokens, blocks, out, sums });
+        });
+    }
+}
+
+/// Codes in a cache line: columns that are transposed together, and tokens.
+const LINE: usize = size_of::<Line>();
+
+/// The columns `[tokens, stride]` from `first` on, a line of them (the last may be fewer, `stride` is padded): `[columns,
+/// blocks]`.
+struct Transpose<'a> {
+    codes: &'a [i8],
+    stride: usize,
+    first: usize,
+    tokens: usize,
+    blocks: usize,
+    out: &'a mut [[i8; LANES]],
+    /// Of all codes of a column, in the second place.
+    sums: &'a mut [[i32; 2]],
+}
+
+impl Kernel for Transpose<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { codes, stride, first, tokens, blocks, out, sums } = self;
+        let mut all = [s.splat(0); LINE / LANES];
+        for start in (0..tokens).step_by(LINE) {
+            let here = start / LANES..blocks.min((start + LINE) / LANES);
+            for (group, columns) in out.chunks_mut(LANES * blocks).enumerate() {
+                // Four tokens of a column in each lane.
+                let mut quads = [s.splat(0); LANES];
+                for (quad, lanes) in quads.iter_mut().enumerate() {
+                    let start = start + 4 * quad;
+                    for token in (start..tokens.min(start + 4)).rev() {
+                        let at = token * stride + first + group * LANES;
+                        let row: &[i8; LANES] = codes[at..].first_chunk().expect("a row is padded");
+                        // The next tokens.
+                        s.prefetch(row, stride);
+                        let row = s.load_i8(row);
+                        all[group] = s.add(all[group], row);
+                        *lanes = s.add(s.shl::<8>(*lanes), s.and(row, s.splat(0xff)));
+                    }
+                }
+                for (column, lanes) in columns.chunks_exact_mut(blocks).zip(s.transpose(quads)) {
+                    let mut line = Line([0; LINE]);
+                    s.store(lanes, &mut line);
+                    let codes = line.0.map(|byte| byte as i8);
+                    column[here.clone()].copy_from_slice(&codes.as_chunks().0[..here.len()]);
+                }
+            }
+        }
+        for (sums, all) in sums.chunks_mut(LANES).zip(all) {
+            let mut line = Line([0; LINE]);
+            s.store(all, &mut line);
+            for (sums, sum) in sums.iter_mut().zip(line.0.as_chunks::<4>().0) {
+                sums[1] = i32::from_ne_bytes(*sum);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Room,
+        testing::{assert_close, numbers, pools},
+    };
+
+    /// All products of one sign, and so many that their sum exceeds 32 bits.
+    #[test]
+    #[cfg_attr(miri, ignore = "takes minutes")]
+    fn gradients_of_very_many_tokens_are_sums_of_all() {
+        for (tokens, sign) in [(SUMMED, 1.0), (SUMMED + 3, -1.0), (3 * SUMMED / 2 + 1, 1.0)] {
+            for pool in pools() {
+                let mut layer = TernaryLinear::default();
+                let (mut input, mut input_scales) = (vec![0; Saved::input_len(tokens, 1)], vec![0.0; tokens]);
+                let (mut weight, mut weight_scales) = ([0], [0.0]);
+                let saved = SavedMut {
+                    input: &mut input,
+                    input_scales: &mut input_scales,
+                    weight: &mut weight,
+                    weight_scales: &mut weight_scales,
+                };
+                let mut out = vec![0.0; tokens];
+                layer.forward(&pool, &vec![sign; tokens], Weight::Ternary(&[1.0]), None, &mut out, saved);
+                let saved = Saved {
+                    input: &input,
+                    input_scales: &input_scales,
+                    weight: &weight,
+                    weight_scales: &weight_scales,
+                };
+                let mut dweight = [f32::NAN];
+                layer.backward(&pool, saved, &vec![1.0; tokens], &mut out, &mut dweight);
+                assert_close("dw", &dweight, [f64::from(sign) * tokens as f64], 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_those_of_rounded_factors() {
+        // The last one's output is so large that it goes past the caches.
+        let shapes = [(1, 1, 1), (3, 5, 7), (16, 16, 16), (33, 70, 19), (70, 130, 65), (520, 20, 512)];
+        for (tokens, d_input, d_output) in shapes {
+            let x = numbers(tokens * d_input, 2.0, 1);
+            let scales: Vec<f32> = numbers(d_output, 1.0, 2).iter().map(|s| s.abs() + 0.1).collect();
+            let codes: Vec<f32> =
+                numbers(d_input * d_output, 1.5, 3).iter().map(|c| c.round().clamp(-1.0, 1.0)).collect();
+            let weight: Vec<f32> = codes.iter().enumerate().map(|(i, c)| c * scales[i % d_output]).collect();
+            let bias = numbers(d_output, 1.0, 4);
+            let grad = numbers(tokens * d_output, 1e-6, 5);
+            let round = |values: Vec<f64>, least: f64| -> Vec<f64> {
+                let scale = values.iter().fold(least, |max, x| max.max(x.abs())) / 127.0;
+                values.iter().map(|x| (x / scale).round_ties_even() * scale).collect()
+            };
+            let at = |m: &[f32], n: usize, row: usize, col: usize| f64::from(m[row * n + col]);
+            let xs: Vec<Vec<f64>> = (0..tokens)
+                .map(|t| round((0..d_input).map(|i| at(&x, d_input, t, i)).collect(), 1e-5))
+                .collect();
+            let y = (0..tokens * d_output).map(|n| {
+                let (t, o) = (n / d_output, n % d_output);
+                let sum: f64 = (0..d_input).map(|i| xs[t][i] * at(&weight, d_output, i, o)).sum();
+                sum + f64::from(bias[o])
+            });
+            let by_token: Vec<Vec<f64>> = (0..tokens)
+                .map(|t| {
+                    let scaled = |o: usize| at(&grad, d_output, t, o) * f64::from(scales[o]);
+                    round((0..d_output).map(scaled).collect(), 1e-30)
+                })
+                .collect();
+            let dx = (0..tokens * d_input).map(|n| {
+                let (t, i) = (n / d_input, n % d_input);
+                (0..d_output).map(|o| by_token[t][o] * at(&codes, d_output, i, o)).sum::<f64>()
+            });
+            let token_scale = |t: usize| {
+                x[t * d_input..][..d_input].iter().fold(1e-5f32, |max, x| max.max(x.abs())) / 127.0
+            };
+            let by_channel: Vec<Vec<f64>> = (0..d_output)
+                .map(|o| {
+                    let scaled = |t: usize| at(&grad, d_output, t, o) * f64::from(token_scale(t));
+                    round((0..tokens).map(scaled).collect(), 1e-30)
+                })
+                .collect();
+            let dweight = (0..d_input * d_output).map(|n| {
+                let (i, o) = (n / d_output, n % d_output);
+                (0..tokens).map(|t| xs[t][i] / f64::from(token_scale(t)) * by_channel[o][t]).sum::<f64>()
+            });
+            // Rounded, it is the weight.
+            let latent: Vec<f32> = weight
+                .iter()
+                .enumerate()
+                .map(|(n, w)| if *w == 0.0 { scales[n % d_output] * 0.4 } else { w * 0.7 })
+                .collect();
+            let thresholds: Vec<f32> = scales.iter().map(|scale| scale * 0.5).collect();
+            let forms = [
+                Weight::Ternary(&weight),
+                Weight::Latent { weight: &latent, scales: &scales, thresholds: &thresholds },
+            ];
+            let mut bits = None;
+            for pool in pools() {
+                let mut layer = TernaryLinear::default();
+                // Twice: what is left of a larger product must not show.
+                for form in forms {
+                    let mut out = Room::new(tokens * d_output);
+                    out.fill(f32::NAN);
+                    let mut kept = (vec![0; Saved::input_len(tokens, d_input)], vec![0.0; tokens]);
+                    let mut kept_weight = (vec![0; weight.len()], vec![0.0; d_output]);
+                    let saved = SavedMut {
+                        input: &mut kept.0,
+                        input_scales: &mut kept.1,
+                        weight: &mut kept_weight.0,
+                        weight_scales: &mut kept_weight.1,
+                    };
+                    layer.forward(&pool, &x, form, Some(&bias), &mut out, saved);
+                    assert_close("y", &out, y.clone(), 2e-6);
+                    let saved = Saved {
+                        input: &kept.0,
+                        input_scales: &kept.1,
+                        weight: &kept_weight.0,
+                        weight_scales: &kept_weight.1,
+                    };
+                    let (mut dx_, mut dw) = (vec![f32::NAN; x.len()], vec![f32::NAN; weight.len()]);
+                    let dbias = layer.backward(&pool, saved, &grad, &mut dx_, &mut dw);
+                    // A code may fall on the other side of a tie: a step of one part in 127 of the largest.
+                    assert_close("dx", &dx_, dx.clone(), 2e-3);
+                    assert_close("dw", &dw, dweight.clone(), 2e-3);
+                    let sums =
+                        (0..d_output).map(|o| (0..tokens).map(|t| at(&grad, d_output, t, o)).sum::<f64>());
+                    assert_close("dbias", &dbias, sums, 1e-6);
+                    let now: Vec<u32> = out.iter().chain(&dx_).chain(&dw).map(|x| x.to_bits()).collect();
+                    assert_eq!(*bits.get_or_insert_with(|| now.clone()), now, "other bits");
+                }
+            }
+        }
+    }
+}

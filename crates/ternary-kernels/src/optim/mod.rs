@@ -1,0 +1,11 @@
+//! Optimizer steps in one pass over memory: AdamW, AdamW with moments at eight bits, Muon.
+
+mod adamw;
+mod adamw_8bit;
+#[cfg(feature = "rayon")]
+mod muon;
+
+pub use adamw::{AdamW, adamw, square_sum};
+pub use adamw_8bit::{MOMENTS, Moments, adamw_moments};
+#[cfg(feature = "rayon")]
+pub use muon::{Muon, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, muon};

@@ -1,0 +1,94 @@
+//! Vector functions over [`Simd`]: partial loads and stores, absolute value, exponential, sigmoid.
+
+use super::vector::{LANES, Simd};
+
+/// Up to 16 values, zeros after them.
+#[inline(always)]
+pub(crate) fn load<S: Simd>(s: S, values: &[f32]) -> S::Float {
+    load_padded(s, values, 0.0)
+}
+
+#[inline(always)]
+pub(crate) fn load_padded<S: Simd>(s: S, values: &[f32], padding: f32) -> S::Float {
+    match values.as_array::<LANES>() {
+        Some(values) => s.load_f32(values),
+        None => {
+            let mut padded = [padding; LANES];
+            padded[..values.len()].copy_from_slice(values);
+            s.load_f32(&padded)
+        }
+    }
+}
+
+#[inline(always)]
+pub(crate) fn abs<S: Simd>(s: S, x: S::Float) -> S::Float {
+    s.bits_to_float(s.and(s.float_to_bits(x), s.splat(0x7fff_ffff)))
+}
+
+/// As many lanes as there are values.
+#[inline(always)]
+pub(crate) fn store<S: Simd>(s: S, a: S::Float, values: &mut [f32]) {
+    match values.as_mut_array::<LANES>() {
+        Some(values) => s.store_f32(a, values),
+        None => values.copy_from_slice(&s.array(a)[..values.len()]),
+    }
+}
+
+/// As many codes as there is room for.
+#[inline(always)]
+pub(crate) fn store_codes<S: Simd>(s: S, a: S::Int, codes: &mut [i8]) {
+    match codes.as_mut_array::<LANES>() {
+        Some(codes) => s.store_i8(a, codes),
+        None => {
+            let mut block = [0; LANES];
+            s.store_i8(a, &mut block);
+            codes.copy_from_slice(&block[..codes.len()]);
+        }
+    }
+}
+
+/// Up to 16 codes, zeros after them.
+#[inline(always)]
+pub(crate) fn load_codes<S: Simd>(s: S, codes: &[i8]) -> S::Int {
+    match codes.as_array::<LANES>() {
+        Some(codes) => s.load_i8(codes),
+        None => {
+            let mut block = [0; LANES];
+            block[..codes.len()].copy_from_slice(codes);
+            s.load_i8(&block)
+        }
+    }
+}
+
+/// `exp(x)` to 2 units in the last place, for x in -87 to 88; beyond, as at the ends.
+///
+/// # Source
+/// Cephes, `expf`.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(s: S, x: S::Float) -> S::Float {
+    let c = |value: f32| s.splat_f32(value);
+    let negative = s.sub_f32(c(0.0), x);
+    let x = s.max_f32(s.sub_f32(c(0.0), s.max_f32(negative, c(-88.0))), c(-87.0));
+    let n = s.to_int(s.mul_f32(x, c(std::f32::consts::LOG2_E)));
+    let n_float = s.to_float(n);
+    let r = s.fma(n_float, c(-0.693_359_4), x);
+    let r = s.fma(n_float, c(2.121_944_4e-4), r);
+    let mut poly = c(1.987_569_1e-4);
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+        poly = s.fma(poly, r, c(coefficient));
+    }
+    let mantissa = s.add_f32(s.fma(s.mul_f32(r, r), poly, r), c(1.0));
+    s.mul_f32(mantissa, s.bits_to_float(s.shl::<23>(s.add(n, s.splat(127)))))
+}
+
+/// `1 / (1 + exp(-x))`
+#[inline(always)]
+pub(crate) fn sigmoid<S: Simd>(s: S, x: S::Float) -> S::Float {
+    times_sigmoid(s, s.splat_f32(1.0), x)
+}
+
+/// `x / (1 + exp(-y))`
+#[inline(always)]
+pub(crate) fn times_sigmoid<S: Simd>(s: S, x: S::Float, y: S::Float) -> S::Float {
+    s.div_f32(x, s.add_f32(s.splat_f32(1.0), exp(s, s.sub_f32(s.splat_f32(0.0), y))))
+}
