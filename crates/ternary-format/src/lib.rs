@@ -85,6 +85,7 @@ mod say;
 mod size;
 mod spec;
 mod tensor;
+pub mod tensors;
 mod ternary;
 pub mod threads;
 mod tokenizer;

@@ -78,7 +78,23 @@ pub(crate) struct Entry<'a> {
 ///
 /// # Errors
 /// `Io`, `Safetensors`
-pub(crate) fn write(path: &Path, mut entries: Vec<Entry>) -> Result<(), FormatError> {
+pub(crate) fn write(path: &Path, entries: Vec<Entry>) -> Result<(), FormatError> {
+    let io = |source| FormatError::io(path)(source);
+    let mut file = BufWriter::with_capacity(1 << 20, File::create_new(path).map_err(io)?);
+    write_to(&mut file, path, entries)?;
+    let file = file.into_inner().map_err(|error| io(error.into_error()))?;
+    file.sync_all().map_err(io)
+}
+
+/// The same to a file that is open; `path` is for errors.
+///
+/// # Errors
+/// `Io`, `Safetensors`
+pub(crate) fn write_to(
+    file: &mut impl Write,
+    path: &Path,
+    mut entries: Vec<Entry>,
+) -> Result<(), FormatError> {
     entries.sort_by(|a, b| b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(&b.name)));
     let mut end = 0;
     let infos = entries.iter().map(|entry| {
@@ -93,15 +109,12 @@ pub(crate) fn write(path: &Path, mut entries: Vec<Entry>) -> Result<(), FormatEr
     let mut header = serde_json::to_vec(&metadata).expect("names and numbers are JSON");
     header.resize(header.len().next_multiple_of(8), b' ');
 
-    let io = FormatError::io(path);
-    let write = || {
-        let mut file = BufWriter::with_capacity(1 << 20, File::create_new(path)?);
+    let mut write = || {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        entries.iter().try_for_each(|entry| (entry.produce)(&mut file))?;
-        file.into_inner()?.sync_all()
+        entries.iter().try_for_each(|entry| (entry.produce)(file))
     };
-    write().map_err(io)
+    write().map_err(FormatError::io(path))
 }
 
 impl From<SafeTensorError> for FormatError {

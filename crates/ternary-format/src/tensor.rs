@@ -1,6 +1,6 @@
 //! [`Tensor`]: bytes with a shape and an encoding. Rows are decoded one at a time.
 
-use crate::{Encoding, FormatError, block, disk, ternary};
+use crate::{Encoding, FormatError, block, disk, gguf::interleaved_row, ternary};
 use half::{bf16, f16};
 use std::{ops::Range, path::Path, sync::Arc};
 
@@ -426,6 +426,21 @@ impl Tensor {
             }
         }
         Self { shape: vec![rows.len(), self.cols()], encoding: self.encoding, data: data.into() }
+    }
+
+    /// The rows of a query or key matrix whose rotary embedding is interleaved, in half-rotation order: component `2i`
+    /// of a head turned with `2i + 1`; it becomes component `i`, which turns with `i + head_dim / 2`. Attention scores
+    /// stay the same.
+    ///
+    /// # Panics
+    /// When the rows are no whole number of heads, or `head_dim` is odd.
+    pub fn half_rotation(&self, head_dim: usize) -> Self {
+        let rows = self.rows();
+        assert!(
+            head_dim.is_multiple_of(2) && rows.is_multiple_of(head_dim),
+            "{rows} rows, heads of {head_dim}"
+        );
+        self.select_rows((0..rows).map(|row| interleaved_row(row, head_dim)))
     }
 
     /// Byte range of a row; for `Ternary`, of its codes.

@@ -87,7 +87,7 @@ pub(super) fn layout(spec: &ModelSpec) -> impl Iterator<Item = FileTensor> + use
 }
 
 /// Row of the interleaved order that stores row `row` of the half-rotation order.
-pub(super) fn interleaved_row(row: usize, head_dim: usize) -> usize {
+pub(crate) fn interleaved_row(row: usize, head_dim: usize) -> usize {
     let (start, within) = (row / head_dim * head_dim, row % head_dim);
     let half = head_dim / 2;
     start + 2 * (within % half) + within / half

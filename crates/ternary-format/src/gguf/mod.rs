@@ -15,6 +15,7 @@ mod vocabulary;
 
 use crate::{Bytes, Encoding, FormatError, ModelSpec, PackedModel, Tensor, disk};
 use architecture::FileTensor;
+pub(crate) use architecture::interleaved_row;
 use container::{ALIGNMENT, Container, Value};
 use std::{collections::BTreeSet, io::Write, path::Path};
 
@@ -66,8 +67,7 @@ pub fn parse(file: Bytes) -> Result<PackedModel, FormatError> {
             let part = (!whole).then_some(first..first + rows);
             let mut part = container.tensor(&tensor.name, part, &tensor.shape)?;
             if tensor.interleaved {
-                let head_dim = model.spec.head_dim();
-                part = part.select_rows((0..*rows).map(|row| architecture::interleaved_row(row, head_dim)));
+                part = part.half_rotation(model.spec.head_dim());
             }
             model.tensors.insert(name.clone(), part);
             first += rows;
