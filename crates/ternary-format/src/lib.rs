@@ -53,6 +53,7 @@
 //! | [`onnx`] | ONNX graphs with a KV cache |
 //! | [`archive`] | `*.ternary`: entropy-coded archives |
 //! | [`chat`] | chat templates |
+//! | [`tensors`] | named tensors of a model that belongs to no family |
 //! | [`disk`] | reading files, atomic writes, locks of run folders |
 //! | [`memory`], [`threads`] | available memory, thread pool |
 //!
@@ -95,6 +96,8 @@ pub use adapter::{Adapter, LowRank};
 pub use encoding::Encoding;
 pub use error::FormatError;
 pub use file::{WeightType, WriteOptions, read_model, write_model};
+/// The type of scales.
+pub use half::f16;
 pub use model::PackedModel;
 pub use say::say;
 pub use size::{PartSize, SizeReport};

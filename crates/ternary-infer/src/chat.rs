@@ -121,6 +121,7 @@ impl DuckChatQuantized {
         Ok(Self { engine, template, options, messages: Vec::new(), held: Vec::new(), sequence: None })
     }
 
+    /// The engine that answers.
     pub fn engine(&self) -> &Arc<Engine> {
         &self.engine
     }
@@ -135,6 +136,7 @@ impl DuckChatQuantized {
         self.held.len()
     }
 
+    /// How answers are generated.
     pub fn options(&self) -> &GenerateOptions {
         &self.options
     }

@@ -40,7 +40,9 @@ pub enum CacheType {
 pub struct EngineOptions {
     /// 0: one a core.
     pub threads: usize,
+    /// What matrices multiply.
     pub activations: ActivationMode,
+    /// How keys and values are kept.
     pub cache: CacheType,
     /// Longest sequence, in tokens, at most the model's; keys and values of a sequence take memory by it.
     pub context: usize,
@@ -85,6 +87,7 @@ impl Sequence {
         self.length
     }
 
+    /// Whether there is no token yet.
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
@@ -164,6 +167,7 @@ impl Engine {
         &self.name
     }
 
+    /// The shape of the model.
     pub fn spec(&self) -> &ModelSpec {
         &self.model.spec
     }
@@ -338,6 +342,7 @@ pub(crate) fn check_ids(ids: &[u32], vocab_size: usize) -> Result<(), EngineErro
 /// What to generate.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
+    /// How the next token is drawn.
     pub sampling: Sampling,
     /// At most so many tokens.
     pub max_tokens: usize,

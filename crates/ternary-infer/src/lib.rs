@@ -19,6 +19,9 @@
 //! was cut, on what else is in the batch, on the threads or on the instruction set. After the first tokens, none takes
 //! memory from the system.
 //!
+//! [`random`] makes models of random weights for measurements. Files, tokenizers and chat templates are those of the crate
+//! `ternary-format`; `burn-ternary` has this crate as its module `infer`.
+//!
 //! # Example
 //! ```no_run
 //! use ternary_infer::{Engine, EngineOptions, GenerateOptions, Sampling};

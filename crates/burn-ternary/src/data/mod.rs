@@ -46,6 +46,7 @@ pub struct DataConfig {
 /// A corpus that is ready to train on.
 #[derive(Clone, Debug)]
 pub struct Dataset {
+    /// Of the texts; an exported model takes it along.
     pub tokenizer: Tokenizer,
     /// The training windows, shuffled, without end.
     pub train: TokenWindows,
@@ -75,6 +76,7 @@ impl Dataset {
 /// The texts of a run and their tokenizer, in memory: nothing is written yet.
 #[derive(Clone, Debug)]
 pub struct Texts {
+    /// Of the texts.
     pub tokenizer: Tokenizer,
     recipe: String,
     train: Vec<Document>,

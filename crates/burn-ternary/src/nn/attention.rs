@@ -29,9 +29,13 @@ impl Projections {
 /// Queries, keys, values and output are quantized linear layers.
 #[derive(Module, Debug)]
 pub struct CausalAttention {
+    /// `[d_model, d_model]`
     pub query: QuantizedLinear,
+    /// `[d_model, n_kv_heads * head_dim]`
     pub key: QuantizedLinear,
+    /// `[d_model, n_kv_heads * head_dim]`
     pub value: QuantizedLinear,
+    /// `[d_model, d_model]`
     pub output: QuantizedLinear,
     /// Norm before the output projection, in the bitnet family.
     pub sub_norm: Option<RmsNorm>,

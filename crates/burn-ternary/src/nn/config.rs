@@ -17,25 +17,33 @@ pub enum Compute {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DuckConfig {
+    /// Norms, positions, biases and sub-norms.
     pub family: Family,
     /// 0: as many as the tokenizer has. Otherwise at least that many (the rest are unused ids).
     pub vocab_size: usize,
     /// Longest sequence, in tokens.
     pub context: usize,
+    /// Width of the hidden states.
     pub d_model: usize,
+    /// Number of blocks.
     pub n_layers: usize,
+    /// Attention heads; they divide `d_model`.
     pub n_heads: usize,
     /// Heads that share keys and values; `n_heads` for ordinary attention.
     pub n_kv_heads: usize,
+    /// Width of the feed-forward block.
     pub d_ff: usize,
+    /// Non-linearity of the feed-forward block.
     pub activation: Activation,
     /// Dropout probability on embeddings, attention output and feed-forward output.
     pub dropout: f64,
     /// The head is the token embedding.
     pub tied: bool,
+    /// Epsilon of the norms.
     pub norm_eps: f64,
     /// Base of the rotary frequencies; ignored by gpt2.
     pub rope_theta: f64,
+    /// Type of the matrix products.
     pub compute: Compute,
 }
 

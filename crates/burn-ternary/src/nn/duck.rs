@@ -22,12 +22,25 @@ impl Compute {
 }
 
 /// A GPT-like language model whose linear layers are ternary, or float in its twin.
+///
+/// # Example
+/// ```
+/// # use burn_ternary::{nn::DuckConfig, quant::QuantConfig};
+/// # use burn::tensor::{Device, Int, Tensor};
+/// let config = DuckConfig { vocab_size: 100, ..DuckConfig::duck_tiny() };
+/// let device = Device::default();
+/// let duck = config.init(&QuantConfig::default(), 1, &device);
+/// let logits = duck.forward(Tensor::<2, Int>::from_data([[3, 1, 4, 1, 5]], &device));
+/// assert_eq!(logits.dims(), [1, 5, 100]);
+/// assert!(duck.size().bits_per_weight() < 2.0);
+/// ```
 #[derive(Module, Debug)]
 pub struct DuckQuantized {
     /// Token table, `[vocab, d_model]`; also the head when tied.
     pub embedding: Param<Tensor<2>>,
     /// Learned positions, `[context, d_model]`, in the gpt2 family.
     pub positions: Option<Param<Tensor<2>>>,
+    /// The blocks and the last norm.
     pub transformer: QuantizedTransformer,
     /// Untied head, `[vocab, d_model]`.
     pub head: Option<Param<Tensor<2>>>,
@@ -107,10 +120,12 @@ impl DuckQuantized {
         (logits.cast(FloatDType::F32).reshape([batch, seq, self.config.vocab_size]), states)
     }
 
+    /// The shape of the model.
     pub fn config(&self) -> &DuckConfig {
         &self.config
     }
 
+    /// How its weights are quantized.
     pub fn quant(&self) -> &QuantConfig {
         &self.quant
     }
@@ -217,10 +232,12 @@ pub struct ModelSize {
 }
 
 impl ModelSize {
+    /// Bytes of the float model, four per weight.
     pub fn fp32_bytes(&self) -> usize {
         self.parameters * 4
     }
 
+    /// Bytes of all packed tensors.
     pub fn packed_bytes(&self) -> usize {
         self.matrix_bytes + self.table_bytes + self.other_bytes + self.adapter_bytes
     }

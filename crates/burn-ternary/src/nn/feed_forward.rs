@@ -12,8 +12,11 @@ use rand::Rng;
 /// `down(f(up(x)))`, or `down(f(gate(x)) * up(x))` where there is a gate.
 #[derive(Module, Debug)]
 pub struct FeedForward {
+    /// `[d_model, d_ff]`; none in the gpt2 family.
     pub gate: Option<QuantizedLinear>,
+    /// `[d_model, d_ff]`
     pub up: QuantizedLinear,
+    /// `[d_ff, d_model]`
     pub down: QuantizedLinear,
     /// Norm before the down projection, in the bitnet family.
     pub sub_norm: Option<RmsNorm>,

@@ -18,13 +18,19 @@ const INPUT_NORM_EPS: f64 = 1e-6;
 /// Configuration of a [`QuantizedLinear`].
 #[derive(Clone, Debug)]
 pub struct QuantizedLinearConfig {
+    /// Width of the input.
     pub d_input: usize,
+    /// Width of the output.
     pub d_output: usize,
+    /// Whether a bias is added.
     pub bias: bool,
     /// Standard deviation of the initial weights.
     pub std: f64,
+    /// Type of the matrix product.
     pub compute: Compute,
+    /// How the weight is quantized; `enabled = false` gives the float twin.
     pub quant: QuantConfig,
+    /// What a schedule turns in the quantizer.
     pub dials: Dials,
 }
 
@@ -61,7 +67,7 @@ pub struct QuantizedLinear {
 }
 
 impl QuantizedLinearConfig {
-    /// Weights are drawn on the host, so that every backend starts from the same bits.
+    /// Weights are drawn on the host, so that every backend starts from the same bits. `rng` is a generator of `rand` 0.9.
     pub fn init(&self, rng: &mut impl Rng, device: &Device) -> QuantizedLinear {
         let weight = normal(rng, [self.d_input, self.d_output], self.std, device);
         let quantizer =

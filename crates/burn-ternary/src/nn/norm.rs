@@ -19,6 +19,7 @@ pub struct MixedLayerNorm {
 }
 
 impl MixedLayerNorm {
+    /// Weights 1, biases 0.
     pub fn new(d: usize, eps: f64, device: &Device) -> Self {
         Self {
             weight: Param::from_tensor(Tensor::ones([d], device)),
@@ -47,6 +48,7 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
+    /// Weights 1.
     pub fn new(d: usize, eps: f64, device: &Device) -> Self {
         Self { weight: Param::from_tensor(Tensor::ones([d], device)), eps }
     }

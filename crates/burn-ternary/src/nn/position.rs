@@ -17,6 +17,7 @@ pub struct Rotary {
 }
 
 impl Rotary {
+    /// Tables for sequences of up to `context` tokens.
     pub fn new(context: usize, head_dim: usize, theta: f64, device: &Device) -> Self {
         let half = head_dim / 2;
         let table = |f: fn(f64) -> f64| {

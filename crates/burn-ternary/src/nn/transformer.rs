@@ -54,9 +54,13 @@ impl LayerFactory<'_> {
 /// `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 #[derive(Module, Debug)]
 pub struct TransformerBlock {
+    /// Before the attention.
     pub attention_norm: Norm,
+    /// Causal self-attention.
     pub attention: CausalAttention,
+    /// Before the feed-forward block.
     pub feed_forward_norm: Norm,
+    /// The feed-forward block.
     pub feed_forward: FeedForward,
     dropout: Dropout,
 }
@@ -93,6 +97,7 @@ impl TransformerBlock {
 /// What one block of a forward pass computed.
 #[derive(Clone, Debug)]
 pub struct BlockStates {
+    /// Queries, keys and values of the attention.
     pub projections: Projections,
     /// The block's output, `[batch, seq, d_model]`.
     pub hidden: Tensor<3>,
@@ -101,7 +106,9 @@ pub struct BlockStates {
 /// Blocks and the final norm; positions of the rotary kind live here, learned ones with the embedding.
 #[derive(Module, Debug)]
 pub struct QuantizedTransformer {
+    /// In the order of the forward pass.
     pub blocks: Vec<TransformerBlock>,
+    /// After the last block.
     pub norm: Norm,
     rotary: Option<Rotary>,
 }

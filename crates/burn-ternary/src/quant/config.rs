@@ -131,12 +131,17 @@ pub enum TablePrecision {
 pub struct QuantConfig {
     /// `false` gives the float twin: the same model, the same norms, no quantizer.
     pub enabled: bool,
+    /// How the scale of a group of weights is found.
     pub scale: ScaleRule,
+    /// Which weights share a scale.
     pub granularity: Granularity,
     /// Dead zone in units of the scale: `|w| <= threshold * scale` becomes 0. Ignored by `twn` and under sparsity. In (0, 1).
     pub threshold: f64,
+    /// Which weights are zero, where the threshold does not decide.
     pub sparsity: Sparsity,
+    /// Gradient of the rounding.
     pub estimator: Estimator,
+    /// Precision of the activations that a ternary layer multiplies.
     pub activations: ActivationPrecision,
     /// All but `float` want the device flex and `model.compute = "f32"`; `int8` and `int8_bf16` also `activations = "int8"` and a
     /// scale a tensor or a channel.

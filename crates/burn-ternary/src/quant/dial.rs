@@ -10,14 +10,17 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub struct Dial(Arc<AtomicU32>);
 
 impl Dial {
+    /// A dial at `value`.
     pub fn new(value: f32) -> Self {
         Self(Arc::new(AtomicU32::new(value.to_bits())))
     }
 
+    /// Where it stands.
     pub fn get(&self) -> f32 {
         f32::from_bits(self.0.load(Ordering::Relaxed))
     }
 
+    /// Turns it, and its clones.
     pub fn set(&self, value: f32) {
         self.0.store(value.to_bits(), Ordering::Relaxed);
     }

@@ -17,17 +17,24 @@ const SEQ_CLIP: f32 = 1.485;
 /// How weights become ternary; makes a [`TernaryQuantizer`] for each weight.
 #[derive(Clone, Debug)]
 pub struct TernaryQuantizerConfig {
+    /// How the scale of a group of weights is found.
     pub rule: ScaleRule,
+    /// Which weights share a scale.
     pub granularity: Granularity,
     /// Dead zone in units of the scale; `twn` has its own.
     pub threshold: f32,
+    /// Which weights are zero, where the threshold does not decide.
     pub sparsity: Sparsity,
+    /// Strength of [`TernaryQuantizer::dead_bias`]; 0: off.
     pub dead_bias: f32,
+    /// Gradient of the rounding.
     pub estimator: Estimator,
+    /// What a schedule turns.
     pub dials: Dials,
 }
 
 impl TernaryQuantizerConfig {
+    /// The settings of a weight in `config`.
     pub fn new(config: &QuantConfig, dials: &Dials) -> Self {
         Self {
             rule: config.scale,
@@ -106,6 +113,7 @@ pub struct TernaryQuantizer {
 }
 
 impl TernaryQuantizer {
+    /// Which weights share a scale.
     pub fn granularity(&self) -> Granularity {
         self.config.granularity
     }

@@ -34,15 +34,19 @@ pub enum Moments {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OptimConfig {
+    /// Optimizer of the ternary matrices.
     pub matrices: MatrixOptimizer,
     /// Peak learning rate of AdamW.
     pub lr: f64,
     /// Peak learning rate of Muon; ignored where `matrices = "adamw"`.
     pub muon_lr: f64,
+    /// Momentum of Muon.
     pub muon_momentum: f64,
     pub beta1: f64,
     pub beta2: f64,
+    /// Added to the root of the second moment of AdamW.
     pub epsilon: f64,
+    /// Precision in which AdamW keeps its moments.
     pub moments: Moments,
     /// Decoupled; on matrices only (never on norms, biases, scales).
     pub weight_decay: f64,

@@ -15,7 +15,9 @@ use ternary_format::{PackedModel, Tensor, Tokenizer, memory, read_model};
 
 /// What a run folder holds, for use after the run.
 pub struct SavedRun {
+    /// What was trained.
     pub experiment: Experiment,
+    /// Of its texts.
     pub tokenizer: Tokenizer,
     /// The model of the last good checkpoint, without autodiff.
     pub model: DuckQuantized,

@@ -26,6 +26,7 @@ pub enum Shape {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScheduleConfig {
+    /// How the learning rate falls.
     pub shape: Shape,
     /// Steps over which the rate rises linearly from 0.
     pub warmup_steps: usize,

@@ -364,6 +364,7 @@ impl QuantizationTrainer {
         self.state.rollbacks += 1;
     }
 
+    /// Steps, tokens and running means so far.
     pub fn state(&self) -> &TrainState {
         &self.state
     }
