@@ -1,8 +1,10 @@
-//! Makes your own Burn model ternary: one classifier of two spirals, trained as it is and after `prepare`.
+//! Makes your own Burn model ternary: one classifier of two spirals, trained as it is and after `prepare`, then kept in a
+//! file with two bits per ternary weight.
 
 use burn::nn::{Linear, LinearConfig, loss::CrossEntropyLossConfig};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::{prelude::*, tensor::activation::relu};
+use burn_ternary::prepared;
 use burn_ternary::quant::{QuantConfig, prepare};
 
 #[derive(Module, Debug)]
@@ -28,8 +30,8 @@ fn spirals(count: usize, device: &Device) -> (Tensor<2>, Tensor<1, Int>) {
     (Tensor::from_data(TensorData::new(points, [count, 2]), device), sides)
 }
 
-/// Trains with Burn's own AdamW and prints accuracy on other points, zero fraction and size.
-fn train(name: &str, mut model: Classifier, bytes: usize, device: &Device) {
+/// Trains with Burn's own AdamW.
+fn train(mut model: Classifier, device: &Device) -> Classifier {
     let (points, sides) = spirals(512, device);
     let (mut optimizer, loss) = (AdamWConfig::new().init(), CrossEntropyLossConfig::new().init(device));
     for step in 0..1000 {
@@ -37,6 +39,11 @@ fn train(name: &str, mut model: Classifier, bytes: usize, device: &Device) {
         let gradients = GradientsParams::from_grads(gradients, &model);
         model = optimizer.step(3e-3 * (1.0 - step as f64 / 1000.0), model, gradients);
     }
+    model
+}
+
+/// Prints accuracy on other points, zero fraction and size.
+fn report(name: &str, model: &Classifier, bytes: usize, device: &Device) {
     let (points, sides) = spirals(1186, device);
     let right = model.forward(points).argmax(1).squeeze_dim(1).equal(sides).float().mean();
     let zeros = model.hidden.weight.val().equal_scalar(0.0).float().mean();
@@ -45,16 +52,25 @@ fn train(name: &str, mut model: Classifier, bytes: usize, device: &Device) {
     println!("{name:>7}: accuracy {right:.3}, zero fraction {zeros:.2}, {bytes} bytes: 1/{ratio:.1} of f32");
 }
 
-fn main() -> Result<(), burn_ternary::device::DeviceError> {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = burn_ternary::device::device("flex")?.autodiff();
     device.seed(0);
     let linear = |inputs, outputs| LinearConfig::new(inputs, outputs).init(&device);
-    let model = Classifier { input: linear(2, 128), hidden: linear(128, 128), output: linear(128, 2) };
-    let float_bytes = 4 * model.num_params();
-    // The hidden weight takes five codes a byte and 128 scales of two bytes, in place of four bytes a weight.
-    let ternary_bytes = float_bytes - 4 * 128 * 128 + (128usize * 128).div_ceil(5) + 2 * 128;
-    let ternary = prepare(model.clone(), &QuantConfig::default(), |path| path.ends_with("hidden.weight"));
-    train("float", model, float_bytes, &device);
-    train("ternary", ternary, ternary_bytes, &device);
+    let plain = Classifier { input: linear(2, 128), hidden: linear(128, 128), output: linear(128, 2) };
+    let chosen = |path: &str| path == "hidden.weight";
+    let (ternary, what) = prepare(plain.clone(), &QuantConfig::default(), chosen)?;
+    println!("{what}");
+    let float = train(plain.clone(), &device);
+    report("float", &float, 4 * float.num_params(), &device);
+
+    let ternary = train(ternary, &device);
+    let file = std::env::temp_dir().join(format!("spirals-{}.safetensors", std::process::id()));
+    prepared::save(&ternary, &file)?;
+    let bytes = std::fs::metadata(&file)?.len() as usize;
+    report("ternary", &ternary, bytes, &device);
+    // The plain model takes the ternary values from the file.
+    let loaded = prepared::load(plain, &file)?;
+    std::fs::remove_file(&file)?;
+    report("loaded", &loaded, bytes, &device);
     Ok(())
 }

@@ -630,7 +630,7 @@ fn a_prepared_linear_layer_is_made_plain_with_exactly_the_ternary_values() {
             linear.weight = Param::from_tensor(tensor(&values, [26, 9], &device));
             let weight = linear.weight.val();
             let bias = floats(linear.bias.as_ref().unwrap().val());
-            let prepared = prepare(linear, &config, |path| path.ends_with("weight"));
+            let (prepared, _) = prepare(linear, &config, |path| path.ends_with("weight")).unwrap();
             let input = tensor(&values[..52], [2, 26], &device);
             let output = floats(prepared.forward(input.clone()));
 

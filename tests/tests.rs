@@ -7,6 +7,7 @@ mod gradients;
 mod hostile;
 mod identity;
 mod learns;
+mod library;
 mod lora;
 mod oracle;
 mod parity;

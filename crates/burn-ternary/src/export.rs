@@ -12,26 +12,45 @@ use ternary_format::{Encoding, Family, FormatError, PackedModel, Tokenizer, chat
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExportError {
+    /// A norm without parameters before each linear layer (`input_norm`).
     #[error(
         "the model has a norm without parameters before each linear layer, which no file type can express: \
          train with `input_norm = false` in [quant]"
     )]
     InputNorm,
+    /// A float-first schedule that has not ended.
     #[error(
         "the weights are still a blend of float and ternary (lambda = {lambda}): train on, until `ramp_until` of \
          [schedule] has passed"
     )]
     Blend { lambda: f32 },
+    /// The scale `ttq`.
     #[error(
         "the matrices have one scale for positive and one for negative weights, which no file type can express: train \
          with another `scale` than \"ttq\" in [quant]"
     )]
     TwoScales,
+    /// `dead_bias` in a family without biases.
     #[error(
         "the weights of code 0 add to a bias, which only layers of the gpt2 family have in files: train with \
          `dead_bias = 0.0` in [quant], or with `family = \"gpt2\"` in [model]"
     )]
     DeadBias,
+    /// A parameter of integers, booleans, f64 or quantized numbers.
+    #[error("parameter `{path}` is of {found}: expected f32, f16 or bf16, which is what the file holds")]
+    NotFloat { path: String, found: String },
+    /// A prepared matrix whose latent weights are not in f32.
+    #[error(
+        "parameter `{path}` was prepared, but its values are no f16 scale times -1, 0 or +1: expected latent weights in f32"
+    )]
+    NotTernary { path: String },
+    /// A parameter of one's own model without a name in model files.
+    #[error(
+        "parameter `{path}` has no name in model files: expected one for each parameter, as an engine would compute \
+         without the others"
+    )]
+    Unnamed { path: String },
+    /// The file, or a tensor that it cannot hold.
     #[error(transparent)]
     Format(#[from] FormatError),
 }
@@ -50,6 +69,23 @@ impl ExportError {
 /// # Errors
 /// `InputNorm`, `Blend`, `TwoScales`, `DeadBias`: the model is not one that a file can hold. `Format`: rows of a table
 /// that do not fit the blocks of its precision.
+///
+/// # Example
+/// ```
+/// # use burn_ternary::{export_for_inference, nn::{DuckConfig, DuckQuantized}, quant::QuantConfig};
+/// # use burn_ternary::format::{WriteOptions, write_model};
+/// # use burn::tensor::Device;
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("duck.gguf");
+/// let config = DuckConfig { vocab_size: 100, ..DuckConfig::duck_tiny() };
+/// let duck = config.init(&QuantConfig::default(), 1, &Device::default());
+/// let packed = export_for_inference(&duck, None, "duck")?;
+/// write_model(&packed, &path, &WriteOptions::default())?; // GGUF, ONNX, an archive or a folder, by the path
+///
+/// let again = DuckQuantized::load(&path, &Device::default())?;
+/// assert_eq!(again.config().spec(), packed.spec);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn export_for_inference(
     model: &DuckQuantized,
     tokenizer: Option<&Tokenizer>,
@@ -240,6 +276,6 @@ fn table(table: &Param<Tensor<2>>, precision: TablePrecision) -> Result<ternary_
     })
 }
 
-fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+pub(crate) fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }

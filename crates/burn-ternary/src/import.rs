@@ -14,21 +14,41 @@ use ternary_format::{Family, FormatError, ModelSpec, PackedModel};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImportError {
+    /// Matrices of which only some are ternary.
     #[error("tensor `{tensor}`: found {found}, expected all matrices of the blocks to be ternary, or none")]
     Mixed { tensor: String, found: ternary_format::Encoding },
+    /// A scale that the forward pass cannot have.
     #[error("tensor `{tensor}`, row {row}: found a scale of {scale}, expected 0 or a normal f16 number")]
     Scale { tensor: String, row: usize, scale: f32 },
+    /// Another shape than the model to start from.
     #[error("model.{key}: found {found}, expected {expected} of the model to start from")]
     Shape { key: &'static str, found: String, expected: String },
+    /// A rule that would take the scales of ternary weights again.
     #[error(
         "the model to start from is ternary, and any other rule would shrink its scales again: expected quant.scale = \
          \"learned\" with quant.granularity = {granularity} and quant.sparsity = \"none\", or quant.enabled = false"
     )]
     Requantized { granularity: String },
+    /// Logits that are NaN or infinite.
     #[error(
         "the teacher computes logits that are not finite (NaN or infinite): it is damaged, or its weights are too large"
     )]
     NotFinite,
+    /// A prepared model, where the plain one is expected.
+    #[error(
+        "parameter `{path}` is reparameterized: expected the plain model, as before `prepare`, since the file has the \
+         ternary values"
+    )]
+    Prepared { path: String },
+    /// A parameter of integers or booleans.
+    #[error("parameter `{path}` is of {found}: expected floats, which is what the file holds")]
+    NotFloat { path: String, found: String },
+    /// A tensor of the file that no parameter has.
+    #[error(
+        "tensor `{tensor}`: the model has no such parameter; expected the file of a model of the same type and sizes"
+    )]
+    Unused { tensor: String },
+    /// A file that cannot be read, or tensors that are not those of its shape.
     #[error(transparent)]
     Format(#[from] FormatError),
 }
@@ -307,7 +327,7 @@ fn scale_parameter(tensor: &ternary_format::Tensor, [groups, channels]: [usize; 
 }
 
 /// The values, row by row.
-fn values(tensor: &ternary_format::Tensor) -> Vec<f32> {
+pub(crate) fn values(tensor: &ternary_format::Tensor) -> Vec<f32> {
     let mut values = vec![0.0; tensor.rows() * tensor.cols()];
     for (row, values) in values.chunks_exact_mut(tensor.cols()).enumerate() {
         tensor.read_row(row, values);
@@ -316,7 +336,7 @@ fn values(tensor: &ternary_format::Tensor) -> Vec<f32> {
 }
 
 /// `[out, in]` as Burn's `[d_input, d_output]`.
-fn transposed(tensor: &ternary_format::Tensor) -> Vec<f32> {
+pub(crate) fn transposed(tensor: &ternary_format::Tensor) -> Vec<f32> {
     let [rows, cols] = [tensor.rows(), tensor.cols()];
     let values = values(tensor);
     (0..rows * cols).map(|i| values[i % rows * cols + i / rows]).collect()

@@ -10,5 +10,6 @@ mod table;
 
 pub use config::*;
 pub use dial::{Dial, Dials};
-pub use prepare::{TernaryReparameterization, prepare};
+pub(crate) use prepare::REPARAMETERIZATION;
+pub use prepare::{PrepareError, PrepareReport, PreparedMatrix, TernaryReparameterization, prepare};
 pub use quantizer::{GAUSSIAN_SCALE, TernaryQuantizer, TernaryQuantizerConfig, compute_optimal_scale};

@@ -13,9 +13,6 @@ use crate::train::{
 use ternary_format::disk::{self, RunLock};
 use toml::Value;
 
-/// What is trained when no file is named.
-const DEFAULT: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/experiments/00-default.toml"));
-
 /// What `duck distill-logits` leaves in a run folder.
 pub const RECORDING: &str = "teacher.logits";
 
@@ -118,7 +115,7 @@ impl ExperimentArgs {
     fn overridden(&self, flags: Vec<(&str, Option<String>)>) -> Result<Experiment, TrainError> {
         let (text, origin) = match &self.experiment {
             Some(path) => experiment::read(path)?,
-            None => (DEFAULT.into(), "the default experiment".into()),
+            None => (experiment::DEFAULT.into(), "the default experiment".into()),
         };
         let texts = (!self.data.is_empty()).then(|| Value::from(self.data.clone()).to_string());
         let own = [
@@ -254,7 +251,7 @@ mod tests {
     #[test]
     fn no_arguments_mean_the_default_experiment() {
         TrainCommand::command().debug_assert();
-        assert_eq!(command(&[]).experiment().unwrap(), Experiment::parse(DEFAULT, "").unwrap());
+        assert_eq!(command(&[]).experiment().unwrap(), Experiment::default());
     }
 
     #[test]

@@ -17,14 +17,34 @@ use toml::Value;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Experiment {
+    /// Texts and tokenizer.
     pub data: DataConfig,
+    /// Shape of the model.
     pub model: DuckConfig,
+    /// How weights are quantized.
     pub quant: QuantConfig,
+    /// The teacher, if there is one.
     pub distill: DistillConfig,
+    /// Low-rank adapters, if there are any.
     pub lora: LoraConfig,
+    /// Optimizers.
     pub optim: OptimConfig,
+    /// What changes with the step.
     pub schedule: ScheduleConfig,
+    /// How long, where, how often.
     pub run: RunConfig,
+}
+
+/// What is trained when no file is named.
+pub(super) const DEFAULT: &str =
+    include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/experiments/00-default.toml"));
+
+impl Default for Experiment {
+    /// The default experiment, `experiments/00-default.toml`: a Duck of a million parameters, trained in minutes on the
+    /// texts that come with the crate.
+    fn default() -> Self {
+        Self::parse(DEFAULT, "the default experiment").expect("it is part of this crate")
+    }
 }
 
 /// The `[run]` section: how long, where, how often.
