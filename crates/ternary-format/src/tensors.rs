@@ -64,7 +64,7 @@ pub fn write(tensors: &BTreeMap<String, Tensor>, path: &Path) -> Result<(), Form
             _ => add(name.to_string(), Dtype::F32, shape.into(), bytes.into())?,
         }
     }
-    disk::replace(path, |file| {
+    disk::atomic_write(path, |file| {
         let mut file = BufWriter::with_capacity(1 << 20, file);
         safetensors::write_to(&mut file, path, entries.into_values().collect())?;
         std::io::Write::flush(&mut file).map_err(FormatError::io(path))
