@@ -484,6 +484,8 @@ fn a_run_leaves_the_model_of_its_last_step_as_a_file() {
         assert_eq!(logits(&loaded), logits(&saved.model), "{tokenizer}");
         let [read, exported] = [packed_model(&file), packed_model(&run_dir)].map(Result::unwrap);
         assert_eq!((&read.name, &read.spec), (&exported.name, &exported.spec));
+        // The embedded texts have dialogues.
+        assert_eq!(read.chat_template.as_deref(), Some(ternary_format::chat::TEMPLATE));
         assert_eq!(read.chat_template, exported.chat_template);
         for tensor in exported.tensors.keys() {
             assert_eq!(values(&read, tensor), values(&exported, tensor), "{tokenizer} {tensor}");

@@ -6,7 +6,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use half::f16;
 use std::collections::BTreeMap;
-use ternary_format::{Encoding, Family, FormatError, PackedModel, Tokenizer, chat};
+use ternary_format::{Encoding, Family, FormatError, PackedModel, Tokenizer};
 
 /// Why a model cannot become a model file.
 #[derive(Debug, thiserror::Error)]
@@ -63,8 +63,10 @@ impl ExportError {
 }
 
 /// The model as a [`PackedModel`]: ternary matrices and tables with the codes and scales of the forward pass,
-/// everything else in f32, and adapters beside them. A float twin is f32 throughout. With a tokenizer comes the chat
-/// template of the training texts.
+/// everything else in f32, and adapters beside them. A float twin is f32 throughout.
+///
+/// The chat template is left `None`: a model that was trained on dialogues gets that of its texts
+/// ([`ternary_format::chat::TEMPLATE`]) from the caller, who knows them.
 ///
 /// # Errors
 /// `InputNorm`, `Blend`, `TwoScales`, `DeadBias`: the model is not one that a file can hold. `Format`: rows of a table
@@ -165,7 +167,7 @@ fn write_down(
         spec: model.config().spec(),
         tensors: rest.tensors,
         tokenizer: tokenizer.cloned(),
-        chat_template: tokenizer.map(|_| chat::TEMPLATE.into()),
+        chat_template: None,
         adapter: model.adapter()?,
         warnings: Vec::new(),
     })

@@ -29,9 +29,12 @@ Examples:
   duck chat runs/mine-1 --temperature 0.5
   printf 'Hello\\nWho are you?\\n' | duck chat model.gguf --seed 1 --json
 
-Lines of a pipe are questions, answered line by line. /help lists the commands, Ctrl-C ends an answer, Ctrl-D the
-dialogue. Questions are kept for the next session in ~/.local/state/duck/history, or in the file that DUCK_HISTORY names;
-an empty DUCK_HISTORY keeps none.";
+Lines of a pipe are questions, answered line by line. A model that was trained on plain text goes on with each line.
+/help lists the commands, Ctrl-C ends an answer, Ctrl-D the dialogue. Questions are kept for the next session in
+~/.local/state/duck/history, or in the file that DUCK_HISTORY names; an empty DUCK_HISTORY keeps none.";
+
+/// What a model without a chat template does.
+const CONTINUES: &str = "This model was trained on plain text: it goes on with what you write.";
 
 const HELP: &str = "\
 /help            this list
@@ -82,7 +85,13 @@ impl Command {
         if let Some(text) = self.system {
             chat.restart(Some(&text))?;
         }
-        if io::stdin().is_terminal() { chat.talk() } else { chat.answer_lines(io::stdin().lock()) }
+        if io::stdin().is_terminal() {
+            return chat.talk();
+        }
+        if chat.dialogue.continues_text() {
+            terminal::say(CONTINUES);
+        }
+        chat.answer_lines(io::stdin().lock())
     }
 }
 
@@ -169,8 +178,12 @@ impl Chat {
         let weights: usize = spec.tensors().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let millions = weights as f64 / 1e6;
         let (name, context) = (&self.name, spec.context);
+        let invitation = match self.dialogue.continues_text() {
+            true => CONTINUES,
+            false => "Ask it something, such as: Who are you?",
+        };
         format!(
-            "{name}: {millions:.1} M weights, a context of {context} tokens. Ask it something, such as: Who are you?\n\
+            "{name}: {millions:.1} M weights, a context of {context} tokens. {invitation}\n\
              /help lists the commands, {LINES} begins and ends several lines, Ctrl-C ends an answer, Ctrl-D leaves."
         )
     }
@@ -285,8 +298,11 @@ impl Chat {
     fn restart(&mut self, system: Option<&str>) -> Result<(), Error> {
         let told = self.dialogue.restart(system).map_err(Error::engine(&self.name))?;
         if system.is_some() && !told {
-            let name = &self.name;
-            terminal::say(format_args!("{name} takes no system messages: its template leaves them out"));
+            let why = match self.dialogue.continues_text() {
+                true => CONTINUES,
+                false => "Its chat template leaves them out.",
+            };
+            terminal::say(format_args!("{} takes no system messages. {why}", self.name));
         }
         Ok(())
     }

@@ -133,6 +133,34 @@ fn a_dialogue_longer_than_the_context_goes_on() {
 }
 
 #[test]
+fn a_model_without_a_chat_template_goes_on_with_each_line_by_itself() {
+    let home = home();
+    let mut model = crate::model(ternary_format::Encoding::Q2_0, ternary_format::Encoding::Q8_0, 1);
+    model.chat_template = None;
+    ternary_format::write_model(&model, &home.path().join("text.gguf"), &Default::default()).unwrap();
+    let chat = ["chat", "text.gguf", "--max-tokens", "8", "--temperature", "0"];
+    let input =
+        "One day\n/set max_tokens=4\n/regenerate\n/stats\n/system Be brief.\nOne day\n/save text.json\n";
+    let assert = duck(&home, &chat).write_stdin(input).assert().success();
+    let [answer, said] = [&assert.get_output().stdout, &assert.get_output().stderr]
+        .map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+    let text = |max: &str| {
+        let arguments =
+            ["generate", "text.gguf", "--prompt", "One day", "--temperature", "0", "--max-tokens"];
+        piped(&home, &[&arguments[..], &[max]].concat(), "")
+    };
+    // The second time as the first: nothing was said before.
+    assert_eq!(answer, [text("8"), text("4"), text("4")].concat());
+    for part in ["trained on plain text", "4 written at", "takes no system messages. This model was"] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+    let saved: Value = serde_json::from_slice(&fs::read(home.path().join("text.json")).unwrap()).unwrap();
+    assert_eq!((saved.as_array().unwrap().len(), &saved[0]["content"]), (2, &"One day".into()));
+    let assert = duck(&home, &chat).write_stdin("long ".repeat(100)).assert().code(2);
+    assert!(String::from_utf8_lossy(&assert.get_output().stderr).contains("exceed the context of 128"));
+}
+
+#[test]
 fn the_duck_inside_answers_the_question_and_not_the_turn_before() {
     let answers =
         piped(&home(), &["chat", "--temperature", "0"], "Good morning!\nWhat is your name?\nI am sad\n");

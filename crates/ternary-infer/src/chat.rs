@@ -3,11 +3,14 @@
 use crate::{Engine, EngineError, EngineOptions, Finish, GenerateOptions, Generation, Sequence};
 use std::{path::Path, sync::Arc};
 use ternary_format::{
-    Decoder, FormatError, Special, Tokenizer,
-    chat::{self, ChatTemplate, Message, Role},
+    Decoder, FormatError, Tokenizer,
+    chat::{ChatTemplate, Message, Role, encode_prompt},
 };
 
 /// Keeps a dialogue, and streams the answers of a model.
+///
+/// A model without a chat template was trained on plain text: it continues each text by itself, as if nothing had been
+/// said before.
 ///
 /// # Example
 /// ```no_run
@@ -22,7 +25,8 @@ use ternary_format::{
 #[derive(Debug)]
 pub struct DuckChatQuantized {
     engine: Arc<Engine>,
-    template: ChatTemplate,
+    /// `None`: the model continues text.
+    template: Option<ChatTemplate>,
     options: GenerateOptions,
     messages: Vec<Message>,
     /// The ids that `sequence` holds.
@@ -32,14 +36,13 @@ pub struct DuckChatQuantized {
 }
 
 impl Engine {
-    /// How the model is asked: as its file says, or in our own way where it knows our tokens.
+    /// The tokenizer, and the chat template that the model file has.
     ///
     /// # Errors
     /// `NoTokenizer`, `NoChatTemplate`; `Format`: a template that is not one.
     pub fn dialogues(&self) -> Result<(&Tokenizer, ChatTemplate), EngineError> {
         let tokenizer = self.tokenizer().ok_or(EngineError::NoTokenizer)?;
-        let own = tokenizer.special(Special::User.text()).map(|_| chat::TEMPLATE);
-        let source = self.chat_template().or(own).ok_or(EngineError::NoChatTemplate)?;
+        let source = self.chat_template().ok_or(EngineError::NoChatTemplate)?;
         Ok((tokenizer, ChatTemplate::new(source)?))
     }
 
@@ -113,17 +116,26 @@ impl DuckChatQuantized {
     /// Begins a dialogue. Answers end at any special token, whatever else `options.stop` names.
     ///
     /// # Errors
-    /// `NoTokenizer`, `NoChatTemplate`: the model cannot talk. `Format`: its template is not one. `Option`: a sampling
-    /// number is out of range.
+    /// `NoTokenizer`: the model knows token ids only. `Format`: its template is not one. `Option`: a sampling number is
+    /// out of range.
     pub fn new(engine: Arc<Engine>, options: GenerateOptions) -> Result<Self, EngineError> {
         options.sampling.check()?;
-        let (_, template) = engine.dialogues()?;
+        let template = match engine.dialogues() {
+            Ok((_, template)) => Some(template),
+            Err(EngineError::NoChatTemplate) => None,
+            Err(error) => return Err(error),
+        };
         Ok(Self { engine, template, options, messages: Vec::new(), held: Vec::new(), sequence: None })
     }
 
     /// The engine that answers.
     pub fn engine(&self) -> &Arc<Engine> {
         &self.engine
+    }
+
+    /// Whether the model has no chat template, and continues each text by itself.
+    pub fn continues_text(&self) -> bool {
+        self.template.is_none()
     }
 
     /// The dialogue so far; the oldest turns go when the context is full.
@@ -158,9 +170,13 @@ impl DuckChatQuantized {
     /// `Format`: the template refuses it. The dialogue is then as before.
     pub fn restart(&mut self, system: Option<&str>) -> Result<bool, EngineError> {
         let tokenizer = self.engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
+        let Some(template) = &self.template else {
+            self.messages.clear();
+            return Ok(false);
+        };
         let question = Message::new(Role::User, "?");
         let system = Vec::from_iter(system.map(|text| Message::new(Role::System, text)));
-        let ids = |messages: &[Message]| self.template.ids(tokenizer, messages, true);
+        let ids = |messages: &[Message]| template.ids(tokenizer, messages, true);
         let told = ids(&[&system[..], std::slice::from_ref(&question)].concat())? != ids(&[question])?;
         self.messages = system;
         Ok(told)
@@ -184,8 +200,16 @@ impl DuckChatQuantized {
             (engine.tokenizer().ok_or(EngineError::NoTokenizer)?, options.stop.clone());
         stop.extend(tokenizer.specials().map(|(_, id)| id).chain(tokenizer.ends().eos));
         let mut asked = [&messages[..], &[Message::new(Role::User, text)]].concat();
-        let room = answer_room(engine.context(), None).min(options.max_tokens).max(1);
-        let ids = engine.fit_dialogue(template, &mut asked, room)?;
+        let ids = match template {
+            Some(template) => {
+                let room = answer_room(engine.context(), None).min(options.max_tokens).max(1);
+                engine.fit_dialogue(template, &mut asked, room)?
+            }
+            None => encode_prompt(tokenizer, text)?,
+        };
+        if ids.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
         let mut known = sequence.take().unwrap_or_else(|| {
             held.clear();
             engine.sequence()

@@ -20,8 +20,10 @@ pub enum EngineError {
     /// The model knows ids only.
     #[error("the model has no tokenizer")]
     NoTokenizer,
-    /// The model continues text, but nobody says how dialogues are written.
-    #[error("the model has no chat template and no token `<|user|>`")]
+    /// The model continues text, and its file does not say how dialogues are written.
+    #[error(
+        "the model has no chat template, as one has that was trained on dialogues; it continues text (`duck generate`)"
+    )]
     NoChatTemplate,
     #[error("token id {id} is outside of the vocabulary of {vocab_size}")]
     UnknownToken { id: u32, vocab_size: usize },

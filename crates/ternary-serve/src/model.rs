@@ -2,10 +2,7 @@
 
 use crate::ServeError;
 use std::{collections::HashSet, sync::Arc};
-use ternary_format::{
-    Special, Tokenizer,
-    chat::{ChatTemplate, TEMPLATE},
-};
+use ternary_format::{Tokenizer, chat::ChatTemplate};
 use ternary_infer::Engine;
 
 /// The longest name, in bytes.
@@ -20,7 +17,7 @@ pub struct Models(pub(crate) Vec<Model>);
 pub(crate) struct Model {
     pub name: String,
     pub engine: Arc<Engine>,
-    /// `None`: it continues texts, but nobody says how dialogues are written.
+    /// `None`: it was not trained on dialogues, and continues texts.
     pub template: Option<Arc<ChatTemplate>>,
 }
 
@@ -40,10 +37,10 @@ impl Models {
             if !names.insert(name.clone()) {
                 return Err(ServeError::SameName { name });
             }
-            let Some(tokenizer) = engine.tokenizer() else { return Err(ServeError::NoTokenizer { name }) };
-            // Models of our own are asked in our own way, if their file does not say so.
-            let own = tokenizer.special(Special::User.text()).map(|_| TEMPLATE);
-            let template = engine.chat_template().or(own).map(ChatTemplate::new).transpose();
+            if engine.tokenizer().is_none() {
+                return Err(ServeError::NoTokenizer { name });
+            }
+            let template = engine.chat_template().map(ChatTemplate::new).transpose();
             let template =
                 template.map_err(|source| ServeError::ChatTemplate { name: name.clone(), source })?;
             models.push(Model { name, engine, template: template.map(Arc::new) });

@@ -250,6 +250,17 @@ fn several_models_are_told_apart_by_name() {
 }
 
 #[test]
+fn a_model_of_plain_text_continues_and_does_not_chat() {
+    let site = Site::of([("text".into(), crate::site::text_engine())], |_| ());
+    let body = json!({ "model": "text", "messages": [{ "role": "user", "content": "One day" }] });
+    assert_eq!(site.post("/v1/chat/completions", &body).refused(400).0, "no_chat_template");
+    let ids = engine().tokenizer().unwrap().encode("One day").unwrap();
+    let body = json!({ "model": "text", "prompt": "One day", "seed": 1, "max_tokens": 20 });
+    let text = &site.post(TEXT, &body).json()["choices"][0]["text"];
+    assert_eq!(*text, alone(&engine(), &ids, seeded(1), 20).0);
+}
+
+#[test]
 fn what_cannot_be_done_is_refused_and_not_ignored() {
     let site = Site::new(|_| ());
     for (more, param) in [

@@ -8,7 +8,9 @@ use std::{
     thread::JoinHandle,
     time::Duration,
 };
-use ternary_format::{Activation, Encoding, Family, ModelSpec, PackedModel, Tensor, Tokenizer};
+use ternary_format::{
+    Activation, Encoding, Family, ModelSpec, PackedModel, Tensor, Tokenizer, chat::TEMPLATE,
+};
 use ternary_infer::{Engine, EngineOptions, GenerateOptions, Sampling, random};
 use ternary_serve::{Models, ServeError, ServeOptions, bind, serve};
 use tokio::sync::oneshot;
@@ -41,6 +43,7 @@ fn model(spec: &ModelSpec, seed: u64) -> PackedModel {
     let table = Tensor::f32(&[spec.vocab_size, spec.d_model], &values).unwrap();
     model.tensors.insert("token_embd.weight".into(), table);
     model.tokenizer = Some(Tokenizer::byte());
+    model.chat_template = Some(TEMPLATE.into());
     model
 }
 
@@ -48,6 +51,11 @@ fn loaded(model: PackedModel) -> Arc<Engine> {
     let context = model.spec.context;
     let options = EngineOptions { threads: 1, context, ..EngineOptions::default() };
     Arc::new(Engine::from_model(model, options).unwrap())
+}
+
+/// The same model, trained on plain text.
+pub fn text_engine() -> Arc<Engine> {
+    loaded(PackedModel { chat_template: None, ..model(&spec(Family::Llama, 512), 1) })
 }
 
 pub fn engine_of(context: usize, seed: u64) -> Arc<Engine> {

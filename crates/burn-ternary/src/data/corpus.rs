@@ -35,6 +35,10 @@ impl Document {
         std::iter::once(first.as_str()).chain(second.map(String::as_str))
     }
 
+    pub fn is_dialogue(&self) -> bool {
+        matches!(self, Self::Dialogue { .. })
+    }
+
     fn bytes(&self) -> usize {
         self.texts().map(str::len).sum()
     }
@@ -158,6 +162,18 @@ fn cut(text: &str, tail: usize) -> usize {
     let start = text.floor_char_boundary(text.len() - tail);
     let limit = text.floor_char_boundary(start + tail / 2);
     text[start..limit].find('\n').map_or(start, |line_end| start + line_end + 1)
+}
+
+/// The first words of a text, of at most 24 characters; so many characters where it has no spaces.
+pub fn opening(text: &str) -> &str {
+    const LONGEST: usize = 24;
+    let line = text.trim_start().lines().next().unwrap_or_default().trim_end();
+    match line.char_indices().nth(LONGEST) {
+        None => line,
+        Some((end, _)) => {
+            line[..end].rsplit_once(char::is_whitespace).map_or(&line[..end], |(words, _)| words)
+        }
+    }
 }
 
 /// The texts that a path names: itself, or what lies under it.

@@ -11,6 +11,7 @@ pub mod window;
 pub use batch::{LmBatch, LmBatcher, LmLoader};
 pub use error::DataError;
 
+use chat::Special;
 use corpus::Document;
 use serde::{Deserialize, Serialize};
 use std::{path::Path, sync::Arc};
@@ -20,7 +21,7 @@ use window::{TokenWindows, training_windows};
 
 /// Which documents are held out, and the order of the others, does not depend on the run's seed: runs with different seeds are
 /// measured on the same text, and share a token file.
-const SPLIT_SEED: u64 = 0;
+pub(crate) const SPLIT_SEED: u64 = 0;
 
 const TOKENIZER: &str = "tokenizer.json";
 const TRAIN: &str = "train.tokens";
@@ -28,7 +29,7 @@ const VALID: &str = "valid.tokens";
 
 /// The `[data]` section of an experiment: which texts, and how they become tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
     /// Files or folders of `.txt` and `.jsonl`, or `embedded` for the corpus that comes with the crate.
     pub train: Vec<String>,
@@ -41,6 +42,19 @@ pub struct DataConfig {
     pub tokenizer: String,
     /// Largest vocabulary of a trained `bpe` tokenizer, special tokens included; ignored by the others.
     pub bpe_vocab_size: usize,
+}
+
+impl Default for DataConfig {
+    /// No text yet, and a byte-pair encoding of 1024 tokens.
+    fn default() -> Self {
+        Self {
+            train: Vec::new(),
+            valid: Vec::new(),
+            valid_fraction: 0.05,
+            tokenizer: "bpe".into(),
+            bpe_vocab_size: 1024,
+        }
+    }
 }
 
 /// A corpus that is ready to train on.
@@ -126,6 +140,25 @@ impl Texts {
         Ok(Self { tokenizer, recipe, train, valid })
     }
 
+    /// Whether some training documents are dialogues.
+    pub fn has_dialogues(&self) -> bool {
+        self.train.iter().any(Document::is_dialogue)
+    }
+
+    /// How text samples may begin: with the first words of two held-out texts, or, where the training text has dialogues, with
+    /// a held-out question besides (`<|user|>question`), or two where no text is held out.
+    pub fn sample_prompts(&self) -> Vec<String> {
+        let dialogues = self.has_dialogues();
+        let prompt = |document: &Document| match document {
+            Document::Text(text) => corpus::opening(text).into(),
+            Document::Dialogue { question, .. } => format!("{}{question}", Special::User.text()),
+        };
+        let (questions, texts): (Vec<_>, Vec<_>) =
+            self.valid.iter().filter(|d| dialogues || !d.is_dialogue()).partition(|d| d.is_dialogue());
+        let first = texts.iter().take(1).chain(questions.iter().take(1));
+        first.chain(texts.iter().skip(1)).chain(questions.iter().skip(1)).take(2).map(|d| prompt(d)).collect()
+    }
+
     /// SHA-256 of the training and of the validation text.
     pub fn digests(&self) -> [[u8; 32]; 2] {
         [&self.train, &self.valid].map(|documents| tokens::text_digest(documents))
@@ -178,6 +211,11 @@ impl DataConfig {
             other => other.into(),
         }
     }
+}
+
+/// Whether the run in `cache_dir` was trained on dialogues, by the files that [`Dataset::prepare`] left.
+pub(crate) fn has_dialogues(cache_dir: &Path) -> bool {
+    tokens::has_dialogues(&cache_dir.join(TRAIN))
 }
 
 fn is_made_from(path: &Path, tokenizer: &Tokenizer, recipe: &str, documents: &[Document]) -> bool {
@@ -256,6 +294,27 @@ mod tests {
         fs::write(&path, "quack").unwrap();
         let repaired = Dataset::prepare(&config, 32, 0, folder.path()).unwrap();
         assert_eq!(repaired.tokenizer.to_json(), smaller.tokenizer.to_json());
+    }
+
+    #[test]
+    fn samples_begin_as_held_out_texts_and_questions_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("text.jsonl");
+        let prompts = |train: &str, valid: &str| {
+            fs::write(&path, valid).unwrap();
+            let config = config(train, path.to_str(), "byte");
+            Texts::read(&config, folder.path(), false).unwrap().sample_prompts()
+        };
+        let text = |text: &str| format!("{{\"text\": \"{text}\"}}\n");
+        let question = |text: &str| format!("{{\"question\": \"{text}\", \"answer\": \"no\"}}\n");
+        let dna = "ACGT".repeat(20);
+        let texts = [text(&dna), text("  It is a truth universally known"), text("third")].concat();
+        assert_eq!(prompts("embedded:stories", &texts), [&dna[..24], "It is a truth"]);
+        let questions = [question("Who?"), question("Why?"), question("What?")].concat();
+        assert_eq!(prompts("embedded:dialogues", &questions), ["<|user|>Who?", "<|user|>Why?"]);
+        assert_eq!(prompts("embedded", &(questions.clone() + &text("a"))), ["a", "<|user|>Who?"]);
+        // A model of texts has learned no answers.
+        assert_eq!(prompts("embedded:stories", &(questions + &text("a"))), ["a"]);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::{
     fs,
-    io::{self, Write},
+    io::{self, Read, Write},
     ops::Range,
     path::Path,
 };
@@ -65,6 +65,18 @@ impl Counts {
         let mut next = || counts.next().flatten();
         Some(Self { tokens: next()?, target_tokens: next()?, text_bytes: next()?, target_bytes: next()? })
     }
+
+    fn have_dialogues(&self) -> bool {
+        self.target_tokens < self.tokens
+    }
+}
+
+/// [`TokenFile::has_dialogues`] of the file at `path`, whatever it was made from; `false` where there is none.
+pub fn has_dialogues(path: &Path) -> bool {
+    let mut header = [0; HEADER];
+    let read = disk::open(path).and_then(|mut file| file.read_exact(&mut header));
+    let counts = Counts::from_bytes(&header[MAGIC.len()..SEAL.start]);
+    read.is_ok() && header.starts_with(&MAGIC) && counts.is_some_and(|counts| counts.have_dialogues())
 }
 
 impl TokenFile {
@@ -115,6 +127,11 @@ impl TokenFile {
     /// Tokens that are learned.
     pub fn target_tokens(&self) -> usize {
         self.counts.target_tokens
+    }
+
+    /// Whether some documents are dialogues: of texts every token is learned, of dialogues the answers only.
+    pub fn has_dialogues(&self) -> bool {
+        self.counts.have_dialogues()
     }
 
     /// Bytes of all texts; special tokens have none.
@@ -320,6 +337,7 @@ pub(crate) mod tests {
         let found: Vec<_> = (0..file.len()).map(|i| (file.id(i), file.target(i))).collect();
         assert_eq!(found, expected);
         assert_eq!((file.text_bytes(), file.target_bytes()), (7 + 4 + 5, 7 + 5));
+        assert!(file.has_dialogues() && !byte_tokens(&[Document::Text("pond".into())]).has_dialogues());
         assert_eq!(file.target_tokens(), expected.iter().filter(|(_, learned)| *learned).count());
         // 14 learned tokens for 12 learned bytes, at one bit a token.
         assert!((file.bits_per_byte(2f64.ln()) - 14.0 / 12.0).abs() < 1e-12);

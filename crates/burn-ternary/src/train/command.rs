@@ -120,6 +120,8 @@ impl ExperimentArgs {
         let texts = (!self.data.is_empty()).then(|| Value::from(self.data.clone()).to_string());
         let own = [
             ("data.valid", texts.as_ref().map(|_| "[]".into())),
+            // Those of the default experiment are for its own text.
+            ("run.sample_prompts", texts.as_ref().filter(|_| self.experiment.is_none()).map(|_| "[]".into())),
             ("data.train", texts),
             ("data.tokenizer", assigned(&self.tokenizer)),
             ("run.device", assigned(&self.device)),
@@ -271,6 +273,7 @@ mod tests {
             (&["--data", "a \"b\".txt", "--data", r"c\d"], |e| {
                 e.data.train = vec!["a \"b\".txt".into(), r"c\d".into()];
                 e.data.valid = vec![];
+                e.run.sample_prompts = vec![];
             }),
         ];
         for (arguments, change) in changes {

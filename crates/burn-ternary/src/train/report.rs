@@ -211,11 +211,14 @@ pub fn read(path: &Path) -> io::Result<History> {
     Ok(history)
 }
 
-/// The folder of a run that has just ended, and whether its model was trained on dialogues.
+/// The folder of a run that has just ended, and what its model can do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     pub run_dir: PathBuf,
+    /// Whether it was trained on dialogues.
     pub chats: bool,
+    /// A text that it can go on with.
+    pub prompt: Option<String>,
 }
 
 /// What `result.json` says of a run. Losses are in nats a token; an `Option` is null where the run has no such number.
@@ -405,6 +408,11 @@ impl RunResult {
     }
 }
 
+/// A text as one word of a shell's command line.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
 impl Place {
     /// What there is to see, and what may be done with it.
     fn rows(&self) -> Vec<(&'static str, String)> {
@@ -417,7 +425,12 @@ impl Place {
             if self.chats {
                 rows.push(("talk to it", format!("duck chat {run}")));
             }
-            rows.push(("let it write", format!("duck generate {run} --prompt \"One day\"")));
+            let prompt = self.prompt.iter();
+            rows.extend(
+                prompt.map(|prompt| {
+                    ("let it write", format!("duck generate {run} --prompt {}", quoted(prompt)))
+                }),
+            );
         }
         rows
     }

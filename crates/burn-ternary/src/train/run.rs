@@ -11,7 +11,7 @@ use super::optim::Moments;
 use super::plot;
 use super::progress::{PlainRenderer, ProgressLine, say};
 use super::report::{self, History, MetricsFile, Place, RunResult, write_atomic};
-use super::saved::{check_frozen, frozen_model, start_model};
+use super::saved::{check_frozen, frozen_model, read_template, start_model, write_template};
 use super::schedule::Schedule;
 use super::signals::Signals;
 use super::step::{SpikeGuard, TrainPlan};
@@ -38,7 +38,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use ternary_format::{
     PackedModel, Tokenizer, WriteOptions,
-    chat::encode_prompt,
+    chat::{self, encode_prompt},
     disk::{self, RunLock},
     huggingface::write_adapter,
     memory, write_model,
@@ -81,7 +81,7 @@ impl Drop for StepMemory {
 /// Runs an experiment, or goes on with it.
 ///
 /// Leaves in the run folder: `experiment.toml` (resolved), `tokenizer.json`, token files, `metrics.jsonl`,
-/// `samples.txt`, `checkpoints/`, `model.gguf` (where a model file can hold the model), `adapter/` (where `[lora]` is
+/// `samples.txt`, `chat_template.jinja` (where the model has one), `checkpoints/`, `model.gguf` (where a model file can hold the model), `adapter/` (where `[lora]` is
 /// on), `loss.svg`, `codes.svg` (not for a float twin) and `result.json`; the last three also when the run stops with an
 /// error after its first step.
 ///
@@ -158,13 +158,20 @@ pub(super) fn run_claimed(
     let held = loaded.as_ref().map_or(0, |loaded| loaded.bytes);
     let taught = teacher.as_ref().map_or(0, TeacherFile::bytes);
     check_memory(&experiment, &device, taught, held)?;
+    let automatic = texts.sample_prompts();
+    if experiment.run.sample_prompts.is_empty() {
+        experiment.run.sample_prompts = automatic.clone();
+    }
     // From here on files are written.
     move_aside(&run_dir, replaced).map_err(|source| TrainError::Write { path: run_dir.clone(), source })?;
     let data = texts.prepare(experiment.model.context, experiment.run.seed, &run_dir)?;
     resolve_steps(&mut experiment, options, data.train.per_epoch())?;
     identity.steps = experiment.run.steps;
     preflight(&experiment, &data, &device, options)?;
+    let chats = data.train.tokens().has_dialogues();
+    let template = chat_template(chats, &experiment, start.as_ref(), &run_dir)?;
     let prompts = sample_prompts(&experiment.run, &data.tokenizer);
+    let prompt = prompts.first().map(|(prompt, _)| prompt).or(automatic.first()).cloned();
     let text = data.train.tokens();
     let Experiment { distill, model, .. } = &experiment;
     let teacher =
@@ -177,6 +184,7 @@ pub(super) fn run_claimed(
     )?;
     remove_results(&run_dir)?;
     write(&run_dir.join("experiment.toml"), experiment.to_toml().as_bytes())?;
+    write_template(&run_dir, template.as_deref())?;
 
     let autodiff = device.clone().autodiff();
     let model = match (start, &loaded) {
@@ -212,7 +220,6 @@ pub(super) fn run_claimed(
     report::keep_samples(&path, options.resume.then_some(step))
         .map_err(|source| TrainError::Write { path, source })?;
     let size = trainer.model().size();
-    let chats = data.train.tokens().target_tokens() < data.train.tokens().len();
     let run = &experiment.run;
     let epochs_per_step = (run.batch_size * run.accumulation) as f64 / data.train.per_epoch() as f64;
     let display = (terminal::can_draw() && !options.quiet && !options.plain)
@@ -305,7 +312,7 @@ pub(super) fn run_claimed(
     }
     if failed.is_none() && learned.error.is_none() {
         let model = learned.model.model.valid();
-        export(&model, &tokenizer, &run_dir, &mut result);
+        export(&model, &tokenizer, template, &run_dir, &mut result);
         failed = export_adapter(&model, &experiment.run.start_from, &run_dir, &mut result).err();
     }
     result.error = failed.as_ref().map(ToString::to_string);
@@ -320,7 +327,7 @@ pub(super) fn run_claimed(
     }
     written?;
     drawn?;
-    result.place = Some(Place { run_dir, chats });
+    result.place = Some(Place { run_dir, chats, prompt });
     Ok(result)
 }
 
@@ -502,7 +509,12 @@ fn preflight(
 }
 
 /// An error where the run cannot fit into memory, with a teacher of so many bytes and of which so many are taken already.
-fn check_memory(experiment: &Experiment, device: &Device, teacher: u64, held: u64) -> Result<(), TrainError> {
+pub(super) fn check_memory(
+    experiment: &Experiment,
+    device: &Device,
+    teacher: u64,
+    held: u64,
+) -> Result<(), TrainError> {
     if device::is_cpu(device) {
         memory::check((memory_estimate(experiment, device) + teacher).saturating_sub(held) + PROGRAM)?;
     }
@@ -576,7 +588,7 @@ fn sample_prompts(run: &RunConfig, tokenizer: &Tokenizer) -> Vec<(String, Vec<u3
 /// Bytes that training takes, roughly: latent and fake quantized weights, gradients, optimizer moments and one
 /// temporary, of which a frozen model has the first two; the activations that the backward pass reads, with the scores of attention
 /// except on flex, which computes them again; and copies of weights and moments while a checkpoint is written.
-fn memory_estimate(Experiment { model, run, lora, optim, .. }: &Experiment, device: &Device) -> u64 {
+pub(super) fn memory_estimate(Experiment { model, run, lora, optim, .. }: &Experiment, device: &Device) -> u64 {
     let trained = |params: usize| match optim.moments {
         Moments::Float => 9 * params,
         Moments::Int8 => 6 * params,
@@ -656,11 +668,33 @@ fn summarize(experiment: &Experiment, device: &Device, outcome: &Outcome) -> Run
     }
 }
 
+/// How dialogues are written for the model: as its training texts have them, otherwise as the model that the run started from
+/// has it. Where that model is gone, the run folder of a resumed run knows.
+fn chat_template(
+    chats: bool,
+    experiment: &Experiment,
+    start: Option<&PackedModel>,
+    run_dir: &Path,
+) -> Result<Option<String>, TrainError> {
+    match start {
+        _ if chats => Ok(Some(chat::TEMPLATE.into())),
+        Some(start) => Ok(start.chat_template.clone()),
+        None if experiment.run.start_from.is_empty() => Ok(None),
+        None => read_template(run_dir),
+    }
+}
+
 /// Leaves the model in the run folder as other programs load it; that no file can hold it is no error of the run.
-fn export(model: &DuckQuantized, tokenizer: &Tokenizer, run_dir: &Path, result: &mut RunResult) {
+fn export(
+    model: &DuckQuantized,
+    tokenizer: &Tokenizer,
+    template: Option<String>,
+    run_dir: &Path,
+    result: &mut RunResult,
+) {
     let path = run_dir.join("model.gguf");
     let packed = match export_for_inference(model, Some(tokenizer), &result.name) {
-        Ok(packed) => packed,
+        Ok(packed) => PackedModel { chat_template: template, ..packed },
         Err(error) => {
             result.no_file = Some(error.to_string());
             return;

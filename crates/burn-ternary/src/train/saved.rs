@@ -2,7 +2,7 @@ use super::checkpoint::{CheckpointError, Checkpoints, Loaded};
 use super::schedule::Schedule;
 use super::step::restore;
 use super::{Experiment, TrainError};
-use crate::data::tokenizer;
+use crate::data::{has_dialogues, tokenizer};
 use crate::device::device;
 use crate::export::{ExportError, export_for_inference, export_frozen, export_latent};
 use crate::import::ImportError;
@@ -10,8 +10,8 @@ use crate::nn::DuckQuantized;
 use crate::quant::QuantConfig;
 use burn::module::Module;
 use burn::tensor::Device;
-use std::path::Path;
-use ternary_format::{PackedModel, Tensor, Tokenizer, memory, read_model};
+use std::{fs, io, path::Path};
+use ternary_format::{PackedModel, Tensor, Tokenizer, chat, disk, memory, read_model};
 
 /// What a run folder holds, for use after the run.
 pub struct SavedRun {
@@ -21,6 +21,8 @@ pub struct SavedRun {
     pub tokenizer: Tokenizer,
     /// The model of the last good checkpoint, without autodiff.
     pub model: DuckQuantized,
+    /// How dialogues are written; `None` where the model has seen none.
+    pub chat_template: Option<String>,
 }
 
 impl SavedRun {
@@ -31,6 +33,7 @@ impl SavedRun {
     pub fn open(run_dir: &Path, device: &Device) -> Result<Self, TrainError> {
         let experiment = Experiment::load(run_dir.join("experiment.toml"))?;
         let tokenizer = tokenizer::load(&run_dir.join("tokenizer.json"))?;
+        let chat_template = read_template(run_dir)?;
         let checkpoints = run_dir.join("checkpoints");
         let loaded = Checkpoints::existing(&checkpoints).latest_good()?;
         let loaded = loaded.ok_or_else(|| TrainError::Experiment {
@@ -45,7 +48,7 @@ impl SavedRun {
         let model = model.with_lora(&experiment.lora, seed);
         let model = restore(model, &experiment.optim, loaded.model, &loaded.path)?.valid();
         schedule.turn(last_step, model.dials());
-        Ok(Self { experiment, tokenizer, model })
+        Ok(Self { experiment, tokenizer, model, chat_template })
     }
 
     /// The model as model files have it, under the name of the run.
@@ -53,7 +56,37 @@ impl SavedRun {
     /// # Errors
     /// As [`export_for_inference`].
     pub fn export(&self) -> Result<PackedModel, ExportError> {
-        export_for_inference(&self.model, Some(&self.tokenizer), &self.experiment.run.name)
+        let packed = export_for_inference(&self.model, Some(&self.tokenizer), &self.experiment.run.name)?;
+        Ok(PackedModel { chat_template: self.chat_template.clone(), ..packed })
+    }
+}
+
+/// Holds the chat template of a run's model in its folder.
+const TEMPLATE: &str = "chat_template.jinja";
+
+/// Leaves the chat template of a run's model in its folder, for models that are exported from a checkpoint.
+pub(super) fn write_template(run_dir: &Path, template: Option<&str>) -> Result<(), TrainError> {
+    let path = run_dir.join(TEMPLATE);
+    let written = match template {
+        Some(template) => disk::write(&path, template.as_bytes()),
+        None => fs::remove_file(&path).or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        }),
+    };
+    written.map_err(|source| TrainError::Write { path, source })
+}
+
+/// What [`write_template`] left. Folders of earlier versions have no such file, and their own template if they were
+/// trained on dialogues.
+pub(super) fn read_template(run_dir: &Path) -> Result<Option<String>, TrainError> {
+    let path = run_dir.join(TEMPLATE);
+    match disk::read_to_string(&path) {
+        Ok(template) => Ok(Some(template)),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => {
+            Ok(has_dialogues(run_dir).then(|| chat::TEMPLATE.into()))
+        }
+        Err(source) => Err(TrainError::Read { path, source }),
     }
 }
 
@@ -84,7 +117,8 @@ pub(super) fn start_model(path: &Path) -> Result<PackedModel, TrainError> {
         return packed_model(path);
     }
     let run = SavedRun::open(path, &host()?)?;
-    Ok(export_latent(&run.model, Some(&run.tokenizer), &run.experiment.run.name)?)
+    let packed = export_latent(&run.model, Some(&run.tokenizer), &run.experiment.run.name)?;
+    Ok(PackedModel { chat_template: run.chat_template, ..packed })
 }
 
 /// The model that stands still beside adapters: what the run folder or the model file computes, ternary where it is.
@@ -94,9 +128,9 @@ pub(super) fn start_model(path: &Path) -> Result<PackedModel, TrainError> {
 /// adapter of their own.
 pub(super) fn frozen_model(path: &Path, quant: &QuantConfig) -> Result<PackedModel, TrainError> {
     let (model, input_norm) = if is_run(path) {
-        let SavedRun { experiment, tokenizer, model } = SavedRun::open(path, &host()?)?;
+        let SavedRun { experiment, tokenizer, model, chat_template } = SavedRun::open(path, &host()?)?;
         let packed = export_frozen(&model, Some(&tokenizer), &experiment.run.name)?;
-        (packed, experiment.quant.input_norm)
+        (PackedModel { chat_template, ..packed }, experiment.quant.input_norm)
     } else {
         (packed_model(path)?, false)
     };
