@@ -15,7 +15,7 @@ pub enum Compute {
 
 /// The `[model]` section of an experiment: one description for three families.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct DuckConfig {
     /// Norms, positions, biases and sub-norms.
     pub family: Family,
@@ -45,6 +45,13 @@ pub struct DuckConfig {
     pub rope_theta: f64,
     /// Type of the matrix products.
     pub compute: Compute,
+}
+
+impl Default for DuckConfig {
+    /// [`duck_tiny`](Self::duck_tiny) with the vocabulary of the tokenizer.
+    fn default() -> Self {
+        Self { vocab_size: 0, ..Self::duck_tiny() }
+    }
 }
 
 /// A setting outside of its range.

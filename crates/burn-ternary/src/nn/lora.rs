@@ -12,7 +12,7 @@ use ternary_format::{Adapter, FormatError};
 
 /// The `[lora]` section of an experiment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
     /// Of the products; 0: none, the model itself is trained.
     pub rank: usize,
@@ -20,6 +20,13 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// The layers that have one, by the last part of their path, or `all`.
     pub targets: Vec<String>,
+}
+
+impl Default for LoraConfig {
+    /// Off.
+    fn default() -> Self {
+        Self { rank: 0, alpha: 16.0, targets: vec![ALL.into()] }
+    }
 }
 
 /// What `lora.targets` may say for every layer.

@@ -127,7 +127,7 @@ pub enum TablePrecision {
 
 /// The `[quant]` section of an experiment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct QuantConfig {
     /// `false` gives the float twin: the same model, the same norms, no quantizer.
     pub enabled: bool,

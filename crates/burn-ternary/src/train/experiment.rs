@@ -13,9 +13,10 @@ use serde::{Deserialize, Serialize};
 use ternary_format::disk;
 use toml::Value;
 
-/// One run, complete and explicit: every key is written, an unknown one is an error.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// One run, complete and explicit. In a file a missing key means its default, and an unknown one is an error; what has no default
+/// that could be trained (`data.train`, `run.name`) is refused by [`Experiment::validate`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Experiment {
     /// Texts and tokenizer.
     pub data: DataConfig,
@@ -49,7 +50,7 @@ impl Default for Experiment {
 
 /// The `[run]` section: how long, where, how often.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
     /// The run folder is `<out_dir>/<name>-<seed>`.
     pub name: String,
@@ -75,7 +76,8 @@ pub struct RunConfig {
     pub checkpoint_every: usize,
     /// How many checkpoints of multiples of `checkpoint_every` are kept; the newest is kept in any case.
     pub keep_checkpoints: usize,
-    /// What the text samples start with: plain text, or `<|user|>question` to be answered.
+    /// What the text samples start with: plain text, or `<|user|>question` to be answered. Empty: the first words of held-out
+    /// texts, and a question where the text has dialogues.
     pub sample_prompts: Vec<String>,
     /// Tokens of a text sample; 0: no samples.
     pub sample_tokens: usize,
@@ -85,6 +87,32 @@ pub struct RunConfig {
     pub max_bad_steps: usize,
     /// After so many returns the run stops with an error, the last good checkpoint kept.
     pub max_rollbacks: usize,
+}
+
+impl Default for RunConfig {
+    /// A run without a name, in the folder `runs`.
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            out_dir: "runs".into(),
+            start_from: String::new(),
+            seed: 1,
+            device: "auto".into(),
+            steps: 640,
+            batch_size: 8,
+            accumulation: 1,
+            log_every: 16,
+            eval_every: 128,
+            eval_windows: 0,
+            checkpoint_every: 128,
+            keep_checkpoints: 2,
+            sample_prompts: Vec::new(),
+            sample_tokens: 48,
+            spike_factor: 3.0,
+            max_bad_steps: 5,
+            max_rollbacks: 3,
+        }
+    }
 }
 
 /// What `run.device` may say.
@@ -100,8 +128,8 @@ impl Experiment {
     /// Read and validate an experiment file.
     ///
     /// # Errors
-    /// [`TrainError::Experiment`] when the file cannot be read, is not UTF-8 or not TOML, a key is unknown, missing or
-    /// of the wrong type, or a value is out of range.
+    /// [`TrainError::Experiment`] when the file cannot be read, is not UTF-8 or not TOML, a key is unknown or of
+    /// the wrong type, or a value is out of range.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, TrainError> {
         let (text, origin) = read(path.as_ref())?;
         let experiment = Self::parse(&text, &origin)?;
@@ -112,7 +140,7 @@ impl Experiment {
     /// The experiment that `text` spells, its values not yet validated. Errors name `origin` and the line.
     ///
     /// # Errors
-    /// [`TrainError::Experiment`] when it is not TOML, or a key is unknown, missing or of the wrong type.
+    /// [`TrainError::Experiment`] when it is not TOML, or a key is unknown or of the wrong type.
     pub fn parse(text: &str, origin: &str) -> Result<Self, TrainError> {
         toml::from_str(text).map_err(|error| {
             let before = error.span().and_then(|span| text.get(..span.start));

@@ -32,7 +32,7 @@ pub enum Moments {
 
 /// The `[optim]` section of an experiment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct OptimConfig {
     /// Optimizer of the ternary matrices.
     pub matrices: MatrixOptimizer,
@@ -54,6 +54,25 @@ pub struct OptimConfig {
     pub clip_norm: f64,
     /// Weight of the mean squared log partition function in the loss (z-loss).
     pub z_loss: f64,
+}
+
+impl Default for OptimConfig {
+    /// Muon for the matrices, AdamW for the rest.
+    fn default() -> Self {
+        Self {
+            matrices: MatrixOptimizer::Muon,
+            lr: 0.003,
+            muon_lr: 0.02,
+            muon_momentum: 0.95,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            moments: Moments::Float,
+            weight_decay: 0.1,
+            clip_norm: 1.0,
+            z_loss: 0.0,
+        }
+    }
 }
 
 impl OptimConfig {

@@ -24,7 +24,7 @@ pub enum Shape {
 
 /// The `[schedule]` section of an experiment. Fractions are of the run's steps, in [0, 1].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct ScheduleConfig {
     /// How the learning rate falls.
     pub shape: Shape,
@@ -43,6 +43,22 @@ pub struct ScheduleConfig {
     pub ramp_until: f64,
     /// `quant.sparsity` grows from `float_until` to here, below 1; at most `float_until`: it is there at once.
     pub sparse_until: f64,
+}
+
+impl Default for ScheduleConfig {
+    /// Float for the first 60 % of the steps, and a learning rate that falls to zero: what was best in our runs.
+    fn default() -> Self {
+        Self {
+            shape: Shape::Cosine,
+            warmup_steps: 50,
+            decay_fraction: 0.2,
+            min_lr_ratio: 0.0,
+            weight_decay_until: 1.0,
+            float_until: 0.6,
+            ramp_until: 0.0,
+            sparse_until: 0.0,
+        }
+    }
 }
 
 /// The factors of each step of a run: pure functions of the step, so that a resumed run needs nothing but its step.

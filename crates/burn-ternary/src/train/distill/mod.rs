@@ -35,7 +35,7 @@ pub enum Divergence {
 
 /// The `[distill]` section of an experiment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct DistillConfig {
     /// A run folder, a model file of any kind, or what `duck distill-logits` wrote of one; with the tokenizer of the run.
     /// Empty: no teacher.
@@ -54,6 +54,22 @@ pub struct DistillConfig {
     /// The student's block that hidden states and relations are taken from, from 1; 0: the last. The teacher's is the one
     /// at the same share of its depth.
     pub layer: usize,
+}
+
+impl Default for DistillConfig {
+    /// No teacher; with one, the share of the loss that was best in our runs.
+    fn default() -> Self {
+        Self {
+            teacher: String::new(),
+            weight: 0.9,
+            temperature: 1.0,
+            divergence: Divergence::Forward,
+            hidden_weight: 0.0,
+            relation_weight: 0.0,
+            relation_heads: 1,
+            layer: 0,
+        }
+    }
 }
 
 impl DistillConfig {
