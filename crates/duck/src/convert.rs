@@ -34,9 +34,10 @@ pub struct Command {
 }
 
 /// What an experiment file would say besides the model.
-const RECIPE: [&str; 13] = [
+const RECIPE: [&str; 15] = [
     "run.name=converted",
-    "distill.weight=0.5",
+    "run.sample_prompts=[]",
+    "distill.weight=0.9",
     "distill.temperature=1.0",
     // Weights that are nearly right already move little: lower rates than from nothing, and down to zero.
     "optim.lr=0.001",
@@ -49,6 +50,7 @@ const RECIPE: [&str; 13] = [
     "schedule.ramp_until=0.0",
     "schedule.sparse_until=0.0",
     "model.dropout=0.0",
+    "quant.embedding=float",
 ];
 
 impl Command {

@@ -13,6 +13,7 @@ mod generate;
 mod inspect;
 mod log;
 mod model;
+#[cfg(feature = "train")]
 mod new;
 mod serve;
 mod shell;
@@ -31,7 +32,8 @@ static ALLOCATOR: ternary_kernels::ExitAllocator = ternary_kernels::ExitAllocato
 const EXAMPLES: &str = "\
 Examples:
   duck chat                               talk to the Duck that is part of this program
-  duck new && duck train experiment.toml  train a model of your own; its run folder is a MODEL
+  duck new poems.toml --data poems/       begin a model of your own text
+  duck train poems.toml                   train it; its run folder is a MODEL
   duck generate runs/mine-1 --prompt 'One day'
   duck convert --from SmolLM2-135M --data my_texts/
   duck eval runs/mine-1 runs/float-1 --data valid.txt
@@ -59,7 +61,8 @@ enum Command {
     Convert(Box<convert::Command>),
     #[cfg(feature = "train")]
     DistillLogits(Box<distill_logits::Command>),
-    New(new::Command),
+    #[cfg(feature = "train")]
+    New(Box<new::Command>),
     Export(export::Command),
     Inspect(inspect::Command),
     Eval(eval::Command),
@@ -73,7 +76,7 @@ enum Command {
 
 impl Command {
     fn run(self) -> Result<(), Error> {
-        if !matches!(self, Self::New(_) | Self::Completions(_) | Self::Man(_)) {
+        if !matches!(self, Self::Completions(_) | Self::Man(_)) {
             threads::start()?;
         }
         match self {
@@ -83,6 +86,7 @@ impl Command {
             Self::Convert(command) => command.run(),
             #[cfg(feature = "train")]
             Self::DistillLogits(command) => command.run(),
+            #[cfg(feature = "train")]
             Self::New(command) => command.run(),
             Self::Export(command) => command.run(),
             Self::Inspect(command) => command.run(),

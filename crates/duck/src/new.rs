@@ -1,36 +1,38 @@
 //! `duck new`: begins an experiment.
 
 use crate::{Error, terminal};
+use burn_ternary::train::{Experiment, Proposal, Size, propose};
 use std::path::PathBuf;
 
 const EXAMPLES: &str = "\
 Examples:
-  duck new                          writes experiment.toml
-  duck new poems.toml --name poems
-  duck train poems.toml --data poems/";
+  duck new                                  writes experiment.toml, for the texts of this program
+  duck new poems.toml --data poems/         chooses size, tokenizer and steps for a text, and measures a few steps
+  duck new poems.toml --data poems/ --size small --full
+  duck train poems.toml";
 
-/// The experiment that every other begins as.
-const DEFAULT: &str = include_str!("../../../experiments/00-default.toml");
-
-const HEADER: &str = "\
-# Question:
-# Expectation:
-# Cost:
-#
-# `duck train FILE` runs this experiment; `--set section.key=value` overrides a key. Every key is written; an unknown or
-# missing one is an error.
-";
-
-/// Write a commented experiment file, to be changed and trained.
+/// Write an experiment file for a text, to be changed and trained.
+///
+/// Counts the text, chooses a model, a tokenizer and a number of steps for it, trains a few steps to see how long they
+/// take, and prints a summary. All other settings have the defaults that did best in our runs.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
     /// File to write; `-` is standard output
     #[arg(default_value = "experiment.toml")]
     file: PathBuf,
+    /// Text to train on: .txt or .jsonl files, or folders of them (repeatable); without it, the texts of this program
+    #[arg(long, value_name = "FILE_OR_FOLDER", default_value = "embedded")]
+    data: Vec<String>,
+    /// Size of the model; without it, one that goes with the amount of text
+    #[arg(long, value_enum)]
+    size: Option<Size>,
     /// Name of the run, and of its folder; without it, that of the file
     #[arg(long)]
     name: Option<String>,
+    /// Write every key, also those that have their defaults
+    #[arg(long)]
+    full: bool,
     /// Replace FILE if it is there and a plain file
     #[arg(long)]
     overwrite: bool,
@@ -38,38 +40,136 @@ pub struct Command {
 
 impl Command {
     pub fn run(self) -> Result<(), Error> {
-        let Self { file, name, overwrite } = self;
+        let Self { file, data, size, name, full, overwrite } = self;
         let to_output = file.as_os_str() == "-";
+        if !to_output {
+            terminal::expect_free(&file, overwrite)?;
+        }
         let stem = file.file_stem().filter(|_| !to_output).map(|stem| stem.to_string_lossy().into_owned());
-        let text = experiment(&name.or(stem).unwrap_or("experiment".into()));
+        let mut proposal = propose(&data, size)?;
+        proposal.experiment.run.name = name.or(stem).unwrap_or("experiment".into());
+        proposal.experiment.validate(&file.display().to_string())?;
+        let summary = summary(&proposal);
+        terminal::say(&summary);
+        let text = header(&summary, full) + &sections(&proposal.experiment, full);
         if to_output {
             return terminal::stream(&text);
         }
         terminal::write_file(&file, text.as_bytes(), overwrite)?;
+        terminal::say(format_args!("train it: duck train {}", file.display()));
         terminal::print(file.display())
     }
 }
 
-/// The default experiment under another name, each key below what it means.
-fn experiment(name: &str) -> String {
-    let mut text = String::from(HEADER);
-    let mut section = "";
-    for line in DEFAULT.lines().skip_while(|line| line.starts_with('#')) {
+/// What was found and what is proposed, in three lines.
+fn summary(proposal: &Proposal) -> String {
+    let Proposal { size, text, tokens, passes, parameters, experiment, seconds, bytes, device } = proposal;
+    let (model, run) = (&experiment.model, &experiment.run);
+    let dialogues = match text.dialogues {
+        0 => "no dialogues".into(),
+        n if n == text.documents => "all of them dialogues".into(),
+        n => format!("{n} of them dialogues"),
+    };
+    let documents = if text.documents == 1 { "document" } else { "documents" };
+    let size = format!("{size:?}").to_lowercase();
+    format!(
+        "text: {:.1} MB in {} {documents}, {dialogues}; {} different characters; about {} tokens ({})\n\
+         model: {size}, {} parameters: {} blocks, {} wide, a context of {} tokens\n\
+         training: {} steps of {} tokens, {passes:.1} passes over the text; about {} and {} MiB of memory on this machine \
+         ({device}), by steps that were measured just now",
+        text.bytes as f64 / 1e6,
+        text.documents,
+        text.alphabet,
+        count(*tokens as f64),
+        experiment.data.tokenizer,
+        count(*parameters as f64),
+        model.n_layers,
+        model.d_model,
+        model.context,
+        run.steps,
+        run.batch_size * model.context,
+        time(*seconds),
+        bytes >> 20,
+    )
+}
+
+fn count(number: f64) -> String {
+    match number {
+        0.0..1e3 => format!("{number:.0}"),
+        1e3..1e6 => format!("{:.0} k", number / 1e3),
+        _ => format!("{:.1} M", number / 1e6),
+    }
+}
+
+fn time(seconds: f64) -> String {
+    match seconds {
+        0.0..90.0 => format!("{seconds:.0} seconds"),
+        90.0..5400.0 => format!("{:.0} minutes", seconds / 60.0),
+        5400.0..172_800.0 => format!("{:.0} hours", seconds / 3600.0),
+        _ => format!("{:.0} days", seconds / 86_400.0),
+    }
+}
+
+fn header(summary: &str, full: bool) -> String {
+    let rest = match full {
+        true => "Every key is here.",
+        false => {
+            "Keys that are not here have their defaults, the best that we know; `duck new --full` writes them all."
+        }
+    };
+    format!(
+        "# Question:\n# Expectation:\n# Cost: as below.\n#\n# {}\n#\n\
+         # `duck train FILE` runs this experiment; `--set section.key=value` overrides a key. An unknown key is an error.\n\
+         # {rest}\n",
+        summary.replace('\n', "\n# ")
+    )
+}
+
+/// The keys that matter, or all of them, each below what it means.
+fn sections(experiment: &Experiment, full: bool) -> String {
+    let (mut text, mut section, mut opened) = (String::new(), "", "");
+    let whole = experiment.to_toml();
+    for line in whole.lines() {
         if let Some(name) = line.strip_prefix('[') {
             section = name.trim_end_matches(']');
         }
-        let key = line.split_once(" = ").map(|(key, _)| key);
-        let comment = key.and_then(|key| COMMENTS.iter().find(|known| (known.0, known.1) == (section, key)));
-        if let Some((_, _, comment)) = comment {
+        let Some((key, _)) = line.split_once(" = ") else { continue };
+        if !full && !MATTER.contains(&(section, key)) {
+            continue;
+        }
+        if opened != section {
+            text += &format!("\n[{section}]\n");
+            opened = section;
+        }
+        if let Some((.., comment)) = COMMENTS.iter().find(|known| (known.0, known.1) == (section, key)) {
             text += &format!("# {comment}\n");
         }
-        match (section, key) {
-            ("run", Some("name")) => text += &format!("name = {}\n", toml::Value::from(name)),
-            _ => text += &format!("{line}\n"),
-        }
+        text += &format!("{line}\n");
     }
     text
 }
+
+/// The keys that a proposal chooses, or that are changed first.
+const MATTER: [(&str, &str); 18] = [
+    ("data", "train"),
+    ("data", "tokenizer"),
+    ("data", "bpe_vocab_size"),
+    ("model", "context"),
+    ("model", "d_model"),
+    ("model", "n_layers"),
+    ("model", "n_heads"),
+    ("model", "n_kv_heads"),
+    ("model", "d_ff"),
+    ("model", "dropout"),
+    ("quant", "embedding"),
+    ("optim", "lr"),
+    ("optim", "muon_lr"),
+    ("schedule", "float_until"),
+    ("run", "name"),
+    ("run", "steps"),
+    ("run", "batch_size"),
+    ("run", "eval_every"),
+];
 
 /// Section, key, what it means.
 const COMMENTS: [(&str, &str, &str); 81] = [
@@ -225,7 +325,11 @@ const COMMENTS: [(&str, &str, &str); 81] = [
     ("run", "eval_windows", "Windows of a validation; 0: all."),
     ("run", "checkpoint_every", "Steps between two checkpoints."),
     ("run", "keep_checkpoints", "Checkpoints that are kept."),
-    ("run", "sample_prompts", "Text samples begin so; `<|user|>question` is answered."),
+    (
+        "run",
+        "sample_prompts",
+        "Text samples begin so; `<|user|>question` is answered. Empty: as held-out texts and questions do.",
+    ),
     ("run", "sample_tokens", "Tokens of a sample; 0: no samples."),
     (
         "run",
@@ -244,21 +348,42 @@ const COMMENTS: [(&str, &str, &str); 81] = [
 mod tests {
     use super::*;
 
-    fn table(text: &str) -> toml::Table {
-        text.parse().unwrap()
+    fn proposal() -> Proposal {
+        let mut proposal = propose(&["embedded".into()], None).unwrap();
+        proposal.experiment.run.name = "a-b".into();
+        proposal
+    }
+
+    fn parsed(text: &str) -> Experiment {
+        Experiment::parse(text, "new").unwrap()
     }
 
     #[test]
-    fn a_new_experiment_is_the_default_one_by_another_name() {
-        let mut expected = table(DEFAULT);
-        expected["run"]["name"] = "a \"b\"".into();
-        assert_eq!(table(&experiment("a \"b\"")), expected);
+    fn what_is_left_out_has_its_default() {
+        let experiment = proposal().experiment;
+        let [short, full] = [false, true].map(|full| header("", full) + &sections(&experiment, full));
+        assert_eq!(parsed(&short), experiment);
+        assert_eq!(parsed(&full), experiment);
+        let keys =
+            |text: &str| text.lines().filter(|line| !line.starts_with('#') && line.contains(" = ")).count();
+        assert_eq!((keys(&short), keys(&full)), (MATTER.len(), COMMENTS.len()));
+        experiment.validate("new").unwrap();
+    }
+
+    #[test]
+    fn the_settings_that_were_best_are_the_defaults() {
+        let Experiment { optim, schedule, distill, quant, .. } = proposal().experiment;
+        assert_eq!((schedule.float_until, schedule.min_lr_ratio, distill.weight), (0.6, 0.0, 0.9));
+        let text = toml::to_string(&optim).unwrap() + &toml::to_string(&quant).unwrap();
+        for line in ["matrices = \"muon\"", "muon_lr = 0.02", "scale = \"absmean\"", "embedding = \"int8\""] {
+            assert!(text.contains(line), "{text}");
+        }
     }
 
     #[test]
     fn every_key_is_explained_and_nothing_else() {
-        let sections = table(DEFAULT);
-        let keys = sections.iter().flat_map(|(section, keys)| {
+        let whole = toml::Table::try_from(Experiment::default()).unwrap();
+        let keys = whole.iter().flat_map(|(section, keys)| {
             let keys = keys.as_table().unwrap().keys();
             keys.map(move |key| (section.as_str(), key.as_str()))
         });
@@ -273,11 +398,17 @@ mod tests {
         assert_eq!(keys.len(), explained.len());
     }
 
-    #[cfg(feature = "train")]
     #[test]
-    fn a_new_experiment_can_be_trained() {
-        let experiment = burn_ternary::train::Experiment::parse(&experiment("mine"), "new").unwrap();
-        experiment.validate("new").unwrap();
-        assert_eq!(experiment.run.name, "mine");
+    fn a_summary_counts_in_words() {
+        let mut proposal = proposal();
+        let text = summary(&proposal);
+        assert!(
+            text.contains("of them dialogues") && text.contains("model: tiny, 984 k parameters"),
+            "{text}"
+        );
+        proposal.text.dialogues = 0;
+        proposal.seconds = 7_300.0;
+        let text = summary(&proposal);
+        assert!(text.contains("no dialogues") && text.contains("about 2 hours and"), "{text}");
     }
 }

@@ -10,6 +10,8 @@ mod eval;
 mod file;
 #[cfg(target_os = "linux")]
 mod memory;
+#[cfg(feature = "train")]
+mod new;
 mod serve;
 #[cfg(all(feature = "train", unix))]
 mod signals;

@@ -3,8 +3,8 @@
 use crate::{duck, failure, home, output};
 use std::fs;
 
-const COMMANDS: [&str; 10] =
-    ["new", "export", "inspect", "eval", "generate", "chat", "serve", "bench", "completions", "man"];
+const COMMANDS: [&str; 9] =
+    ["export", "inspect", "eval", "generate", "chat", "serve", "bench", "completions", "man"];
 
 #[test]
 fn every_command_explains_itself() {
@@ -48,19 +48,6 @@ fn wrong_arguments_are_usage_errors() {
 }
 
 #[test]
-fn a_new_experiment_replaces_no_file_unless_told_to() {
-    let home = home();
-    assert_eq!(output(&home, &["new"]), "experiment.toml\n");
-    let error = failure(&home, &["new"], 2);
-    assert!(error.contains("experiment.toml") && error.contains("--overwrite"), "{error}");
-    output(&home, &["new", "--overwrite", "--name", "pond"]);
-    let text = fs::read_to_string(home.path().join("experiment.toml")).unwrap();
-    assert_eq!(text.parse::<toml::Table>().unwrap()["run"]["name"].as_str(), Some("pond"));
-    assert_eq!(output(&home, &["new", "-", "--name", "pond"]), text);
-    assert!(failure(&home, &["new", "missing/a.toml"], 5).contains("missing"));
-}
-
-#[test]
 fn shells_get_their_completions_and_manuals_their_pages() {
     let home = home();
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
@@ -90,7 +77,6 @@ fn a_reader_that_goes_away_is_no_error_and_a_full_disk_is_one() {
         &["generate", "model.gguf", "--prompt", "a"],
         &["generate", "model.gguf", "--prompt", "a", "--json"],
         &["completions", "bash"],
-        &["new", "-"],
     ] {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);

@@ -21,6 +21,10 @@ pub enum DataError {
     #[error("{}: expected a folder or a file that ends in .txt or .jsonl", path.display())]
     UnknownKind { path: PathBuf },
 
+    /// Not enough text to train on and to hold some out.
+    #[error("{bytes} bytes in {documents} document{} are too little to train on and to hold some out; expected some 2,000 bytes of text, or 20 documents", if *documents == 1 { "" } else { "s" })]
+    TooLittle { bytes: usize, documents: usize },
+
     /// A folder without texts.
     #[error("{}: expected .txt or .jsonl files in this folder, found none", path.display())]
     NothingFound { path: PathBuf },
