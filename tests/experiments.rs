@@ -2,7 +2,10 @@
 
 use std::{fs, path::PathBuf};
 
-use burn_ternary::train::{Experiment, TrainError};
+use burn_ternary::{
+    nn::DuckConfig,
+    train::{Experiment, Size, TrainError},
+};
 use proptest::{prelude::*, sample::Index};
 use toml::{Table, Value};
 
@@ -48,6 +51,19 @@ fn every_file_of_ours_writes_every_key() {
                 keys.as_table().unwrap().keys().filter(|key| written[section].get(key).is_none()).collect();
             assert!(missing.is_empty(), "{}: [{section}] lacks {missing:?}", path.display());
         }
+    }
+}
+
+#[test]
+fn the_presets_are_what_is_proposed_for_so_much_text() {
+    let presets = [("60-text-1mb", Size::Tiny), ("61-text-10mb", Size::Small), ("62-text-100mb", Size::Base)];
+    for (name, size) in presets {
+        let preset = Experiment::load(format!("experiments/{name}.toml")).unwrap();
+        let dropout = preset.model.dropout;
+        assert_eq!(preset.model, DuckConfig { dropout, ..size.model() }, "{name}");
+        let defaults = Experiment::default();
+        assert_eq!(preset.optim, defaults.optim);
+        assert_eq!((preset.schedule, preset.distill), (defaults.schedule, defaults.distill), "{name}");
     }
 }
 

@@ -17,6 +17,8 @@ use ternary_format::Tokenizer;
 const SAMPLE: usize = 1 << 20;
 /// Alphabets of at most so many characters (DNA, digits) are read by characters: there are no words to be found.
 const SMALL_ALPHABET: usize = 16;
+/// Windows a step.
+const BATCH_SIZE: usize = 16;
 /// Windows that the held-out share has at least.
 const FEWEST_WINDOWS: usize = 2;
 /// The shortest context, and the bytes below which not even that is possible.
@@ -72,13 +74,6 @@ impl Size {
             Self::Tiny => 1024,
             Self::Small => 4096,
             Self::Base => 8192,
-        }
-    }
-
-    fn batch_size(self) -> usize {
-        match self {
-            Self::Tiny | Self::Small => 16,
-            Self::Base => 32,
         }
     }
 }
@@ -166,8 +161,7 @@ pub fn propose(sources: &[String], size: Option<Size>) -> Result<Proposal, Train
     }
     let passes = (2.0 * (1e7 / text.bytes as f64).sqrt()).clamp(1.0, 12.0);
     model.dropout = if passes >= OFTEN { 0.1 } else { 0.0 };
-    let batch_size = size.batch_size();
-    let step = batch_size * model.context;
+    let step = BATCH_SIZE * model.context;
     let steps = two_digits(passes * tokens as f64 / step as f64).max(100);
     let experiment = Experiment {
         data,
@@ -175,7 +169,7 @@ pub fn propose(sources: &[String], size: Option<Size>) -> Result<Proposal, Train
         quant: QuantConfig { embedding: TablePrecision::Int8, ..QuantConfig::default() },
         run: RunConfig {
             steps,
-            batch_size,
+            batch_size: BATCH_SIZE,
             eval_every: two_digits(steps as f64 / 5.0),
             ..RunConfig::default()
         },
