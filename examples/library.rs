@@ -6,8 +6,8 @@ use burn_ternary::train::{Experiment, QuantizationTrainer};
 use burn_ternary::{device::device, export_for_inference};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // The default experiment: a Duck of a million parameters, and the texts that come with the crate.
-    let Experiment { data, mut model, quant, optim, schedule, .. } = Experiment::default();
+    // The embedded experiment: a Duck of a million parameters, and the texts that come with the crate.
+    let Experiment { data, mut model, quant, optim, schedule, .. } = Experiment::embedded();
     let data = Dataset::prepare(&data, model.context, 1, "cache".as_ref())?;
     model.vocab_size = data.tokenizer.vocab_size();
 

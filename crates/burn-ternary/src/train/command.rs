@@ -253,7 +253,7 @@ mod tests {
     #[test]
     fn no_arguments_mean_the_default_experiment() {
         TrainCommand::command().debug_assert();
-        assert_eq!(command(&[]).experiment().unwrap(), Experiment::default());
+        assert_eq!(command(&[]).experiment().unwrap(), Experiment::embedded());
     }
 
     #[test]

@@ -40,14 +40,6 @@ pub struct Experiment {
 pub(super) const DEFAULT: &str =
     include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/experiments/00-default.toml"));
 
-impl Default for Experiment {
-    /// The default experiment, `experiments/00-default.toml`: a Duck of a million parameters, trained in minutes on the
-    /// texts that come with the crate.
-    fn default() -> Self {
-        Self::parse(DEFAULT, "the default experiment").expect("it is part of this crate")
-    }
-}
-
 /// The `[run]` section: how long, where, how often.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -125,6 +117,12 @@ pub(super) const LARGEST_COUNT: usize = 1_000_000_000;
 const LARGEST_STEP: usize = 1 << 32;
 
 impl Experiment {
+    /// `experiments/00-default.toml`, which is trained if no file is named: a Duck of a million parameters, trained in minutes
+    /// on the texts that come with the crate.
+    pub fn embedded() -> Self {
+        Self::parse(DEFAULT, "the embedded experiment").expect("it is part of this crate")
+    }
+
     /// Read and validate an experiment file.
     ///
     /// # Errors

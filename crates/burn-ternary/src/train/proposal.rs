@@ -9,6 +9,7 @@ use crate::data::{DataConfig, DataError, LmBatcher, SPLIT_SEED, tokenizer};
 use crate::device;
 use crate::nn::DuckConfig;
 use crate::quant::{QuantConfig, TablePrecision};
+use burn::tensor::Device;
 use std::collections::HashSet;
 use std::time::Instant;
 use ternary_format::Tokenizer;
@@ -186,8 +187,8 @@ pub fn propose(sources: &[String], size: Option<Size>) -> Result<Proposal, Train
         parameters: measured.model.num_params(),
         experiment,
         seconds: BESIDES * step_s * steps as f64,
-        bytes: memory_estimate(&measured),
-        device,
+        bytes: memory_estimate(&measured, &device),
+        device: device::describe(&device),
     })
 }
 
@@ -227,7 +228,7 @@ fn two_digits(count: f64) -> usize {
 }
 
 /// Seconds of an optimizer step, and the device.
-fn measure(experiment: &Experiment) -> Result<(f64, String), TrainError> {
+fn measure(experiment: &Experiment) -> Result<(f64, Device), TrainError> {
     let Experiment { model, quant, optim, schedule, run, .. } = experiment;
     device::start_threads()?;
     let device = device::device(&run.device)?;
@@ -249,7 +250,7 @@ fn measure(experiment: &Experiment) -> Result<(f64, String), TrainError> {
         trainer.train_step(vec![batch.clone()]);
         steps += 1;
     }
-    Ok((start.elapsed().as_secs_f64() / steps as f64, device::describe(&device)))
+    Ok((start.elapsed().as_secs_f64() / steps as f64, device))
 }
 
 #[cfg(test)]

@@ -588,7 +588,10 @@ fn sample_prompts(run: &RunConfig, tokenizer: &Tokenizer) -> Vec<(String, Vec<u3
 /// Bytes that training takes, roughly: latent and fake quantized weights, gradients, optimizer moments and one
 /// temporary, of which a frozen model has the first two; the activations that the backward pass reads, with the scores of attention
 /// except on flex, which computes them again; and copies of weights and moments while a checkpoint is written.
-pub(super) fn memory_estimate(Experiment { model, run, lora, optim, .. }: &Experiment, device: &Device) -> u64 {
+pub(super) fn memory_estimate(
+    Experiment { model, run, lora, optim, .. }: &Experiment,
+    device: &Device,
+) -> u64 {
     let trained = |params: usize| match optim.moments {
         Moments::Float => 9 * params,
         Moments::Int8 => 6 * params,
