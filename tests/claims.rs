@@ -1,4 +1,4 @@
-//! The numbers of the README are those of the committed results.
+//! The numbers of README and book are those of the committed results.
 
 use burn_ternary::nn::DuckConfig;
 use burn_ternary::train::report::RunResult;
@@ -24,7 +24,7 @@ fn results(name: &str) -> Vec<RunResult> {
     results
 }
 
-/// Those, all finished, whose seeds the README names.
+/// Those, all finished, whose seeds a table names.
 fn results_of(name: &str, seeds: &str) -> Vec<RunResult> {
     let results = results(name);
     assert!(results.iter().all(|result| result.finished), "{name}");
@@ -52,10 +52,14 @@ fn mean(results: &[RunResult], value: fn(&RunResult) -> f64) -> f64 {
     mean_of(&results.iter().map(value).collect::<Vec<_>>())
 }
 
-/// Rows `| `name` | … |` of the README's table between two marks.
-fn rows(mark: &str) -> Vec<Vec<String>> {
-    let readme = fs::read_to_string("README.md").unwrap();
-    let table = readme.split(&format!("<!-- {mark} -->")).nth(1).expect("the README has this table");
+fn page(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// Rows `| `name` | … |` of the table of a page between two marks.
+fn rows(path: &str, mark: &str) -> Vec<Vec<String>> {
+    let page = page(path);
+    let table = page.split(&format!("<!-- {mark} -->")).nth(1).expect("the page has this table");
     table
         .lines()
         .filter(|line| line.starts_with("| `"))
@@ -64,8 +68,8 @@ fn rows(mark: &str) -> Vec<Vec<String>> {
 }
 
 #[test]
-fn the_readme_table_is_computed_from_the_committed_results() {
-    let rows = rows("results");
+fn the_results_are_computed_from_the_committed_results() {
+    let rows = rows("docs/results.md", "results");
     assert!(rows.len() >= 3, "{rows:?}");
     for row in rows {
         let [name, _, seeds, loss, size] = &row[..] else { panic!("five cells expected: {row:?}") };
@@ -79,8 +83,8 @@ fn the_readme_table_is_computed_from_the_committed_results() {
 }
 
 #[test]
-fn the_differences_of_the_readme_are_those_of_the_committed_results() {
-    let readme = fs::read_to_string("README.md").unwrap();
+fn the_differences_are_those_of_the_committed_results() {
+    let page = page("docs/results.md");
     for (worse, better) in [
         ("11-shakespeare-ternary", "10-shakespeare-float"),
         ("13-shakespeare-distilled", "10-shakespeare-float"),
@@ -94,14 +98,35 @@ fn the_differences_of_the_readme_are_those_of_the_committed_results() {
         let [worse_loss, better_loss] = [worse, better]
             .map(|name| mean(&results_of(name, "1, 2, 3"), |result| result.valid_loss.unwrap()));
         let difference = format!("{:.3}", worse_loss - better_loss);
-        assert!(readme.contains(&difference), "not in the README: {difference}, {worse} over {better}");
+        assert!(page.contains(&difference), "not in the results: {difference}, {worse} over {better}");
+    }
+}
+
+/// The first table of the README: loss behind the float twin, and the size ratios.
+#[test]
+fn the_front_page_has_figures_of_the_committed_results() {
+    let readme = page("README.md");
+    let loss = |name: &str| mean(&results(name), |result| result.valid_loss.unwrap());
+    let ratio = |name: &str| mean(&results(name), |result| result.fp32_bytes as f64 / result.packed_bytes as f64);
+    let controlled = rows("docs/results.md", "controls");
+    let controlled: Vec<f64> = controlled
+        .iter()
+        .filter(|row| row[0] == "`16-shakespeare-converted`" && row[1].starts_with("`16-float-longer`"))
+        .map(|row| row[6].parse().unwrap())
+        .collect();
+    for claim in [
+        format!("{:.3} nats per character", loss("11-shakespeare-ternary") - loss("10-shakespeare-float")),
+        format!("{:.3} with a teacher and equal steps", mean_of(&controlled)),
+        format!("{:.1} times smaller", ratio("11-shakespeare-ternary")),
+    ] {
+        assert!(readme.contains(&claim), "not in the README: {claim}");
     }
 }
 
 /// `sizes/` has what `duck export RUN NAME.ternary --json` said.
 #[test]
-fn the_frontier_of_the_readme_is_computed_from_the_committed_results() {
-    let rows = rows("frontier");
+fn the_frontier_is_computed_from_the_committed_results() {
+    let rows = rows("docs/results.md", "frontier");
     assert!(rows.len() >= 4, "{rows:?}");
     for row in rows {
         let [name, seeds, zeros, bytes, ratio, loss, lost] = &row[..] else { panic!("seven cells: {row:?}") };
@@ -126,8 +151,8 @@ fn the_frontier_of_the_readme_is_computed_from_the_committed_results() {
 
 /// `answers/` has what `duck eval RUN --answers --json` said.
 #[test]
-fn the_answers_of_the_readme_are_computed_from_the_committed_results() {
-    let rows = rows("answers");
+fn the_answers_are_computed_from_the_committed_results() {
+    let rows = rows("docs/results.md", "answers");
     assert!(rows.len() >= 2, "{rows:?}");
     for row in rows {
         let [name, _, seeds, bleu, exact] = &row[..] else { panic!("five cells expected: {row:?}") };
@@ -143,13 +168,13 @@ fn the_answers_of_the_readme_are_computed_from_the_committed_results() {
         "On {questions} held-out questions, {:.0} % of its answers match the reference exactly",
         100.0 * exact
     );
-    assert!(fs::read_to_string("README.md").unwrap().contains(&claim), "not in the README: {claim}");
+    assert!(page("README.md").contains(&claim), "not in the README: {claim}");
 }
 
 /// `controls/` has what `duck eval CONTROL RUN --json` said of the runs, with paired differences.
 #[test]
-fn the_controls_of_the_readme_are_computed_from_the_committed_results() {
-    let rows = rows("controls");
+fn the_controls_are_computed_from_the_committed_results() {
+    let rows = rows("docs/results.md", "controls");
     assert!(rows.len() >= 4, "{rows:?}");
     for row in rows {
         let [run, control, seed, measure, ternary, float, difference, interval] = &row[..] else {
@@ -175,8 +200,8 @@ fn the_controls_of_the_readme_are_computed_from_the_committed_results() {
 }
 
 #[test]
-fn the_conversions_of_the_readme_are_computed_from_the_committed_results() {
-    let rows = rows("converted");
+fn the_conversions_are_computed_from_the_committed_results() {
+    let rows = rows("docs/results.md", "converted");
     assert!(!rows.is_empty());
     for row in rows {
         let [name, seeds, float, rounded, trained, lost] = &row[..] else {
@@ -194,8 +219,8 @@ fn the_conversions_of_the_readme_are_computed_from_the_committed_results() {
 }
 
 #[test]
-fn the_ablation_of_the_readme_is_computed_from_the_committed_results() {
-    let rows = rows("ablation");
+fn the_ablation_is_computed_from_the_committed_results() {
+    let rows = rows("docs/results.md", "ablation");
     assert!(rows.len() >= 19, "{rows:?}");
     let base = mean(&results("20-quantizer-ablation"), |result| result.valid_loss.unwrap());
     for row in rows {
@@ -207,8 +232,8 @@ fn the_ablation_of_the_readme_is_computed_from_the_committed_results() {
 }
 
 #[test]
-fn the_settings_of_compute_of_the_readme_are_computed_from_the_committed_results() {
-    let rows = rows("compute");
+fn the_settings_of_compute_are_computed_from_the_committed_results() {
+    let rows = rows("docs/integer-training.md", "compute");
     assert_eq!(rows.len(), 8, "{rows:?}");
     let valid = |name: &str, seeds: &str| mean(&results_of(name, seeds), |result| result.valid_loss.unwrap());
     for row in rows {
@@ -221,16 +246,16 @@ fn the_settings_of_compute_of_the_readme_are_computed_from_the_committed_results
     }
 }
 
-/// `tests/archive.rs` of ternary-format holds the form; this is the file that the README speaks of.
+/// `tests/archive.rs` of ternary-format holds the form; this is the file that README and book mention.
 #[test]
 fn a_trained_file_of_half_a_bit_a_weight_unpacks_bit_for_bit_and_runs() {
     let path = Path::new("experiments/results/50-zeros-93-1.ternary");
     let packed = fs::read(path).unwrap();
     let ratio = results("50-zeros-93")[0].fp32_bytes as f64 / packed.len() as f64;
     assert!(ratio > 63.0, "{ratio}");
-    let readme = fs::read_to_string("README.md").unwrap();
+    let files = page("docs/files.md");
     for number in [format!("{} bytes", packed.len()), format!("{ratio:.1} times")] {
-        assert!(readme.contains(&number), "not in the README: {number}");
+        assert!(files.contains(&number), "not in docs/files.md: {number}");
     }
 
     let model = read_model(path).unwrap();
@@ -257,7 +282,7 @@ fn every_committed_result_has_an_entry_in_the_log() {
 }
 
 #[test]
-fn the_arithmetic_of_the_readme_is_right() {
+fn the_arithmetic_of_sizes_is_right() {
     // H(z) = h2(z) + 1 - z bits a weight at zero fraction z, with equally likely signs.
     let entropy = |z: f64| -z * z.log2() - (1.0 - z) * (1.0 - z).log2() + 1.0 - z;
     assert_eq!(format!("{:.2}", 32.0 / 3f64.log2()), "20.19");
@@ -267,8 +292,8 @@ fn the_arithmetic_of_the_readme_is_right() {
 }
 
 #[test]
-fn the_sizes_of_the_readme_are_those_of_the_shapes() {
-    let readme = fs::read_to_string("README.md").unwrap();
+fn the_sizes_are_those_of_the_shapes() {
+    let files = page("docs/files.md");
     for (preset, embedding) in [
         ("gpt2-small", Encoding::Q8_0),
         ("gpt2-small", Encoding::Q4_0),
@@ -283,6 +308,6 @@ fn the_sizes_of_the_readme_are_those_of_the_shapes() {
             "| {preset}, {embedding} | {} | {tables} | {} | {} | {:.2}x |",
             size.blocks.bytes, size.other.bytes, size.total.bytes, size.total.compression
         );
-        assert!(readme.contains(&row), "not in the README: {row}");
+        assert!(files.contains(&row), "not in docs/files.md: {row}");
     }
 }

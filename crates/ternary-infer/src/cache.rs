@@ -1,4 +1,4 @@
-//! [`Cache`]: keys and values of one sequence, and attention over them.
+//! [`Cache`]: the KV cache of one sequence, and attention over it.
 
 use crate::{ActivationMode, CacheType, EngineOptions};
 use half::slice::HalfBitsSliceExt;
@@ -9,28 +9,28 @@ use ternary_kernels::{
     nn::attention_cached::{self as attention, Head, HeadMut, Line, QUERIES},
 };
 
-/// Keys and values of all layers, for each layer those of one key-value head after the other.
+/// Keys and values of all layers: layer by layer, and within a layer one key-value head after the other.
 ///
-/// Memory is taken from the system untouched, and becomes resident as the sequence grows.
+/// The memory is mapped untouched, and becomes resident as the sequence grows.
 #[derive(Clone, Debug)]
 pub(crate) struct Cache {
     numbers: Numbers,
     n_kv_heads: usize,
     head_dim: usize,
-    /// Numbers of the keys of one head in one layer, and of its values.
+    /// Length of the keys of one head in one layer, and of its values.
     keys: usize,
     values: usize,
-    /// Scales of both.
+    /// Number of scales of each.
     scales: usize,
 }
 
 #[derive(Clone, Debug)]
 enum Numbers {
-    /// Bits of f16, for a vector of zero bits costs nothing; in the lines of [`attention`].
+    /// f16 as bits, because a zeroed vector of integers costs nothing; layout of [`attention`].
     F16(Vec<u16>),
-    /// Codes and scales, likewise.
+    /// int8 codes and scales, in the same layout.
     Int8(Vec<i8>, Vec<f32>),
-    /// Position by position.
+    /// f32, position by position.
     Float(Vec<f32>),
 }
 
@@ -40,7 +40,7 @@ enum View<'a> {
     Floats { keys: &'a [f32], values: &'a [f32] },
 }
 
-/// Room for [`Cache::attend`].
+/// Scratch buffers of [`Cache::attend`].
 #[derive(Debug)]
 pub(crate) struct Scores(Vec<f32>);
 
@@ -84,7 +84,7 @@ impl Cache {
         }
     }
 
-    /// Takes over the first positions of a cache of the same shape, and touches no memory beyond them.
+    /// Copies the first positions of a cache of the same shape, and touches no memory beyond them.
     ///
     /// # Panics
     /// When the shapes differ.
@@ -108,7 +108,7 @@ impl Cache {
         }
     }
 
-    /// The parts of a head: of its numbers, and of its scales.
+    /// The ranges of one head: of its components, and of its scales.
     fn place(&self, layer: usize, head: usize) -> (Range<usize>, Range<usize>) {
         let index = layer * self.n_kv_heads + head;
         let part = |len: usize| index * len..(index + 1) * len;
@@ -165,7 +165,7 @@ impl Cache {
         }
     }
 
-    /// Asks memory for what [`attend`](Self::attend) needs first.
+    /// Prefetches the first cache lines that [`attend`](Self::attend) reads.
     pub fn prefetch(&self, isa: Isa, layer: usize, head: usize, positions: usize) {
         if let View::Lines(head) = self.head(layer, head) {
             attention::prefetch(isa, positions, self.head_dim, head);
@@ -208,7 +208,7 @@ impl Cache {
     }
 }
 
-/// Copies of every head the beginnings of its parts, given as (length, numbers to copy).
+/// Copies the beginning of each part of every head; parts are given as (length, elements to copy).
 fn copy<T: Copy>(to: &mut [T], from: &[T], parts: &[(usize, usize)]) {
     assert_eq!(to.len(), from.len(), "numbers of two caches");
     let head = parts.iter().map(|part| part.0).sum();

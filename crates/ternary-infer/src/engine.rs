@@ -1,4 +1,4 @@
-//! [`Engine`]: a model that is ready to generate, and the [`Sequence`]s that it continues.
+//! [`Engine`]: a loaded model, and the [`Sequence`]s that it continues.
 
 use crate::{
     EngineError, Sampler, Sampling,
@@ -13,38 +13,38 @@ use std::{
 use ternary_format::{ModelSpec, PackedModel, Tokenizer, read_model, threads};
 use ternary_kernels::Pool;
 
-/// Rows of a prompt that go through the layers together.
+/// Tokens of a prompt that pass through the layers together (prefill chunk).
 const CHUNK: usize = 128;
 
-/// What matrices multiply.
+/// Precision of the activations that matrices multiply.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ActivationMode {
-    /// Int8 with one scale a token, keys and values as [`CacheType`] says: fast.
+    /// Int8 with one scale per token, KV cache of [`CacheType`]: fast.
     #[default]
     Int8,
-    /// Floats, keys and values too: exact, slow; for comparison.
+    /// f32, including the KV cache: exact and slow, for comparison.
     F32,
 }
 
-/// How keys and values are kept, but for [`ActivationMode::F32`].
+/// Precision of the KV cache; [`ActivationMode::F32`] always uses f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheType {
     #[default]
     F16,
-    /// With one f32 scale for the key of a head at a position and one for its value: about half of the memory.
+    /// Int8 with one f32 scale per key and per value (one head, one position): about half of the memory.
     Int8,
 }
 
-/// How a model is run.
+/// Options of [`Engine::load`].
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
-    /// 0: one a core.
+    /// Number of threads; 0: one per core.
     pub threads: usize,
     /// What matrices multiply.
     pub activations: ActivationMode,
     /// How keys and values are kept.
     pub cache: CacheType,
-    /// Longest sequence, in tokens, at most the model's; keys and values of a sequence take memory by it.
+    /// Longest sequence, in tokens, at most that of the model. The KV cache of a sequence is this long.
     pub context: usize,
 }
 
@@ -59,9 +59,9 @@ impl Default for EngineOptions {
     }
 }
 
-/// A model on the threads of this machine.
+/// A model, packed for this CPU, with its thread pool.
 ///
-/// It may be shared between threads; forward passes wait for each other.
+/// It can be shared between threads; forward passes wait for each other.
 #[derive(Debug)]
 pub struct Engine {
     name: String,
@@ -69,11 +69,11 @@ pub struct Engine {
     tokenizer: Option<Tokenizer>,
     chat_template: Option<String>,
     work: Mutex<Work>,
-    /// With the context that the model allows.
+    /// With the context that is in effect.
     options: EngineOptions,
 }
 
-/// A text in the making: its keys and values, and the logits of the token that comes next.
+/// A text that is being generated: its KV cache, and the logits of the next token.
 #[derive(Clone, Debug)]
 pub struct Sequence {
     pub(crate) cache: Cache,
@@ -82,7 +82,7 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// Tokens so far.
+    /// Number of tokens so far.
     pub fn len(&self) -> usize {
         self.length
     }
@@ -92,22 +92,22 @@ impl Sequence {
         self.length == 0
     }
 
-    /// Forgets all tokens from the `length`th on. The logits stay those of the last token seen.
+    /// Drops all tokens from position `length` on. The logits stay those of the last token read.
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);
     }
 
-    /// Forgets its tokens and takes over those of `other`, and its logits; costs what these tokens take.
+    /// Replaces its tokens and logits by copies of those of `other`. The cost is proportional to their number.
     ///
     /// # Panics
-    /// When the sequences are not of one engine.
+    /// If the sequences belong to different engines.
     pub fn copy_from(&mut self, other: &Self) {
         self.cache.copy_from(&other.cache, other.length);
         self.length = other.length;
         self.logits.copy_from_slice(&other.logits);
     }
 
-    /// Memory of keys and values when the context is full, in bytes.
+    /// Size of the KV cache when the context is full, in bytes.
     pub fn cache_bytes(&self) -> usize {
         self.cache.bytes()
     }
@@ -133,11 +133,11 @@ impl Engine {
         Self::from_model(read_model(path.as_ref())?, options)
     }
 
-    /// Packs the weights, and those of an adapter, for this CPU; the model, and the file that it is mapped from, are then let go.
+    /// Packs the weights, and those of an adapter, for this CPU. The model, and the file that it is mapped from, are then released.
     ///
     /// # Errors
     /// `Format`: the tensors are not those of the spec. `Option`: no context, or more threads than [`threads::most`].
-    /// `Memory`, `Weights`, `Threads`: the system has no memory for the model, or starts no more threads.
+    /// `Memory`, `Weights`, `Threads`: the system has too little memory for the model, or refuses to start threads.
     pub fn from_model(model: PackedModel, options: EngineOptions) -> Result<Self, EngineError> {
         if options.context == 0 {
             let found = options.context.to_string();
@@ -172,12 +172,12 @@ impl Engine {
         &self.model.spec
     }
 
-    /// `None`: the model knows ids only.
+    /// `None` if the file has none: the model works on ids only.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_ref()
     }
 
-    /// How dialogues are written, in Jinja.
+    /// The chat template, in Jinja.
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template.as_deref()
     }
@@ -196,10 +196,10 @@ impl Engine {
         }
     }
 
-    /// Appends `ids`, chunk by chunk; the sequence then has the logits of the token after them.
+    /// Prefill: appends `ids`, chunk by chunk. The sequence then has the logits of the token after them.
     ///
     /// # Errors
-    /// `EmptyPrompt`, `UnknownToken`, `ContextFull`; the sequence is then unchanged. `NotFinite`: the logits are no numbers.
+    /// `EmptyPrompt`, `UnknownToken`, `ContextFull`; the sequence is then unchanged. `NotFinite`: a logit is NaN or infinite.
     pub fn prefill(&self, sequence: &mut Sequence, ids: &[u32]) -> Result<(), EngineError> {
         self.check(ids, sequence.length)?;
         let work = &mut *self.work();
@@ -213,7 +213,7 @@ impl Engine {
         sequence.check_logits()
     }
 
-    /// Appends one token to each of several sequences in one pass; each gets the logits it would get alone.
+    /// Decode: appends one token to each of several sequences in one pass. Each gets the logits it would get alone.
     ///
     /// # Errors
     /// `UnknownToken`, `ContextFull`; the sequences are then unchanged.
@@ -221,8 +221,8 @@ impl Engine {
         self.pass(batch)
     }
 
-    /// The same with some tokens for each, at least one: a part of a prompt is read beside texts that go on. Room for all of
-    /// them is taken at once, so that prompts want to be cut into parts.
+    /// The same with several tokens for each, at least one: chunked prefill of a prompt in the same pass as decoding others.
+    /// Memory is allocated for all tokens at once, so split long prompts into chunks.
     ///
     /// # Errors
     /// `EmptyPrompt`, `UnknownToken`, `ContextFull`; the sequences are then unchanged.
@@ -243,8 +243,8 @@ impl Engine {
         Ok(())
     }
 
-    /// The next token of each sequence by its sampler, drawn side by side; `NotFinite` for a sequence whose logits are no
-    /// numbers.
+    /// Draws the next token of each sequence with its sampler, in parallel; `NotFinite` for a sequence with NaN or infinite
+    /// logits.
     pub fn sample_batch(&self, batch: Vec<(&Sequence, &mut Sampler)>) -> Vec<Result<u32, EngineError>> {
         let mut draws: Vec<_> =
             batch.into_iter().map(|(sequence, sampler)| (sequence, sampler, Ok(0))).collect();
@@ -277,7 +277,7 @@ impl Engine {
     ///
     /// # Errors
     /// `EmptyPrompt`, `UnknownToken`, `ContextFull`: the prompt does not fit. `Option`: a sampling number is out of
-    /// range. `NotFinite`: the logits after the prompt are no numbers.
+    /// range. `NotFinite`: a logit after the prompt is NaN or infinite.
     pub fn generate(&self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>, EngineError> {
         self.resume(self.sequence(), prompt, options)
     }
@@ -306,7 +306,7 @@ impl Engine {
         })
     }
 
-    /// An error unless `ids` can follow `seen` tokens.
+    /// Checks that `ids` can follow `seen` tokens.
     fn check(&self, ids: &[u32], seen: usize) -> Result<(), EngineError> {
         check_ids(ids, self.model.spec.vocab_size)?;
         let found = seen + ids.len();
@@ -318,12 +318,12 @@ impl Engine {
     }
 
     fn work(&self) -> MutexGuard<'_, Work> {
-        // A panic leaves nothing behind that the next pass would read before writing.
+        // After a panic the workspace is safe to reuse: each pass writes what it reads.
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Without an early end, so that many are compared at once: for each drawn token it reads all logits.
+/// Without an early exit, so that it vectorizes: it reads all logits for each drawn token.
 fn check_finite(logits: &[f32]) -> Result<(), EngineError> {
     let finite = logits.iter().fold(true, |all, logit| all & logit.is_finite());
     if finite { Ok(()) } else { Err(EngineError::NotFinite) }
@@ -339,14 +339,14 @@ pub(crate) fn check_ids(ids: &[u32], vocab_size: usize) -> Result<(), EngineErro
     }
 }
 
-/// What to generate.
+/// Options of [`Engine::generate`].
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
     /// How the next token is drawn.
     pub sampling: Sampling,
-    /// At most so many tokens.
+    /// Largest number of tokens.
     pub max_tokens: usize,
-    /// Tokens that end the text; they are not part of it.
+    /// Tokens that end the text; they are not returned.
     pub stop: Vec<u32>,
 }
 
@@ -361,17 +361,17 @@ impl Default for GenerateOptions {
 pub enum Finish {
     /// This stop token was drawn.
     Stop(u32),
-    /// As many tokens as were asked for.
+    /// `max_tokens` were generated.
     MaxTokens,
     /// The context is full.
     Context,
-    /// The logits of the next token are no numbers; [`EngineError::NotFinite`].
+    /// A logit of the next token is NaN or infinite; [`EngineError::NotFinite`].
     NotFinite,
 }
 
 impl Finish {
     /// # Errors
-    /// `NotFinite`: the text did not end, the model failed.
+    /// `NotFinite`: the text ended because the model failed.
     pub fn check(self) -> Result<Self, EngineError> {
         if self == Self::NotFinite { Err(EngineError::NotFinite) } else { Ok(self) }
     }
@@ -385,18 +385,18 @@ pub struct Generation<'a> {
     sampler: Sampler,
     stop: Vec<u32>,
     left: usize,
-    /// A token that the sequence does not hold yet.
+    /// A drawn token that is not yet in the sequence.
     drawn: Option<u32>,
     finish: Option<Finish>,
 }
 
 impl Generation<'_> {
-    /// Why it ended; `None` while it goes on.
+    /// Why it ended; `None` before its end.
     pub fn finish(&self) -> Option<Finish> {
         self.finish
     }
 
-    /// The sequence, to be resumed: it holds all tokens but the last one, which is given beside it.
+    /// The sequence, to be resumed, and the last token, which is not yet in it.
     pub fn into_sequence(self) -> (Sequence, Option<u32>) {
         (self.sequence, self.drawn)
     }
@@ -406,7 +406,7 @@ impl Generation<'_> {
             return Err(Finish::MaxTokens);
         }
         if let Some(id) = self.drawn.take() {
-            // The id comes from the sampler; only the context can be in the way.
+            // The id comes from the sampler, so only a full context can fail.
             let fed = self.engine.decode_batch(&mut [(&mut self.sequence, id)]);
             fed.map_err(|_| Finish::Context)?;
             self.sequence.check_logits().map_err(|_| Finish::NotFinite)?;

@@ -1,4 +1,4 @@
-//! [`EngineError`]: what can be wrong with a model or a request.
+//! [`EngineError`]: errors of loading a model and of generating text.
 
 use std::io;
 use ternary_format::{FormatError, memory::OutOfMemory};
@@ -17,12 +17,12 @@ pub enum EngineError {
     Weights { bytes: usize, source: io::Error },
     #[error("cannot start {threads} threads: {source}; expected fewer, or higher limits")]
     Threads { threads: usize, source: io::Error },
-    /// The model knows ids only.
+    /// The model has no tokenizer: it works on ids only.
     #[error("the model has no tokenizer")]
     NoTokenizer,
-    /// The model continues text, and its file does not say how dialogues are written.
+    /// The model has no chat template: it continues text.
     #[error(
-        "the model has no chat template, as one has that was trained on dialogues; it continues text (`duck generate`)"
+        "the model has no chat template, as one that was trained on dialogues has; it continues text (`duck generate`)"
     )]
     NoChatTemplate,
     #[error("token id {id} is outside of the vocabulary of {vocab_size}")]
@@ -40,7 +40,7 @@ pub enum EngineError {
         context.saturating_sub(*room)
     )]
     MessageTooLong { found: Option<usize>, context: usize, room: usize },
-    /// The weights are finite, and a sum of their products is not.
+    /// The weights are finite, but a logit is not.
     #[error(
         "the model computes logits that are not finite (NaN or infinite): it is damaged, or its weights are too large"
     )]

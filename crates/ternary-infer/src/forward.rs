@@ -1,4 +1,4 @@
-//! The forward pass: rows of tokens of one or several sequences through all layers.
+//! The forward pass: tokens of one or several sequences through all layers.
 
 use crate::{
     ActivationMode, Sequence,
@@ -44,20 +44,20 @@ impl Segment for (&mut Sequence, &[u32]) {
     }
 }
 
-/// Where a row belongs.
+/// Sequence and position of a row.
 #[derive(Clone, Copy, Debug)]
 struct Row {
     segment: usize,
     position: usize,
 }
 
-/// Threads and the memory of a forward pass, used again by the next one.
+/// Thread pool and scratch buffers of the forward pass, reused by the next one.
 #[derive(Debug)]
 pub(crate) struct Work {
     pub pool: Pool,
     activations: ActivationMode,
     rows: Vec<Row>,
-    /// Cosines and sines of a row's angles, `[rows, head_dim / 2]` each.
+    /// Cosines and sines of the rotary angles, `[rows, head_dim / 2]` each.
     cos: Vec<f32>,
     sin: Vec<f32>,
     /// `[rows, d_model]`
@@ -74,21 +74,21 @@ pub(crate) struct Work {
     up: Vec<f32>,
     /// `[segments, vocab]`
     logits: Vec<f32>,
-    /// One a thread.
+    /// One per thread.
     scratch: Vec<Mutex<Scratch>>,
 }
 
-/// Room for the products of adapters.
+/// Scratch buffers of LoRA adapters.
 #[derive(Debug, Default)]
 struct LowRank {
-    /// What a matrix multiplies, `[rows, in]`
+    /// Input of the layer, `[rows, in]`
     input: Vec<f32>,
     /// `[rows, rank]`
     inner: Vec<f32>,
 }
 
 impl LowRank {
-    /// Adds to `out` what an adapter has beside the matrix of `linear`, if anything.
+    /// Adds the output of the adapter of `linear` to `out`, if it has one.
     fn add(&mut self, pool: &Pool, x: &Input, linear: &Linear, out: &mut [f32]) {
         let Some(Pair { a, b }) = &linear.pair else { return };
         let input = x.multiplied(&linear.matrix, &mut self.input);
@@ -99,7 +99,7 @@ impl LowRank {
     }
 }
 
-/// What a thread needs for attention.
+/// Scratch buffers of attention in one thread.
 #[derive(Debug)]
 struct Scratch {
     /// One head of several rows, `[QUERIES, head_dim]`.
@@ -134,7 +134,7 @@ impl Work {
         }
     }
 
-    /// Appends the ids of each segment to its sequence; `self.hidden` is then what the final norm takes.
+    /// Appends the ids of each segment to its sequence; `self.hidden` is then the input of the final norm.
     pub fn forward<S: Segment>(&mut self, model: &Model, segments: &mut [S]) {
         self.embed(model, segments);
         for (layer, block) in model.blocks.iter().enumerate() {
@@ -147,7 +147,7 @@ impl Work {
         }
     }
 
-    /// Logits of each segment's last row, into its sequence.
+    /// Computes the logits of each segment's last row, into its sequence.
     pub fn last_logits<S: Segment>(&mut self, model: &Model, segments: &mut [S]) {
         let (d, vocab) = (model.spec.d_model, model.spec.vocab_size);
         self.input.resize(segments.len() * d, 0.0);
@@ -252,8 +252,8 @@ impl Work {
         let share = spec.n_heads / spec.n_kv_heads;
         let segments = &*segments;
         mixed.resize(rows.len() * d, 0.0);
-        // Many rows share passes over keys and values; few are cut into heads, so that no thread is idle: into some together,
-        // since a head is asked for while the one before is computed.
+        // Many rows share passes over keys and values. Few rows are split by heads, so that no thread is idle; a task gets several
+        // heads, since the next head is prefetched while one is computed.
         let many = rows.len() >= 4 * QUERIES * pool.threads();
         let fits = |heads: &usize| {
             spec.n_heads.is_multiple_of(*heads) && rows.len() * spec.n_heads >= 8 * pool.threads() * heads
@@ -350,7 +350,7 @@ fn product<'a>(linear: &'a Linear, out: &'a mut [f32]) -> Product<'a> {
     Product { bias: linear.bias.as_deref(), ..Product::new(&linear.matrix, out) }
 }
 
-/// What matrices multiply: rows of `cols` values that `fill(row, values)` computes.
+/// Input of matrices: rows of `cols` values that `fill(row, values)` computes, quantized if activations are int8.
 fn filled<'a>(
     pool: &Pool,
     activations: ActivationMode,
@@ -368,7 +368,7 @@ fn filled<'a>(
     }
 }
 
-/// The norm of each row of `width`, as what matrices multiply.
+/// Norm of each row of `width`, as input of matrices.
 fn normed<'a>(
     pool: &Pool,
     activations: ActivationMode,

@@ -9,9 +9,9 @@ use ternary_kernels::{Arena, ByteMatrix, FloatMatrix, Isa, Matrix, SixBitMatrix,
 #[derive(Debug)]
 pub(crate) struct Model {
     pub spec: ModelSpec,
-    /// `[vocab, d_model]`; `None` where it is the head.
+    /// `[vocab, d_model]`; `None` if it is tied to the head.
     embedding: Option<Matrix>,
-    /// `[context, d_model]`, in gpt2.
+    /// `[context, d_model]`, for gpt2.
     pub positions: Option<Matrix>,
     pub blocks: Vec<Block>,
     pub norm: Norm,
@@ -40,16 +40,16 @@ pub(crate) struct Linear {
     pub pair: Option<Pair>,
 }
 
-/// What an adapter adds to a linear layer, `b (a x)`, of the `x` that the matrix multiplies.
+/// A LoRA adapter of a linear layer: adds `b (a x)`, with the `x` that the matrix multiplies.
 #[derive(Debug)]
 pub(crate) struct Pair {
     /// `[rank, in]`
     pub a: Matrix,
-    /// `[out, rank]`, times the scale of the pair.
+    /// `[out, rank]`, already multiplied by `alpha / rank`.
     pub b: Matrix,
 }
 
-/// RMS norm, or layer norm where there is a bias.
+/// RMS norm, or layer norm if it has a bias.
 #[derive(Debug)]
 pub(crate) struct Norm {
     weight: Vec<f32>,
@@ -68,9 +68,9 @@ impl Norm {
 
 impl Model {
     /// # Errors
-    /// `Format`: the model does not fit together, or a weight is not finite. `Memory`, `Weights`: it does not fit into memory.
+    /// `Format`: tensors are missing or have wrong shapes, or a weight is not finite. `Memory`, `Weights`: too little memory.
     pub fn pack(model: &PackedModel, activations: ActivationMode) -> Result<Self, EngineError> {
-        // From here on every tensor is there, of the shape that the spec gives it.
+        // From here on every tensor exists and has the shape of the spec.
         model.validate()?;
         let spec = &model.spec;
         model.check_finite()?;
@@ -95,7 +95,7 @@ impl Model {
             (Some(packer.matrix("token_embd.weight")), "output.weight")
         };
         let positions = (spec.family == Family::Gpt2).then(|| packer.matrix("position_embd.weight"));
-        // In the order of use, so that a token reads one stream.
+        // Packed in the order of use, so that decoding a token reads one stream of memory.
         let blocks = (0..spec.n_layers).map(|layer| packer.block(layer)).collect();
         let head = packer.matrix(head);
         Ok(Self { embedding, positions, blocks, norm: packer.norm("output_norm"), head, spec: spec.clone() })
@@ -215,7 +215,7 @@ impl Packer<'_> {
     }
 }
 
-/// Rounds to int8 by the absolute maximum; returns the scale.
+/// Rounds to int8 with the scale `max |x| / 127`; returns the scale.
 fn quantize(values: &[f32], codes: &mut [i8]) -> f32 {
     let scale = values.iter().fold(0f32, |max, x| max.max(x.abs())) / 127.0;
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
@@ -223,10 +223,10 @@ fn quantize(values: &[f32], codes: &mut [i8]) -> f32 {
     scale
 }
 
-/// Weights that share a scale in GGUF's 8- and 4-bit types.
+/// Weights per scale in GGUF's 8- and 4-bit types.
 const BLOCK: usize = 32;
 
-/// What a tensor becomes. All keep its values but `Rounded`, for integers that have a minimum too.
+/// Packed form of a tensor. All are exact except `Rounded`, for integer types that also have a minimum.
 enum Form {
     Ternary { group: usize },
     SixBit,
@@ -256,7 +256,7 @@ impl Form {
                 let mut codes = vec![0; cols];
                 let read = |row, scales: &mut [f16]| tensor.read_ternary_row(row, &mut codes, scales);
                 let group = shared(tensor, stored, read);
-                // The kernels have no other groups.
+                // The kernels support no other group sizes.
                 let fits = group == cols || group.is_multiple_of(16);
                 if fits { Self::Ternary { group } } else { Self::Float }
             }
@@ -275,7 +275,7 @@ impl Form {
     }
 }
 
-/// The whole row where the blocks of each row have one scale, which then need be applied but once; else the block.
+/// Weights per scale: the whole row if all blocks of each row have the same scale, which is then applied once; else the block.
 fn shared(tensor: &Tensor, block: usize, mut read: impl FnMut(usize, &mut [f16])) -> usize {
     let mut scales = vec![f16::ZERO; tensor.cols() / block];
     let by_row = (0..tensor.rows()).all(|row| {

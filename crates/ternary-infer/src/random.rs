@@ -1,4 +1,4 @@
-//! Models of random weights, for tests and benches.
+//! Models with random weights, for tests and benchmarks.
 
 use half::f16;
 use rand_chacha::{
@@ -8,13 +8,13 @@ use rand_chacha::{
 use std::collections::BTreeMap;
 use ternary_format::{Encoding, Family, FormatError, ModelSpec, PackedModel, Tensor};
 
-/// A model whose matrices are stored as `matrices(columns)` says and its token embedding and head as `table`.
+/// A model whose matrices have the encoding `matrices(columns)`, and its token embedding and head `table`.
 ///
-/// A third of the ternary codes is zero, and the scales differ by row and keep activations near one, so that
-/// the logits mean as much as those of a trained model.
+/// A third of the ternary codes is zero. Scales differ by row and keep activations near one, so that logits have the
+/// magnitude of those of a trained model.
 ///
 /// # Errors
-/// `RowLength`: rows do not fit the blocks of an encoding. `ReadOnly`: an encoding that is not written.
+/// `RowLength`: rows do not fit the blocks of an encoding. `ReadOnly`: an encoding that cannot be written.
 pub fn model(
     spec: &ModelSpec,
     matrices: impl Fn(usize) -> Encoding,

@@ -1,4 +1,4 @@
-//! The forward pass in float64, as slow and plain as it can be written: the oracle of the engine.
+//! The forward pass in float64, written as plainly as possible: the oracle of the engine.
 
 use crate::{EngineError, engine::check_ids};
 use ternary_format::{Activation, Family, PackedModel, Tensor};

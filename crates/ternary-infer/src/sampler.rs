@@ -8,46 +8,46 @@ use rand_chacha::{
 use std::cmp::Ordering;
 use ternary_kernels::Isa;
 
-/// How the next token is drawn. Steps apply in the order of the fields, which is that of Hugging Face's `generate`.
+/// Sampling parameters. Steps apply in the order of the fields, which is that of Hugging Face's `generate`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
-    /// Divides positive logits of tokens already in the sequence, multiplies negative ones; 1: off.
+    /// Repetition penalty: divides positive logits of tokens already in the sequence, multiplies negative ones; 1: off.
     ///
     /// # Source
     /// Keskar et al., CTRL, section 4.1.
     pub repetition_penalty: f32,
-    /// Divides the logits; 0: always the likeliest token (the first of equals), and nothing below applies.
+    /// Divides the logits; 0: greedy decoding (the first of equal logits), and nothing below applies.
     pub temperature: f32,
-    /// Keeps so many of the likeliest tokens; 0: all.
+    /// Keeps the `top_k` likeliest tokens; 0: all.
     pub top_k: usize,
-    /// Keeps the fewest of the likeliest tokens whose probabilities reach this sum; 1: all.
+    /// Nucleus sampling: keeps the smallest set of likeliest tokens whose probabilities reach this sum; 1: all.
     ///
     /// # Source
     /// Holtzman et al., The Curious Case of Neural Text Degeneration, section 3.1.
     pub top_p: f32,
-    /// Keeps tokens at least so likely as this share of the likeliest; 0: all.
+    /// Keeps tokens whose probability is at least this share of the likeliest token's; 0: all.
     ///
     /// # Source
     /// Nguyen et al., Turning Up the Heat: Min-p Sampling.
     pub min_p: f32,
-    /// Equal seeds give equal draws.
+    /// Equal seeds give equal texts.
     pub seed: u64,
 }
 
 impl Default for Sampling {
-    /// The model's own distribution.
+    /// Samples from the model's own distribution.
     fn default() -> Self {
         Self { repetition_penalty: 1.0, temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 }
     }
 }
 
 impl Sampling {
-    /// Always the likeliest token.
+    /// Greedy decoding: always the likeliest token.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
     }
 
-    /// Whether tokens are kept by their order.
+    /// Whether top-k or top-p applies, which need sorted tokens.
     fn cuts(&self) -> bool {
         self.top_k > 0 || self.top_p < 1.0
     }
@@ -75,11 +75,11 @@ pub struct Sampler {
     sampling: Sampling,
     rng: ChaCha8Rng,
     isa: Isa,
-    /// One bit a token that is in the sequence; empty where no penalty asks for it.
+    /// One bit per vocabulary entry: it occurs in the sequence. Empty without a repetition penalty.
     seen: Vec<u64>,
-    /// Probabilities times a common factor, 1 for the likeliest, `[vocab]`.
+    /// Unnormalized probabilities, 1 for the likeliest token, `[vocab]`.
     weights: Vec<f32>,
-    /// Their sums, block by block.
+    /// Sums of blocks of them.
     sums: Vec<f64>,
     candidates: Vec<Candidate>,
 }
@@ -93,7 +93,7 @@ struct Candidate {
 }
 
 impl Candidate {
-    /// The likelier first, then the lower id.
+    /// Orders by descending probability, then by id.
     fn order(&self, other: &Self) -> Ordering {
         other.logit.total_cmp(&self.logit).then(self.id.cmp(&other.id))
     }
@@ -117,14 +117,14 @@ impl Sampler {
         })
     }
 
-    /// Tells that `id` is in the sequence: prompts and what was drawn.
+    /// Records that `id` is in the sequence, whether from the prompt or drawn.
     pub fn accept(&mut self, id: u32) {
         if let Some(word) = self.seen.get_mut(id as usize / 64) {
             *word |= 1 << (id % 64);
         }
     }
 
-    /// The next token. Logits that are not numbers are never drawn; where none is a number, token 0 is.
+    /// Draws the next token. NaN logits are never drawn; if all are NaN, the result is token 0.
     pub fn sample(&mut self, logits: &[f32]) -> u32 {
         if self.sampling.temperature == 0.0 {
             return self.likeliest(logits);
@@ -134,7 +134,7 @@ impl Sampler {
         draw(&self.weights, &mut self.sums, unit)
     }
 
-    /// The logit of a token after the penalty, finite; `None` where it cannot be drawn.
+    /// The logit of a token after the penalty; `None` if it is not finite.
     fn penalized(&self, id: usize, logit: f32) -> Option<f32> {
         if logit.is_nan() || logit == f32::NEG_INFINITY {
             return None;
@@ -161,12 +161,12 @@ impl Sampler {
         best.0 as u32
     }
 
-    /// Probabilities times a common factor, `[vocab]`; 0 for what may not be drawn.
+    /// Unnormalized probabilities, `[vocab]`; 0 for tokens that are excluded.
     fn weigh(&mut self, logits: &[f32]) -> &[f32] {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
         let mut weights = std::mem::take(&mut self.weights);
         weights.clear();
-        // What is no number compares with nothing.
+        // NaN compares as unordered.
         let finite = |logit: f32| if logit >= f32::MIN { logit.min(f32::MAX) } else { f32::NEG_INFINITY };
         weights.extend(logits.iter().map(|logit| finite(*logit)));
         for (word, bits) in self.seen.iter().enumerate().filter(|(_, bits)| **bits != 0) {
@@ -207,10 +207,10 @@ impl Sampler {
     }
 }
 
-/// Weights that are summed up together.
+/// Block length of the partial sums.
 const BLOCK: usize = 512;
 
-/// The place where the sum of the weights passes `unit` (0 to below 1) of all; the first of none.
+/// Index at which the running sum of the weights passes the share `unit` (in `[0, 1)`) of the total; 0 if the total is 0.
 fn draw(weights: &[f32], sums: &mut Vec<f64>, unit: f64) -> u32 {
     sums.clear();
     sums.extend(weights.chunks(BLOCK).map(sum));
@@ -226,7 +226,7 @@ fn draw(weights: &[f32], sums: &mut Vec<f64>, unit: f64) -> u32 {
                 left -= f64::from(*weight);
                 left < 0.0
             });
-            // Sums in two orders may differ by a rounding.
+            // Sums in two orders may differ by rounding.
             return found.map_or(last, |index| start + index) as u32;
         }
         point -= sum;
@@ -234,7 +234,7 @@ fn draw(weights: &[f32], sums: &mut Vec<f64>, unit: f64) -> u32 {
     last as u32
 }
 
-/// In sixteen sums side by side, which do not wait for each other.
+/// Sixteen independent partial sums, so that additions need not wait for each other.
 fn sum(weights: &[f32]) -> f64 {
     let (blocks, rest) = weights.as_chunks::<16>();
     let mut sums = [0.0; 16];
@@ -244,12 +244,12 @@ fn sum(weights: &[f32]) -> f64 {
     sums.into_iter().chain(rest.iter().map(|weight| f64::from(*weight))).sum()
 }
 
-/// The fewest of the likeliest that together have `share` of the weight, sorted.
+/// The smallest set of likeliest tokens with `share` of the total weight, sorted.
 fn keep_likeliest(candidates: &mut Vec<Candidate>, share: f32) {
     let total: f64 = candidates.iter().map(|candidate| candidate.weight as f64).sum();
     let mut left = share as f64 * total;
     let mut sorted = 0;
-    // Few tokens hold most of the weight, and sorting all costs more than the model: sort what is needed, by doubling.
+    // Few tokens have most of the weight, and sorting all of them costs more than the model: sort twice as many at each try.
     while sorted < candidates.len() {
         let next = (sorted * 2).max(64).min(candidates.len());
         if next < candidates.len() {
@@ -345,7 +345,7 @@ mod tests {
             let expected = plain(&sampling, &logits, &seen);
             let found = found(&mut sampler, &logits);
             let differences = found.iter().zip(&expected).filter(|(a, b)| (*a - *b).abs() > 1e-5);
-            // At the edge of top-p or min-p one token more or less may be kept, for floats are rounded.
+            // Because of float rounding, one token more or less may be kept at the edge of top-p or min-p.
             let edge = expected.iter().copied().filter(|p| *p > 0.0).fold(1.0, f64::min);
             let worst = differences.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
             let near = |a: f64, b: f64| (a - b).abs() < 1e-5;
