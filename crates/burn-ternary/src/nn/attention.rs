@@ -8,7 +8,7 @@ use rand::Rng;
 
 use super::transformer::LayerFactory;
 
-/// What attention is computed from, before positions turn queries and keys; heads lie side by side.
+/// Queries, keys and values before rotary embedding, with heads concatenated.
 #[derive(Clone, Debug)]
 pub struct Projections {
     /// `[batch, seq, n_heads * head_dim]`
@@ -20,7 +20,7 @@ pub struct Projections {
 }
 
 impl Projections {
-    /// `f` of each.
+    /// Applies `f` to each.
     pub fn map(self, f: impl Fn(Tensor<3>) -> Tensor<3>) -> Self {
         Self { query: f(self.query), key: f(self.key), value: f(self.value) }
     }
@@ -71,7 +71,7 @@ impl CausalAttention {
     /// `output(attention(query, key, value))`; see [`causal_attention`].
     ///
     /// # Shapes
-    /// - future: `[seq, seq]`, true where a position may not look
+    /// - future: `[seq, seq]`, true where attention is masked
     /// - output: `[batch, seq, d_model]`
     pub fn attend(
         &self,
@@ -92,7 +92,7 @@ impl CausalAttention {
     }
 }
 
-/// Turns each of the heads that lie side by side in `[batch, seq, heads * head_dim]`.
+/// Applies rotary embedding to each of the concatenated heads of `[batch, seq, heads * head_dim]`.
 fn turn(rotary: &Rotary, input: Tensor<3>, heads: usize) -> Tensor<3> {
     let [batch, seq, width] = input.dims();
     rotary.forward(input.reshape([batch, seq, heads, width / heads])).reshape([batch, seq, width])

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use ternary_format::ModelSpec;
 pub use ternary_format::{Activation, Family};
 
-/// Type in which everything but norms, loss and latent weights is computed.
+/// Type of all computations except norms, loss and latent weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compute {
@@ -19,7 +19,7 @@ pub enum Compute {
 pub struct DuckConfig {
     /// Norms, positions, biases and sub-norms.
     pub family: Family,
-    /// 0: as many as the tokenizer has. Otherwise at least that many (the rest are unused ids).
+    /// Number of token ids. 0: as many as the tokenizer has; otherwise at least that many (the rest are unused).
     pub vocab_size: usize,
     /// Longest sequence, in tokens.
     pub context: usize,
@@ -58,15 +58,15 @@ impl Default for DuckConfig {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{key}` is {found}, expected {expected}")]
 pub struct InvalidValue {
-    /// The setting, as experiments name it.
+    /// The key, as experiments name it.
     pub key: String,
     /// Its value, as TOML writes it.
     pub found: String,
-    /// What is allowed.
+    /// The values that are allowed.
     pub expected: String,
 }
 
-/// `InvalidValue` unless the value found under `key` `holds`.
+/// Returns `InvalidValue` for `key` unless `holds`.
 pub(crate) fn require(
     holds: bool,
     key: &str,
@@ -76,7 +76,7 @@ pub(crate) fn require(
     if holds {
         return Ok(());
     }
-    // As TOML writes it, so that an enum reads the way the user spelt it.
+    // Formatted as TOML, so that an enum reads as the user spelled it.
     let found = toml::Value::try_from(found).map_or_else(|e| e.to_string(), |v| v.to_string());
     Err(InvalidValue { key: key.into(), found, expected: expected.into() })
 }
@@ -84,12 +84,12 @@ pub(crate) fn require(
 /// The largest width, context or vocabulary: far above any model, low enough that no product of sizes overflows.
 const LARGEST_SIZE: usize = 1 << 20;
 
-/// Parameters of a model by what becomes of them; scales of learned quantizers are not in it.
+/// Number of parameters by kind, without the scales of learned quantizers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ParameterCount {
-    /// Weights of the linear layers inside the blocks: what the ternary quantizer has.
+    /// Weights of the linear layers inside the blocks, which are ternary.
     pub matrices: usize,
-    /// The token embedding, which is also the head when they are tied.
+    /// The token embedding; also the head if they are tied.
     pub embedding: usize,
     /// An untied head.
     pub head: usize,
@@ -194,7 +194,7 @@ impl DuckConfig {
         })
     }
 
-    /// The shape as model files describe it.
+    /// The shape in the terms of model files.
     pub fn spec(&self) -> ModelSpec {
         ModelSpec {
             family: self.family,
@@ -242,7 +242,7 @@ impl DuckConfig {
         self.d_model / self.n_heads
     }
 
-    /// Parameters by arithmetic; nothing is allocated. `vocab_size` must be the real one, not 0.
+    /// Number of parameters by arithmetic; nothing is allocated. `vocab_size` must not be 0.
     pub fn count(&self) -> ParameterCount {
         let (d, d_ff, kv) = (self.d_model, self.d_ff, self.n_kv_heads * self.head_dim());
         let attention = 2 * d * d + 2 * d * kv;

@@ -11,7 +11,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 impl Compute {
-    /// Into the type that the model computes in.
+    /// Casts to the type in which the model computes.
     pub(super) fn cast<const D: usize>(self, tensor: Tensor<D>) -> Tensor<D> {
         tensor.cast(match self {
             Self::F32 => FloatDType::F32,
@@ -21,7 +21,7 @@ impl Compute {
     }
 }
 
-/// A GPT-like language model whose linear layers are ternary, or float in its twin.
+/// A GPT-like language model with ternary linear layers, or float ones in its float twin.
 ///
 /// # Example
 /// ```
@@ -36,7 +36,7 @@ impl Compute {
 /// ```
 #[derive(Module, Debug)]
 pub struct DuckQuantized {
-    /// Token table, `[vocab, d_model]`; also the head when tied.
+    /// Token embedding, `[vocab, d_model]`; also the head if tied.
     pub embedding: Param<Tensor<2>>,
     /// Learned positions, `[context, d_model]`, in the gpt2 family.
     pub positions: Option<Param<Tensor<2>>>,
@@ -59,7 +59,7 @@ impl DuckConfig {
     /// `quant.enabled = false` gives the float twin: same seed, same start.
     ///
     /// # Panics
-    /// When `vocab_size` is 0 (still to be taken from a tokenizer).
+    /// If `vocab_size` is 0 (not yet set from a tokenizer).
     pub fn init(&self, quant: &QuantConfig, seed: u64, device: &Device) -> DuckQuantized {
         assert!(self.vocab_size > 0, "the vocabulary size must be known before the model is made");
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
@@ -92,7 +92,7 @@ impl DuckQuantized {
         self.forward_showing(ids, None).0
     }
 
-    /// [`Self::forward`], and what block `shown` (from 0) computed on the way.
+    /// [`Self::forward`], and the intermediate values of block `shown` (counted from 0).
     ///
     /// # Panics
     /// When `seq` exceeds the context.
@@ -130,7 +130,7 @@ impl DuckQuantized {
         &self.quant
     }
 
-    /// What a schedule turns.
+    /// The numbers that a schedule sets at each step.
     pub fn dials(&self) -> &Dials {
         &self.dials
     }
@@ -156,7 +156,7 @@ impl DuckQuantized {
         linears
     }
 
-    /// The same, to be changed.
+    /// The same, mutable.
     pub(super) fn linears_mut(&mut self) -> Vec<(String, &mut QuantizedLinear)> {
         let paths: Vec<String> = self.linears().into_iter().map(|(path, _)| path).collect();
         let linears = self.transformer.blocks.iter_mut().flat_map(|block| {
@@ -175,7 +175,7 @@ impl DuckQuantized {
         paths.into_iter().zip(linears).collect()
     }
 
-    /// Bytes of the packed tensors, by part.
+    /// Bytes of the packed tensors, per part.
     pub fn size(&self) -> ModelSize {
         let linears = self.linears();
         let matrices: usize = linears.iter().map(|(_, linear)| linear.weight.shape().num_elements()).sum();
@@ -208,20 +208,20 @@ impl DuckQuantized {
         self.precision(precision).fake_quantize(table.val())
     }
 
-    /// The precision of a table, which is float in a float twin.
+    /// The precision of a table; always float in a float twin.
     pub(crate) fn precision(&self, precision: TablePrecision) -> TablePrecision {
         if self.quant.enabled { precision } else { TablePrecision::Float }
     }
 }
 
-/// Bytes of a model's packed tensors, computed from their shapes; a model file adds its header.
+/// Bytes of a model's packed tensors, computed from their shapes, without the header of a model file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModelSize {
     /// Weights of the float model, without learned scales and adapters.
     pub parameters: usize,
     /// Weights in linear layers.
     pub matrix_weights: usize,
-    /// Linear layers: five codes a byte, an f16 a scale (four bytes a weight in a float twin).
+    /// Linear layers: five codes per byte, one f16 per scale (four bytes per weight in a float twin).
     pub matrix_bytes: usize,
     /// Embedding and untied head at their precision.
     pub table_bytes: usize,
@@ -242,12 +242,12 @@ impl ModelSize {
         self.matrix_bytes + self.table_bytes + self.other_bytes + self.adapter_bytes
     }
 
-    /// Bits a weight of the linear layers takes, scales included.
+    /// Bits per weight of the linear layers, scales included.
     pub fn bits_per_weight(&self) -> f64 {
         self.matrix_bytes as f64 * 8.0 / self.matrix_weights as f64
     }
 
-    /// f32 bytes over packed bytes of the whole model.
+    /// FP32 bytes / packed bytes of the whole model.
     pub fn compression(&self) -> f64 {
         self.fp32_bytes() as f64 / self.packed_bytes() as f64
     }

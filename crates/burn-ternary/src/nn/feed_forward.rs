@@ -9,7 +9,7 @@ use burn::tensor::{
 };
 use rand::Rng;
 
-/// `down(f(up(x)))`, or `down(f(gate(x)) * up(x))` where there is a gate.
+/// `down(f(up(x)))`, or `down(f(gate(x)) * up(x))` if gated.
 #[derive(Module, Debug)]
 pub struct FeedForward {
     /// `[d_model, d_ff]`; none in the gpt2 family.

@@ -1,4 +1,4 @@
-//! [`QuantizedLinear`]: a linear layer whose latent weight is multiplied as ternary.
+//! [`QuantizedLinear`]: a linear layer whose latent weight is quantized to ternary in the forward pass.
 
 use super::{Compute, LowRank, norm::rms_normalize};
 use crate::ops::{
@@ -12,7 +12,7 @@ use burn::tensor::{Device, FloatDType, Tensor};
 use rand::Rng;
 use rand_distr::{Distribution, Normal};
 
-/// Epsilon of the norm right before a quantized linear layer.
+/// Epsilon of the norm before a quantized linear layer (`quant.input_norm`).
 const INPUT_NORM_EPS: f64 = 1e-6;
 
 /// Configuration of a [`QuantizedLinear`].
@@ -34,8 +34,8 @@ pub struct QuantizedLinearConfig {
     pub dials: Dials,
 }
 
-/// `y = x~ W~ + b`: ternary `W~` when quantization is enabled, float `W` otherwise; and `alpha / rank x~ A B` where
-/// there is an adapter.
+/// `y = x~ W~ + b`, with ternary `W~` if quantization is enabled and float `W` otherwise, plus `alpha / rank x~ A B` if it
+/// has an adapter.
 ///
 /// # Example
 /// ```
@@ -60,7 +60,7 @@ pub struct QuantizedLinear {
     pub bias: Option<Param<Tensor<1>>>,
     /// `None` in a float twin.
     pub quantizer: Option<TernaryQuantizer>,
-    /// Beside the weight, which is then frozen.
+    /// LoRA adapter; the weight is then frozen.
     pub adapter: Option<LowRank>,
     #[module(skip)]
     config: QuantizedLinearConfig,
@@ -98,7 +98,7 @@ impl QuantizedLinear {
         let ternary = self.quantizer.is_some();
         let integer = quant.compute.is_integer() && ternary && self.config.dials.lambda.get() >= 1.0;
         let (output, multiplied) = if integer {
-            // The op rounds its input itself; only an adapter has to be given the result.
+            // The op quantizes its input itself; only an adapter needs the quantized input here.
             let multiplied = self.adapter.is_some().then(|| self.multiplied(input.clone()));
             let shared = self.quantizer.as_ref().and_then(|quantizer| quantizer.shared(&self.weight.val()));
             let factors = match quant.compute {
@@ -123,10 +123,10 @@ impl QuantizedLinear {
         output.reshape(shape)
     }
 
-    /// What the weight multiplies of an input after its norm, and an adapter with it.
+    /// The quantized input, after the norm, which the weight and the adapter multiply.
     fn multiplied(&self, input: Tensor<2>) -> Tensor<2> {
         let input = match (self.is_ternary(), self.config.quant.activations) {
-            // In f32: a scale in half precision would not be the one that an engine computes.
+            // In f32: a scale in half precision would differ from the one that the inference engine computes.
             (true, ActivationPrecision::Int8) => {
                 absmax_quantize(input.cast(FloatDType::F32), 127.0, RowScale::F32)
             }
@@ -143,7 +143,7 @@ impl QuantizedLinear {
         }
     }
 
-    /// The bias that the forward pass adds, `[d_output]`: the parameter, and what weights of code 0 give.
+    /// The bias that the forward pass adds, `[d_output]`: the parameter plus that of dead weights (`quant.dead_bias`).
     pub fn effective_bias(&self) -> Option<Tensor<1>> {
         let bias = self.bias.as_ref().map(|bias| bias.val());
         let dead = self.quantizer.as_ref().and_then(|quantizer| quantizer.dead_bias(self.weight.val()));
@@ -166,7 +166,7 @@ impl QuantizedLinear {
         Some(1.0 - kept / count as f64)
     }
 
-    /// Bytes of the packed weight: five codes a byte and an f16 for each scale; four bytes a weight in a float twin.
+    /// Bytes of the packed weight: five codes per byte and one f16 per scale; four bytes per weight in a float twin.
     pub fn packed_bytes(&self) -> usize {
         let weights = self.config.d_input * self.config.d_output;
         match &self.quantizer {
@@ -179,17 +179,17 @@ impl QuantizedLinear {
         }
     }
 
-    /// Bits that a packed weight takes, scales included.
+    /// Bits per packed weight, scales included.
     pub fn bits_per_weight(&self) -> f64 {
         self.packed_bytes() as f64 * 8.0 / (self.config.d_input * self.config.d_output) as f64
     }
 
-    /// f32 bytes over packed bytes of the weight. At most `32 / log2(3) = 20.19` for any fixed-rate code.
+    /// FP32 bytes / packed bytes of the weight. At most `32 / log2(3) = 20.19` for any fixed-rate code.
     pub fn compression_ratio(&self) -> f64 {
         32.0 / self.bits_per_weight()
     }
 
-    /// False in a float twin, and while a float-first schedule still trains the latent weight.
+    /// False in a float twin, and during the float phase of a float-first schedule.
     fn is_ternary(&self) -> bool {
         self.quantizer.is_some() && self.config.dials.lambda.get() > 0.0
     }

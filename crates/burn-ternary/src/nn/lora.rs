@@ -1,4 +1,7 @@
-//! LoRA: low-rank products beside the linear layers of a frozen model.
+//! LoRA: trained low-rank matrices next to the linear layers of a frozen model.
+//!
+//! Burn has `Lora` too, but composes `base + AB` into one weight. Here the product stays separate, because its sum with
+//! a ternary weight would not be ternary.
 
 use super::{Compute, DuckConfig, DuckQuantized, InvalidValue, linear::normal, require};
 use crate::ops::{Factors, float_linear};
@@ -14,11 +17,11 @@ use ternary_format::{Adapter, FormatError};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
-    /// Of the products; 0: none, the model itself is trained.
+    /// Rank of the adapters; 0: no adapters, the model itself is trained.
     pub rank: usize,
-    /// The products are multiplied by `alpha / rank`.
+    /// Strength: the product of the two matrices is multiplied by `alpha / rank`.
     pub alpha: f64,
-    /// The layers that have one, by the last part of their path, or `all`.
+    /// The layers with an adapter, by the last part of their path, or `all`.
     pub targets: Vec<String>,
 }
 
@@ -29,7 +32,7 @@ impl Default for LoraConfig {
     }
 }
 
-/// What `lora.targets` may say for every layer.
+/// Value of `lora.targets` that selects every layer.
 const ALL: &str = "all";
 
 /// The linear layers of a block in the order of the forward pass, by the last part of their path.
@@ -47,7 +50,7 @@ impl LoraConfig {
         self.targets.iter().any(|target| target == ALL || target == name)
     }
 
-    /// Parameters of the adapters of a model, by arithmetic.
+    /// Number of adapter parameters of a model, by arithmetic.
     pub fn num_params(&self, model: &DuckConfig) -> usize {
         let (d, d_ff, kv) = (model.d_model, model.d_ff, model.n_kv_heads * model.head_dim());
         let widths = [2 * d, d + kv, d + kv, 2 * d, d + d_ff, d + d_ff, d + d_ff];
@@ -69,7 +72,7 @@ impl LoraConfig {
     }
 }
 
-/// `scale x A B`, beside a linear layer.
+/// The adapter of a linear layer: adds `scale x A B` to its output.
 #[derive(Module, Debug)]
 pub struct LowRank {
     /// `[d_input, rank]`
@@ -81,8 +84,8 @@ pub struct LowRank {
 }
 
 impl LowRank {
-    /// A is drawn on the host, with the deviation that gives `x A` the size of `x`; B is zero, so that the layer
-    /// starts as it was.
+    /// A is drawn on the host, with the standard deviation that gives `x A` the magnitude of `x`. B is zero, so that
+    /// the layer initially computes what it did before.
     fn init([d_input, d_output]: [usize; 2], lora: &LoraConfig, seed: u64, device: &Device) -> Self {
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
         let std = 1.0 / (d_input as f64).sqrt();
@@ -108,7 +111,7 @@ impl LowRank {
         self.alpha / self.rank() as f64
     }
 
-    /// As files have it: Burn's `[in, out]` factors as `[out, in]`.
+    /// In the layout of files: Burn's `[in, out]` factors as `[out, in]`.
     pub(crate) fn write_down(&self) -> Result<ternary_format::LowRank, FormatError> {
         let values = |factor: &Param<Tensor<2>>| factor.val().transpose().into_data().iter::<f32>().collect();
         ternary_format::LowRank::new(self.rank(), self.alpha, values(&self.a), values(&self.b))
@@ -129,8 +132,8 @@ impl LowRank {
 }
 
 impl DuckQuantized {
-    /// The model frozen, with adapters drawn from `seed` beside the layers that `lora` targets; as it is where that
-    /// is off.
+    /// Freezes the model and adds adapters, drawn from `seed`, to the layers that `lora` targets. Returns it unchanged if
+    /// `lora` is off.
     pub fn with_lora(self, lora: &LoraConfig, seed: u64) -> Self {
         if !lora.is_on() {
             return self;
@@ -139,14 +142,14 @@ impl DuckQuantized {
         let device = model.embedding.val().device();
         for (index, (path, linear)) in model.linears_mut().into_iter().enumerate() {
             linear.adapter = lora.targets(&path).then(|| {
-                // Apart from the seeds of steps, which count from 0.
+                // Distinct from the seeds of steps, which count from 0.
                 LowRank::init(linear.weight.dims(), lora, mix(seed, u64::MAX - index as u64), &device)
             });
         }
         model
     }
 
-    /// The model with the pairs of an adapter file, which fit it.
+    /// The model with the pairs of an adapter file, whose shapes must match.
     pub(crate) fn with_adapter(mut self, adapter: &Adapter) -> Self {
         let device = self.embedding.val().device();
         for (path, linear) in self.linears_mut() {
@@ -156,10 +159,10 @@ impl DuckQuantized {
         self
     }
 
-    /// The adapters as files have them; `None`: no layer has one.
+    /// The adapters in the layout of files; `None` if no layer has one.
     ///
     /// # Errors
-    /// `Value`: weights that no training leaves.
+    /// `Value`: a factor that is not finite.
     pub fn adapter(&self) -> Result<Option<Adapter>, FormatError> {
         let mut adapter = Adapter::default();
         for (path, linear) in self.linears() {

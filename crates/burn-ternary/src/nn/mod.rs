@@ -1,4 +1,4 @@
-//! Layers and models: float twins and ternary ones from one description.
+//! Layers and models; one description makes the ternary model and its float twin.
 
 mod attention;
 mod config;

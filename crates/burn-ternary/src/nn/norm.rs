@@ -1,4 +1,4 @@
-//! Norms whose statistics and affine are f32, whatever the rest computes in.
+//! Norms, whose statistics and affine parts are f32 whatever the type of the model.
 
 use crate::ops::{layer_norm, rms_norm};
 use burn::module::{Module, Param};
@@ -86,7 +86,7 @@ pub fn rms_normalize<const D: usize>(input: Tensor<D>, eps: f64) -> Tensor<D> {
     })
 }
 
-/// Between casts, as rows.
+/// Applies `forward` to the input as rows of f32, and casts back.
 fn in_f32<const D: usize>(input: Tensor<D>, forward: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Tensor<D> {
     let (dtype, shape) = (input.dtype(), input.dims());
     let d = shape[D - 1];

@@ -3,14 +3,14 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 
-/// Turns pairs of a head's components by an angle that grows with the position: component `i` pairs with
+/// Rotates pairs of a head's components by an angle proportional to the position: component `i` pairs with
 /// `i + head_dim / 2` (the half-rotation convention of the Hugging Face llama), at frequency `theta^(-2i / head_dim)`.
 ///
 /// # Source
 /// Su et al., RoFormer, equation 34.
 #[derive(Module, Debug)]
 pub struct Rotary {
-    /// `[context, head_dim]`: the cosines twice side by side.
+    /// `[context, head_dim]`: the cosines, twice in each row.
     cos: Tensor<2>,
     /// `[context, head_dim]`
     sin: Tensor<2>,

@@ -3,9 +3,9 @@ use burn::tensor::{Int, Tensor, TensorData};
 use rand::Rng;
 
 impl DuckQuantized {
-    /// Continues `prompt` by up to `count` tokens, drawn at `temperature` (0: the likeliest), until `stop` is drawn.
+    /// Continues `prompt` by up to `count` tokens, sampled at `temperature` (0: greedy), until `stop` is drawn.
     ///
-    /// Runs the whole context for every token: meant for a look at a model in training.
+    /// Without a KV cache: it computes the whole context for every token. Meant for samples during training.
     ///
     /// # Panics
     /// With an empty prompt.

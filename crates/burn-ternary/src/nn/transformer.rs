@@ -16,7 +16,7 @@ use rand::Rng;
 /// Standard deviation of initial weights, GPT-2's.
 pub(super) const INIT_STD: f64 = 0.02;
 
-/// What the layers of one model have in common.
+/// Settings shared by the layers of a model, and the generator of their initial weights.
 pub(super) struct LayerFactory<'a> {
     pub config: &'a DuckConfig,
     pub quant: &'a QuantConfig,
@@ -36,7 +36,7 @@ impl LayerFactory<'_> {
         }
     }
 
-    /// A linear layer that ends a residual branch: its start is smaller the more branches add up (GPT-2).
+    /// A linear layer at the end of a residual branch: its initial weights are smaller the more branches add up (GPT-2).
     pub fn residual_linear(&self, d_input: usize, d_output: usize) -> QuantizedLinearConfig {
         let std = INIT_STD / (2.0 * self.config.n_layers as f64).sqrt();
         QuantizedLinearConfig { std, ..self.linear(d_input, d_output) }
@@ -76,7 +76,7 @@ impl TransformerBlock {
         }
     }
 
-    /// The output; with `show`, the projections of its attention too.
+    /// The output; with `show`, also the projections of its attention.
     fn forward(
         &self,
         input: Tensor<3>,
@@ -85,7 +85,7 @@ impl TransformerBlock {
         show: bool,
     ) -> (Tensor<3>, Option<Projections>) {
         let projections = self.attention.project(self.attention_norm.forward(input.clone()));
-        // A copy that nobody needs would keep the backend from working in place.
+        // An unused copy would keep the backend from working in place.
         let shown = show.then(|| projections.clone());
         let attended = self.attention.attend(projections, rotary, future);
         let hidden = input + self.dropout.forward(attended);
@@ -94,7 +94,7 @@ impl TransformerBlock {
     }
 }
 
-/// What one block of a forward pass computed.
+/// Intermediate values of one block.
 #[derive(Clone, Debug)]
 pub struct BlockStates {
     /// Queries, keys and values of the attention.
@@ -103,7 +103,7 @@ pub struct BlockStates {
     pub hidden: Tensor<3>,
 }
 
-/// Blocks and the final norm; positions of the rotary kind live here, learned ones with the embedding.
+/// Blocks and the final norm. Rotary positions are applied here; learned ones belong to the embedding.
 #[derive(Module, Debug)]
 pub struct QuantizedTransformer {
     /// In the order of the forward pass.
@@ -125,7 +125,7 @@ impl QuantizedTransformer {
         }
     }
 
-    /// The output, and what block `shown` (from 0) computed on the way.
+    /// The output, and the intermediate values of block `shown` (counted from 0).
     ///
     /// # Shapes
     /// `[batch, seq, d_model]` to the same

@@ -1,4 +1,4 @@
-//! What is quantized, and how: the `[quant]` section of an experiment.
+//! The `[quant]` section of an experiment: what is quantized, and how.
 
 use crate::ops::Factors;
 use serde::{Deserialize, Serialize};
@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 pub enum Granularity {
     /// One scale for the whole matrix.
     PerTensor,
-    /// One scale an output channel (a row of a PyTorch or GGUF weight).
+    /// One scale per output channel (a row of a PyTorch or GGUF weight).
     PerChannel,
-    /// One scale for each run of so many consecutive inputs of an output channel.
+    /// One scale per group of this many consecutive inputs of an output channel.
     PerGroup(usize),
 }
 
-/// How the scale of a group of weights is found.
+/// The rule that determines the scale of the weights that share one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ScaleRule {
@@ -30,15 +30,14 @@ pub enum ScaleRule {
     /// A parameter, balanced levels `{-2/3, 0, 2/3} a` (stretched elastic quantization, ParetoQ).
     Seq,
     /// Two parameters, one for positive and one for negative weights, with the codes of absmean: zero where
-    /// `|w| <= threshold mean |w|` (trained ternary quantization). No file can hold them.
+    /// `|w| <= threshold mean |w|` (trained ternary quantization). No file format stores two.
     Ttq,
 }
 
-/// Which weights are zero, where it is not the threshold of the scale that decides.
+/// Which weights are zero, if selected by rank instead of by the threshold of the scale.
 ///
-/// The weights of the smallest magnitude are zero, and all that are as small as the largest of them: more than asked
-/// only where magnitudes tie. All others have the code of their sign, so that no code depends on the scale; computed
-/// scales are those of the kept weights alone.
+/// The weights with the smallest magnitudes are zero, including all that tie with the largest of them. All others have the
+/// code of their sign, so codes do not depend on the scale; computed scales are those of the kept weights.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Sparsity {
@@ -50,7 +49,7 @@ pub enum Sparsity {
     NOfM([usize; 2]),
 }
 
-/// What the gradient of the weight is, where rounding has none.
+/// Gradient estimator: the gradient of the weight, since rounding has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Estimator {
@@ -68,9 +67,9 @@ pub enum Estimator {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ActivationPrecision {
-    /// As they come.
+    /// Not quantized.
     Float,
-    /// Fake quantized to int8 with one absmax scale a token.
+    /// Fake-quantized to int8 with one absmax scale per token.
     Int8,
 }
 
@@ -85,7 +84,7 @@ pub enum ActivationPrecision {
 /// | `int8_bf16` | int8 | int8 | bfloat16 |
 /// | `int8` | int8 | int8 | int8 |
 ///
-/// Factors are rounded to bfloat16 on CPUs with AMX, whose unit multiplies them, and are as they are on others.
+/// Factors are rounded to bfloat16 on CPUs with AMX, which multiplies them; on other CPUs they stay f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Products {
@@ -93,10 +92,10 @@ pub enum Products {
     Float,
     /// Of fake quantized factors rounded to bfloat16.
     Bf16,
-    /// In int8, as an engine computes the forward pass, with the gradient that comes from behind rounded to int8 by token; the
-    /// gradient of the weight from bfloat16.
+    /// `y` and `dx` in int8, as the inference engine computes the forward pass, with `dy` rounded to int8 per token; `dW` in
+    /// bfloat16.
     Int8Bf16,
-    /// All in int8, the gradient that comes from behind rounded by token for `dx` and by channel for `dW`.
+    /// All in int8, with `dy` rounded per token for `dx` and per channel for `dW`.
     Int8,
 }
 
@@ -115,7 +114,7 @@ impl Products {
     }
 }
 
-/// Precision of a table (token embedding, output head), one scale a row.
+/// Precision of a table (token embedding, output head), with one scale per row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TablePrecision {
@@ -143,8 +142,8 @@ pub struct QuantConfig {
     pub estimator: Estimator,
     /// Precision of the activations that a ternary layer multiplies.
     pub activations: ActivationPrecision,
-    /// All but `float` want the device flex and `model.compute = "f32"`; `int8` and `int8_bf16` also `activations = "int8"` and a
-    /// scale a tensor or a channel.
+    /// All but `float` require the device flex and `model.compute = "f32"`; `int8` and `int8_bf16` also `activations = "int8"` and
+    /// one scale per tensor or channel.
     pub compute: Products,
     /// Adds this multiple of the sum of the weights of code 0 to the bias of each output channel, so that they have a
     /// gradient of their own (Tequila, 1e-3 there); 0: off. Exported as the bias.
@@ -162,7 +161,7 @@ pub struct QuantConfig {
 }
 
 impl Default for QuantConfig {
-    /// absmean, one scale a channel, weights only: the recipe with the most evidence behind it for small models.
+    /// absmean, one scale per channel, weights only: the recipe with the most evidence for small models.
     fn default() -> Self {
         Self {
             enabled: true,

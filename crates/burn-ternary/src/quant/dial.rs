@@ -1,11 +1,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A number that the training loop turns and that modules and optimizers read; clones share it.
+/// A scheduled value: set by the training loop, read by modules and optimizers. Clones share it.
 ///
-/// It carries what the schedule decides for a step (the share of the ternary weight, the strength of weight decay)
-/// into places that Burn calls without telling them the step. It is not a parameter and is not saved: the schedule
-/// sets it again from the step.
+/// It brings the values of a schedule (the share of the ternary weight, the strength of weight decay) to places that Burn
+/// calls without the step number. It is not a parameter and is not saved: the schedule recomputes it from the step.
 #[derive(Clone)]
 pub struct Dial(Arc<AtomicU32>);
 
@@ -32,12 +31,12 @@ impl Default for Dial {
     }
 }
 
-/// What the schedule turns in all quantizers of a model; clones share it.
+/// The scheduled values of all quantizers of a model; clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Dials {
-    /// The share of the ternary weight in the fake quantized one; 1 but for float-first schedules.
+    /// Lambda, the share of the ternary weight in the fake-quantized weight; 1 except in float-first schedules.
     pub lambda: Dial,
-    /// How far a sparsity that grows has come, from 0 to 1.
+    /// Progress of growing sparsity, from 0 to 1.
     pub sparsity: Dial,
 }
 

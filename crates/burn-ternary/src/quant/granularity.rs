@@ -2,10 +2,10 @@ use super::Granularity;
 use burn::tensor::Tensor;
 
 impl Granularity {
-    /// `[groups, n, channels]` of a `[d_input, d_output]` weight: whoever shares a scale lies along `n`.
+    /// The shape `[groups, n, channels]` of a `[d_input, d_output]` weight: the `n` weights along dimension 1 share a scale.
     ///
     /// # Panics
-    /// When a group size does not divide `d_input`.
+    /// If a group size does not divide `d_input`.
     pub fn shape(self, [d_input, d_output]: [usize; 2]) -> [usize; 3] {
         match self {
             Self::PerTensor => [1, d_input * d_output, 1],
@@ -23,7 +23,7 @@ impl Granularity {
         weight.reshape(shape)
     }
 
-    /// How many scales a `[d_input, d_output]` weight has.
+    /// Number of scales of a `[d_input, d_output]` weight.
     pub fn scales(self, dims: [usize; 2]) -> usize {
         let [groups, _, channels] = self.shape(dims);
         groups * channels

@@ -1,20 +1,20 @@
-//! [`TernaryQuantizer`]: from a latent weight to codes, scales and the fake quantized weight.
+//! [`TernaryQuantizer`]: computes codes, scales and the fake-quantized weight from a latent weight.
 
 use super::{Dials, Estimator, Granularity, QuantConfig, ScaleRule, Sparsity};
 use crate::ops::{StraightThrough, mean_abs, round_scale, ternary_codes, ternary_quantize};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-/// Least-squares scale of a Gaussian over its mean magnitude: where a learned scale starts.
+/// Least-squares scale of a Gaussian / its mean magnitude: the initial value of a learned scale.
 pub const GAUSSIAN_SCALE: f32 = 1.534;
 /// Zero where `|w| <= TWN_THRESHOLD * mean |w|`. Li et al., Ternary Weight Networks, equation 6.
 const TWN_THRESHOLD: f32 = 0.7;
-/// Temperature at which an annealed weight begins, in units of the scale; it ends at a tenth of this.
+/// Initial temperature of an annealed weight, in units of the scale; the final one is a tenth of it.
 const HOTTEST: f32 = 0.5;
 /// SEQ clips at `0.99 a`, which is `1.485` scales, since its outer levels are at `2a / 3`.
 const SEQ_CLIP: f32 = 1.485;
 
-/// How weights become ternary; makes a [`TernaryQuantizer`] for each weight.
+/// Configuration of a [`TernaryQuantizer`]; makes one for each weight.
 #[derive(Clone, Debug)]
 pub struct TernaryQuantizerConfig {
     /// How the scale of a group of weights is found.
@@ -47,7 +47,7 @@ impl TernaryQuantizerConfig {
         }
     }
 
-    /// A quantizer for `weight`; a learned scale starts from its values.
+    /// A quantizer for `weight`, from whose values a learned scale is initialized.
     ///
     /// # Shapes
     /// weight: `[d_input, d_output]`
@@ -126,7 +126,7 @@ impl TernaryQuantizer {
         self.scale_and_threshold(&weight).0.detach()
     }
 
-    /// The trained scale, or scales, in units of the codes, with its gradient, before rounding.
+    /// The trained scale before rounding, in units of the codes, with its gradient: shape of [`scales`](Self::scales).
     pub fn learned_scale(&self) -> Option<Tensor<3>> {
         let scale = self.scale.as_ref()?.val();
         Some(if self.config.rule == ScaleRule::Seq { scale.mul_scalar(2.0 / 3.0) } else { scale })
@@ -142,7 +142,7 @@ impl TernaryQuantizer {
         ternary_codes(self.config.granularity.view(weight.detach()), threshold, None).reshape(dims)
     }
 
-    /// `scale * codes`, blended with the latent weight, or softened, while lambda is below 1.
+    /// `scale * codes`. While lambda is below 1, blended with the latent weight, or annealed.
     ///
     /// # Shapes
     /// `[d_input, d_output]` to the same
@@ -170,8 +170,8 @@ impl TernaryQuantizer {
         blended.reshape(dims)
     }
 
-    /// Scale and threshold where [`fake_quantize`](Self::fake_quantize) is nothing but the identity's gradient and a comparison with a
-    /// threshold of each channel, or of all: so that who multiplies codes need not make the weight.
+    /// Scale and threshold, if [`fake_quantize`](Self::fake_quantize) is only a comparison with one threshold per channel or tensor, with
+    /// a straight-through gradient. An op that multiplies codes then need not compute the fake-quantized weight.
     ///
     /// # Shapes
     /// weight `[d_input, d_output]` to twice `[1, 1, d_output]` or `[1, 1, 1]`
@@ -185,7 +185,7 @@ impl TernaryQuantizer {
         (shared && [1, weight.dims()[1]].contains(&channels)).then_some([scale, threshold])
     }
 
-    /// The scale with the least squared error: for the codes where they do not depend on it, of all scales otherwise.
+    /// The scale with the least squared error: for the given codes if they do not depend on it, over all scales otherwise.
     ///
     /// # Shapes
     /// As [`scales`](Self::scales).

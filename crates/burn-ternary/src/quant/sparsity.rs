@@ -2,12 +2,12 @@ use super::Sparsity;
 use crate::ops::kth_magnitude;
 use burn::tensor::Tensor;
 
-/// Zero fraction of a Gaussian under absmean: where a sparsity that grows begins.
+/// Zero fraction of a Gaussian under absmean: the initial value of growing sparsity.
 const DENSE_ZERO_FRACTION: f64 = 0.31;
 
 impl Sparsity {
-    /// The magnitude up to which weights are zero, for each run of weights that it is shared by: `[groups, 1, channels]`
-    /// as for scales, or one a weight, `[groups, n, channels]`, where runs are those of `N:M`. None without sparsity.
+    /// The magnitude up to which weights are zero: `[groups, 1, channels]` as for scales, or one per weight,
+    /// `[groups, n, channels]`, for N:M sparsity. `None` without sparsity.
     ///
     /// # Shapes
     /// weight: `[d_input, d_output]`, seen as `view`: `[groups, n, channels]`
@@ -25,9 +25,9 @@ impl Sparsity {
         }
     }
 
-    /// How many of `n` weights are zero, ties aside; `n` is a run, or all weights that share a scale.
+    /// Number of zeros among `n` weights (those that share a scale, or the M of N:M), without ties.
     ///
-    /// While `progress` is below 1, the share is between that of a dense model and the one asked for.
+    /// While `progress` is below 1, the share grows from that of a dense model to the configured one.
     pub(super) fn zeros(self, n: usize, progress: f32) -> usize {
         let progress = f64::from(progress);
         let grown = |fraction: f64| DENSE_ZERO_FRACTION * (1.0 - progress) + fraction * progress;

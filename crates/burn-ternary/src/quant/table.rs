@@ -6,7 +6,7 @@ const INT8_LEVELS: f32 = 127.0;
 const INT4_LEVELS: f32 = 7.0;
 
 impl TablePrecision {
-    /// The table as the forward pass sees it: fake quantized with one f16 scale a row, straight-through gradient.
+    /// The table in the forward pass: fake-quantized with one f16 scale per row, straight-through gradient.
     ///
     /// # Shapes
     /// `[rows, d]` to the same
@@ -23,7 +23,7 @@ impl TablePrecision {
         }
     }
 
-    /// The scales of the rows, values that f16 holds exactly; none for a float table.
+    /// The scales of the rows, exactly representable in f16; `None` for a float table.
     ///
     /// # Shapes
     /// `[rows, d]` to `[rows]`
@@ -40,7 +40,7 @@ impl TablePrecision {
         })
     }
 
-    /// Bytes of `[rows, d]` when packed: codes at 1.6, 4, 8 or 32 bits, and an f16 scale a row.
+    /// Bytes of a packed `[rows, d]` table: codes of 1.6, 4, 8 or 32 bits, and one f16 scale per row.
     pub fn bytes(self, rows: usize, d: usize) -> usize {
         match self {
             Self::Float => rows * d * 4,
