@@ -78,13 +78,13 @@ pub fn is_cpu(device: &Device) -> bool {
     !["wgpu", "cuda"].iter().any(|name| construct(name).as_ref() == Some(device))
 }
 
-/// Whether what poses as a graphics card is a program on the processor, and slower than flex.
+/// Whether the GPU is a software renderer (such as llvmpipe), which is slower than flex.
 pub fn is_software(device: &Device) -> bool {
     const RENDERERS: [&str; 4] = ["llvmpipe", "softpipe", "SwiftShader", "Basic Render"];
     !is_cpu(device) && hardware(device).is_some_and(|name| RENDERERS.iter().any(|part| name.contains(part)))
 }
 
-/// The most memory that this process has held at a time, in bytes; `None` where the system does not say.
+/// Peak resident memory of this process, in bytes; `None` if the system does not report it.
 pub fn peak_rss_bytes() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM")
 }

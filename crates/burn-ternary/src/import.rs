@@ -1,4 +1,4 @@
-//! A model file back into Burn modules, to run or train it on any of their backends.
+//! Loads a model file into Burn modules, to run or train it on any backend.
 
 use crate::export::tensor_name;
 use crate::nn::{DuckConfig, DuckQuantized};
@@ -250,7 +250,7 @@ fn scales(tensor: &ternary_format::Tensor) -> Vec<f16> {
     scales
 }
 
-/// Puts the values of a model file in the place of every parameter.
+/// Replaces the value of every parameter by that of a model file.
 struct Fill<'a> {
     model: &'a PackedModel,
     quant: &'a QuantConfig,

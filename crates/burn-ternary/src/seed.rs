@@ -1,4 +1,4 @@
-//! One seed to many: every random draw of a run is a pure function of its seed and an index.
+//! Derives many seeds from one: every random draw of a run is a pure function of its seed and an index.
 
 /// SplitMix64's finalizer over `seed` advanced by `index`: a different, well-mixed seed for each index.
 pub fn mix(seed: u64, index: u64) -> u64 {

@@ -1,4 +1,4 @@
-//! Windows to tensors; infallible.
+//! Batches: windows of tokens as tensors. Infallible.
 
 use super::window::{TokenWindows, Window};
 use burn::{
@@ -10,7 +10,7 @@ use burn::{
 };
 use std::{ops::Range, sync::Arc};
 
-/// What a model is trained or evaluated on at once; every tensor is `[batch, seq]`.
+/// A micro-batch for training or evaluation; every tensor is `[batch, seq]`.
 #[derive(Clone, Debug)]
 pub struct LmBatch {
     /// Index of each window's first token in the corpus.
@@ -19,21 +19,21 @@ pub struct LmBatch {
     pub inputs: Tensor<2, Int>,
     /// The id that follows each input.
     pub targets: Tensor<2, Int>,
-    /// 1 where the target carries loss, otherwise 0.
+    /// Loss mask: 1 where the target counts in the loss, otherwise 0.
     pub mask: Tensor<2>,
-    /// How many targets carry loss.
+    /// Number of targets that count in the loss.
     pub tokens: usize,
     /// The batch's share of the target tokens of its optimizer step: the gradient of a step is the weighted sum of
     /// its batches' mean gradients. 1 for a step of one batch, 0 for a batch without target tokens.
     pub weight: f32,
 }
 
-/// Puts windows into tensors.
+/// Makes batches from windows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LmBatcher;
 
 impl LmBatcher {
-    /// The batch of `windows`, a whole step of its own.
+    /// The batch of `windows`, as the only micro-batch of a step.
     ///
     /// # Shapes
     /// `windows`: `batch` windows of `seq + 1` ids each -> `[batch, seq]`.
@@ -66,7 +66,7 @@ impl LmBatcher {
 #[derive(Clone)]
 pub struct LmLoader {
     windows: TokenWindows,
-    /// Windows in all; the last batch may be smaller.
+    /// Total number of windows; the last batch may be smaller.
     total: usize,
     batch_size: usize,
     accumulation: usize,

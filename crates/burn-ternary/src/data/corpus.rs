@@ -1,4 +1,4 @@
-//! Files to documents, and documents to a training and a validation share.
+//! Reads documents from files, and splits them into a training and a validation set.
 
 use super::{DataError, chat::Special};
 use rand::{SeedableRng, seq::SliceRandom};
@@ -13,10 +13,10 @@ use ternary_format::disk;
 const STORIES: &str = include_str!("../../data/pond_stories.txt");
 const DIALOGUES: &str = include_str!("../../data/duck_dialogues.jsonl");
 
-/// Fewer documents than this are split inside a text, not between documents.
+/// With fewer documents, the validation set is cut from inside a text.
 const FEW: usize = 20;
 
-/// What a corpus consists of.
+/// One text or dialogue of a corpus.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Document {
     /// Plain text; all of it is learned.
@@ -229,7 +229,7 @@ fn read_file(path: &Path) -> Result<Vec<Document>, DataError> {
     let bytes = disk::read(path).map_err(|source| DataError::Read { path: path.into(), source })?;
     let text = str::from_utf8(&bytes)
         .map_err(|error| DataError::NotUtf8 { path: path.into(), offset: error.valid_up_to() })?;
-    // Windows editors put a byte order mark in front; it is no part of the text.
+    // Editors on Windows write a byte order mark first; it is not part of the text.
     let text = text.trim_start_matches('\u{feff}');
     let documents = match kind(path) {
         Some(Kind::Jsonl) => parse_jsonl(path, text)?,

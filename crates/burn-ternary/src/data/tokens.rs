@@ -1,4 +1,4 @@
-//! Documents to a token file, once; the last place where data can fail.
+//! Tokenizes documents into a token file, once. Data cannot fail after this.
 //!
 //! The file, all numbers little endian:
 //!
@@ -9,8 +9,8 @@
 //! | 32 | seal: SHA-256 of the source digest, the four numbers and the words |
 //! | 4 x tokens | words: the id, with the top bit set where the token is learned |
 //!
-//! The source digest covers the tokenizer and every document, so a file with a good seal is the one that would be
-//! written again.
+//! The source digest covers the tokenizer and every document: a file with a valid seal equals the one that tokenizing again
+//! would write.
 
 use super::{
     DataError,
@@ -37,7 +37,7 @@ const HEADER: usize = 72;
 const WORD: usize = 4;
 const LEARNED: u32 = 1 << 31;
 
-/// A tokenized corpus: memory-mapped, checked, and unable to fail from here on.
+/// A tokenized corpus: memory-mapped and verified, so that reading it cannot fail.
 #[derive(Debug)]
 pub struct TokenFile {
     map: Mmap,
@@ -83,7 +83,7 @@ impl TokenFile {
     /// Opens the token file at `path` if it is whole and was made from this `source` (see [`source_digest`]).
     ///
     /// # Errors
-    /// `Read`: memory refuses the map.
+    /// `Read`: the file cannot be mapped.
     pub fn open(path: &Path, source: &[u8; 32]) -> Result<Option<Self>, DataError> {
         let Ok(file) = disk::open(path) else { return Ok(None) };
         // SAFETY: the map is only read, as bytes, and the file is only ever replaced by a rename (see `replace`),
@@ -113,7 +113,7 @@ impl TokenFile {
         Some(Self { map, split, counts })
     }
 
-    /// Which text this is: the file's name without its extension (`train`, `valid`).
+    /// The name of the file without its extension (`train`, `valid`).
     pub fn split(&self) -> &str {
         &self.split
     }
@@ -124,7 +124,7 @@ impl TokenFile {
         self.counts.tokens
     }
 
-    /// Tokens that are learned.
+    /// Tokens that count in the loss.
     pub fn target_tokens(&self) -> usize {
         self.counts.target_tokens
     }
@@ -158,7 +158,7 @@ impl TokenFile {
         self.word(i) & !LEARNED
     }
 
-    /// Whether token `i` is learned (carries loss when it is the target).
+    /// Whether token `i` counts in the loss when it is the target.
     ///
     /// # Panics
     /// `i` is beyond the file.
@@ -172,7 +172,7 @@ impl TokenFile {
     }
 }
 
-/// What a token file is made from: the tokenizer, `recipe` (how the tokenizer was come by) and the documents.
+/// Digest of the inputs of a token file: the tokenizer, `recipe` (the origin of the tokenizer) and the documents.
 pub fn source_digest(tokenizer: &Tokenizer, recipe: &str, documents: &[Document]) -> [u8; 32] {
     let mut digest = Sha256::new();
     add(&mut digest, &tokenizer.to_json());
@@ -181,7 +181,7 @@ pub fn source_digest(tokenizer: &Tokenizer, recipe: &str, documents: &[Document]
     digest.finalize().into()
 }
 
-/// SHA-256 of the documents in their order, whatever tokenizer they meet.
+/// SHA-256 of the documents in their order, independent of the tokenizer.
 pub fn text_digest(documents: &[Document]) -> [u8; 32] {
     let mut digest = Sha256::new();
     add_documents(&mut digest, documents);
@@ -257,7 +257,7 @@ pub fn prepare(
     })
 }
 
-/// A document as words, and what it adds to the counts of the file.
+/// The words of a document, and its contribution to the counts of the file.
 struct Encoded {
     words: Vec<u32>,
     counts: Counts,

@@ -1,4 +1,4 @@
-//! Windows of a token file, in an order that is a pure function of (seed, index).
+//! Windows of a token file. Their order is a pure function of (seed, index).
 
 use super::{DataError, tokens::TokenFile};
 use std::sync::Arc;
@@ -10,14 +10,14 @@ pub struct Window {
     pub start: usize,
     /// `seq_len + 1` token ids.
     pub ids: Vec<u32>,
-    /// Whether the target `ids[i + 1]` carries loss; `seq_len` of them.
+    /// Whether the target `ids[i + 1]` counts in the loss; `seq_len` entries.
     pub mask: Vec<bool>,
 }
 
-/// The windows of a corpus, by index; nothing is stored but the rule.
+/// The windows of a corpus by index, computed on demand.
 ///
-/// In training order an epoch visits the consecutive windows from a random offset in a random order; every epoch has
-/// its own offset (so that windows are cut elsewhere) and its own permutation.
+/// In training order, an epoch visits consecutive windows from a random offset, in random order. Every epoch has its own
+/// offset, so that windows are cut elsewhere, and its own permutation.
 #[derive(Clone, Debug)]
 pub struct TokenWindows {
     tokens: Arc<TokenFile>,
@@ -34,12 +34,12 @@ enum Order {
 
 /// Training windows of `seq_len` inputs per epoch of a text of `tokens`.
 pub(super) fn training_windows(tokens: usize, seq_len: usize) -> usize {
-    // One window less than fit, if there is one to spare: it is the room in which the offset moves.
+    // One window fewer than would fit, if there are several: the offset varies within the space that this leaves.
     (tokens / seq_len).saturating_sub(1).max(1)
 }
 
 impl TokenWindows {
-    /// Windows of `seq_len` inputs in training order, without end.
+    /// An endless sequence of windows of `seq_len` inputs, in training order.
     ///
     /// # Errors
     /// `TooShort`: the corpus has fewer than `seq_len + 1` tokens.
@@ -63,17 +63,17 @@ impl TokenWindows {
         Ok(Self { tokens, seq_len, per_epoch, order: Order::Sequential })
     }
 
-    /// Inputs a window.
+    /// Inputs per window.
     pub fn seq_len(&self) -> usize {
         self.seq_len
     }
 
-    /// Windows an epoch.
+    /// Windows per epoch.
     pub fn per_epoch(&self) -> usize {
         self.per_epoch
     }
 
-    /// The corpus that is cut into windows.
+    /// The tokens from which windows are cut.
     pub fn tokens(&self) -> &Arc<TokenFile> {
         &self.tokens
     }
@@ -89,12 +89,12 @@ impl TokenWindows {
         Window { start, ids, mask: self.mask(start).collect() }
     }
 
-    /// How many targets of window `index` carry loss.
+    /// Number of targets of window `index` that count in the loss.
     pub fn target_tokens(&self, index: usize) -> usize {
         self.mask(self.start(index)).filter(|&learned| learned).count()
     }
 
-    /// How many windows of the first epoch, up to `limit`, have no target that carries loss.
+    /// Number of windows among the first `limit` of the first epoch without a target that counts in the loss.
     pub fn without_targets(&self, limit: usize) -> usize {
         if self.tokens.target_tokens() == self.tokens.len() {
             return 0;
@@ -115,7 +115,7 @@ impl TokenWindows {
             Order::Sequential => place * self.seq_len,
             Order::Shuffled { seed } => {
                 let key = mix(mix(seed) ^ epoch as u64);
-                // So much that the last offset ends at the last token: every token is learned in some epoch.
+                // The largest offset ends at the last token, so that every token is learned in some epoch.
                 let room = self.tokens.len() - self.per_epoch * self.seq_len;
                 let offset = (mix(!key) % room as u64) as usize;
                 offset + permute(place, self.per_epoch, key) * self.seq_len

@@ -1,13 +1,13 @@
-//! Symmetric fake quantization by the absolute maximum: int8 activations by token, int8 and int4 tables by row.
+//! Symmetric absmax fake quantization: int8 activations per token, int8 and int4 tables per row.
 
 use super::{TernaryBackend, round_scale};
 use burn::backend::{Dispatch, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::Tensor;
 
-/// Smallest absolute maximum of a row; keeps a row of zeros from dividing by zero.
+/// Smallest absolute maximum of a row; avoids division by zero for a row of zeros.
 pub(super) const ABSMAX_MIN: f32 = 1e-5;
 
-/// What the scale of a row may be.
+/// Precision of the scale of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowScale {
     /// Any f32: activations, whose scales are never stored.
@@ -16,7 +16,7 @@ pub enum RowScale {
     F16,
 }
 
-/// Fake quantization to `2 levels + 1` values with one scale a row: `scale = max|x| / levels`,
+/// Fake quantization to `2 levels + 1` values with one scale per row: `scale = max|x| / levels`,
 /// `x~ = scale * round_ties_even(clamp(x / scale, -levels, levels))`. The gradient passes straight through.
 ///
 /// `levels` is 127 for int8, 7 for int4. A row is the last dimension: a token of activations, an entry of a table.
@@ -52,7 +52,7 @@ pub(super) fn quantize<B: TernaryBackend>(
         RowScale::F32 => exact,
         RowScale::F16 => B::round_scale(exact),
     };
-    // The largest scale that f16 holds may be too small for a row.
+    // The largest f16 may be too small for the scale of a row.
     let codes = B::float_clamp(B::float_div(input, scale.clone()), (-levels).into(), levels.into());
     B::float_mul(B::float_round(codes), scale)
 }

@@ -8,10 +8,10 @@ use burn::tensor::Tensor;
 /// `2 sqrt(2 / pi)`, and that times 0.044715.
 const SLOPE: f32 = 1.595_769_2;
 const CUBIC: f32 = 0.071_354_816;
-/// Beyond, in f32 and shorter types, the slope of GELU is 0 or 1.
+/// Beyond this magnitude the slope of GELU is 0 or 1 in f32.
 const FAR: f32 = 30.0;
 
-/// GELU in its tanh form: `x / 2 (1 + tanh(u)) = x sigmoid(2u)` with `u = sqrt(2 / pi) (x + 0.044715 x^3)`.
+/// GELU in its tanh approximation: `x / 2 (1 + tanh(u)) = x sigmoid(2u)` with `u = sqrt(2 / pi) (x + 0.044715 x^3)`.
 ///
 /// # Shapes
 /// any to the same
@@ -25,7 +25,7 @@ pub fn gelu<const D: usize>(input: Tensor<D>) -> Tensor<D> {
 /// `silu(gate) * up` with `silu(x) = x sigmoid(x)`.
 ///
 /// # Shapes
-/// any two alike to the same
+/// two of any one shape, to the same
 ///
 /// # Source
 /// Shazeer, "GLU Variants Improve Transformer".

@@ -8,20 +8,20 @@ use burn::backend::{
 };
 use burn::tensor::{Bool, Shape, Tensor};
 
-/// How many heads queries have, and how many keys and values have.
+/// Number of query heads, and of key-value heads (grouped-query attention).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
     pub queries: usize,
-    /// Divides the queries': head `h` reads keys and values of head `h / (queries / keys)`.
+    /// A divisor of `queries`: query head `h` uses key-value head `h / (queries / keys)`.
     pub keys: usize,
 }
 
-/// `softmax(q k^T / sqrt(width)) v`, each position over itself and those before it.
+/// `softmax(q k^T / sqrt(width)) v`; each position attends to itself and earlier positions.
 ///
 /// # Shapes
 /// - query: `[batch, seq, heads.queries * width]`, which is also that of the output
 /// - key, value: `[batch, seq, heads.keys * width]`
-/// - future: `[seq, seq]`, true where a position may not look: after itself, and nowhere else
+/// - future: `[seq, seq]`, the causal mask: true above the diagonal, where attention is not allowed
 ///
 /// # Source
 /// Vaswani et al., Attention Is All You Need; Ainslie et al., GQA, for shared keys and values.
@@ -54,7 +54,7 @@ fn join<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
     B::float_reshape(B::float_swap_dims(tensor, 1, 2), Shape::new([batch, seq, heads * width]))
 }
 
-/// Heads of keys or values, each as often as queries share it.
+/// Key or value heads, each repeated for the query heads that share it.
 fn repeat<B: Backend>(tensor: FloatTensor<B>, heads: Heads) -> FloatTensor<B> {
     let share = heads.queries / heads.keys;
     if share == 1 {
@@ -66,7 +66,7 @@ fn repeat<B: Backend>(tensor: FloatTensor<B>, heads: Heads) -> FloatTensor<B> {
     B::float_reshape(tensor, Shape::new([batch, heads.queries, seq, width]))
 }
 
-/// The sum over the queries that share a head.
+/// The sum over the query heads that share a key-value head.
 fn collect<B: Backend>(tensor: FloatTensor<B>, heads: Heads) -> FloatTensor<B> {
     let share = heads.queries / heads.keys;
     if share == 1 {
@@ -86,7 +86,7 @@ fn scores<B: Backend>(query: FloatTensor<B>, key: FloatTensor<B>, future: BoolTe
     B::float_mask_fill(scores, future, f32::NEG_INFINITY.into())
 }
 
-/// The output, and the logarithms of the sums of exponentials, `[batch, heads, seq, 1]`.
+/// The output, and the log-sum-exp of the scores, `[batch, heads, seq, 1]`.
 pub(super) fn forward<B: Backend>(
     query: FloatTensor<B>,
     key: FloatTensor<B>,
@@ -104,7 +104,7 @@ pub(super) fn forward<B: Backend>(
     (join::<B>(mixed), B::float_add(B::float_log(sum), max))
 }
 
-/// What the forward pass saw and gave.
+/// Inputs and outputs of the forward pass.
 pub(super) struct Saved<B: Backend> {
     pub query: FloatTensor<B>,
     pub key: FloatTensor<B>,

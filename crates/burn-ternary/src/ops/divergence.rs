@@ -1,4 +1,4 @@
-//! How far a student's distributions are from its teacher's.
+//! KL divergences between the distributions of a student and its teacher.
 
 use super::{TernaryBackend, loss::log_partition, node};
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -15,7 +15,7 @@ pub fn divergences(teacher: Tensor<2>, student: Tensor<2>, temperature: f32) -> 
     Tensor::from_dispatch(Dispatch::divergences(teacher, student, temperature)).narrow(1, 0, 2)
 }
 
-/// Logarithms of the softmax of `logits / temperature`, of which those of the sums of exponentials are known.
+/// Log-softmax of `logits / temperature`, whose log-sum-exp is given.
 fn log_softmax<B: Backend>(
     logits: FloatTensor<B>,
     temperature: f32,
@@ -30,7 +30,7 @@ fn relative_entropy<B: Backend>(log_a: FloatTensor<B>, log_b: FloatTensor<B>) ->
     B::float_sum_dim(B::float_mul(B::float_exp(log_a), gap), 1)
 }
 
-/// The two divergences, and the logarithms of the sums of exponentials.
+/// The two divergences, and the two log-sum-exps.
 pub(super) fn forward<B: Backend>(
     teacher: FloatTensor<B>,
     student: FloatTensor<B>,

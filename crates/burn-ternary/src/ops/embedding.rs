@@ -1,4 +1,4 @@
-//! Rows of a table by id.
+//! Embedding lookup.
 
 use super::{TernaryBackend, node};
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -8,7 +8,7 @@ use burn::backend::{
 };
 use burn::tensor::{Int, Tensor};
 
-/// The row of each id.
+/// The row of the table for each id.
 ///
 /// # Shapes
 /// table `[vocab, d]`, ids `[batch, seq]`, to `[batch, seq, d]`

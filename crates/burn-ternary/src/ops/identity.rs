@@ -1,4 +1,4 @@
-//! The plain straight-through estimator: any forward, the identity backward.
+//! The plain straight-through estimator: any forward function, identity backward.
 
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -22,7 +22,7 @@ impl<B: Backend> Backward<B, 1> for Identity {
     }
 }
 
-/// `forward(input)` whose gradient passes straight through.
+/// `forward(input)` with a straight-through gradient.
 pub(super) fn straight_through<B: Backend, C: CheckpointStrategy>(
     input: FloatTensor<Autodiff<B, C>>,
     forward: impl FnOnce(FloatTensor<B>) -> FloatTensor<B>,

@@ -1,16 +1,16 @@
-//! The products of linear layers: of floats, and of ternary layers for backends that have them in int8.
+//! Matrix products of linear layers: float, and ternary with int8 activations where the backend has integer products.
 
 use super::{RowScale, StraightThrough, TernaryBackend, node};
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::{Shape, Tensor};
 
-/// `x~ W~ + b` with int8 activations (as [`absmax_quantize`](super::absmax_quantize) with 127 levels has them) and a weight
-/// that is ternary already.
+/// `x~ W~ + b` with int8 activations (those of [`absmax_quantize`](super::absmax_quantize) with 127 levels) and a weight that is
+/// already ternary.
 ///
-/// On flex, forward and both products of the backward pass are integer products: of the int8 codes of the activations, the
-/// ternary codes, and gradients rounded to int8 (of the input's, by token; of the weight's, by channel, if `factors` says
-/// so). Elsewhere they are float products.
+/// On flex, the forward product and both backward products are integer products of int8 activations, ternary codes and
+/// gradients rounded to int8: per token for the gradient of the input, per channel for that of the weight (if `factors`
+/// selects it). On other backends they are float products.
 ///
 /// # Shapes
 /// - input: `[tokens, d_input]`; its gradient passes the rounding straight through
@@ -28,11 +28,11 @@ pub fn ternary_linear(
     Tensor::from_dispatch(Dispatch::ternary_linear(input, weight, bias, factors).0)
 }
 
-/// [`ternary_linear`] of the weight that [`ternary_quantize`](super::ternary_quantize) makes of a latent one with its identity
-/// estimator: on flex that weight is never made, only its codes.
+/// [`ternary_linear`] of [`ternary_quantize`](super::ternary_quantize) of a latent weight, with the identity estimator. On flex the
+/// quantized weight is never materialized, only its codes.
 ///
 /// # Shapes
-/// as there, and scale and threshold, without a gradient: both `[1, 1, d_output]`, or both `[1, 1, 1]`
+/// As there; scale and threshold, without gradients, are both `[1, 1, d_output]` or both `[1, 1, 1]`
 pub fn latent_linear(
     input: Tensor<2>,
     latent: Tensor<2>,
@@ -63,25 +63,25 @@ pub fn float_linear(
     })
 }
 
-/// What the factors of a product of floats are.
+/// Precision of the factors of a float product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Factors {
-    /// As they are.
+    /// f32.
     Whole,
-    /// Rounded to bfloat16 where the device multiplies such faster and we make use of it: on CPUs with AMX. Sums are whole.
+    /// Rounded to bfloat16 on CPUs with AMX, which multiply it faster; f32 elsewhere. Sums are f32.
     Half,
 }
 
-/// What the factors of the gradient of a ternary weight are: of the output's gradient and int8 activations.
+/// Precision of the factors of a ternary weight's gradient: those are the gradient of the output and the activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GradientFactors {
-    /// Codes: gradients are rounded to int8 by channel.
+    /// int8: gradients are rounded per channel.
     Int8,
     /// As [`Factors::Half`].
     Half,
 }
 
-/// `x T^T`: logits from a table whose rows are the ids.
+/// The head, `x T^T`: logits from a table with one row per token id.
 ///
 /// # Shapes
 /// hidden `[tokens, d]`, table `[vocab, d]`, to `[tokens, vocab]`
@@ -113,7 +113,7 @@ pub(super) fn track_float<B: TernaryBackend, C: CheckpointStrategy>(
     })
 }
 
-/// A frozen weight saves one of the two products.
+/// A frozen weight needs one of the two products only.
 fn product_gradients<B: TernaryBackend>(
     [input, weight]: [&FloatTensor<B>; 2],
     grad: FloatTensor<B>,
@@ -145,7 +145,7 @@ pub(super) fn project_forward<B: Backend>(hidden: FloatTensor<B>, table: FloatTe
     B::float_matmul(hidden, B::float_transpose(table))
 }
 
-/// Gradients of hidden and table; that of the table is a product that lies as the table does.
+/// Gradients of hidden and table; the latter is computed in the layout of the table.
 pub(super) fn project_backward<B: Backend>(
     hidden: FloatTensor<B>,
     table: FloatTensor<B>,
@@ -171,7 +171,7 @@ pub(super) fn track_project<B: TernaryBackend, C: CheckpointStrategy>(
     })
 }
 
-/// The output, and what the backward pass needs: here, both factors.
+/// The output, and the tensors saved for the backward pass: here, both factors.
 pub(super) fn forward<B: TernaryBackend>(
     input: FloatTensor<B>,
     weight: FloatTensor<B>,
@@ -190,7 +190,7 @@ pub(super) fn latent_forward<B: TernaryBackend>(
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let shape = latent.shape();
     let [d_input, d_output] = shape.dims();
-    // Everything along dimension 1 shares a scale.
+    // Weights along dimension 1 share a scale.
     let channels = scale.shape()[2];
     let view = B::float_reshape(latent, Shape::new([1, d_input * d_output / channels, channels]));
     let weight = B::ternary_quantize(view, scale, threshold, StraightThrough::IDENTITY);
@@ -238,7 +238,7 @@ pub(super) fn track_latent<B: TernaryBackend, C: CheckpointStrategy>(
     })
 }
 
-/// Straight through to a latent weight, whose gradient is that of the ternary one.
+/// Straight-through: the gradient of the latent weight is that of the ternary one.
 fn track_of<B: TernaryBackend, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 3],
     factors: GradientFactors,

@@ -1,4 +1,4 @@
-//! What cross entropy is made of.
+//! Log-likelihoods, of which cross entropy is made.
 
 use super::{TernaryBackend, node};
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;

@@ -1,11 +1,11 @@
-//! Tensor primitives that need a backend: the extension trait, and the one list of backends that have it.
+//! Tensor ops that need a backend: the extension trait [`TernaryBackend`], and the list of backends that implement it.
 //!
-//! Weights come as `[groups, n, channels]`: Burn's `[d_input, d_output]` with the inputs cut into `groups` runs of
-//! `n`, so that whoever shares a scale lies along dimension 1 and every scale is `[groups, 1, channels]`. One scale
-//! a tensor is `[1, d_input * d_output, 1]`. Each op has a default body made of float ops, a hand-written backward
-//! under `Autodiff`, and a fused form for [`Flex`](burn::backend::Flex) where the default costs memory traffic.
+//! Weights have the shape `[groups, n, channels]`: Burn's `[d_input, d_output]` with the inputs split into `groups` of `n`, so
+//! that weights that share a scale lie along dimension 1 and scales are `[groups, 1, channels]`. One scale per tensor is
+//! `[1, d_input * d_output, 1]`. Each op has a default body made of float ops, a hand-written backward pass under `Autodiff`,
+//! and a fused version for [`Flex`](burn::backend::Flex) where the default costs memory traffic.
 
-// ndarray and libtorch are deprecated upstream and still asked of us; the extension's generated code names them.
+// ndarray and libtorch are deprecated upstream and still supported here; the generated code of the extension names them.
 #![allow(deprecated)]
 
 mod absmax;
@@ -45,8 +45,15 @@ use burn::backend::{
     tensor::{BoolTensor, FloatTensor, IntTensor},
 };
 
-/// The ops of ternary training. Calling one on a backend that is not in this list panics, which cannot happen to
-/// users of our features.
+/// The ops of ternary training. Calling one on a backend that is not in this list panics, which cannot happen with our
+/// Cargo features.
+///
+/// # Overriding
+/// A backend may override any default body. An override must agree with it to the bit for the ternary ops (codes, scales,
+/// fake quantization) and within f32 rounding for all others (`tests/backends.rs`).
+///
+/// A forward method that returns tensors saved for its backward pass defines their layout, so override both or neither:
+/// `causal_attention`, `divergences`, `ternary_linear` (with `latent_linear`), and the backward methods that belong to them.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -104,7 +111,7 @@ pub trait TernaryBackend: Backend {
         Self::embedding(table, ids)
     }
 
-    /// The gradient of the table, of which only the shape is looked at.
+    /// The gradient of the table; only the shape of `table` is used.
     #[fusion(default)]
     fn embed_backward(
         table: FloatTensor<Self>,
@@ -181,7 +188,7 @@ pub trait TernaryBackend: Backend {
         activation::silu_mul_backward::<Self>(gate, up, grad)
     }
 
-    /// See [`causal_attention`]; and the logarithms of the sums of exponentials, which the backward pass needs.
+    /// See [`causal_attention`]. Also returns the log-sum-exp of the scores, for the backward pass.
     #[fusion(default)]
     fn causal_attention(
         query: FloatTensor<Self>,
@@ -227,7 +234,7 @@ pub trait TernaryBackend: Backend {
         loss::backward::<Self>(logits, targets, output, grad)
     }
 
-    /// See [`divergences`]; and two columns more, which the backward pass needs.
+    /// See [`divergences`]. Also returns two more columns, for the backward pass.
     #[fusion(default)]
     fn divergences(
         teacher: FloatTensor<Self>,
@@ -304,7 +311,7 @@ pub trait TernaryBackend: Backend {
         linear::project_backward::<Self>(hidden, table, grad)
     }
 
-    /// See [`ternary_linear`]; and what the backward pass wants to have of input and weight, in a form of its own.
+    /// Forward pass of [`ternary_linear`]. Also returns the tensors saved for its backward pass, in a backend-private layout.
     #[fusion(default)]
     fn ternary_linear(
         input: FloatTensor<Self>,
@@ -315,7 +322,7 @@ pub trait TernaryBackend: Backend {
         linear::forward::<Self>(input, weight, bias)
     }
 
-    /// See [`latent_linear`]; for the rest as [`ternary_linear`](Self::ternary_linear), whose backward pass it has.
+    /// Forward pass of [`latent_linear`]. Returns the same as [`ternary_linear`](Self::ternary_linear), and shares its backward pass.
     #[fusion(default)]
     fn latent_linear(
         input: FloatTensor<Self>,
@@ -339,7 +346,7 @@ pub trait TernaryBackend: Backend {
         linear::backward::<Self>(input, weight, grad)
     }
 
-    /// The gradient of the input alone, for a frozen layer.
+    /// The gradient of the input only, for a frozen layer.
     #[fusion(default)]
     fn ternary_linear_input_backward(
         weight: FloatTensor<Self>,
@@ -487,7 +494,7 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         linear::track_project::<B, C>([hidden, table], factors)
     }
 
-    /// What the backward pass wants is kept within: the second and third tensor are empty.
+    /// The saved tensors are captured by the autodiff node: the second and third tensor are empty.
     fn ternary_linear(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,

@@ -1,4 +1,4 @@
-//! Ops whose backward pass is one function of the gradient.
+//! Registers an op in the autodiff graph, with its backward pass as one function of the gradient.
 
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -8,10 +8,10 @@ use burn::backend::autodiff::{
 use burn::backend::{Autodiff, Backend, tensor::FloatTensor};
 use std::{fmt, sync::Arc};
 
-/// A tensor in the graph of gradients.
+/// A tensor in the autodiff graph.
 pub(super) type Tracked<B, C> = FloatTensor<Autodiff<B, C>>;
 
-/// From the gradient of the output, and which inputs want one, to those of the `N` inputs.
+/// Computes the gradients of the `N` inputs from that of the output; a flag per input says whether it needs one.
 pub(super) struct Gradient<B: Backend, const N: usize>(Arc<Backpropagate<B, N>>);
 
 type Backpropagate<B, const N: usize> =
@@ -22,7 +22,7 @@ impl<B: Backend, const N: usize> Gradient<B, N> {
         Self::of_wanted(move |grad, _| gradient(grad).map(Some))
     }
 
-    /// Where an input that is frozen saves work.
+    /// A gradient function that skips the work for frozen inputs.
     pub fn of_wanted(
         gradient: impl Fn(FloatTensor<B>, [bool; N]) -> [Option<FloatTensor<B>>; N] + Send + Sync + 'static,
     ) -> Self {
@@ -59,8 +59,8 @@ impl<B: Backend, const N: usize> Backward<B, N> for Node<N> {
     }
 }
 
-/// `forward(inputs)`, which gives its output and what the gradient is. What the gradient holds lives until the backward
-/// pass has come by; without one, it is dropped at once.
+/// Runs `forward(inputs)`, which returns its output and the gradient function. Tensors captured by that function live until
+/// the backward pass; if no input needs a gradient, they are dropped at once.
 pub(super) fn track<B: Backend, C: CheckpointStrategy, const N: usize>(
     inputs: [FloatTensor<Autodiff<B, C>>; N],
     forward: impl FnOnce([FloatTensor<B>; N]) -> (FloatTensor<B>, Gradient<B, N>),

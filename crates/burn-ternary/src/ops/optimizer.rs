@@ -1,17 +1,17 @@
-//! Updates of parameters, and norms of gradients.
+//! Optimizer steps, and the squared norm of gradients.
 
 use super::TernaryBackend;
 use burn::backend::{Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::{Scalar, Shape, Tensor};
 
-/// Numbers of a block of moments at eight bits, and the words that it takes: two scales, and two bytes a number.
+/// Elements of a block of 8-bit moments, and its length in 32-bit words: two scales, and two bytes per element.
 pub(super) const MOMENTS: [usize; 2] = [256, 2 + 2 * 256 / 4];
 
-/// Of the quintic `a x + b x^3 + c x^5` that each step of Newton and Schulz's iteration applies to the singular values.
+/// Coefficients of the quintic `a x + b x^3 + c x^5` that each Newton-Schulz step applies to the singular values.
 pub(super) const NEWTON_SCHULZ: [f32; 3] = [3.4445, -4.7750, 2.0315];
 pub(super) const NEWTON_SCHULZ_STEPS: usize = 5;
 
-/// The numbers of an AdamW step.
+/// Parameters of an AdamW step.
 ///
 /// # Source
 /// Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2.
@@ -21,11 +21,11 @@ pub struct AdamWStep {
     pub beta1: f32,
     pub beta2: f32,
     pub epsilon: f32,
-    /// What decay leaves of a weight, `1 - lr * weight_decay`.
+    /// Factor of weight decay, `1 - lr * weight_decay`.
     pub keep: f32,
     /// `1 - beta1^t` and `1 - beta2^t` at step t, from 1 on.
     pub corrections: [f32; 2],
-    /// What gradients are multiplied by first, as to clip them.
+    /// Factor of the gradients, for clipping.
     pub grad_factor: f32,
 }
 
@@ -33,7 +33,7 @@ pub struct AdamWStep {
 /// `w = keep w - lr (m / correction1) / (sqrt(v / correction2) + epsilon)`: weight, m and v after it. No gradient.
 ///
 /// # Shapes
-/// four alike to three of the same
+/// four of one shape, to three of it
 pub fn adamw<const D: usize>(
     weight: Tensor<D>,
     grad: Tensor<D>,
@@ -45,11 +45,11 @@ pub fn adamw<const D: usize>(
     (Tensor::from_dispatch(weight), [m, v].map(Tensor::from_dispatch))
 }
 
-/// [`adamw`] with moments at eight bits, as [`int8_moments`] begins them: weight and moments after it. The step itself takes
-/// the moments before they are rounded. No gradient.
+/// [`adamw`] with 8-bit moments, initialized by [`int8_moments`]: returns weight and moments. The step uses the moments before
+/// they are rounded. No gradient.
 ///
 /// # Panics
-/// Anywhere but on flex.
+/// On any backend except flex.
 pub fn adamw_int8<const D: usize>(
     weight: Tensor<D>,
     grad: Tensor<D>,
@@ -61,27 +61,27 @@ pub fn adamw_int8<const D: usize>(
     (Tensor::from_dispatch(weight), Tensor::from_dispatch(moments))
 }
 
-/// Moments of zero for a parameter like `of`: bytes and scales, in a block for each 256 numbers, as if they were floats. They
-/// are none; nothing but a copy keeps them.
+/// 8-bit moments of zero for a parameter of the shape of `of`: bytes and scales in blocks of 256 elements, stored as the bits of
+/// an f32 tensor. The tensor is opaque: only copies and the optimizer op may touch it.
 pub fn int8_moments<const D: usize>(of: &Tensor<D>) -> Tensor<1> {
     let [numbers, words] = MOMENTS;
     Tensor::zeros([of.shape().num_elements().div_ceil(numbers) * words], &of.device())
 }
 
-/// The numbers of a step of Muon.
+/// Parameters of a Muon step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MuonStep {
-    /// The learning rate, with what the shape makes of it.
+    /// The learning rate, times the factor for the shape of the matrix.
     pub rate: f32,
-    /// What decay leaves of a weight, `1 - lr * weight_decay`.
+    /// Factor of weight decay, `1 - lr * weight_decay`.
     pub keep: f32,
     pub momentum: f32,
-    /// What gradients are multiplied by first, as to clip them.
+    /// Factor of the gradients, for clipping.
     pub grad_factor: f32,
 }
 
-/// `v = momentum v + g`, `w = keep w - rate orthogonal(g + momentum v)`: weight and v after it, where `orthogonal` is five steps
-/// of Newton and Schulz's iteration. No gradient.
+/// `v = momentum v + g`, `w = keep w - rate orthogonal(g + momentum v)`: returns weight and v, where `orthogonal` is five
+/// Newton-Schulz steps. No gradient.
 ///
 /// # Shapes
 /// three `[rows, cols]` to two of the same
@@ -99,7 +99,7 @@ pub fn muon<const D: usize>(
     (Tensor::from_dispatch(weight), Tensor::from_dispatch(velocity))
 }
 
-/// `sum x^2`, `[1]`, to the same bits whatever the number of threads. No gradient.
+/// `sum x^2`, `[1]`, with the same bits for any number of threads. No gradient.
 pub fn square_sum<const D: usize>(input: Tensor<D>) -> Tensor<1> {
     Tensor::from_dispatch(Dispatch::square_sum(input.into_dispatch()))
 }
@@ -162,7 +162,7 @@ fn orthogonal<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
 }
 
 pub(super) fn square_sum_default<B: Backend>(input: FloatTensor<B>) -> FloatTensor<B> {
-    // By rows first, which is more exact.
+    // Summed by rows first, which rounds less.
     let last = input.shape().num_dims() - 1;
     let rows = B::float_sum_dim(B::float_mul(input.clone(), input), last);
     B::float_reshape(B::float_sum(rows), Shape::new([1]))

@@ -19,13 +19,13 @@ pub fn mean_abs(weight: Tensor<3>) -> Tensor<3> {
 
 /// The `k`-th smallest `|w|` along dimension 1, counted from 1; 0 for `k = 0`. No gradient.
 ///
-/// A selection, no arithmetic: the same bits on every backend.
+/// A selection without arithmetic: the same bits on every backend.
 ///
 /// # Shapes
 /// `[groups, n, channels]` to `[groups, 1, channels]`
 ///
 /// # Panics
-/// When `k` exceeds `n`.
+/// If `k` exceeds `n`.
 pub fn kth_magnitude(weight: Tensor<3>, k: usize) -> Tensor<3> {
     let n = weight.dims()[1];
     assert!(k <= n, "the {k}-th of {n} weights");
@@ -34,7 +34,7 @@ pub fn kth_magnitude(weight: Tensor<3>, k: usize) -> Tensor<3> {
 
 /// The nearest f16 in [[`SCALE_MIN`], [`SCALE_MAX`]], ties to even, as f32. The gradient passes straight through.
 ///
-/// A file whose blocks hold f16 scales then reproduces the training forward exactly.
+/// A file with f16 scales then reproduces the training forward pass exactly.
 ///
 /// # Shapes
 /// `[groups, 1, channels]` to the same
@@ -54,8 +54,8 @@ pub(super) fn kth<B: Backend>(weight: FloatTensor<B>, k: usize) -> FloatTensor<B
 
 /// Rounds in float ops that no compiler's rearrangement changes: with `2^e <= x < 2^(e+1)`, found by comparing with a
 /// table, `round(x * 2^(10-e)) * 2^(e-10)`. The products with powers of two are exact and rounding is an instruction
-/// of its own; the shorter `(x + m) - m` is simplified to `x` by shader compilers. A cast to f16 would do where the
-/// device has f16; not all have.
+/// of its own; shader compilers simplify the shorter `(x + m) - m` to `x`. A cast to f16 would do on devices that have
+/// f16, which not all have.
 pub(super) fn round<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
     let dtype = scale.dtype();
     if dtype != DType::F32 {

@@ -10,7 +10,7 @@ use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, tensor::FloatTe
 use burn::tensor::{DType, Tensor};
 use half::{bf16, f16};
 
-/// What the backward pass takes `d ternary_quantize / d weight` to be.
+/// The estimate of `d ternary_quantize / d weight` in the backward pass.
 ///
 /// `v = weight / scale` is inside when `|v| <= clip`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,7 +47,7 @@ pub fn ternary_codes(weight: Tensor<3>, threshold: Tensor<3>, mask: Option<Tenso
 ///
 /// With `G` the gradient of the output, `v = w / scale`, codes `t` and `n` the weights that share a scale:
 /// `dw = G` (inside the clip range only, when masked), and
-/// `dscale = 1/sqrt(n) * sum G * (t - v inside, t outside)`. Masked weights give the scale nothing.
+/// `dscale = 1/sqrt(n) * sum G * (t - v inside, t outside)`. Masked weights do not contribute to the gradient of the scale.
 ///
 /// # Shapes
 /// - weight and mask (0 or 1): `[groups, n, channels]`
@@ -72,8 +72,8 @@ pub fn ternary_quantize(
     ))
 }
 
-/// The threshold of a pruned weight: no finite weight of its type exceeds it. Not infinity, of which shader compilers
-/// assume that it does not occur.
+/// The threshold of a pruned weight: no finite weight of its type exceeds it. Not infinity, because shader compilers assume
+/// that infinities do not occur.
 fn pruned(dtype: DType) -> f32 {
     match dtype {
         DType::F16 => f16::MAX.to_f32(),
@@ -103,7 +103,7 @@ pub(super) fn codes<B: Backend>(weight: FloatTensor<B>, threshold: FloatTensor<B
     B::float_mul(B::float_sign(weight.clone()), beyond::<B>(weight, threshold))
 }
 
-/// Inputs that the backward pass reads; empty where it reads nothing, so that nothing is kept alive.
+/// Inputs of the backward pass; empty if it reads none, so that nothing is kept alive.
 type Saved<B> = Option<(FloatTensor<B>, FloatTensor<B>, FloatTensor<B>)>;
 
 #[derive(Debug)]
