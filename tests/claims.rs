@@ -107,7 +107,8 @@ fn the_differences_are_those_of_the_committed_results() {
 fn the_front_page_has_figures_of_the_committed_results() {
     let readme = page("README.md");
     let loss = |name: &str| mean(&results(name), |result| result.valid_loss.unwrap());
-    let ratio = |name: &str| mean(&results(name), |result| result.fp32_bytes as f64 / result.packed_bytes as f64);
+    let ratio =
+        |name: &str| mean(&results(name), |result| result.fp32_bytes as f64 / result.packed_bytes as f64);
     let controlled = rows("docs/results.md", "controls");
     let controlled: Vec<f64> = controlled
         .iter()
