@@ -82,14 +82,15 @@ fn show(
         let _ = terminal.draw(|frame| display.draw(frame, interrupter.should_stop()));
         match event::poll(TICK) {
             Ok(false) => (),
-            Ok(true) => match event::read() {
-                Ok(Event::Key(key)) => match display.key(key) {
-                    Some(Wish::Stop) => interrupter.stop(Some("a key")),
-                    Some(Wish::Kill) => end_at_once(),
-                    None => (),
-                },
-                _ => (),
-            },
+            Ok(true) => {
+                if let Ok(Event::Key(key)) = event::read() {
+                    match display.key(key) {
+                        Some(Wish::Stop) => interrupter.stop(Some("a key")),
+                        Some(Wish::Kill) => end_at_once(),
+                        None => (),
+                    }
+                }
+            }
             Err(_) => std::thread::sleep(TICK),
         }
     }
