@@ -361,7 +361,7 @@ impl Llama {
         let (d, keys) = (spec.d_model, spec.n_kv_heads * spec.head_dim());
         let norm = || {
             let mut norm = RmsNormConfig::new(d).with_epsilon(spec.norm_eps.into()).init(device);
-            norm.gamma = norm.gamma.map(|gamma| gamma + random([d]).mul_scalar(0.2));
+            norm.gamma = Param::from_tensor(Tensor::random([d], Distribution::Normal(1.0, 0.2), device));
             norm
         };
         let block = |_| Block {
