@@ -124,7 +124,7 @@ fn a_server_whose_log_cannot_be_written_serves() {
         for i in 0..2000 {
             let (path, body, status) = match i % 20 {
                 0 => ("/v1/completions", body, "HTTP/1.1 200"),
-                _ => ("/v1/completions", "{}", "HTTP/1.1 400"),
+                _ => ("/v1/completions", r#"{"prompt": 7}"#, "HTTP/1.1 400"),
             };
             let response = ask(&address, "POST", path, body);
             assert!(response.starts_with(status), "request {i} after {:?}: {response}", begun.elapsed());

@@ -336,7 +336,8 @@ def contents(conversation):
 
 
 def entry(title):
-    return next(link for link in browser.find_elements(By.CSS_SELECTOR, "#conversations a") if link.text == title)
+    return browser.execute_script("""
+        return [...document.querySelectorAll("#conversations a")].find((entry) => entry.textContent === arguments[0]);""", title)
 
 
 def act(title, action):
@@ -719,6 +720,7 @@ def an_answer_goes_on_elsewhere():
     now = state()
     assert now.welcome and now.send and not now.stop, now
     gate.let()
+    WebDriverWait(browser, PATIENCE).until(lambda _: "".join(PIECES) in contents(stored()[0]), "the answer is stored")
     entry(QUESTION).click()
     now = until(lambda now: ended(now) and now.turns, "the end")
     assert now.turns == [QUESTION, "".join(PIECES)] and gate.left == 0, (now, before)
