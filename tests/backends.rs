@@ -628,7 +628,7 @@ fn integer_products_give_the_fake_quantized_output_and_nearly_its_gradients() {
         assert_close(&format!("bias {case}"), &mixed[3], &float[3], 1e-5);
         // Rounding to eight bits, where whole tiles and the CPU ask for it.
         let tiles = [tokens, d_input, d_output].iter().all(|size| size % 32 == 0);
-        let bf16 = tiles && ternary_kernels::Isa::get().has_half_tiles();
+        let bf16 = tiles && ternary_kernels::Isa::get().multiplies_bf16();
         let parts = [(&mixed, 2), (&half, 0), (&half, 1), (&half, 2)];
         for (index, (found, part)) in parts.into_iter().enumerate() {
             let error = relative_error(&found[part], &float[part]);

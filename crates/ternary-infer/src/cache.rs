@@ -6,7 +6,7 @@ use std::ops::Range;
 use ternary_format::ModelSpec;
 use ternary_kernels::{
     Isa,
-    nn::attention_cached::{self as attention, Head, HeadMut, Line, QUERIES},
+    nn::attention_cached::{self as attention, KvHead, KvHeadMut, KvLine, QUERIES_PER_PASS},
 };
 
 /// Keys and values of all layers: layer by layer, and within a layer one key-value head after the other.
@@ -36,7 +36,7 @@ enum Numbers {
 
 /// Keys and values of one head.
 enum View<'a> {
-    Lines(Head<'a>),
+    Lines(KvHead<'a>),
     Floats { keys: &'a [f32], values: &'a [f32] },
 }
 
@@ -46,7 +46,7 @@ pub(crate) struct Scores(Vec<f32>);
 
 impl Scores {
     pub fn new(context: usize) -> Self {
-        Self(vec![0.0; QUERIES * attention::score_row(context)])
+        Self(vec![0.0; QUERIES_PER_PASS * attention::score_row_len(context)])
     }
 }
 
@@ -55,10 +55,10 @@ impl Cache {
         let context = options.context;
         let (n_kv_heads, head_dim) = (spec.n_kv_heads, spec.head_dim());
         let heads = n_kv_heads * spec.n_layers;
-        let line = size_of::<Line<i8>>();
+        let line = size_of::<KvLine<i8>>();
         let keys = attention::key_lines(context, head_dim) * line;
         let values = attention::value_lines(context, head_dim) * line;
-        let scales = 2 * attention::score_row(context);
+        let scales = 2 * attention::score_row_len(context);
         let cache = |numbers, keys, values| Self { numbers, n_kv_heads, head_dim, keys, values, scales };
         match (options.activations, options.cache) {
             (ActivationMode::F32, _) => {
@@ -90,10 +90,10 @@ impl Cache {
     /// When the shapes differ.
     pub fn copy_from(&mut self, other: &Self, positions: usize) {
         let head_dim = self.head_dim;
-        let line = size_of::<Line<i8>>();
+        let line = size_of::<KvLine<i8>>();
         let keys = (self.keys, attention::key_lines(positions, head_dim) * line);
         let values = (self.values, attention::value_lines(positions, head_dim) * line);
-        let scales = (self.scales, 2 * attention::score_row(positions));
+        let scales = (self.scales, 2 * attention::score_row_len(positions));
         match (&mut self.numbers, &other.numbers) {
             (Numbers::F16(to), Numbers::F16(from)) => copy(to, from, &[keys, values]),
             (Numbers::Int8(to, to_scales), Numbers::Int8(from, from_scales)) => {
@@ -125,12 +125,12 @@ impl Cache {
                 Numbers::F16(bits) => {
                     let (keys, values) = bits[numbers].split_at_mut(self.keys);
                     let (keys, values) = (keys.reinterpret_cast_mut(), values.reinterpret_cast_mut());
-                    HeadMut::F16 { keys: keys.as_chunks_mut().0, values: values.as_chunks_mut().0 }
+                    KvHeadMut::F16 { keys: keys.as_chunks_mut().0, values: values.as_chunks_mut().0 }
                 }
                 Numbers::Int8(codes, floats) => {
                     let (keys, values) = codes[numbers].split_at_mut(self.keys);
                     let scales = floats[scales].as_chunks_mut().0.as_chunks_mut().0;
-                    HeadMut::Int8 { keys: keys.as_chunks_mut().0, values: values.as_chunks_mut().0, scales }
+                    KvHeadMut::Int8 { keys: keys.as_chunks_mut().0, values: values.as_chunks_mut().0, scales }
                 }
                 Numbers::Float(floats) => {
                     let (keys, values) = floats[numbers].split_at_mut(self.keys);
@@ -150,13 +150,13 @@ impl Cache {
             Numbers::F16(bits) => {
                 let (keys, values) = bits[numbers].split_at(self.keys);
                 let (keys, values) = (keys.reinterpret_cast(), values.reinterpret_cast());
-                View::Lines(Head::F16 { keys: keys.as_chunks().0, values: values.as_chunks().0 })
+                View::Lines(KvHead::F16 { keys: keys.as_chunks().0, values: values.as_chunks().0 })
             }
             Numbers::Int8(codes, floats) => {
                 let (keys, values) = codes[numbers].split_at(self.keys);
                 let scales = floats[scales].as_chunks().0.as_chunks().0;
                 let (keys, values) = (keys.as_chunks().0, values.as_chunks().0);
-                View::Lines(Head::Int8 { keys, values, scales })
+                View::Lines(KvHead::Int8 { keys, values, scales })
             }
             Numbers::Float(floats) => {
                 let (keys, values) = floats[numbers].split_at(self.keys);

@@ -7,7 +7,9 @@ use crate::{
 };
 use std::sync::Mutex;
 use ternary_format::Activation;
-use ternary_kernels::{Input, Pool, Product, Quantized, multiply, nn::attention_cached::QUERIES};
+use ternary_kernels::{
+    Activations, Int8Activations, Pool, Product, multiply, nn::attention_cached::QUERIES_PER_PASS,
+};
 
 /// The next tokens of one sequence.
 pub(crate) trait Segment: Send + Sync {
@@ -64,7 +66,7 @@ pub(crate) struct Work {
     hidden: Vec<f32>,
     /// Input of matrices, `[rows, d_model or d_ff]`
     input: Vec<f32>,
-    quantized: Quantized,
+    quantized: Int8Activations,
     low_rank: LowRank,
     query: Vec<f32>,
     key: Vec<f32>,
@@ -89,20 +91,20 @@ struct LowRank {
 
 impl LowRank {
     /// Adds the output of the adapter of `linear` to `out`, if it has one.
-    fn add(&mut self, pool: &Pool, x: &Input, linear: &Linear, out: &mut [f32]) {
+    fn add(&mut self, pool: &Pool, x: &Activations, linear: &Linear, out: &mut [f32]) {
         let Some(Pair { a, b }) = &linear.pair else { return };
-        let input = x.multiplied(&linear.matrix, &mut self.input);
+        let input = x.dequantized(&linear.matrix, &mut self.input);
         self.inner.resize(x.tokens() * a.rows(), 0.0);
-        multiply(pool, &Input::exact(input, a.cols()), &mut [Product::new(a, &mut self.inner)]);
+        multiply(pool, &Activations::f32(input, a.cols()), &mut [Product::new(a, &mut self.inner)]);
         let product = Product { add: true, ..Product::new(b, out) };
-        multiply(pool, &Input::exact(&self.inner, b.cols()), &mut [product]);
+        multiply(pool, &Activations::f32(&self.inner, b.cols()), &mut [product]);
     }
 }
 
 /// Scratch buffers of attention in one thread.
 #[derive(Debug)]
 struct Scratch {
-    /// One head of several rows, `[QUERIES, head_dim]`.
+    /// One head of several rows, `[QUERIES_PER_PASS, head_dim]`.
     queries: Vec<f32>,
     mixed: Vec<f32>,
     scores: Scores,
@@ -110,7 +112,7 @@ struct Scratch {
 
 impl Work {
     pub fn new(model: &Model, pool: Pool, activations: ActivationMode, context: usize) -> Self {
-        let head = vec![0.0; QUERIES * model.spec.head_dim()];
+        let head = vec![0.0; QUERIES_PER_PASS * model.spec.head_dim()];
         let scratch = || Scratch { queries: head.clone(), mixed: head.clone(), scores: Scores::new(context) };
         let scratch = (0..pool.threads()).map(|_| Mutex::new(scratch())).collect();
         Self {
@@ -121,7 +123,7 @@ impl Work {
             sin: Vec::new(),
             hidden: Vec::new(),
             input: Vec::new(),
-            quantized: Quantized::default(),
+            quantized: Int8Activations::default(),
             low_rank: LowRank::default(),
             query: Vec::new(),
             key: Vec::new(),
@@ -254,11 +256,11 @@ impl Work {
         mixed.resize(rows.len() * d, 0.0);
         // Many rows share passes over keys and values. Few rows are split by heads, so that no thread is idle; a task gets several
         // heads, since the next head is prefetched while one is computed.
-        let many = rows.len() >= 4 * QUERIES * pool.threads();
+        let many = rows.len() >= 4 * QUERIES_PER_PASS * pool.threads();
         let fits = |heads: &usize| {
             spec.n_heads.is_multiple_of(*heads) && rows.len() * spec.n_heads >= 8 * pool.threads() * heads
         };
-        let unit = if many { QUERIES * d } else { (1..=4).rev().find(fits).unwrap_or(1) * head_dim };
+        let unit = if many { QUERIES_PER_PASS * d } else { (1..=4).rev().find(fits).unwrap_or(1) * head_dim };
         pool.chunks(mixed, unit, |task, thread, out| {
             let Scratch { queries, mixed, scores } =
                 &mut *scratch[thread].lock().expect("no thread has panicked");
@@ -269,7 +271,7 @@ impl Work {
             for head in heads.clone() {
                 let mut done = 0;
                 for run in rows[first..first + out.len() / width].chunk_by(|a, b| a.segment == b.segment) {
-                    let mut seen = [0; QUERIES];
+                    let mut seen = [0; QUERIES_PER_PASS];
                     for (t, row) in run.iter().enumerate() {
                         let index = first + done + t;
                         let query_head = &query[index * d + head * head_dim..][..head_dim];
@@ -356,14 +358,14 @@ fn filled<'a>(
     activations: ActivationMode,
     values: &'a mut [f32],
     cols: usize,
-    buffer: &'a mut Quantized,
+    buffer: &'a mut Int8Activations,
     fill: impl Fn(usize, &mut [f32]) + Sync,
-) -> Input<'a> {
+) -> Activations<'a> {
     match activations {
-        ActivationMode::Int8 => Input::int8_of(pool, values, cols, buffer, fill),
+        ActivationMode::Int8 => Activations::int8_with(pool, values, cols, buffer, fill),
         ActivationMode::F32 => {
             pool.chunks(values, cols, |row, _, values| fill(row, values));
-            Input::exact(values, cols)
+            Activations::f32(values, cols)
         }
     }
 }
@@ -376,8 +378,8 @@ fn normed<'a>(
     from: &[f32],
     width: usize,
     to: &'a mut Vec<f32>,
-    buffer: &'a mut Quantized,
-) -> Input<'a> {
+    buffer: &'a mut Int8Activations,
+) -> Activations<'a> {
     to.resize(from.len(), 0.0);
     let isa = pool.isa();
     let fill = |row: usize, to: &mut [f32]| norm.forward(isa, &from[row * width..(row + 1) * width], to);

@@ -3,7 +3,7 @@
 use crate::{ActivationMode, EngineError};
 use half::f16;
 use ternary_format::{Encoding, Family, LowRank, ModelSpec, PackedModel, Tensor, memory};
-use ternary_kernels::{Arena, ByteMatrix, FloatMatrix, Isa, Matrix, SixBitMatrix, TernaryMatrix};
+use ternary_kernels::{Arena, F32Matrix, Int8Matrix, Isa, Matrix, Q6Matrix, TernaryMatrix};
 
 /// All weights of a model.
 #[derive(Debug)]
@@ -83,7 +83,7 @@ impl Model {
         let pairs = model.adapter.iter().flat_map(|adapter| adapter.pairs.values());
         let pair_bytes = |pair: &LowRank| {
             let [out, inputs] = pair.shape();
-            FloatMatrix::bytes(pair.rank(), inputs) + FloatMatrix::bytes(out, pair.rank())
+            F32Matrix::bytes(pair.rank(), inputs) + F32Matrix::bytes(out, pair.rank())
         };
         let bytes = matrices.map(measure).sum::<usize>() + pairs.map(pair_bytes).sum::<usize>();
         memory::check(bytes as u64)?;
@@ -144,10 +144,10 @@ impl Packer<'_> {
     fn pair(&mut self, weight: &str) -> Option<Pair> {
         let pair = self.model.adapter.as_ref()?.pairs.get(weight)?;
         let ([out, inputs], rank, scale) = (pair.shape(), pair.rank(), pair.scale());
-        let a = FloatMatrix::pack(&mut self.arena, rank, inputs, |row, values| {
+        let a = F32Matrix::pack(&mut self.arena, rank, inputs, |row, values| {
             values.copy_from_slice(&pair.a()[row * inputs..(row + 1) * inputs]);
         });
-        let b = FloatMatrix::pack(&mut self.arena, out, rank, |row, values| {
+        let b = F32Matrix::pack(&mut self.arena, out, rank, |row, values| {
             let row = &pair.b()[row * rank..(row + 1) * rank];
             values.iter_mut().zip(row).for_each(|(to, value)| *to = value * scale);
         });
@@ -183,13 +183,13 @@ impl Packer<'_> {
                 })
                 .into()
             }
-            Form::SixBit => SixBitMatrix::pack(&mut self.arena, rows, cols, |row, codes, factors, scales| {
+            Form::SixBit => Q6Matrix::pack(&mut self.arena, rows, cols, |row, codes, factors, scales| {
                 tensor.read_integer_row(row, codes, factors, scales)
             })
             .into(),
             Form::Byte { group } => {
                 let (mut factors, mut stored) = (vec![0; cols / 16], vec![f16::ZERO; cols / BLOCK]);
-                ByteMatrix::pack(&mut self.arena, rows, cols, group, |row, codes, scales| {
+                Int8Matrix::pack(&mut self.arena, rows, cols, group, |row, codes, scales| {
                     tensor.read_integer_row(row, codes, &mut factors, &mut stored);
                     let firsts = stored.iter().step_by(group / BLOCK);
                     scales.iter_mut().zip(firsts).for_each(|(to, from)| *to = from.to_f32());
@@ -198,7 +198,7 @@ impl Packer<'_> {
             }
             Form::Rounded => {
                 let mut values = vec![0.0; cols];
-                ByteMatrix::pack(&mut self.arena, rows, cols, BLOCK, |row, codes, scales| {
+                Int8Matrix::pack(&mut self.arena, rows, cols, BLOCK, |row, codes, scales| {
                     tensor.read_row(row, &mut values);
                     let groups = values.chunks(BLOCK).zip(codes.chunks_mut(BLOCK));
                     groups.zip(scales).for_each(|((values, codes), scale)| *scale = quantize(values, codes));
@@ -206,7 +206,7 @@ impl Packer<'_> {
                 .into()
             }
             Form::Float => {
-                FloatMatrix::pack(&mut self.arena, rows, cols, |row, values| tensor.read_row(row, values))
+                F32Matrix::pack(&mut self.arena, rows, cols, |row, values| tensor.read_row(row, values))
                     .into()
             }
         };
@@ -247,7 +247,7 @@ impl Form {
                     tensor.read_integer_row(row, &mut codes.0, &mut codes.1, scales);
                 };
                 let group = shared(tensor, BLOCK, read);
-                Self::Byte { group: if group <= ByteMatrix::LONGEST_GROUP { group } else { BLOCK } }
+                Self::Byte { group: if group <= Int8Matrix::LONGEST_GROUP { group } else { BLOCK } }
             }
             Encoding::Q4_1 | Encoding::Q4K if activations == ActivationMode::Int8 => Self::Rounded,
             Encoding::Q4_1 | Encoding::Q4K => Self::Float,
@@ -267,10 +267,10 @@ impl Form {
         let (rows, cols) = (tensor.rows(), tensor.cols());
         match self {
             Self::Ternary { group } => TernaryMatrix::bytes(rows, cols, *group),
-            Self::SixBit => SixBitMatrix::bytes(rows, cols),
-            Self::Byte { group } => ByteMatrix::bytes(rows, cols, *group),
-            Self::Rounded => ByteMatrix::bytes(rows, cols, BLOCK),
-            Self::Float => FloatMatrix::bytes(rows, cols),
+            Self::SixBit => Q6Matrix::bytes(rows, cols),
+            Self::Byte { group } => Int8Matrix::bytes(rows, cols, *group),
+            Self::Rounded => Int8Matrix::bytes(rows, cols, BLOCK),
+            Self::Float => F32Matrix::bytes(rows, cols),
         }
     }
 }

@@ -1,9 +1,9 @@
-//! Products in operations a second, each checked first, beside what the machine could do at best.
+//! Products in operations per second, each checked first, next to the limits of the machine.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use std::time::Duration;
-use ternary_kernels::nn::{Saved, SavedMut, TernaryLinear, Weight};
+use ternary_kernels::nn::{LinearWeight, SavedTensors, SavedTensorsMut, TernaryLinear};
 use ternary_kernels::*;
 
 fn threads() -> usize {
@@ -25,8 +25,8 @@ fn ternary(rows: usize, cols: usize, group: usize) -> Matrix {
 }
 
 fn byte(rows: usize, cols: usize, group: usize) -> Matrix {
-    let arena = &mut Arena::new(ByteMatrix::bytes(rows, cols, group));
-    ByteMatrix::pack(arena, rows, cols, group, |row, codes, scales| {
+    let arena = &mut Arena::new(Int8Matrix::bytes(rows, cols, group));
+    Int8Matrix::pack(arena, rows, cols, group, |row, codes, scales| {
         codes.iter_mut().enumerate().for_each(|(col, c)| *c = code(row, col) as i8);
         scales.fill(0.5);
     })
@@ -34,8 +34,8 @@ fn byte(rows: usize, cols: usize, group: usize) -> Matrix {
 }
 
 fn six_bit(rows: usize, cols: usize) -> Matrix {
-    let arena = &mut Arena::new(SixBitMatrix::bytes(rows, cols));
-    SixBitMatrix::pack(arena, rows, cols, |row, codes, factors, scales| {
+    let arena = &mut Arena::new(Q6Matrix::bytes(rows, cols));
+    Q6Matrix::pack(arena, rows, cols, |row, codes, factors, scales| {
         codes.iter_mut().enumerate().for_each(|(col, c)| *c = code(row, col) as i8);
         factors.fill(1);
         scales.fill(f16::from_f32(0.5));
@@ -68,7 +68,7 @@ fn products(c: &mut Criterion) {
     for threads in [1, threads()] {
         let pool = Pool::new(threads);
         let bandwidth = roofline::read_bandwidth(&pool) / 1e9;
-        let operations = threads as f64 * roofline::integer_operations(pool.isa()) / 1e9;
+        let operations = threads as f64 * roofline::int8_ops_per_second(pool.isa()) / 1e9;
         println!("{}, {threads} threads: {operations:.0} GOP/s, {bandwidth:.1} GB/s", pool.isa().name());
         for (name, matrix) in &shapes {
             let (rows, cols) = (matrix.rows(), matrix.cols());
@@ -80,8 +80,8 @@ fn products(c: &mut Criterion) {
                     continue;
                 }
                 let x = activations(tokens, cols);
-                let (mut buffer, mut out) = (Quantized::default(), vec![0.0; tokens * rows]);
-                let x8 = Input::int8(&pool, &x, cols, &mut buffer);
+                let (mut buffer, mut out) = (Int8Activations::default(), vec![0.0; tokens * rows]);
+                let x8 = Activations::int8(&pool, &x, cols, &mut buffer);
                 multiply(&pool, &x8, &mut [Product::new(matrix, &mut out)]);
                 check(matrix, &x, &out);
                 group.throughput(Throughput::Elements((2 * tokens * rows * cols) as u64));
@@ -102,14 +102,14 @@ struct Kept {
 }
 
 impl Kept {
-    fn lent(&mut self) -> SavedMut<'_> {
+    fn lent(&mut self) -> SavedTensorsMut<'_> {
         let Self { input, input_scales, weight, weight_scales } = self;
-        SavedMut { input, input_scales, weight, weight_scales }
+        SavedTensorsMut { input, input_scales, weight, weight_scales }
     }
 
-    fn saved(&self) -> Saved<'_> {
+    fn saved(&self) -> SavedTensors<'_> {
         let Self { input, input_scales, weight, weight_scales } = self;
-        Saved { input, input_scales, weight, weight_scales }
+        SavedTensors { input, input_scales, weight, weight_scales }
     }
 }
 
@@ -129,15 +129,15 @@ fn linear_layer(c: &mut Criterion) {
     for threads in [1, threads()] {
         let pool = Pool::new(threads);
         let mut layer = TernaryLinear::default();
-        let mut out = Room::new(tokens * d_output);
-        let (mut dx, mut dweight) = (Room::new(x.len()), Room::new(weight.len()));
+        let mut out = TensorBuffer::new(tokens * d_output);
+        let (mut dx, mut dweight) = (TensorBuffer::new(x.len()), TensorBuffer::new(weight.len()));
         let mut kept = Kept {
-            input: vec![0; Saved::input_len(tokens, d_input)],
+            input: vec![0; SavedTensors::input_len(tokens, d_input)],
             input_scales: vec![0.0; tokens],
             weight: vec![0; weight.len()],
             weight_scales: vec![0.0; d_output],
         };
-        layer.forward(&pool, &x, Weight::Ternary(&weight), None, &mut out, kept.lent());
+        layer.forward(&pool, &x, LinearWeight::Ternary(&weight), None, &mut out, kept.lent());
         layer.backward(&pool, kept.saved(), &grad, &mut dx, &mut dweight);
         for (t, i, o) in [(0, 0, 0), (700, 700, 3000), (1023, 767, 3071)] {
             let (xs, dys) = (&x[t * d_input..][..d_input], &grad[t * d_output..][..d_output]);
@@ -152,7 +152,7 @@ fn linear_layer(c: &mut Criterion) {
         let product = (2 * tokens * d_input * d_output) as u64;
         group.throughput(Throughput::Elements(product));
         group.bench_function("forward", |b| {
-            b.iter(|| layer.forward(&pool, &x, Weight::Ternary(&weight), None, &mut out, kept.lent()));
+            b.iter(|| layer.forward(&pool, &x, LinearWeight::Ternary(&weight), None, &mut out, kept.lent()));
         });
         group.bench_function("input's gradient", |b| {
             b.iter(|| layer.input_backward(&pool, &kept.weight, &kept.weight_scales, &grad, &mut dx));
@@ -178,10 +178,10 @@ fn head(c: &mut Criterion) {
         [(0, 0), (700, 5000), (1023, 8191)].map(|(t, id)| logit(t, id)),
         [0, 700 * vocab + 5000, 1023 * vocab + 8191],
     );
-    let (hidden, table) = (View::new(&hidden, tokens, width), View::new(&table, vocab, width));
-    let mut room = HalfFactors::default();
-    let mut logits = Room::new(tokens * vocab);
-    let (mut dhidden, mut dtable) = (Room::new(tokens * width), Room::new(vocab * width));
+    let (hidden, table) = (MatrixView::new(&hidden, tokens, width), MatrixView::new(&table, vocab, width));
+    let mut workspace = Bf16Workspace::default();
+    let mut logits = TensorBuffer::new(tokens * vocab);
+    let (mut dhidden, mut dtable) = (TensorBuffer::new(tokens * width), TensorBuffer::new(vocab * width));
     for threads in [1, threads()] {
         let pool = Pool::new(threads);
         let mut group = c.benchmark_group(format!("head {tokens}x{width}x{vocab}, {threads} threads"));
@@ -189,17 +189,17 @@ fn head(c: &mut Criterion) {
         group.measurement_time(Duration::from_secs(1));
         group.throughput(Throughput::Elements((2 * tokens * width * vocab) as u64));
         group.bench_function("forward", |b| {
-            b.iter(|| half_product(&pool, &mut room, hidden, table.transposed(), None, &mut logits));
+            b.iter(|| matmul_bf16(&pool, &mut workspace, hidden, table.transposed(), None, &mut logits));
         });
         for (at, expected) in checked.into_iter().zip(expected) {
             assert!((f64::from(logits[at]) - expected).abs() < 1.0, "{} for {expected}", logits[at]);
         }
-        let grad = View::new(&logits, tokens, vocab);
+        let grad = MatrixView::new(&logits, tokens, vocab);
         group.bench_function("input's gradient", |b| {
-            b.iter(|| half_product(&pool, &mut room, grad, table, None, &mut dhidden));
+            b.iter(|| matmul_bf16(&pool, &mut workspace, grad, table, None, &mut dhidden));
         });
         group.bench_function("table's gradient", |b| {
-            b.iter(|| half_product(&pool, &mut room, grad.transposed(), hidden, None, &mut dtable));
+            b.iter(|| matmul_bf16(&pool, &mut workspace, grad.transposed(), hidden, None, &mut dtable));
         });
     }
 }

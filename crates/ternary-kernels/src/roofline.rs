@@ -1,18 +1,20 @@
-//! What this machine could do at best: the measure of every other number.
+//! The machine's limits, measured: int8 operations per second and memory bandwidth. Benchmarks report kernels as a share of
+//! these.
 
 use crate::{
     Arena, Isa, Pool,
-    simd::{Kernel, Line, Simd},
+    simd::{CacheLine, Kernel, Simd},
 };
 use std::{hint::black_box, time::Instant};
 
-/// Bytes that no cache holds.
-const BYTES: usize = 256 << 20;
+/// Bytes to read: more than any cache holds.
+const PROBE_BYTES: usize = 256 << 20;
 
-/// Int8 operations a second of one thread (a product and a sum are two), everything in registers and first-level cache.
-pub fn integer_operations(isa: Isa) -> f64 {
+/// Int8 operations per second of one thread, with all operands in registers and the first-level cache. A multiplication and
+/// an addition are two operations.
+pub fn int8_ops_per_second(isa: Isa) -> f64 {
     const ROUNDS: usize = 20_000;
-    let lines = [Line([1; 64]); 16];
+    let lines = [CacheLine([1; 64]); 16];
     let mut operations = 0;
     let best = (0..10).map(|_| {
         let start = Instant::now();
@@ -25,61 +27,63 @@ pub fn integer_operations(isa: Isa) -> f64 {
     operations as f64 / best
 }
 
+/// Dot products of the lines with constants, repeated.
 struct Dots<'a> {
-    lines: &'a [Line; 16],
+    lines: &'a [CacheLine; 16],
     rounds: usize,
 }
 
 impl Kernel for Dots<'_> {
-    /// How many dot products of a vector, and their sum.
+    /// Number of dot instructions (64 products each), and the sum of all, so that none is optimized away.
     type Output = (usize, f32);
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Self::Output {
-        // As many sums as products have: fewer would wait for each other.
-        if S::TOKENS >= 8 { self.sums::<S, 4>(s) } else { self.sums::<S, 1>(s) }
+        // As many sums as the kernels have: fewer would not hide the latency.
+        if S::REGISTER_TOKENS >= 8 { self.sums::<S, 4>(s) } else { self.sums::<S, 1>(s) }
     }
 }
 
-/// Tokens of the measuring loop.
-const TOKENS: usize = 4;
+/// Tokens of the probe: sums per tile.
+const PROBE_TOKENS: usize = 4;
 
 impl Dots<'_> {
+    /// The loop of a product, with `TILES` x [`PROBE_TOKENS`] sums in registers.
     #[inline(always)]
     fn sums<S: Simd, const TILES: usize>(self, s: S) -> (usize, f32) {
-        let mut x = [s.splat(0); TOKENS];
+        let mut x = [s.splat(0); PROBE_TOKENS];
         for (t, x) in x.iter_mut().enumerate() {
             *x = s.splat(black_box(t as i32));
         }
-        let mut total = [[s.splat(0); TOKENS]; TILES];
+        let mut total = [[s.splat(0); PROBE_TOKENS]; TILES];
         for _ in 0..self.rounds {
-            let mut acc = [[s.splat(0); TOKENS]; TILES];
+            let mut acc = [[s.splat(0); PROBE_TOKENS]; TILES];
             for lines in black_box(self.lines).as_chunks::<TILES>().0 {
                 for r in 0..TILES {
                     let w = s.load(&lines[r]);
-                    for t in 0..TOKENS {
+                    for t in 0..PROBE_TOKENS {
                         acc[r][t] = s.dot(acc[r][t], w, x[t]);
                     }
                 }
             }
             for r in 0..TILES {
-                for t in 0..TOKENS {
+                for t in 0..PROBE_TOKENS {
                     total[r][t] = s.add(total[r][t], s.widen(acc[r][t]));
                 }
             }
         }
         let sum = total.into_iter().flatten().fold(s.splat(0), |a, b| s.add(a, b));
-        (self.rounds * self.lines.len() * TOKENS, s.sum_lanes(s.to_float(sum)))
+        (self.rounds * self.lines.len() * PROBE_TOKENS, s.sum_lanes(s.to_float(sum)))
     }
 }
 
-/// Bytes a second that the threads of a pool read together from memory, in huge pages: the best of many short runs,
-/// since others may be at work.
+/// Bytes per second that the threads of a pool read from memory together, in huge pages. The best of many short runs, since
+/// other programs may be running.
 pub fn read_bandwidth(pool: &Pool) -> f64 {
     const RUN: usize = 8 << 20;
-    let mut block = Arena::new(BYTES).take::<Line>(BYTES / size_of::<Line>());
-    block.fill(Line([1; 64]));
-    let runs: Vec<_> = block.chunks(RUN / size_of::<Line>()).collect();
+    let mut block = Arena::new(PROBE_BYTES).take::<CacheLine>(PROBE_BYTES / size_of::<CacheLine>());
+    block.fill(CacheLine([1; 64]));
+    let runs: Vec<_> = block.chunks(RUN / size_of::<CacheLine>()).collect();
     let best = (0..4 * runs.len()).map(|run| {
         let lines = runs[run % runs.len()];
         let part = lines.len() / (pool.threads() * 8);
@@ -92,8 +96,9 @@ pub fn read_bandwidth(pool: &Pool) -> f64 {
     RUN as f64 / best.fold(f64::INFINITY, f64::min)
 }
 
+/// Reads all lines.
 struct Read<'a> {
-    lines: &'a [Line],
+    lines: &'a [CacheLine],
 }
 
 impl Kernel for Read<'_> {
@@ -121,7 +126,7 @@ mod tests {
     #[cfg_attr(miri, ignore)] // it measures the CPU
     fn peaks_are_positive() {
         for isa in Isa::available() {
-            assert!(integer_operations(isa) > 0.0);
+            assert!(int8_ops_per_second(isa) > 0.0);
         }
     }
 }

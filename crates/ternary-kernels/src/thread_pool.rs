@@ -1,4 +1,25 @@
-//! [`Pool`]: threads that stay, and share out tasks.
+//! [`Pool`]: a pool of threads that share the tasks of one run after another.
+//!
+//! # A run
+//! ```text
+//! caller:   publish the job, open the run          worker:   spin for a run, then sleep
+//!           wake sleeping workers                            join it (compare and swap on the state)
+//!           take tasks until none is left                    take tasks until none is left
+//!           close the run, wait for workers in it            leave it
+//! ```
+//!
+//! `state` holds the number of the run, whether it may be joined, and how many workers are in it, in one 64-bit word. Tasks
+//! are taken by incrementing one counter. A worker that is asleep, or whose core another program uses, never holds up a
+//! run: only one that has joined it does.
+//!
+//! # Why not rayon
+//! A training step is about a thousand short runs, and waking a thread for each took a twentieth of its time. The workers of
+//! this pool spin for 20 to 60 microseconds before they sleep. Measured against rayon: 1381, 1416 and 1290 tokens/s before,
+//! 1450, 1434 and 1403 after.
+//!
+//! # Determinism
+//! Kernels cut their work into tasks whose size does not depend on the number of threads ([`TASK_LEN`]), and add partial sums
+//! in the order of tasks. Results are therefore the same, to the bit, on any number of threads.
 
 use crate::Isa;
 use std::{
@@ -15,14 +36,14 @@ use std::{
     thread,
 };
 
-/// Rounds of waiting with the CPU busy, some 20 to 60 microseconds: longer than the caller's work between two runs.
-/// Miri is a thousand times as slow.
+/// Iterations of a spin loop before a worker sleeps, some 20 to 60 microseconds: longer than the caller's work between two
+/// runs. Fewer under miri, which is a thousand times as slow.
 const SPINS: usize = if cfg!(miri) { 20 } else { 2_000 };
 
-/// Threads that wait for work; the caller is one of them.
+/// A pool of threads, of which the caller is one.
 ///
-/// A thread that is asleep, or whose core is taken by somebody else, is not waited for: whoever runs takes the tasks,
-/// and only a thread that has begun one holds up the end of a run.
+/// A run does not wait for a thread that is asleep or whose core is in use elsewhere: the threads that are running take all
+/// tasks.
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
@@ -32,26 +53,33 @@ pub struct Pool {
     isa: Isa,
 }
 
-/// Keeps what different threads write in different cache lines.
+/// Aligned so that values which different threads write are in different cache lines (and pairs of them, which some CPUs
+/// fetch together).
 #[derive(Debug, Default)]
 #[repr(align(128))]
-struct Apart<T>(T);
+struct CachePadded<T>(T);
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// The number of the run << 32 | whether it may be joined << 31 | workers in it.
-    state: Apart<AtomicU64>,
+    /// Number of the run << 32 | whether it may be joined << 31 | number of workers in it.
+    state: CachePadded<AtomicU64>,
     /// The next task.
-    next: Apart<AtomicUsize>,
+    next: CachePadded<AtomicUsize>,
+    /// The task function of the current run.
     job: UnsafeCell<Option<Job>>,
+    /// Workers that sleep, or are about to.
     asleep: AtomicUsize,
+    /// Whether a task of this run has panicked on a worker.
     panicked: AtomicBool,
+    /// Whether workers are to end.
     stop: AtomicBool,
     lock: Mutex<()>,
     wake: Condvar,
 }
 
+/// One run, in `state`.
 const RUN: u64 = 1 << 32;
+/// The bit of `state` that allows workers to join.
 const OPEN: u64 = 1 << 31;
 
 // SAFETY: `job` is written only by the caller of `run` while the run is closed and no worker is in it, and read only by
@@ -60,14 +88,17 @@ unsafe impl Sync for Shared {}
 // SAFETY: as above; a job is only a pointer to a task that outlives the run.
 unsafe impl Send for Shared {}
 
+/// A task function without its type and lifetime.
 #[derive(Clone, Copy, Debug)]
 struct Job {
     tasks: usize,
-    /// `&F`, for `call` alone.
+    /// A `&F`, to be used by `call` only.
     task: *const (),
     call: unsafe fn(*const (), usize, usize),
 }
 
+/// Calls the task function of a [`Job`].
+///
 /// # Safety
 /// `task` points to a living `F`.
 unsafe fn call<F: Fn(usize, usize) + Sync>(task: *const (), index: usize, thread: usize) {
@@ -76,14 +107,16 @@ unsafe fn call<F: Fn(usize, usize) + Sync>(task: *const (), index: usize, thread
 }
 
 impl Pool {
-    /// A pool of this many threads, the caller's included, with the best instruction set.
+    /// A pool of `threads` threads, including the caller's, that uses the instruction set of [`Isa::get`].
     ///
     /// # Panics
-    /// When the system does not start so many.
+    /// When the system cannot start the threads.
     pub fn new(threads: usize) -> Self {
         Self::with_isa(threads, Isa::get())
     }
 
+    /// A pool of `threads` threads that uses the given instruction set.
+    ///
     /// # Panics
     /// As [`new`](Self::new).
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
@@ -93,11 +126,12 @@ impl Pool {
     /// As [`new`](Self::new).
     ///
     /// # Errors
-    /// The system does not start so many threads; those that it started have ended.
+    /// The system cannot start a thread. Those that were started have ended.
     pub fn try_new(threads: usize) -> io::Result<Self> {
         Self::start(threads, Isa::get())
     }
 
+    /// Starts the workers.
     fn start(threads: usize, isa: Isa) -> io::Result<Self> {
         let (shared, running, workers) = (Arc::default(), Mutex::new(()), Vec::new());
         let mut pool = Self { shared, running, workers, isa };
@@ -109,21 +143,33 @@ impl Pool {
         Ok(pool)
     }
 
+    /// Number of threads, including the caller's.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }
 
+    /// The instruction set that kernels of this pool use.
     pub fn isa(&self) -> Isa {
         self.isa
     }
 
-    /// Calls `task(index, thread)` once for each index below `tasks`, on whichever thread is free, and returns when
-    /// all are done. `thread < threads()`, and no two tasks have the same one at the same time.
+    /// Calls `task(index, thread)` once for each index below `tasks`, on whichever thread is free. Returns when all are done.
     ///
-    /// Runs do not nest: a task that calls `run` waits for ever.
+    /// `thread` is below [`threads`](Self::threads), and differs between tasks that run at the same time: a task may use it as
+    /// the index of a workspace. Runs do not nest: a task that calls `run` waits forever.
     ///
     /// # Panics
     /// When a task panics.
+    ///
+    /// # Example
+    /// ```
+    /// use std::sync::atomic::{AtomicUsize, Ordering};
+    /// let (pool, sum) = (ternary_kernels::Pool::new(2), AtomicUsize::new(0));
+    /// pool.run(10, |index, _thread| {
+    ///     sum.fetch_add(index, Ordering::Relaxed);
+    /// });
+    /// assert_eq!(sum.into_inner(), 45);
+    /// ```
     pub fn run<F: Fn(usize, usize) + Sync>(&self, tasks: usize, task: F) {
         let running = self.running.lock().unwrap_or_else(|poison| poison.into_inner());
         if self.workers.is_empty() || tasks <= 1 {
@@ -132,7 +178,7 @@ impl Pool {
         }
         let shared = &*self.shared;
         let job = Job { tasks, task: (&raw const task).cast(), call: call::<F> };
-        // SAFETY: we hold the lock and the last run has ended, so nobody else looks at the job.
+        // SAFETY: we hold the lock and the last run has ended, so no worker reads the job.
         unsafe { *shared.job.get() = Some(job) };
         shared.next.0.store(0, Ordering::Relaxed);
         let state = shared.state.0.load(Ordering::Relaxed);
@@ -148,8 +194,18 @@ impl Pool {
         assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a task of the pool panicked");
     }
 
-    /// Calls `task(index, thread, chunk)` for each chunk of `len` consecutive values (the last may be shorter), as
-    /// [`run`](Self::run) does.
+    /// Calls `task(index, thread, chunk)` for each chunk of `len` consecutive values, as [`run`](Self::run) does. The last
+    /// chunk may be shorter.
+    ///
+    /// # Panics
+    /// When `len` is 0, or a task panics.
+    ///
+    /// # Example
+    /// ```
+    /// let mut values = [0; 5];
+    /// ternary_kernels::Pool::new(2).chunks(&mut values, 2, |index, _thread, chunk| chunk.fill(index));
+    /// assert_eq!(values, [0, 0, 1, 1, 2]);
+    /// ```
     pub fn chunks<T: Send>(
         &self,
         values: &mut [T],
@@ -157,7 +213,7 @@ impl Pool {
         task: impl Fn(usize, usize, &mut [T]) + Sync,
     ) {
         let total = values.len();
-        let values = Disjoint::new(values);
+        let values = DisjointSlices::new(values);
         self.run(total.div_ceil(len), |index, thread| {
             let start = index * len;
             // SAFETY: each index is called once, and chunks do not overlap.
@@ -182,7 +238,8 @@ impl Drop for Pool {
     }
 }
 
-/// Lets no worker join any more, and waits for those within, also when the caller's own task panics.
+/// Closes a run when dropped: no worker may join any more, and those in it are waited for. A drop also happens when the
+/// caller's own task panics.
 struct EndOfRun<'a>(&'a Shared);
 
 impl Drop for EndOfRun<'_> {
@@ -203,10 +260,12 @@ impl Drop for EndOfRun<'_> {
 }
 
 impl Shared {
+    /// The lock under which workers sleep.
     fn lock(&self) -> MutexGuard<'_, ()> {
         self.lock.lock().unwrap_or_else(|poison| poison.into_inner())
     }
 
+    /// Takes tasks until none is left.
     fn take_tasks(&self, job: Job, thread: usize) {
         loop {
             let index = self.next.0.fetch_add(1, Ordering::Relaxed);
@@ -218,7 +277,7 @@ impl Shared {
         }
     }
 
-    /// The life of a worker.
+    /// The main function of a worker.
     fn work(&self, thread: usize) {
         let mut done = 0;
         loop {
@@ -242,7 +301,7 @@ impl Shared {
         }
     }
 
-    /// Waits for another run than `done`: with the CPU busy at first, then asleep.
+    /// Waits for a run other than `done`, spinning at first, then asleep. Returns the state.
     fn wait(&self, done: u64) -> u64 {
         for _ in 0..SPINS {
             let state = self.state.0.load(Ordering::Acquire);
@@ -252,7 +311,7 @@ impl Shared {
             spin_loop();
         }
         let mut lock = self.lock();
-        // Either we see the new run, or whoever opens it sees us.
+        // Either this worker sees the new run, or the thread that opens it sees this worker.
         self.asleep.fetch_add(1, Ordering::SeqCst);
         let state = loop {
             let state = self.state.0.load(Ordering::SeqCst);
@@ -266,35 +325,36 @@ impl Shared {
     }
 }
 
-/// Numbers that a task works on, so that it is worth waking a thread.
-pub(crate) const PIECE: usize = 1 << 14;
+/// Numbers per task of elementwise work: enough to be worth a task, and independent of the number of threads, so that sums
+/// do not depend on it.
+pub(crate) const TASK_LEN: usize = 1 << 14;
 
-/// Rows of `width` numbers for a task.
-pub(crate) fn rows_a_piece(width: usize) -> usize {
-    (PIECE / width.max(1)).max(1)
+/// Rows of `width` numbers per task.
+pub(crate) fn rows_per_task(width: usize) -> usize {
+    (TASK_LEN / width.max(1)).max(1)
 }
 
 impl Pool {
-    /// Copies, on all threads.
+    /// Copies a slice, on all threads.
     ///
     /// # Panics
     /// When lengths differ.
     pub fn copy(&self, from: &[f32], to: &mut [f32]) {
         assert_eq!(from.len(), to.len(), "numbers to copy");
-        self.chunks(to, PIECE, |index, _, to| to.copy_from_slice(&from[index * PIECE..][..to.len()]));
+        self.chunks(to, TASK_LEN, |index, _, to| to.copy_from_slice(&from[index * TASK_LEN..][..to.len()]));
     }
 
-    /// Calls `task(rows)` for pieces of `rows`, in parallel, and gives what each returned, in order.
-    pub(crate) fn pieces<T: Send + Default + Clone>(
+    /// Calls `task(range)` for ranges of `per_task` rows, in parallel. Returns their results in order.
+    pub(crate) fn map_ranges<T: Send + Default + Clone>(
         &self,
         rows: usize,
-        piece: usize,
+        per_task: usize,
         task: impl Fn(Range<usize>) -> T + Sync,
     ) -> Vec<T> {
-        let mut results = vec![T::default(); rows.div_ceil(piece)];
-        let places = Disjoint::new(&mut results);
-        self.run(rows.div_ceil(piece), |index, _| {
-            let result = task(index * piece..rows.min((index + 1) * piece));
+        let mut results = vec![T::default(); rows.div_ceil(per_task)];
+        let places = DisjointSlices::new(&mut results);
+        self.run(rows.div_ceil(per_task), |index, _| {
+            let result = task(index * per_task..rows.min((index + 1) * per_task));
             // SAFETY: each index is called once.
             unsafe { places.slice(index, 1)[0] = result };
         });
@@ -302,28 +362,31 @@ impl Pool {
     }
 }
 
-/// A slice of which threads write different parts.
-pub(crate) struct Disjoint<'a, T> {
+/// A mutable slice of which several threads write disjoint parts.
+pub(crate) struct DisjointSlices<'a, T> {
     start: *mut T,
     len: usize,
     slice: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: threads get exclusive parts, by the promise of `slice`.
-unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
+unsafe impl<T: Send> Sync for DisjointSlices<'_, T> {}
 // SAFETY: as above.
-unsafe impl<T: Send> Send for Disjoint<'_, T> {}
+unsafe impl<T: Send> Send for DisjointSlices<'_, T> {}
 
-impl<'a, T> Disjoint<'a, T> {
+impl<'a, T> DisjointSlices<'a, T> {
+    /// Borrows the slice for as long as threads share it.
     pub(crate) fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
     }
 
+    /// The `len` values from `start` on.
+    ///
     /// # Panics
-    /// When the part is not within the slice.
+    /// When they are not within the slice.
     ///
     /// # Safety
-    /// While the result lives, no other one overlaps it.
+    /// No other part that overlaps this one is alive.
     #[allow(clippy::mut_from_ref)]
     #[inline(always)]
     pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &'a mut [T] {

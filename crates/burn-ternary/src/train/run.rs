@@ -74,7 +74,7 @@ struct StepMemory;
 impl Drop for StepMemory {
     fn drop(&mut self) {
         #[cfg(feature = "flex")]
-        ternary_kernels::release_rooms();
+        ternary_kernels::release_cached_memory();
     }
 }
 

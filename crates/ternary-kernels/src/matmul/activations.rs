@@ -1,132 +1,159 @@
-//! [`Input`]: the activations of one or many tokens.
+//! [`Activations`]: the right factor of products, as floats and as int8 codes with one scale per token.
+//!
+//! # Quantization
+//! Each token is quantized by its absolute maximum, as in training:
+//!
+//! ```text
+//! scale = max(absmax(x), 1e-5) / 127        code = round_ties_even(x / scale)        so code is in -127..=127
+//! ```
+//!
+//! # Layout
+//! ```text
+//! codes    [tokens, blocks, 16]    int8; a token's columns are padded with zeros to whole blocks of 16
+//! scales   [tokens]                f32
+//! sums     [tokens, blocks + 1]    i32 prefix sums: sums[b] = sum of all codes before block b
+//! offsets  [tokens, blocks]        i32: -32 times the sum of the block
+//! ```
+//!
+//! Formats store their codes with an offset (ternary + 1, 6-bit + 32, int8 + 128 in the instruction). A product of such codes
+//! is too large by the offset times the sum of the activations. `sums[end] - sums[start]` is the sum over any scale group.
+//!
+//! Matrices with one scale per row only need the total: with [`SumGranularity::PerToken`], sums are `[tokens, 2]` and there
+//! are no offsets.
 
 use crate::{
     Isa, Pool,
     simd::{
-        Kernel, LANES, Line, Simd,
+        CacheLine, Kernel, LANES, Simd,
         vector_ops::{abs, load},
     },
-    thread_pool::Disjoint,
+    thread_pool::DisjointSlices,
 };
 use std::ops::{Deref, DerefMut};
 
-/// Columns are padded to this many: 16.
+/// Columns per block: 16.
 pub(crate) const BLOCK: usize = LANES;
 
 /// Smallest absolute maximum of a token; keeps a token of zeros from dividing by zero.
 pub(crate) const ABSMAX_MIN: f32 = 1e-5;
 
-/// What is added to a code of six bits so that it has no sign.
-pub(crate) const SIX_BITS: i32 = 32;
+/// What is added to a 6-bit code to store it without a sign.
+pub(crate) const Q6_OFFSET: i32 = 32;
 
-/// Values above which threads share the quantizing, and those of a task then.
-const SHARED: usize = 1 << 14;
-const PIECE: usize = 1 << 13;
+/// Number of values above which quantization is shared between threads.
+const PARALLEL_MIN_VALUES: usize = 1 << 14;
+/// Values per task.
+const TASK_VALUES: usize = 1 << 13;
 
-/// Room for int8 activations, to be used again and again.
+/// Int8 codes of activations, one scale per token, and the sums that products need. Its memory is reused.
 #[derive(Debug, Default)]
-pub struct Quantized {
+pub struct Int8Activations {
     /// `[tokens, blocks]` in -127..=127, zero beyond the columns.
-    pub(crate) codes: Codes,
+    pub(crate) codes: AlignedBlocks,
+    /// Blocks of 16 columns per token.
     pub(crate) blocks: usize,
-    /// `[tokens]`: absmax / 127
+    /// `[tokens]`: absmax / 127.
     pub(crate) scales: Vec<f32>,
-    /// Parts that a token has sums of: its blocks, or 1.
+    /// Sums per token: its blocks, or 1.
     parts: usize,
-    /// `[tokens, parts + 1]`: sums of the codes before each part.
+    /// `[tokens, parts + 1]`: prefix sums of the codes.
     sums: Vec<i32>,
-    /// `[tokens, blocks]`: -32 times the sum of each block, for what codes of six bits have too much in a product.
+    /// `[tokens, blocks]`: -32 times the sum of each block, which corrects products of 6-bit codes.
     offsets: Vec<i32>,
 }
 
-/// Of what a token's codes are summed up.
+/// Which sums of a token's codes are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Summed {
-    /// Of each block, for matrices with a scale a group.
-    Blocks,
-    /// Of all, for matrices with a scale a row.
-    Whole,
+pub(crate) enum SumGranularity {
+    /// Prefix sums by block, for matrices with one scale per group of columns.
+    PerBlock,
+    /// The total only, for matrices with one scale per row.
+    PerToken,
 }
 
-/// What matrices are multiplied with: floats `[tokens, cols]`, and the same as int8 if integer products are wanted.
+/// The activations that matrices are multiplied with: floats `[tokens, cols]`, and, for integer products, their int8 codes.
 #[derive(Clone, Copy, Debug)]
-pub struct Input<'a> {
+pub struct Activations<'a> {
     pub(crate) floats: &'a [f32],
     pub(crate) cols: usize,
     pub(crate) tokens: usize,
-    pub(crate) int8: Option<&'a Quantized>,
+    pub(crate) int8: Option<&'a Int8Activations>,
 }
 
-impl<'a> Input<'a> {
-    /// Floats only: ternary and int8 matrices are multiplied exactly.
+impl<'a> Activations<'a> {
+    /// Float activations only: quantized matrices are then multiplied in f32, without rounding the activations.
     ///
     /// # Panics
     /// When `values` is not a whole number of tokens.
-    pub fn exact(values: &'a [f32], cols: usize) -> Self {
+    pub fn f32(values: &'a [f32], cols: usize) -> Self {
         assert!(values.len().is_multiple_of(cols), "{} values are no whole rows of {cols}", values.len());
         Self { floats: values, cols, tokens: values.len() / cols, int8: None }
     }
 
-    /// Activations that are int8 already; matrices of floats cannot be multiplied with them.
-    pub(crate) fn codes(codes: &'a Quantized, cols: usize) -> Self {
+    /// Activations that are int8 codes only; they cannot be multiplied with float matrices.
+    pub(crate) fn from_codes(codes: &'a Int8Activations, cols: usize) -> Self {
         Self { floats: &[], cols, tokens: codes.scales.len(), int8: Some(codes) }
     }
 
-    /// Quantizes each token, as training does: `scale = max(absmax, 1e-5) / 127`,
-    /// `code = round_ties_even(x / scale)`. NaN counts as zero.
+    /// Quantizes each token to int8, as in training: `scale = max(absmax, 1e-5) / 127`,
+    /// `code = round_ties_even(x / scale)`. NaN becomes zero. The codes are kept in `buffer`.
     ///
     /// # Panics
     /// When `values` is not a whole number of tokens.
-    pub fn int8(pool: &Pool, values: &'a [f32], cols: usize, buffer: &'a mut Quantized) -> Self {
-        let input = Self::exact(values, cols);
-        buffer.quantize(pool, values, cols, None, ABSMAX_MIN, Summed::Blocks);
+    pub fn int8(pool: &Pool, values: &'a [f32], cols: usize, buffer: &'a mut Int8Activations) -> Self {
+        let input = Self::f32(values, cols);
+        buffer.quantize(pool, values, cols, None, ABSMAX_MIN, SumGranularity::PerBlock);
         Self { int8: Some(buffer), ..input }
     }
 
-    /// The same of values that `fill(token, values)` computes first, each token by one thread.
+    /// As [`int8`](Self::int8), of values that `fill(token, values)` writes first: the thread that computes a token
+    /// quantizes it while it is in the cache.
     ///
     /// # Panics
     /// When `values` is not a whole number of tokens.
-    pub fn int8_of(
+    pub fn int8_with(
         pool: &Pool,
         values: &'a mut [f32],
         cols: usize,
-        buffer: &'a mut Quantized,
+        buffer: &'a mut Int8Activations,
         fill: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
-        let places = buffer.places(values.len() / cols, cols, None, ABSMAX_MIN, Summed::Blocks);
+        let task =
+            buffer.quantize_task(values.len() / cols, cols, None, ABSMAX_MIN, SumGranularity::PerBlock);
         pool.chunks(values, cols, |token, _, values| {
             fill(token, values);
             // SAFETY: each token is called once.
-            unsafe { places.quantize(pool.isa(), token, values) };
+            unsafe { task.quantize(pool.isa(), token, values) };
         });
-        Self { int8: Some(buffer), ..Self::exact(values, cols) }
+        Self { int8: Some(buffer), ..Self::f32(values, cols) }
     }
 
+    /// Number of tokens.
     pub fn tokens(&self) -> usize {
         self.tokens
     }
 }
 
-/// Blocks of codes, the first at a cache line: tiles read lines.
+/// Blocks of codes that start at a cache line, since AMX loads rows of 64 bytes: rows that cross lines cost 160 to 190
+/// cycles per 64 of work, aligned ones 120.
 #[derive(Debug, Default)]
-pub(crate) struct Codes {
-    lines: Vec<Line>,
+pub(crate) struct AlignedBlocks {
+    lines: Vec<CacheLine>,
     blocks: usize,
 }
 
-impl Codes {
+impl AlignedBlocks {
     fn resize(&mut self, blocks: usize) {
-        let lines = (blocks * BLOCK).div_ceil(size_of::<Line>());
-        // Whoever grows again would fill with zeros again.
+        let lines = (blocks * BLOCK).div_ceil(size_of::<CacheLine>());
+        // Never shrinks: growing again would fill with zeros again.
         if self.lines.len() < lines {
-            self.lines.resize(lines, Line([0; 64]));
+            self.lines.resize(lines, CacheLine([0; 64]));
         }
         self.blocks = blocks;
     }
 }
 
-impl Deref for Codes {
+impl Deref for AlignedBlocks {
     type Target = [[i8; BLOCK]];
 
     fn deref(&self) -> &Self::Target {
@@ -135,29 +162,29 @@ impl Deref for Codes {
     }
 }
 
-impl DerefMut for Codes {
+impl DerefMut for AlignedBlocks {
     fn deref_mut(&mut self) -> &mut Self::Target {
         // SAFETY: as for `deref`; `&mut self` makes it exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.blocks) }
     }
 }
 
-impl Quantized {
-    /// Room for so many tokens.
-    pub(crate) fn resize(&mut self, tokens: usize, cols: usize, sums: Summed) {
+impl Int8Activations {
+    /// Sets the shape; the contents are those of before, or zeros.
+    pub(crate) fn resize(&mut self, tokens: usize, cols: usize, sums: SumGranularity) {
         self.blocks = cols.div_ceil(BLOCK);
         self.codes.resize(tokens * self.blocks);
         self.scales.resize(tokens, 0.0);
         let (parts, offsets) = match sums {
-            Summed::Blocks => (self.blocks, tokens * self.blocks),
-            Summed::Whole => (1, 0),
+            SumGranularity::PerBlock => (self.blocks, tokens * self.blocks),
+            SumGranularity::PerToken => (1, 0),
         };
         self.parts = parts;
         self.sums.resize(tokens * (parts + 1), 0);
         self.offsets.resize(offsets, 0);
     }
 
-    /// The sums of the codes of a token before each part.
+    /// Prefix sums of the codes of a token: `sums[b]` is the sum of all codes before block `b`, the last one the total.
     #[inline(always)]
     pub(crate) fn sums(&self, token: usize) -> &[i32] {
         &self.sums[token * (self.parts + 1)..][..self.parts + 1]
@@ -169,81 +196,88 @@ impl Quantized {
         self.sums[token * (self.parts + 1) + self.parts]
     }
 
-    /// What six-bit codes have too much in each block of a token.
+    /// -32 times the sum of the codes of each block of a token.
     #[inline(always)]
     pub(crate) fn offsets(&self, token: usize) -> &[i32] {
         &self.offsets[token * self.blocks..][..self.blocks]
     }
 
-    /// Where the codes and sums of tokens are written.
+    /// The memory of codes and sums, for kernels that write both.
     pub(crate) fn codes_and_sums(&mut self) -> (&mut [[i8; BLOCK]], &mut [i32]) {
         (&mut self.codes, &mut self.sums)
     }
 
-    /// Quantizes each token, times `factors` where there are any, as one whose absmax is at least `least`.
+    /// Quantizes all tokens: `values`, times `factors` per column if there are any, with
+    /// `scale = max(absmax, absmax_min) / 127`.
+    ///
+    /// # Shapes
+    /// values `[tokens, cols]`, factors `[cols]`
     pub(crate) fn quantize(
         &mut self,
         pool: &Pool,
         values: &[f32],
         cols: usize,
         factors: Option<&[f32]>,
-        least: f32,
-        of: Summed,
+        absmax_min: f32,
+        sums_per: SumGranularity,
     ) {
         let tokens = values.len() / cols;
-        let places = self.places(tokens, cols, factors, least, of);
-        let piece = if values.len() > SHARED { (PIECE / cols).max(1) } else { tokens };
+        let task = self.quantize_task(tokens, cols, factors, absmax_min, sums_per);
+        let piece = if values.len() > PARALLEL_MIN_VALUES { (TASK_VALUES / cols).max(1) } else { tokens };
         pool.run(tokens.div_ceil(piece), |index, _| {
             for token in index * piece..tokens.min((index + 1) * piece) {
                 // SAFETY: each token is called once.
-                unsafe { places.quantize(pool.isa(), token, &values[token * cols..][..cols]) };
+                unsafe { task.quantize(pool.isa(), token, &values[token * cols..][..cols]) };
             }
         });
     }
 
-    /// Places for so many tokens that threads share, and how each is [`quantize`](Self::quantize)d.
-    pub(crate) fn places<'a>(
+    /// Sets the shape, and returns a task by which several threads may quantize tokens, with the parameters of
+    /// [`quantize`](Self::quantize).
+    pub(crate) fn quantize_task<'a>(
         &'a mut self,
         tokens: usize,
         cols: usize,
         factors: Option<&'a [f32]>,
-        least: f32,
-        of: Summed,
-    ) -> Places<'a> {
+        absmax_min: f32,
+        sums_per: SumGranularity,
+    ) -> QuantizeTask<'a> {
         assert!(factors.is_none_or(|factors| factors.len() == cols), "a factor for each of {cols} columns");
-        self.resize(tokens, cols, of);
-        Places {
+        self.resize(tokens, cols, sums_per);
+        QuantizeTask {
             blocks: self.blocks,
             parts: self.parts,
-            codes: Disjoint::new(&mut self.codes),
-            scales: Disjoint::new(&mut self.scales),
-            sums: Disjoint::new(&mut self.sums),
-            offsets: Disjoint::new(&mut self.offsets),
+            codes: DisjointSlices::new(&mut self.codes),
+            scales: DisjointSlices::new(&mut self.scales),
+            sums: DisjointSlices::new(&mut self.sums),
+            offsets: DisjointSlices::new(&mut self.offsets),
             factors,
-            least,
-            of,
+            absmax_min,
+            sums_per,
         }
     }
 }
 
-/// See [`Quantized::places`].
-pub(crate) struct Places<'a> {
+/// Quantizes the tokens of an [`Int8Activations`] on several threads: see [`Int8Activations::quantize_task`].
+pub(crate) struct QuantizeTask<'a> {
     blocks: usize,
     parts: usize,
-    codes: Disjoint<'a, [i8; BLOCK]>,
-    scales: Disjoint<'a, f32>,
-    sums: Disjoint<'a, i32>,
-    offsets: Disjoint<'a, i32>,
+    codes: DisjointSlices<'a, [i8; BLOCK]>,
+    scales: DisjointSlices<'a, f32>,
+    sums: DisjointSlices<'a, i32>,
+    offsets: DisjointSlices<'a, i32>,
     factors: Option<&'a [f32]>,
-    least: f32,
-    of: Summed,
+    absmax_min: f32,
+    sums_per: SumGranularity,
 }
 
-impl Places<'_> {
+impl QuantizeTask<'_> {
+    /// Quantizes one token, `values` of `[cols]`.
+    ///
     /// # Safety
-    /// No two threads have the same token.
+    /// No two threads quantize the same token at the same time.
     pub(crate) unsafe fn quantize(&self, isa: Isa, token: usize, values: &[f32]) {
-        let Self { blocks, parts, factors, least, .. } = *self;
+        let Self { blocks, parts, factors, absmax_min, .. } = *self;
         // SAFETY: each token has its own part of each slice, and is its caller's alone.
         let (codes, scale, sums) = unsafe {
             (
@@ -252,60 +286,70 @@ impl Places<'_> {
                 self.sums.slice(token * (parts + 1), parts + 1),
             )
         };
-        scale[0] = match self.of {
-            Summed::Blocks => {
+        scale[0] = match self.sums_per {
+            SumGranularity::PerBlock => {
                 // SAFETY: as above.
                 let offsets = unsafe { self.offsets.slice(token * blocks, blocks) };
-                isa.run(QuantizeBlocks { values, factors, least, codes, sums, offsets })
+                isa.run(QuantizePerBlock { values, factors, absmax_min, codes, sums, offsets })
             }
-            Summed::Whole => isa.run(QuantizeWhole { values, factors, least, codes, sum: &mut sums[1] }),
+            SumGranularity::PerToken => {
+                isa.run(QuantizePerToken { values, factors, absmax_min, codes, sum: &mut sums[1] })
+            }
         };
     }
 }
 
-/// Quantizes one token, with sums of each block; the result is its scale.
-struct QuantizeBlocks<'a> {
+/// Quantizes one token and computes prefix sums and offsets by block. Returns its scale.
+struct QuantizePerBlock<'a> {
+    /// `[cols]`
     values: &'a [f32],
+    /// `[cols]`
     factors: Option<&'a [f32]>,
-    least: f32,
+    absmax_min: f32,
+    /// `[blocks]`
     codes: &'a mut [[i8; BLOCK]],
+    /// `[blocks + 1]`
     sums: &'a mut [i32],
+    /// `[blocks]`
     offsets: &'a mut [i32],
 }
 
-impl Kernel for QuantizeBlocks<'_> {
+impl Kernel for QuantizePerBlock<'_> {
     type Output = f32;
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
         let mut sum = 0;
         self.sums[0] = 0;
-        quantize(s, self.values, self.factors, self.least, |block, codes| {
+        quantize(s, self.values, self.factors, self.absmax_min, |block, codes| {
             self.codes[block] = codes;
-            let of_block = codes.iter().map(|code| i32::from(*code)).sum::<i32>();
-            sum += of_block;
+            let block_sum = codes.iter().map(|code| i32::from(*code)).sum::<i32>();
+            sum += block_sum;
             self.sums[block + 1] = sum;
-            self.offsets[block] = -SIX_BITS * of_block;
+            self.offsets[block] = -Q6_OFFSET * block_sum;
         })
     }
 }
 
-/// The same with the sum of all.
-struct QuantizeWhole<'a> {
+/// Quantizes one token and computes the sum of its codes. Returns its scale.
+struct QuantizePerToken<'a> {
+    /// `[cols]`
     values: &'a [f32],
+    /// `[cols]`
     factors: Option<&'a [f32]>,
-    least: f32,
+    absmax_min: f32,
+    /// `[blocks]`
     codes: &'a mut [[i8; BLOCK]],
     sum: &'a mut i32,
 }
 
-impl Kernel for QuantizeWhole<'_> {
+impl Kernel for QuantizePerToken<'_> {
     type Output = f32;
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
-        let Self { values, factors, least, codes, sum } = self;
-        let scaling = Scaling::of(s, values, factors, least);
+        let Self { values, factors, absmax_min, codes, sum } = self;
+        let scaling = Scaling::of(s, values, factors, absmax_min);
         let (blocks, rest) = values.as_chunks::<BLOCK>();
         let (whole, last) = codes.split_at_mut(blocks.len());
         let mut sums = s.splat(0);
@@ -319,23 +363,23 @@ impl Kernel for QuantizeWhole<'_> {
             sums = s.add(sums, found);
             s.store_i8(found, codes);
         }
-        let mut lanes = Line([0; 64]);
+        let mut lanes = CacheLine([0; 64]);
         s.store(sums, &mut lanes);
         *sum = lanes.0.as_chunks::<4>().0.iter().map(|lane| i32::from_ne_bytes(*lane)).sum();
         scaling.scale
     }
 }
 
-/// Gives the codes of each block in turn, zeros beyond the values; the result is their scale.
+/// Quantizes `values` and passes the codes of each block to `put(block, codes)`, padded with zeros. Returns the scale.
 #[inline(always)]
 pub(crate) fn quantize<S: Simd>(
     s: S,
     values: &[f32],
     factors: Option<&[f32]>,
-    least: f32,
+    absmax_min: f32,
     mut put: impl FnMut(usize, [i8; BLOCK]),
 ) -> f32 {
-    let scaling = Scaling::of(s, values, factors, least);
+    let scaling = Scaling::of(s, values, factors, absmax_min);
     for (index, block) in values.chunks(BLOCK).enumerate() {
         let mut codes = [0; BLOCK];
         s.store_i8(scaling.codes(s, block, factors, index), &mut codes);
@@ -344,25 +388,29 @@ pub(crate) fn quantize<S: Simd>(
     scaling.scale
 }
 
-/// How the values of a token become codes.
+/// The scale of a token, and how its values become codes.
 struct Scaling<S: Simd> {
+    /// Value of code 1.
     scale: f32,
+    /// `scale` in all lanes.
     divisor: S::Float,
+    /// `1 / scale` in all lanes.
     inverse: S::Float,
 }
 
 impl<S: Simd> Scaling<S> {
+    /// Finds the absolute maximum of `values`, times `factors`.
     #[inline(always)]
-    fn of(s: S, values: &[f32], factors: Option<&[f32]>, least: f32) -> Self {
-        // Several maxima: each waits for the one before it.
+    fn of(s: S, values: &[f32], factors: Option<&[f32]>, absmax_min: f32) -> Self {
+        // Independent maxima, to hide the latency of the instruction.
         const CHAINS: usize = 4;
-        let mut maxima = [s.splat_f32(least); CHAINS];
+        let mut maxima = [s.splat_f32(absmax_min); CHAINS];
         let (groups, rest) = values.as_chunks::<{ CHAINS * BLOCK }>();
         for (index, group) in groups.iter().enumerate() {
             let (blocks, _) = group.as_chunks::<BLOCK>();
             for chain in 0..CHAINS {
                 let x = scaled(s, &blocks[chain], factors, index * CHAINS + chain);
-                // In this order a NaN is passed over.
+                // In this order of arguments, max ignores a NaN.
                 maxima[chain] = s.max_f32(abs(s, x), maxima[chain]);
             }
         }
@@ -375,8 +423,10 @@ impl<S: Simd> Scaling<S> {
         Self { scale, divisor: s.splat_f32(scale), inverse: s.splat_f32(1.0 / scale) }
     }
 
-    /// Activations are rounded as fake quantization rounds them; gradients need not be, and division is slow. At most
-    /// 127 and a rounding error, which `to_int` takes off.
+    /// The codes of a block: at most 127, but for a rounding error, which `to_int` rounds off.
+    ///
+    /// Activations are divided by the scale, as fake quantization does, so that codes agree to the bit. Gradients (which have
+    /// `factors`) are multiplied by its inverse: division is slow.
     #[inline(always)]
     fn codes(&self, s: S, block: &[f32], factors: Option<&[f32]>, index: usize) -> S::Int {
         let x = scaled(s, block, factors, index);
@@ -384,7 +434,7 @@ impl<S: Simd> Scaling<S> {
     }
 }
 
-/// A block times its factors.
+/// The values of a block, times its factors if there are any.
 #[inline(always)]
 fn scaled<S: Simd>(s: S, block: &[f32], factors: Option<&[f32]>, index: usize) -> S::Float {
     let x = load(s, block);

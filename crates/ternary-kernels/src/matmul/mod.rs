@@ -12,11 +12,13 @@ mod multiply;
 mod tests;
 mod tile;
 
-pub use activations::{Input, Quantized};
-pub use format::{ByteMatrix, CodeMatrix, FloatMatrix, Order, SixBitMatrix, TernaryMatrix};
+pub use activations::{Activations, Int8Activations};
+pub use format::{
+    CodeRange, F32Matrix, Int8Matrix, Int8TrainingMatrix, MemoryOrder, Q6Matrix, TernaryMatrix,
+};
 #[cfg(feature = "rayon")]
-pub use gemm_bf16::{HalfFactors, half_product};
+pub use gemm_bf16::{Bf16Workspace, matmul_bf16};
 #[cfg(feature = "rayon")]
-pub use gemm_f32::{View, float_product};
+pub use gemm_f32::{MatrixView, matmul_f32};
 pub use matrix::Matrix;
 pub use multiply::{Product, multiply};

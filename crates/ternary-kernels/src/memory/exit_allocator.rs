@@ -1,4 +1,4 @@
-//! [`ExitAllocator`]: ends the program with an exit code of its own where memory is out.
+//! [`ExitAllocator`]: an allocator that ends the program with its own exit code when memory is exhausted.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -9,25 +9,33 @@ use std::{
     },
 };
 
-/// The exit code of a program that has no memory left.
+/// The exit code of a program that ran out of memory.
 const EXIT_CODE: i32 = 4;
 
-/// The system's allocator, for programs: where it has no memory, one line on standard error says so, and the program ends
-/// with exit code 4.
+/// The system's allocator, as the global allocator of a program. When memory is exhausted, it prints one line to standard
+/// error and ends the program with exit code 4.
 ///
-/// Most libraries allocate as if nothing could fail, and the standard library then aborts, or panics and waits for ever for
-/// the memory of a backtrace. An allocator may not unwind, so it ends the process. What must outlive the program is written
-/// atomically in any case.
+/// Most libraries assume that allocation does not fail. The standard library then aborts, or panics and waits forever for
+/// the memory of a backtrace. An allocator may not unwind, so this one ends the process. Files are written atomically, so
+/// that none is left half written.
+///
+/// # Example
+/// ```
+/// #[global_allocator]
+/// static ALLOCATOR: ternary_kernels::ExitAllocator = ternary_kernels::ExitAllocator;
+/// # fn main() {}
+/// ```
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ExitAllocator;
 
-/// What a program does before [`ExitAllocator`] ends it.
+/// Called before [`ExitAllocator`] ends the program.
 static CLEANUP: OnceLock<fn()> = OnceLock::new();
 
 impl ExitAllocator {
-    /// Calls `cleanup` before the program ends for want of memory, to restore a terminal. It runs in the middle of an
-    /// allocation, so it must not allocate, and must not wait for a lock that an allocating thread may hold. Only the first
-    /// one that is set is kept.
+    /// Sets a function that is called before the program ends, for instance to restore the terminal.
+    ///
+    /// It runs inside an allocation: it must not allocate, and must not wait for a lock that an allocating thread may hold.
+    /// Only the first function that is set is kept.
     pub fn set_cleanup(cleanup: fn()) {
         let _ = CLEANUP.set(cleanup);
     }
@@ -56,6 +64,7 @@ unsafe impl GlobalAlloc for ExitAllocator {
     }
 }
 
+/// The pointer, unless it is null.
 #[inline(always)]
 fn there(pointer: *mut u8, size: usize) -> *mut u8 {
     if pointer.is_null() {
@@ -64,7 +73,7 @@ fn there(pointer: *mut u8, size: usize) -> *mut u8 {
     pointer
 }
 
-/// Takes no memory, and runs nothing that could, but for a cleanup that breaks its promise.
+/// Reports that `size` bytes could not be allocated, and ends the program. Allocates nothing itself.
 #[cold]
 fn exhausted(size: usize) -> ! {
     static CLEANED: AtomicBool = AtomicBool::new(false);
@@ -86,7 +95,7 @@ fn exhausted(size: usize) -> ! {
     end(&text[..length])
 }
 
-/// Which limit of the process may be the reason.
+/// The resource limit of the process that may be the reason.
 fn limit() -> &'static str {
     #[cfg(unix)]
     for (resource, text) in [
@@ -103,6 +112,7 @@ fn limit() -> &'static str {
     ""
 }
 
+/// Prints the text and ends the process.
 #[cfg(unix)]
 fn end(text: &[u8]) -> ! {
     // SAFETY: the bytes are there; neither call takes memory or a lock.

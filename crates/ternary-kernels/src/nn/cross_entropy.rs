@@ -1,4 +1,7 @@
 //! Cross entropy over a vocabulary, and its gradient.
+//!
+//! The loss of a row is `log Z - logit of the target`, with `Z = sum exp(logits)`. The forward pass returns both terms, so that
+//! the caller may weigh them (a loss, a z-loss), and the backward pass takes a gradient for each.
 
 use crate::{
     Pool,
@@ -6,20 +9,29 @@ use crate::{
         Kernel, LANES, Simd,
         vector_ops::{exp, load, load_padded, store},
     },
-    thread_pool::rows_a_piece,
+    thread_pool::rows_per_task,
 };
 
-/// For each row of logits: `[log Z, logit of the target, hit]`, where `Z = sum exp(logits)` and `hit` is 1 if the target
-/// is the first of the largest logits, else 0.
+/// For each row of logits: `[log Z, logit of the target, hit]`, where `Z = sum exp(logits)`, and `hit` is 1 if the target is the
+/// first of the largest logits, else 0.
 ///
 /// # Shapes
 /// logits `[rows, vocab]`, targets `[rows]`, out `[rows]`
 ///
 /// # Panics
 /// When a target is not below `vocab`, or lengths differ.
+///
+/// # Example
+/// ```
+/// use ternary_kernels::{Pool, nn::cross_entropy};
+/// let mut out = [[0.0; 3]];
+/// cross_entropy(&Pool::new(1), &[0.0, 0.0, 0.0, 0.0], 4, &[1], &mut out);
+/// let [log_z, logit, hit] = out[0];
+/// assert!((log_z - logit - 4f32.ln()).abs() < 1e-6 && hit == 0.0);
+/// ```
 pub fn cross_entropy(pool: &Pool, logits: &[f32], vocab: usize, targets: &[usize], out: &mut [[f32; 3]]) {
     assert!(logits.len() == targets.len() * vocab && out.len() == targets.len());
-    let piece = rows_a_piece(vocab);
+    let piece = rows_per_task(vocab);
     pool.chunks(out, piece, |index, _, out| {
         let rows = logits[index * piece * vocab..].chunks(vocab);
         for ((out, row), target) in out.iter_mut().zip(rows).zip(&targets[index * piece..]) {
@@ -31,14 +43,14 @@ pub fn cross_entropy(pool: &Pool, logits: &[f32], vocab: usize, targets: &[usize
     });
 }
 
-/// Gradient for the logits, given those of `log Z` and of the target's logit for each row:
-/// `dlogits = softmax(logits) * dlog_partition`, and `dlogit` more at the target.
+/// The gradient for the logits, given those of `log Z` and of the target's logit for each row:
+/// `dlogits = softmax(logits) * dlog_partition`, plus `dlogit` at the target.
 ///
 /// # Shapes
-/// as [`cross_entropy`]; log_partition `[rows]`, grads `[rows]`
+/// logits, dlogits `[rows, vocab]`; targets, log_partition, grads `[rows]`
 ///
 /// # Panics
-/// As [`cross_entropy`].
+/// As [`cross_entropy()`].
 pub fn cross_entropy_backward(
     pool: &Pool,
     logits: &[f32],
@@ -51,7 +63,7 @@ pub fn cross_entropy_backward(
     let rows = targets.len();
     assert!(logits.len() == rows * vocab && dlogits.len() == logits.len());
     assert!(log_partition.len() == rows && grads.len() == rows);
-    let piece = rows_a_piece(vocab);
+    let piece = rows_per_task(vocab);
     pool.chunks(dlogits, piece * vocab, |index, _, dlogits| {
         for (i, out) in dlogits.chunks_mut(vocab).enumerate() {
             let row = index * piece + i;
@@ -63,8 +75,9 @@ pub fn cross_entropy_backward(
     });
 }
 
-/// The largest logit and the logarithm of the sum of exponentials.
+/// The largest logit of a row, and the logarithm of its sum of exponentials.
 struct Partition<'a> {
+    /// `[vocab]`
     row: &'a [f32],
 }
 
@@ -85,16 +98,21 @@ impl Kernel for Partition<'_> {
         for x in blocks {
             sum = s.add_f32(sum, exp(s, s.sub_f32(s.load_f32(x), maxima)));
         }
-        let tail = s.array(exp(s, s.sub_f32(load(s, rest), maxima)));
+        let tail = s.to_array(exp(s, s.sub_f32(load(s, rest), maxima)));
         let sum = s.sum_lanes(sum) + tail[..rest.len()].iter().sum::<f32>();
         (max, max + sum.ln())
     }
 }
 
+/// `out = exp(x - log_partition) * factor`
 struct Softmax<'a> {
+    /// Logits, `[vocab]`.
     x: &'a [f32],
+    /// Logarithm of the sum of exponentials of the row.
     log_partition: f32,
+    /// The gradient of `log Z`.
     factor: f32,
+    /// `[vocab]`
     out: &'a mut [f32],
 }
 

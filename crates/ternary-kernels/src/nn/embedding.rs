@@ -1,4 +1,4 @@
-//! The gradient of a table whose rows were taken by id.
+//! The gradient of a table of token embeddings.
 
 use crate::{
     Pool,
@@ -6,23 +6,34 @@ use crate::{
         Kernel, LANES, Simd,
         vector_ops::{load, store},
     },
-    thread_pool::rows_a_piece,
+    thread_pool::rows_per_task,
 };
 
-/// Row `id` is the sum of the rows of `grad` whose id it is, in their order; 0 where there is none.
+/// The gradient of a table whose rows were selected by id: row `id` is the sum of the rows of `grad` with that id, in their order,
+/// or 0 if there is none.
+///
+/// Rows are sorted by id first, so that each task owns a range of the table.
 ///
 /// # Shapes
 /// ids `[rows]`, grad `[rows, d]`, out `[vocab, d]`
 ///
 /// # Panics
 /// When an id is not below `vocab`, or lengths do not fit.
+///
+/// # Example
+/// ```
+/// use ternary_kernels::{Pool, nn::embedding_backward};
+/// let mut table = [0.0; 3];
+/// embedding_backward(&Pool::new(1), &[2, 0, 2], &[1.0, 10.0, 100.0], 1, &mut table);
+/// assert_eq!(table, [10.0, 0.0, 101.0]);
+/// ```
 pub fn embedding_backward(pool: &Pool, ids: &[usize], grad: &[f32], d: usize, out: &mut [f32]) {
     assert!(grad.len() == ids.len() * d && out.len().is_multiple_of(d), "gradients of rows of {d}");
     let vocab = out.len() / d;
     let mut rows: Vec<(usize, usize)> = ids.iter().copied().zip(0..).collect();
     rows.sort_unstable();
     assert!(rows.last().is_none_or(|(id, _)| *id < vocab), "an id of a table of {vocab} rows");
-    let piece = rows_a_piece(d);
+    let piece = rows_per_task(d);
     pool.chunks(out, piece * d, |index, _, out| {
         out.fill(0.0);
         let first = index * piece;
@@ -34,8 +45,11 @@ pub fn embedding_backward(pool: &Pool, ids: &[usize], grad: &[f32], d: usize, ou
     });
 }
 
+/// `sum += x`
 struct Add<'a> {
+    /// `[d]`
     x: &'a [f32],
+    /// `[d]`
     sum: &'a mut [f32],
 }
 

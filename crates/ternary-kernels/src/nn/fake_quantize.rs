@@ -1,4 +1,7 @@
-//! The ternary quantizer, and rounding by the absolute maximum.
+//! Fake quantization: ternary weights, activations rounded by their absolute maximum, and the means that scales are made of.
+//!
+//! Results agree to the bit with the float operations of any backend: values are divided by their scale and rounded ties to
+//! even, and weights are compared with a threshold, without a division.
 
 use crate::{
     Pool,
@@ -6,16 +9,24 @@ use crate::{
         Kernel, LANES, Simd,
         vector_ops::{abs, load, store},
     },
-    thread_pool::{PIECE, rows_a_piece},
+    thread_pool::{TASK_LEN, rows_per_task},
 };
 
-/// `scale` with the sign of `weight` where `|weight| > threshold`, else 0.
+/// `out = scale` with the sign of `weight` where `|weight| > threshold`, else 0.
 ///
 /// # Shapes
 /// weight and out `[groups, n, channels]`; scale and threshold `[groups, channels]`
 ///
 /// # Panics
 /// When lengths do not fit.
+///
+/// # Example
+/// ```
+/// use ternary_kernels::{Pool, nn::ternary_quantize};
+/// let mut out = [0.0; 4];
+/// ternary_quantize(&Pool::new(1), &[0.9, -0.2, 0.4, -0.7], [4, 1], &[0.5], &[0.25], &mut out);
+/// assert_eq!(out, [0.5, 0.0, 0.5, -0.5]);
+/// ```
 pub fn ternary_quantize(
     pool: &Pool,
     weight: &[f32],
@@ -26,25 +37,37 @@ pub fn ternary_quantize(
 ) {
     assert!(weight.len() == out.len() && weight.len() == scale.len() * n && scale.len() == threshold.len());
     assert!(scale.len().is_multiple_of(channels), "scales for {channels} channels");
-    // A row of `channels` weights where each has its own scale, a run of `n` weights where they share one.
+    // A row of `channels` weights with a scale each, or a run of `n` weights that share one.
     let row = if channels == 1 { n } else { channels };
-    let rows = (PIECE / row).max(1);
+    let rows = (TASK_LEN / row).max(1);
     pool.chunks(out, rows * row, |index, _, out| {
         for (i, out) in out.chunks_mut(row).enumerate() {
             let at = index * rows + i;
             let weight = &weight[at * row..][..row];
             let group = if channels == 1 { at..at + 1 } else { at / n * channels..(at / n + 1) * channels };
             let (scale, threshold) = (&scale[group.clone()], &threshold[group]);
-            pool.isa().run(Row { weight, scale, threshold, out });
+            pool.isa().run(TernarizeRow { weight, scale, threshold, out });
         }
     });
 }
 
 /// Rounds each row to `2 levels + 1` values: `scale = of(max(|x|, least))`,
-/// `out = round_ties_even(clamp(x / scale, -levels, levels)) * scale`. A NaN stays one.
+/// `out = round_ties_even(clamp(x / scale, -levels, levels)) * scale`. NaN stays NaN.
+///
+/// # Shapes
+/// x, out `[rows, d]`
 ///
 /// # Panics
-/// When `x` is not a whole number of rows of `d`, or lengths differ.
+/// When `x` is not a whole number of rows, or lengths differ.
+///
+/// # Example
+/// ```
+/// use ternary_kernels::{Pool, nn::absmax_quantize};
+/// let mut out = [0.0; 3];
+/// // One row at 7 levels on either side of zero: the scale is 0.5.
+/// absmax_quantize(&Pool::new(1), &[3.5, 0.6, -1.1], 3, 7.0, 1e-5, |max| max / 7.0, &mut out);
+/// assert_eq!(out, [3.5, 0.5, -1.0]);
+/// ```
 pub fn absmax_quantize(
     pool: &Pool,
     x: &[f32],
@@ -55,34 +78,37 @@ pub fn absmax_quantize(
     out: &mut [f32],
 ) {
     assert!(x.len() == out.len() && x.len().is_multiple_of(d), "{} numbers, rows of {d}", x.len());
-    let piece = rows_a_piece(d) * d;
+    let piece = rows_per_task(d) * d;
     pool.chunks(out, piece, |index, _, out| {
         for (out, x) in out.chunks_mut(d).zip(x[index * piece..].chunks(d)) {
             let max = pool.isa().run(Absmax { x, least });
-            pool.isa().run(Round { x, levels, scale: of(max), out });
+            pool.isa().run(RoundRow { x, levels, scale: of(max), out });
         }
     });
 }
 
-/// `mean |x|` down the columns of each `[n, channels]`.
+/// `mean |x|` over `n`, per channel of each group.
 ///
-/// Of blocks of rows in f32, and of those in f64.
+/// Sums are in f32 within blocks of rows, and in f64 over the blocks.
+///
+/// # Shapes
+/// x `[groups, n, channels]`, result `[groups, channels]`
 ///
 /// # Panics
-/// When `x` is not whole groups of `n * channels`.
+/// When `x` is not a whole number of groups.
 pub fn mean_abs(pool: &Pool, x: &[f32], [n, channels]: [usize; 2]) -> Vec<f32> {
     assert!(x.len().is_multiple_of(n * channels), "{} numbers, groups of {n} x {channels}", x.len());
-    // Few blocks: what is left to be added up is one thread's.
-    let rows = if channels == 1 { PIECE } else { (PIECE / channels).max(64) }.min(n);
+    // Large blocks: their sums are added up by one thread.
+    let rows = if channels == 1 { TASK_LEN } else { (TASK_LEN / channels).max(64) }.min(n);
     let blocks = n.div_ceil(rows);
     let groups = x.len() / (n * channels);
-    let piece = (PIECE / (rows * channels)).max(1);
-    let sums = pool.pieces(groups * blocks, piece, |range| {
+    let piece = (TASK_LEN / (rows * channels)).max(1);
+    let sums = pool.map_ranges(groups * blocks, piece, |range| {
         let mut sums = vec![0.0; range.len() * channels];
         for (index, sums) in range.zip(sums.chunks_mut(channels)) {
             let (group, first) = (index / blocks, index % blocks * rows);
             let block = &x[(group * n + first) * channels..][..rows.min(n - first) * channels];
-            pool.isa().run(Magnitudes { x: block, sums });
+            pool.isa().run(ColumnMagnitudes { x: block, sums });
         }
         sums
     });
@@ -98,35 +124,38 @@ pub fn mean_abs(pool: &Pool, x: &[f32], [n, channels]: [usize; 2]) -> Vec<f32> {
     means
 }
 
-/// Adds the magnitudes in each column of `[rows, columns]` to its sum, row by row; of a single column, by sixteen partial sums.
-struct Magnitudes<'a> {
+/// Adds the magnitudes in each column of `[rows, columns]` to its sum, row by row. A single column is added by 16 partial sums.
+struct ColumnMagnitudes<'a> {
+    /// `[rows, columns]`
     x: &'a [f32],
+    /// `[columns]`
     sums: &'a mut [f32],
 }
 
-impl Kernel for Magnitudes<'_> {
+impl Kernel for ColumnMagnitudes<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        // Vectors of columns whose sums stay in registers.
-        const TOGETHER: usize = 4;
+        // Vectors of columns with their sums in registers.
+        const COLUMN_VECTORS: usize = 4;
         let n = self.sums.len();
         if let [sum] = self.sums {
             let (vectors, rest) = self.x.as_chunks::<LANES>();
             let add = |sums, x| s.add_f32(sums, abs(s, s.load_f32(x)));
-            let lanes = s.array(vectors.iter().fold(s.splat_f32(0.0), add));
+            let lanes = s.to_array(vectors.iter().fold(s.splat_f32(0.0), add));
             *sum += lanes.iter().sum::<f32>() + rest.iter().map(|x| x.abs()).sum::<f32>();
             return;
         }
-        let (groups, rest) = self.sums.as_chunks_mut::<{ TOGETHER * LANES }>();
-        let first = groups.len() * TOGETHER * LANES;
+        let (groups, rest) = self.sums.as_chunks_mut::<{ COLUMN_VECTORS * LANES }>();
+        let first = groups.len() * COLUMN_VECTORS * LANES;
         for (index, sums) in groups.iter_mut().enumerate() {
             let (vectors, _) = sums.as_chunks_mut::<LANES>();
-            let mut found: [_; TOGETHER] = std::array::from_fn(|i| s.load_f32(&vectors[i]));
+            let mut found: [_; COLUMN_VECTORS] = std::array::from_fn(|i| s.load_f32(&vectors[i]));
             for row in self.x.chunks_exact(n) {
-                let (row, _) = row[index * TOGETHER * LANES..][..TOGETHER * LANES].as_chunks::<LANES>();
-                for i in 0..TOGETHER {
+                let (row, _) =
+                    row[index * COLUMN_VECTORS * LANES..][..COLUMN_VECTORS * LANES].as_chunks::<LANES>();
+                for i in 0..COLUMN_VECTORS {
                     found[i] = s.add_f32(found[i], abs(s, s.load_f32(&row[i])));
                 }
             }
@@ -142,8 +171,11 @@ impl Kernel for Magnitudes<'_> {
     }
 }
 
+/// The absolute maximum of a row, at least `least`.
 struct Absmax<'a> {
+    /// One row.
     x: &'a [f32],
+    /// The result is not smaller than this.
     least: f32,
 }
 
@@ -155,20 +187,25 @@ impl Kernel for Absmax<'_> {
         let zero = s.splat_f32(0.0);
         s.max_lanes(self.x.chunks(LANES).fold(s.splat_f32(self.least), |max, x| {
             let x = load(s, x);
-            // In this order a NaN is passed over.
+            // In this order of arguments, max ignores a NaN.
             s.max_f32(s.max_f32(x, s.sub_f32(zero, x)), max)
         }))
     }
 }
 
-struct Round<'a> {
+/// Rounds one row by its scale.
+struct RoundRow<'a> {
+    /// One row.
     x: &'a [f32],
+    /// The largest code.
     levels: f32,
+    /// The value of code 1.
     scale: f32,
+    /// As long as `x`.
     out: &'a mut [f32],
 }
 
-impl Kernel for Round<'_> {
+impl Kernel for RoundRow<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -178,21 +215,25 @@ impl Kernel for Round<'_> {
             let x = load(s, x);
             let above = s.max_f32(s.div_f32(x, scale), lowest);
             let within = s.sub_f32(zero, s.max_f32(s.sub_f32(zero, above), lowest));
-            // Adds nothing, but a NaN to a NaN.
+            // Adds zero, or NaN to a NaN.
             store(s, s.fma(s.to_float(s.to_int(within)), scale, s.sub_f32(x, x)), out);
         }
     }
 }
 
-struct Row<'a> {
+/// Quantizes the weights of one row.
+struct TernarizeRow<'a> {
+    /// One row.
     weight: &'a [f32],
-    /// One, or one for each weight.
+    /// One scale for the row, or one for each weight.
     scale: &'a [f32],
+    /// As many as scales.
     threshold: &'a [f32],
+    /// As long as `weight`.
     out: &'a mut [f32],
 }
 
-impl Kernel for Row<'_> {
+impl Kernel for TernarizeRow<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -213,6 +254,7 @@ impl Kernel for Row<'_> {
     }
 }
 
+/// `scale` with the sign of `weight` where its magnitude exceeds `threshold`, else 0.
 #[inline(always)]
 fn quantized<S: Simd>(s: S, weight: S::Float, scale: S::Float, threshold: S::Float) -> S::Float {
     let zero = s.splat_f32(0.0);

@@ -1,4 +1,12 @@
-//! How far two distributions over a vocabulary are from each other, and the gradient for one of them.
+//! KL divergences between the distributions of a teacher and a student over a vocabulary, and their gradient: the losses of
+//! knowledge distillation.
+//!
+//! One pass over both rows of logits computes four sums; a second pass computes the gradient:
+//!
+//! ```text
+//! t = (teacher - max teacher) / temperature        u = (student - max student) / temperature
+//! sum exp(t),  sum exp(u),  sum exp(t) (t - u),  sum exp(u) (t - u)
+//! ```
 
 use crate::{
     Pool,
@@ -6,7 +14,7 @@ use crate::{
         Kernel, LANES, Simd,
         vector_ops::{exp, load, load_padded, store},
     },
-    thread_pool::rows_a_piece,
+    thread_pool::rows_per_task,
 };
 
 /// For each row of logits, with `p = softmax(teacher / temperature)` and `q = softmax(student / temperature)`:
@@ -17,7 +25,10 @@ use crate::{
 ///
 /// # Panics
 /// When lengths differ.
-pub fn divergence(
+///
+/// # Source
+/// Hinton et al., "Distilling the Knowledge in a Neural Network" (2015).
+pub fn kl_divergence(
     pool: &Pool,
     teacher: &[f32],
     student: &[f32],
@@ -26,7 +37,7 @@ pub fn divergence(
     out: &mut [[f32; 4]],
 ) {
     assert!(teacher.len() == out.len() * vocab && student.len() == teacher.len(), "logits of {vocab} tokens");
-    let piece = rows_a_piece(vocab);
+    let piece = rows_per_task(vocab);
     pool.chunks(out, piece, |index, _, out| {
         let start = index * piece * vocab;
         let rows = teacher[start..].chunks(vocab).zip(student[start..].chunks(vocab));
@@ -36,16 +47,16 @@ pub fn divergence(
     });
 }
 
-/// Gradient for the student's logits, given those of the two divergences of each row:
+/// The gradient for the student's logits, given those of the two divergences of each row:
 /// `(dforward (q - p) + dreverse q (log q - log p - KL(q || p))) / temperature`.
 ///
 /// # Shapes
-/// as [`divergence`], whose output is `saved`; grads `[rows]`
+/// As of [`kl_divergence()`], whose output is `saved`; grads `[rows]`, dstudent `[rows, vocab]`
 ///
 /// # Panics
-/// As [`divergence`].
+/// As [`kl_divergence()`].
 #[allow(clippy::too_many_arguments)]
-pub fn divergence_backward(
+pub fn kl_divergence_backward(
     pool: &Pool,
     teacher: &[f32],
     student: &[f32],
@@ -60,7 +71,7 @@ pub fn divergence_backward(
         "logits of {vocab} tokens"
     );
     assert!(grads.len() == saved.len() && dstudent.len() == student.len(), "gradients");
-    let piece = rows_a_piece(vocab);
+    let piece = rows_per_task(vocab);
     pool.chunks(dstudent, piece * vocab, |index, _, out| {
         for (i, out) in out.chunks_mut(vocab).enumerate() {
             let row = index * piece + i;
@@ -79,11 +90,13 @@ pub fn divergence_backward(
     });
 }
 
-/// Logits of one position.
+/// The logits of one position.
 struct Row<'a> {
+    /// `[vocab]`
     teacher: &'a [f32],
+    /// `[vocab]`
     student: &'a [f32],
-    /// Of the temperature.
+    /// `1 / temperature`
     inverse: f32,
 }
 
@@ -108,7 +121,7 @@ impl Kernel for Row<'_> {
             }
         }
         let rest =
-            terms(s, [&teacher[whole..], &student[whole..]], largest, inverse).map(|term| s.array(term));
+            terms(s, [&teacher[whole..], &student[whole..]], largest, inverse).map(|term| s.to_array(term));
         let rest = rest.map(|terms| terms[..teacher.len() - whole].iter().sum::<f32>());
         let [p, q, p_gap, q_gap] = std::array::from_fn(|i| s.sum_lanes(sums[i]) + rest[i]);
         let (log_p, log_q) = (p.ln(), q.ln());
@@ -121,8 +134,7 @@ impl Kernel for Row<'_> {
     }
 }
 
-/// Of at most 16 tokens: powers of both, and these times how much likelier the teacher finds a token, but for the sums of all
-/// powers.
+/// The four summands of at most 16 tokens: `exp(t)`, `exp(u)`, `exp(t) (t - u)`, `exp(u) (t - u)`.
 #[inline(always)]
 fn terms<S: Simd>(s: S, logits: [&[f32]; 2], largest: [f32; 2], inverse: f32) -> [S::Float; 4] {
     let [t, u] = [0, 1].map(|i| {
@@ -133,10 +145,14 @@ fn terms<S: Simd>(s: S, logits: [&[f32]; 2], largest: [f32; 2], inverse: f32) ->
     [p, q, s.mul_f32(p, gap), s.mul_f32(q, gap)]
 }
 
+/// The gradient of one position.
 struct Gradient<'a> {
     row: Row<'a>,
+    /// Output of the forward pass.
     saved: [f32; 4],
+    /// Gradients of the two divergences.
     grads: [f32; 2],
+    /// `[vocab]`
     out: &'a mut [f32],
 }
 
@@ -193,12 +209,21 @@ mod tests {
             let mut bits = None;
             for pool in pools() {
                 let mut out = vec![[f32::NAN; 4]; rows];
-                divergence(&pool, &teacher, &student, vocab, temperature, &mut out);
+                kl_divergence(&pool, &teacher, &student, vocab, temperature, &mut out);
                 let column = |i: usize| out.iter().map(|out| out[i]).collect::<Vec<_>>();
                 assert_close("forward", &column(0), logs.iter().map(|(p, q)| kl(p, q)), 4e-6);
                 assert_close("reverse", &column(1), logs.iter().map(|(p, q)| kl(q, p)), 4e-6);
                 let mut found = vec![f32::NAN; student.len()];
-                divergence_backward(&pool, &teacher, &student, vocab, temperature, &out, &grads, &mut found);
+                kl_divergence_backward(
+                    &pool,
+                    &teacher,
+                    &student,
+                    vocab,
+                    temperature,
+                    &out,
+                    &grads,
+                    &mut found,
+                );
                 let expected = logs.iter().zip(&grads).flat_map(|((p, q), grads)| {
                     let ([forward, reverse], excess) = (grads.map(f64::from), kl(q, p));
                     let each = p.iter().zip(q).map(move |(p, q)| {
@@ -222,7 +247,7 @@ mod tests {
             let other: Vec<f32> = logits.iter().map(|x| x + 4.0).collect();
             for pool in pools() {
                 let mut out = [[f32::NAN; 4]];
-                divergence(&pool, &logits, &other, vocab, 1.0, &mut out);
+                kl_divergence(&pool, &logits, &other, vocab, 1.0, &mut out);
                 assert!(out[0][..2].iter().all(|distance| distance.abs() < 1e-5), "{out:?}");
             }
         }

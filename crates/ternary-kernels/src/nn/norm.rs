@@ -1,4 +1,14 @@
-//! Layer norm and RMS norm over rows, and their gradients.
+//! Layer norm and RMS norm, and their gradients.
+//!
+//! ```text
+//! mean = sum(x) / n  (0 in an RMS norm)        r = 1 / sqrt(mean((x - mean)²) + epsilon)
+//! x^ = (x - mean) r                            out = x^ weight + bias
+//! g = grad weight                              dx = r (g - mean(g) - x^ mean(g x^))     (no mean(g) in an RMS norm)
+//! dweight = sum over rows of grad x^           dbias = sum over rows of grad
+//! ```
+//!
+//! Each row is read three times, and is in the cache after the first. Gradients of parameters are summed per task, and the sums
+//! of tasks are added in their order.
 
 use crate::{
     Pool,
@@ -6,41 +16,65 @@ use crate::{
         Isa, Kernel, LANES, Simd,
         vector_ops::{load, load_padded, store},
     },
-    thread_pool::{Disjoint, rows_a_piece},
+    thread_pool::{DisjointSlices, rows_per_task},
 };
 
 impl Isa {
-    /// `out = x / sqrt(mean(x²) + epsilon) * weight`
+    /// RMS norm of one row: `out = x / sqrt(mean(x²) + epsilon) * weight`.
     ///
     /// # Panics
-    /// When lengths differ, here as in all of these.
+    /// When lengths differ.
+    ///
+    /// # Source
+    /// Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     pub fn rms_norm(self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
         self.run(NormRow { x, weight, bias: None, epsilon, out });
     }
 
-    /// `out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias`
+    /// Layer norm of one row: `out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias`.
+    ///
+    /// # Panics
+    /// When lengths differ.
+    ///
+    /// # Source
+    /// Ba et al., "Layer Normalization" (2016).
     pub fn layer_norm(self, x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, out: &mut [f32]) {
         self.run(NormRow { x, weight, bias: Some(bias), epsilon, out });
     }
 }
 
-/// Parameters of a norm; rows have as many numbers as `weight`.
+/// Parameters of a norm. A row has as many numbers as `weight`.
 #[derive(Clone, Copy, Debug)]
 pub struct Norm<'a> {
+    /// Factor of each column, `[d]`.
     pub weight: &'a [f32],
-    /// With one it is layer norm, else RMS norm.
+    /// Added to each column, `[d]`. With a bias it is layer norm, without RMS norm.
     pub bias: Option<&'a [f32]>,
+    /// Added to the mean square, so that a row of zeros does not divide by zero.
     pub epsilon: f32,
 }
 
 /// Normalizes each row: see [`crate::Isa::layer_norm`] and [`crate::Isa::rms_norm`].
 ///
+/// # Shapes
+/// x, out `[rows, d]`
+///
 /// # Panics
 /// When `x` is not a whole number of rows, or lengths differ.
+///
+/// # Example
+/// ```
+/// use ternary_kernels::{Pool, nn::{Norm, norm}};
+/// let (weight, mut out) = ([1.0; 4], [0.0; 4]);
+/// // Without a bias: RMS norm.
+/// let parameters = Norm { weight: &weight, bias: None, epsilon: 0.0 };
+/// norm(&Pool::new(1), &[2.0, -2.0, 2.0, -2.0], parameters, &mut out);
+/// assert_eq!(out, [1.0, -1.0, 1.0, -1.0]);
+/// ```
 pub fn norm(pool: &Pool, x: &[f32], norm: Norm, out: &mut [f32]) {
     let d = norm.weight.len();
     assert!(x.len() == out.len() && x.len().is_multiple_of(d));
-    let piece = rows_a_piece(d) * d;
+    let piece = rows_per_task(d) * d;
     pool.chunks(out, piece, |index, _, out| {
         for (out, x) in out.chunks_mut(d).zip(x[index * piece..].chunks(d)) {
             match norm.bias {
@@ -51,10 +85,13 @@ pub fn norm(pool: &Pool, x: &[f32], norm: Norm, out: &mut [f32]) {
     });
 }
 
-/// Gradients of [`norm()`] for its input; those for the weight and, in a layer norm, for the bias are returned.
+/// Gradients of [`norm()`]: `dx` for its input; those for the weight and, in a layer norm, for the bias are returned.
 ///
 /// With `x^ = (x - mean) r` and `g = grad * weight`: `dx = r (g - mean(g) - x^ mean(g x^))`, without the means of `x`
 /// and `g` in an RMS norm; `dweight = sum grad x^` and `dbias = sum grad` over the rows.
+///
+/// # Shapes
+/// x, grad, dx `[rows, d]`; results `[d]`
 ///
 /// # Panics
 /// As [`norm()`].
@@ -67,10 +104,10 @@ pub fn norm_backward(
 ) -> (Vec<f32>, Option<Vec<f32>>) {
     let d = norm.weight.len();
     assert!(x.len() == dx.len() && grad.len() == dx.len() && x.len().is_multiple_of(d));
-    let dx = Disjoint::new(dx);
-    let parts = pool.pieces(x.len() / d, rows_a_piece(d), |rows| {
+    let dx = DisjointSlices::new(dx);
+    let parts = pool.map_ranges(x.len() / d, rows_per_task(d), |rows| {
         let numbers = rows.start * d..rows.end * d;
-        // SAFETY: pieces do not overlap.
+        // SAFETY: tasks do not overlap.
         let dx = unsafe { dx.slice(numbers.start, numbers.len()) };
         let mut sums = [vec![0.0; d], vec![0.0; d]];
         let [dweight, dbias] = &mut sums;
@@ -87,12 +124,17 @@ pub fn norm_backward(
     (dweight, norm.bias.map(|_| dbias))
 }
 
+/// Either norm of one row.
 struct NormRow<'a> {
+    /// `[d]`
     x: &'a [f32],
+    /// `[d]`
     weight: &'a [f32],
     /// With one, the mean is subtracted.
     bias: Option<&'a [f32]>,
+    /// Added to the variance.
     epsilon: f32,
+    /// `[d]`
     out: &'a mut [f32],
 }
 
@@ -126,12 +168,18 @@ impl Kernel for NormRow<'_> {
     }
 }
 
+/// The gradients of some rows. Those of the parameters are added to `dweight` and `dbias`.
 struct Backward<'a> {
+    /// `[rows, d]`
     x: &'a [f32],
     norm: Norm<'a>,
+    /// `[rows, d]`
     grad: &'a [f32],
+    /// `[rows, d]`
     dx: &'a mut [f32],
+    /// `[d]`
     dweight: &'a mut [f32],
+    /// `[d]`
     dbias: &'a mut [f32],
 }
 
@@ -156,6 +204,7 @@ impl Kernel for Backward<'_> {
             });
             let r = 1.0 / (s.sum_lanes(squares) / n + epsilon).sqrt();
             let factor = s.splat_f32(r);
+            // mean(g) and mean(g x^), and the gradients of the parameters.
             let (mut sum, mut projection) = (zero, zero);
             for (i, (x, grad)) in x.chunks(LANES).zip(grad.chunks(LANES)).enumerate() {
                 let part = i * LANES..i * LANES + x.len();

@@ -1,4 +1,4 @@
-//! Rotary position embedding of one head, as a method of [`Isa`].
+//! Rotary position embedding (RoPE) of one head, as a method of [`Isa`].
 
 use crate::simd::{
     Isa, Kernel, LANES, Simd,
@@ -6,15 +6,25 @@ use crate::simd::{
 };
 
 impl Isa {
-    /// Turns the pairs `(x[i], x[i + n])` of a head of size `2 n` by angles given as cosines and sines `[n]`.
+    /// Rotates the pairs `(x[i], x[i + n])` of a head of `2 n` components by angles, given as cosines and sines `[n]`.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    ///
+    /// # Source
+    /// Su et al., "RoFormer" (2021), with the pairs of GPT-NeoX.
     pub fn rope(self, x: &mut [f32], cos: &[f32], sin: &[f32]) {
         self.run(Rope { x, cos, sin });
     }
 }
 
+/// See [`Isa::rope`].
 struct Rope<'a> {
+    /// `[2 n]`
     x: &'a mut [f32],
+    /// `[n]`
     cos: &'a [f32],
+    /// `[n]`
     sin: &'a [f32],
 }
 

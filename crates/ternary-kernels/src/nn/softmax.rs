@@ -6,18 +6,21 @@ use crate::simd::{
 };
 
 impl Isa {
-    /// `x = exp(x - max(x)) / sum(exp(x - max(x)))`
+    /// Softmax in place: `x = exp(x - max(x)) / sum(exp(x - max(x)))`.
     pub fn softmax(self, x: &mut [f32]) {
         self.run(Softmax { x });
     }
 
-    /// `x = exp((x - max(x)) / temperature)`, and 0 below exp(-87) and where x is -infinity: a softmax that is not normalized.
+    /// Unnormalized softmax in place: `x = exp((x - max(x)) / temperature)`. Results below `exp(-87)`, and those of negative infinity,
+    /// are 0.
     pub fn softmax_weights(self, x: &mut [f32], temperature: f32) {
         self.run(SoftmaxWeights { x, temperature });
     }
 }
 
+/// See [`Isa::softmax`].
 pub(crate) struct Softmax<'a> {
+    /// The row, which is replaced.
     pub x: &'a mut [f32],
 }
 
@@ -39,7 +42,7 @@ impl Kernel for Softmax<'_> {
             sum = s.add_f32(sum, value);
             s.store_f32(value, x);
         }
-        let tail = s.array(exp(s, s.sub_f32(load(s, rest), maxima)));
+        let tail = s.to_array(exp(s, s.sub_f32(load(s, rest), maxima)));
         rest.copy_from_slice(&tail[..rest.len()]);
         let sum = s.sum_lanes(sum) + rest.iter().sum::<f32>();
         let factor = s.splat_f32(1.0 / sum);
@@ -49,8 +52,11 @@ impl Kernel for Softmax<'_> {
     }
 }
 
+/// See [`Isa::softmax_weights`].
 struct SoftmaxWeights<'a> {
+    /// Logits, which are replaced.
     x: &'a mut [f32],
+    /// Divides the logits.
     temperature: f32,
 }
 
@@ -65,7 +71,7 @@ impl Kernel for SoftmaxWeights<'_> {
         }
         let (max, temperature) = (s.splat_f32(s.max_lanes(max)), s.splat_f32(self.temperature));
         for x in self.x.chunks_mut(LANES) {
-            // Two steps: the difference of two huge numbers may be infinite, a quotient of infinities is no number.
+            // Divided after the subtraction: the difference may be infinite, and a quotient of infinities would be NaN.
             let power = s.div_f32(s.sub_f32(load(s, x), max), temperature);
             store(s, s.select_greater(power, s.splat_f32(-87.0), exp(s, power), s.splat_f32(0.0)), x);
         }

@@ -1,4 +1,7 @@
-//! AdamW in one pass, and the norm of gradients.
+//! AdamW in one pass over memory, and the norm of gradients.
+//!
+//! A step reads weight, gradient and both moments and writes weight and moments: 28 bytes per parameter, so that it runs at the
+//! speed of the memory. Gradient clipping is a factor of the same pass.
 
 use crate::{
     Pool,
@@ -6,46 +9,72 @@ use crate::{
         Kernel, LANES, Simd,
         vector_ops::{load, store},
     },
-    thread_pool::{Disjoint, PIECE},
+    thread_pool::{DisjointSlices, TASK_LEN},
 };
 
-/// The numbers of an AdamW step.
+/// The parameters of an AdamW step.
 ///
 /// # Source
-/// Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2.
+/// Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
+    /// Learning rate.
     pub lr: f32,
+    /// Decay of the first moment.
     pub beta1: f32,
+    /// Decay of the second moment.
     pub beta2: f32,
+    /// Added to the root of the second moment.
     pub epsilon: f32,
-    /// What decay leaves of a weight, `1 - lr * weight_decay`.
+    /// Factor of the weight for decoupled weight decay: `1 - lr * weight_decay`.
     pub keep: f32,
-    /// `1 - beta1^t` and `1 - beta2^t` at step t, from 1 on.
+    /// Bias corrections `1 - beta1^t` and `1 - beta2^t` of step `t`, which counts from 1.
     pub corrections: [f32; 2],
-    /// What gradients are multiplied by first, as to clip them.
+    /// Factor of the gradient, for clipping by the global norm.
     pub grad_factor: f32,
 }
 
-/// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g²`,
-/// `w = keep w - lr (m / correction1) / (sqrt(v / correction2) + epsilon)`
+/// One AdamW step: `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g²`,
+/// `w = keep w - lr (m / correction1) / (sqrt(v / correction2) + epsilon)`, with `g = grad_factor * grad`.
 ///
 /// # Panics
 /// When lengths differ.
+///
+/// # Example
+/// ```
+/// use ternary_kernels::{Pool, optim::{AdamW, adamw}};
+/// let (beta1, beta2) = (0.9, 0.95);
+/// // The first step: moments are zero, and bias corrections make the direction the sign of the gradient.
+/// let step = AdamW {
+///     lr: 0.1,
+///     beta1,
+///     beta2,
+///     epsilon: 0.0,
+///     keep: 1.0,
+///     corrections: [1.0 - beta1, 1.0 - beta2],
+///     grad_factor: 1.0,
+/// };
+/// let (mut weight, mut m, mut v) = ([1.0], [0.0], [0.0]);
+/// adamw(&Pool::new(1), step, &mut weight, &[3.0], &mut m, &mut v);
+/// assert!((weight[0] - 0.9).abs() < 1e-6);
+/// ```
 pub fn adamw(pool: &Pool, step: AdamW, weight: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32]) {
     assert!(weight.len() == grad.len() && m.len() == grad.len() && v.len() == grad.len());
-    let (m, v) = (Disjoint::new(m), Disjoint::new(v));
-    pool.chunks(weight, PIECE, |index, _, weight| {
-        let (start, len) = (index * PIECE, weight.len());
-        // SAFETY: pieces do not overlap.
+    let (m, v) = (DisjointSlices::new(m), DisjointSlices::new(v));
+    pool.chunks(weight, TASK_LEN, |index, _, weight| {
+        let (start, len) = (index * TASK_LEN, weight.len());
+        // SAFETY: tasks do not overlap.
         let (m, v) = unsafe { (m.slice(start, len), v.slice(start, len)) };
         pool.isa().run(Step { step, weight, grad: &grad[start..start + len], m, v });
     });
 }
 
+/// One step of some weights.
 struct Step<'a> {
     step: AdamW,
+    /// One task.
     weight: &'a mut [f32],
+    /// As long as `weight`, like the moments.
     grad: &'a [f32],
     m: &'a mut [f32],
     v: &'a mut [f32],
@@ -58,7 +87,7 @@ impl Kernel for Step<'_> {
     fn run<S: Simd>(self, s: S) {
         let AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = self.step;
         let c = |value: f32| s.splat_f32(value);
-        // lr m / c1 / (sqrt(v / c2) + e), with the constants taken together.
+        // lr m / c1 / (sqrt(v / c2) + e), with its constants combined.
         let root = corrections[1].sqrt();
         let (rate, epsilon) = (c(-lr * root / corrections[0]), c(epsilon * root));
         let moments = self.m.chunks_mut(LANES).zip(self.v.chunks_mut(LANES));
@@ -76,12 +105,13 @@ impl Kernel for Step<'_> {
     }
 }
 
-/// `sum x²`, in f64 over pieces of f32.
+/// `sum x²`, in f32 within tasks and in f64 over them.
 pub fn square_sum(pool: &Pool, x: &[f32]) -> f64 {
-    let parts = pool.pieces(x.len(), PIECE, |part| f64::from(pool.isa().run(Squares(&x[part]))));
+    let parts = pool.map_ranges(x.len(), TASK_LEN, |part| f64::from(pool.isa().run(Squares(&x[part]))));
     parts.into_iter().sum()
 }
 
+/// The sum of squares of one task.
 struct Squares<'a>(&'a [f32]);
 
 impl Kernel for Squares<'_> {
@@ -103,7 +133,7 @@ mod tests {
 
     #[test]
     fn steps_follow_float64() {
-        for len in [1, 17, PIECE + 5] {
+        for len in [1, 17, TASK_LEN + 5] {
             for pool in pools() {
                 let mut weight = numbers(len, 1.0, 1);
                 let (mut m, mut v) = (vec![0.0; len], vec![0.0; len]);
@@ -131,7 +161,7 @@ mod tests {
 
     #[test]
     fn square_sums_are_right() {
-        for len in [0, 1, 15, 16, 3 * PIECE + 5] {
+        for len in [0, 1, 15, 16, 3 * TASK_LEN + 5] {
             let x = numbers(len, 2.0, 7);
             let exact: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
             let sums: Vec<f64> = pools().iter().map(|pool| square_sum(pool, &x)).collect();

@@ -1,4 +1,30 @@
-//! AdamW whose moments are kept at eight bits.
+//! AdamW with both moments at 8 bits per parameter ([`MomentBlock`]).
+//!
+//! # Layout
+//! 256 consecutive parameters are a block of 520 bytes:
+//!
+//! ```text
+//! | scale of m, f32 | scale of sqrt(v), f32 | 256 codes of m | 256 codes of sqrt(v) |
+//!
+//! code of m         s eeee mmm      value = (-1)^s * 2^(e - 15) * (1 + mmm / 8) * scale
+//! code of sqrt(v)     eeee mmmm     value =          2^(e - 15) * (1 + mmmm / 16) * scale
+//! ```
+//!
+//! A code is a small float, which is made from an f32 by a rounding addition and a shift, and expanded by a shift. Scales are such
+//! that the largest number of a block has the largest code.
+//!
+//! # Why these codes
+//! - The root of the second moment is stored, which halves the range of exponents that is needed.
+//! - Where all moments of a block fade alike, only the scale changes. An average that moves more slowly than the distance between
+//!   codes therefore does not get stuck.
+//! - The step itself uses the new moments before they are rounded.
+//!
+//! # Step
+//! ```text
+//! for each block:
+//!     decode m, sqrt(v);  update both in f32;  update the weights;  find the largest of each     (first pass)
+//!     scales = largest / largest code;  encode                                                   (second pass, in the cache)
+//! ```
 
 use super::AdamW;
 use crate::{
@@ -7,64 +33,65 @@ use crate::{
         Kernel, LANES, Simd,
         vector_ops::{load, store},
     },
-    thread_pool::Disjoint,
+    thread_pool::DisjointSlices,
 };
 
-/// Numbers whose moments share their scales.
-pub const MOMENTS: usize = 256;
+/// Parameters per block, whose moments share their scales.
+pub const MOMENT_BLOCK: usize = 256;
 
-/// Blocks of a task.
-const BLOCKS: usize = 64;
+/// Blocks per task.
+const TASK_BLOCKS: usize = 64;
 
-/// The first moment of 256 numbers and the root of the second, as bytes: floats of their own kind, times a scale.
+/// The first moment of 256 parameters and the root of the second, at 8 bits each: small floats times a scale.
 ///
-/// | | sign | exponent | mantissa | of the block's largest |
+/// | | sign | exponent | mantissa | relative to the block's largest |
 /// |---|---|---|---|---|
-/// | first | 1 bit | 4 bits | 3 bits | 2^-16 to 1 |
+/// | first moment | 1 bit | 4 bits | 3 bits | 2^-16 to 1 |
 /// | root of the second | | 4 bits | 4 bits | 2^-16 to 1 |
 ///
-/// A moment is rounded to the nearest, by at most 1/16, the root by at most 1/32 of itself; what is smaller than the range becomes its
-/// least. Where all moments of a block fade alike, the scale does, and no code has to: an average that is slower than the
-/// steps between codes does not stand still.
+/// Rounding changes the first moment by at most 1/16 of itself, and the root of the second by at most 1/32. Smaller numbers
+/// become the smallest of the range.
 ///
 /// # Source
-/// Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022): blocks, and codes that are fine near zero. Theirs
-/// have a table; these are made by shifts, and the root halves the range that the second moment needs.
+/// Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022): blocks, and codes that are fine near zero. Their
+/// codes come from a table; these are made by shifts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
-pub struct Moments {
-    /// Of the first moment and of the root of the second.
+pub struct MomentBlock {
+    /// Scales of the first moment and of the root of the second.
     scales: [f32; 2],
-    first: [i8; MOMENTS],
-    root: [i8; MOMENTS],
+    first: [i8; MOMENT_BLOCK],
+    root: [i8; MOMENT_BLOCK],
 }
 
-/// 2^-15, the least that a code stands for.
-const LEAST: f32 = 1.0 / 32768.0;
-/// What the exponent of [`LEAST`] is in a float.
-const BIAS: i32 = 112;
-/// The greatest code of seven bits, 2^0 (1 + 7/8), and of eight, 2^0 (1 + 15/16).
-const GREATEST: [f32; 2] = [1.875, 1.9375];
+/// 2^-15, the value of code 0 without its scale.
+const MIN_CODE_VALUE: f32 = 1.0 / 32768.0;
+/// The biased exponent of [`MIN_CODE_VALUE`] in an f32.
+const MIN_CODE_EXPONENT: i32 = 112;
+/// The values of the largest code of 7 bits, 2^0 (1 + 7/8), and of 8 bits, 2^0 (1 + 15/16).
+const MAX_CODE_VALUES: [f32; 2] = [1.875, 1.9375];
 
-impl Moments {
-    /// Moments before the first step.
-    pub const ZERO: Self = Self { scales: [0.0; 2], first: [0; MOMENTS], root: [0; MOMENTS] };
-    /// Four bytes each, that a copy must keep as they are.
+impl MomentBlock {
+    /// The moments before the first step.
+    pub const ZERO: Self = Self { scales: [0.0; 2], first: [0; MOMENT_BLOCK], root: [0; MOMENT_BLOCK] };
+    /// Size in 4-byte words. A copy must keep their bits.
     pub const WORDS: usize = size_of::<Self>() / 4;
 
-    /// First and second moment of each number.
-    pub fn values(&self) -> [[f32; MOMENTS]; 2] {
-        let mut values = [[0.0; MOMENTS]; 2];
-        Read { of: self, values: &mut values }.run(crate::simd::Scalar);
+    /// First and second moment of each parameter.
+    pub fn values(&self) -> [[f32; MOMENT_BLOCK]; 2] {
+        let mut values = [[0.0; MOMENT_BLOCK]; 2];
+        Decode { of: self, values: &mut values }.run(crate::simd::Scalar);
         values
     }
 
-    /// As they lie in memory; the inverse of [`from_words`](Self::from_words).
+    /// The blocks as 4-byte words; the inverse of [`from_words`](Self::from_words).
     pub fn words(blocks: &[Self]) -> &[f32] {
         // SAFETY: a block is whole words without padding, and any bits are a float.
         unsafe { std::slice::from_raw_parts(blocks.as_ptr().cast(), blocks.len() * Self::WORDS) }
     }
 
+    /// Words as blocks; the inverse of [`words`](Self::words).
+    ///
     /// # Panics
     /// When `words` is not a whole number of blocks.
     pub fn from_words(words: &mut [f32]) -> &mut [Self] {
@@ -74,31 +101,34 @@ impl Moments {
     }
 }
 
-/// [`adamw`](super::adamw) with the moments of each 256 numbers in a block; the step itself takes them before they are rounded.
+/// One [`adamw`](super::adamw()) step, with the moments of each 256 parameters in a block.
+///
+/// The step uses the new moments before they are rounded.
 ///
 /// # Panics
 /// When lengths do not fit.
-pub fn adamw_moments(pool: &Pool, step: AdamW, weight: &mut [f32], grad: &[f32], moments: &mut [Moments]) {
-    assert!(weight.len() == grad.len() && moments.len() == grad.len().div_ceil(MOMENTS));
-    let moments = Disjoint::new(moments);
-    pool.chunks(weight, BLOCKS * MOMENTS, |index, _, weight| {
-        let grad = &grad[index * BLOCKS * MOMENTS..][..weight.len()];
-        // SAFETY: pieces do not overlap.
-        let moments = unsafe { moments.slice(index * BLOCKS, weight.len().div_ceil(MOMENTS)) };
+pub fn adamw_8bit(pool: &Pool, step: AdamW, weight: &mut [f32], grad: &[f32], moments: &mut [MomentBlock]) {
+    assert!(weight.len() == grad.len() && moments.len() == grad.len().div_ceil(MOMENT_BLOCK));
+    let moments = DisjointSlices::new(moments);
+    pool.chunks(weight, TASK_BLOCKS * MOMENT_BLOCK, |index, _, weight| {
+        let grad = &grad[index * TASK_BLOCKS * MOMENT_BLOCK..][..weight.len()];
+        // SAFETY: tasks do not overlap.
+        let moments = unsafe { moments.slice(index * TASK_BLOCKS, weight.len().div_ceil(MOMENT_BLOCK)) };
         for (block, (weight, grad)) in
-            moments.iter_mut().zip(weight.chunks_mut(MOMENTS).zip(grad.chunks(MOMENTS)))
+            moments.iter_mut().zip(weight.chunks_mut(MOMENT_BLOCK).zip(grad.chunks(MOMENT_BLOCK)))
         {
             pool.isa().run(Step { step, weight, grad, block });
         }
     });
 }
 
+/// One step of one block.
 struct Step<'a> {
     step: AdamW,
     /// At most a block.
     weight: &'a mut [f32],
     grad: &'a [f32],
-    block: &'a mut Moments,
+    block: &'a mut MomentBlock,
 }
 
 impl Kernel for Step<'_> {
@@ -109,14 +139,15 @@ impl Kernel for Step<'_> {
         let AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = self.step;
         let c = |value: f32| s.splat_f32(value);
         let zero = c(0.0);
-        // As in the step of floats.
+        // As in AdamW with f32 moments.
         let root = corrections[1].sqrt();
         let (rate, epsilon) = (c(-lr * root / corrections[0]), c(epsilon * root));
         let scales = self.block.scales.map(c);
-        let (mut firsts, mut roots) = ([0.0; MOMENTS], [0.0; MOMENTS]);
+        let (mut firsts, mut roots) = ([0.0; MOMENT_BLOCK], [0.0; MOMENT_BLOCK]);
         let mut largest = [zero; 2];
         let (bytes, _) = self.block.first.as_chunks::<LANES>();
         let (root_bytes, _) = self.block.root.as_chunks::<LANES>();
+        // First pass: the step in f32, and the new moments to memory.
         let numbers = self.weight.chunks_mut(LANES).zip(self.grad.chunks(LANES));
         for (i, (weight, grad)) in numbers.enumerate() {
             let grad = s.mul_f32(load(s, grad), c(grad_factor));
@@ -132,9 +163,10 @@ impl Kernel for Step<'_> {
             largest[0] = s.max_f32(s.max_f32(first, s.sub_f32(zero, first)), largest[0]);
             largest[1] = s.max_f32(second_root, largest[1]);
         }
-        // The root of all moments that fit a float is far from its ends, the first moment may be anywhere.
-        let scales = [0, 1].map(|i| (s.max_lanes(largest[i]) / GREATEST[i]).max(f32::MIN_POSITIVE));
+        // The root is far from the ends of the range of f32; the first moment may be anywhere, so the scale is kept normal.
+        let scales = [0, 1].map(|i| (s.max_lanes(largest[i]) / MAX_CODE_VALUES[i]).max(f32::MIN_POSITIVE));
         self.block.scales = scales;
+        // Second pass: the moments to codes.
         let inverse = scales.map(|scale| c(1.0 / scale));
         let (bytes, _) = self.block.first.as_chunks_mut::<LANES>();
         let (root_bytes, _) = self.block.root.as_chunks_mut::<LANES>();
@@ -149,34 +181,36 @@ impl Kernel for Step<'_> {
     }
 }
 
-/// The code of `x` in 0 to [`GREATEST`]: the bits of the nearest float whose mantissa lacks the last `DROPPED`.
+/// The code of `x`, which is in 0 to [`MAX_CODE_VALUES`]: the upper bits of the nearest float whose last `DROPPED` mantissa bits are
+/// zero.
 #[inline(always)]
 fn code<S: Simd, const DROPPED: i32>(s: S, x: S::Float) -> S::Int {
-    let bits = s.float_to_bits(s.max_f32(x, s.splat_f32(LEAST)));
-    let shifted = s.sub(bits, s.splat((BIAS << 23) - (1 << (DROPPED - 1))));
+    let bits = s.float_to_bits(s.max_f32(x, s.splat_f32(MIN_CODE_VALUE)));
+    let shifted = s.sub(bits, s.splat((MIN_CODE_EXPONENT << 23) - (1 << (DROPPED - 1))));
     s.shr::<DROPPED>(shifted)
 }
 
-/// What the codes of seven bits and a sign stand for.
+/// The values of codes of a sign and 7 bits.
 #[inline(always)]
 fn signed<S: Simd>(s: S, codes: S::Int) -> S::Float {
-    let magnitude = s.add(s.shl::<20>(s.and(codes, s.splat(0x7f))), s.splat(BIAS << 23));
+    let magnitude = s.add(s.shl::<20>(s.and(codes, s.splat(0x7f))), s.splat(MIN_CODE_EXPONENT << 23));
     // The sign of the byte is that of the lane.
     s.bits_to_float(s.add(magnitude, s.shl::<31>(s.shr::<31>(codes))))
 }
 
-/// What the codes of eight bits stand for.
+/// The values of codes of 8 bits.
 #[inline(always)]
 fn unsigned<S: Simd>(s: S, codes: S::Int) -> S::Float {
-    s.bits_to_float(s.add(s.shl::<19>(s.and(codes, s.splat(0xff))), s.splat(BIAS << 23)))
+    s.bits_to_float(s.add(s.shl::<19>(s.and(codes, s.splat(0xff))), s.splat(MIN_CODE_EXPONENT << 23)))
 }
 
-struct Read<'a> {
-    of: &'a Moments,
-    values: &'a mut [[f32; MOMENTS]; 2],
+/// Decodes a block to f32.
+struct Decode<'a> {
+    of: &'a MomentBlock,
+    values: &'a mut [[f32; MOMENT_BLOCK]; 2],
 }
 
-impl Kernel for Read<'_> {
+impl Kernel for Decode<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -208,22 +242,22 @@ mod tests {
 
     #[test]
     fn moments_are_rounded_to_a_sixteenth_or_to_the_least_of_their_block() {
-        for len in [1, 17, MOMENTS, 3 * MOMENTS + 5] {
+        for len in [1, 17, MOMENT_BLOCK, 3 * MOMENT_BLOCK + 5] {
             // Magnitudes over seven decades.
             let grad: Vec<f32> =
                 numbers(len, 1.0, 3).iter().map(|g| g * 10f32.powf(g.abs().fract() * 14.0 - 7.0)).collect();
             let mut bits = None;
             for pool in pools() {
-                let mut blocks = vec![Moments::ZERO; len.div_ceil(MOMENTS)];
+                let mut blocks = vec![MomentBlock::ZERO; len.div_ceil(MOMENT_BLOCK)];
                 let (mut weight, mut exact) = (numbers(len, 1.0, 1), numbers(len, 1.0, 1));
                 let (mut m, mut v) = (vec![0.0; len], vec![0.0; len]);
-                adamw_moments(&pool, step(1), &mut weight, &grad, &mut blocks);
+                adamw_8bit(&pool, step(1), &mut weight, &grad, &mut blocks);
                 adamw(&pool, step(1), &mut exact, &grad, &mut m, &mut v);
                 // From moments that are zero the first step is that of floats.
                 for (found, expected) in weight.iter().zip(&exact) {
                     assert!((found - expected).abs() <= 1e-6, "{found} {expected}");
                 }
-                for ((block, m), v) in blocks.iter().zip(m.chunks(MOMENTS)).zip(v.chunks(MOMENTS)) {
+                for ((block, m), v) in blocks.iter().zip(m.chunks(MOMENT_BLOCK)).zip(v.chunks(MOMENT_BLOCK)) {
                     let [first, second] = block.values();
                     let top = |values: &[f32]| values.iter().fold(0f32, |top, x| top.max(x.abs()));
                     let (least, least_root) = (top(m) / 32768.0, top(v).sqrt() / 32768.0);
@@ -234,7 +268,7 @@ mod tests {
                         assert!((root - exact).abs() <= exact / 31.9 + least_root, "{root} for {exact}");
                     }
                 }
-                let now: Vec<u32> = Moments::words(&blocks).iter().map(|word| word.to_bits()).collect();
+                let now: Vec<u32> = MomentBlock::words(&blocks).iter().map(|word| word.to_bits()).collect();
                 assert_eq!(*bits.get_or_insert_with(|| now.clone()), now, "other bits");
             }
         }
@@ -242,26 +276,26 @@ mod tests {
 
     #[test]
     fn words_are_the_blocks() {
-        let mut blocks = vec![Moments::ZERO; 2];
-        let grad = numbers(MOMENTS + 9, 1.0, 4);
-        adamw_moments(&Pool::new(1), step(1), &mut numbers(grad.len(), 1.0, 1), &grad, &mut blocks);
-        let mut words = Moments::words(&blocks).to_vec();
-        assert_eq!(words.len(), 2 * Moments::WORDS);
-        assert_eq!(Moments::WORDS, 2 + 2 * MOMENTS / 4);
-        assert_eq!(Moments::from_words(&mut words), &blocks);
+        let mut blocks = vec![MomentBlock::ZERO; 2];
+        let grad = numbers(MOMENT_BLOCK + 9, 1.0, 4);
+        adamw_8bit(&Pool::new(1), step(1), &mut numbers(grad.len(), 1.0, 1), &grad, &mut blocks);
+        let mut words = MomentBlock::words(&blocks).to_vec();
+        assert_eq!(words.len(), 2 * MomentBlock::WORDS);
+        assert_eq!(MomentBlock::WORDS, 2 + 2 * MOMENT_BLOCK / 4);
+        assert_eq!(MomentBlock::from_words(&mut words), &blocks);
     }
 
     /// A gradient that ends: the moments must fade with it, and with them the steps.
     #[test]
     fn moments_fade() {
         for beta2 in [0.95, 0.999] {
-            let (pool, mut blocks) = (Pool::new(1), vec![Moments::ZERO]);
-            let (grad, mut weight) = (numbers(MOMENTS, 1.0, 8), vec![0.0; MOMENTS]);
-            let quiet = vec![0.0; MOMENTS];
+            let (pool, mut blocks) = (Pool::new(1), vec![MomentBlock::ZERO]);
+            let (grad, mut weight) = (numbers(MOMENT_BLOCK, 1.0, 8), vec![0.0; MOMENT_BLOCK]);
+            let quiet = vec![0.0; MOMENT_BLOCK];
             let steps = 4000;
             for time in 0..steps {
                 let step = AdamW { beta2, ..step(100_000) };
-                adamw_moments(&pool, step, &mut weight, if time < 10 { &grad } else { &quiet }, &mut blocks);
+                adamw_8bit(&pool, step, &mut weight, if time < 10 { &grad } else { &quiet }, &mut blocks);
             }
             let [first, second] = blocks[0].values();
             assert!(first.iter().all(|m| m.abs() < 1e-30), "{first:?}");
@@ -273,14 +307,14 @@ mod tests {
     /// Noisy gradients of a bowl: as near its bottom as with moments in floats.
     #[test]
     fn a_bowl_is_descended_as_with_floats() {
-        let len = 2 * MOMENTS;
+        let len = 2 * MOMENT_BLOCK;
         let curvature: Vec<f32> = numbers(len, 1.0, 1).iter().map(|x| 10f32.powf(2.0 * x)).collect();
         let start = numbers(len, 1.0, 2);
         let pool = Pool::new(1);
         let loss = |weight: &[f32]| -> f64 {
             weight.iter().zip(&curvature).map(|(w, c)| f64::from(w * w * c)).sum::<f64>() / len as f64
         };
-        let (mut bytes, mut blocks) = (start.clone(), vec![Moments::ZERO; 2]);
+        let (mut bytes, mut blocks) = (start.clone(), vec![MomentBlock::ZERO; 2]);
         let (mut floats, mut m, mut v) = (start.clone(), vec![0.0; len], vec![0.0; len]);
         for time in 1..=600 {
             let noise = numbers(len, 0.1, 100 + time as u64);
@@ -290,7 +324,7 @@ mod tests {
             let lr = 0.02 * (1.0 - time as f32 / 600.0);
             let step = AdamW { lr, keep: 1.0, ..step(time) };
             let grad = gradient(&bytes);
-            adamw_moments(&pool, step, &mut bytes, &grad, &mut blocks);
+            adamw_8bit(&pool, step, &mut bytes, &grad, &mut blocks);
             let grad = gradient(&floats);
             adamw(&pool, step, &mut floats, &grad, &mut m, &mut v);
         }

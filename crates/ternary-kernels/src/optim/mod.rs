@@ -1,4 +1,4 @@
-//! Optimizer steps in one pass over memory: AdamW, AdamW with moments at eight bits, Muon.
+//! Optimizer steps in one pass over memory: AdamW, AdamW with moments at 8 bits, and Muon.
 
 mod adamw;
 mod adamw_8bit;
@@ -6,6 +6,6 @@ mod adamw_8bit;
 mod muon;
 
 pub use adamw::{AdamW, adamw, square_sum};
-pub use adamw_8bit::{MOMENTS, Moments, adamw_moments};
+pub use adamw_8bit::{MOMENT_BLOCK, MomentBlock, adamw_8bit};
 #[cfg(feature = "rayon")]
 pub use muon::{Muon, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, muon};

@@ -1,77 +1,119 @@
-//! Muon: momentum, the orthogonal factor of a matrix by products alone, and the update.
+//! Muon: momentum, orthogonalization of the update by Newton-Schulz iterations, and the weight update.
+//!
+//! # Algorithm
+//! ```text
+//! v = momentum v + g;   u = g + momentum v                      (Nesterov)
+//! x = u / |u|
+//! five times:   r = x x^T;   x = (a + b r + c r²) x             singular values approach 1
+//! w = keep w - rate x
+//! ```
+//!
+//! # How it is computed
+//! All matrices of the iteration are polynomials of one `r = x x^T`, `[m, m]` with `m` the shorter side. They are symmetric and
+//! commute, which saves work twice:
+//!
+//! 1. Products of them are symmetric, so only the blocks below the diagonal are computed, recursively, and mirrored
+//!    ([`symmetric`]).
+//! 2. If a matrix is at least twice as long as wide, several steps are taken on `r` alone:
+//!
+//! ```text
+//! per step:      p = a + b r + c r²;   q = p q;   r = p r p          [m, m] products
+//! every 3 steps: x = q x;   r = x x^T                                [m, m] x [m, n] products
+//! ```
+//!
+//! `r` is computed anew from `x` after three steps ([`GRAM_STEPS`]): with more, small singular values drown in its rounding.
+//! The tests compare with the textbook iteration in f64, on matrices whose singular values span four decades.
 
 use super::square_sum;
 use crate::{
-    Pool, View,
-    matmul::gemm_f32::scaled_product,
+    MatrixView, Pool,
+    matmul::gemm_f32::scaled_matmul,
     simd::{
         Kernel, LANES, Simd,
         vector_ops::{load, store},
     },
-    thread_pool::{Disjoint, PIECE},
+    thread_pool::{DisjointSlices, TASK_LEN},
 };
 use std::ops::Range;
 
-/// The numbers of a step of Muon.
+/// The parameters of a Muon step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Muon {
-    /// The learning rate, with what the shape makes of it.
+    /// Learning rate, including the factor for the shape.
     pub rate: f32,
-    /// What decay leaves of a weight.
+    /// Factor of the weight for decoupled weight decay.
     pub keep: f32,
+    /// Factor of the velocity.
     pub momentum: f32,
-    /// What gradients are multiplied by first, as to clip them.
+    /// Factor of the gradient, for clipping by the global norm.
     pub grad_factor: f32,
 }
 
-/// Of the quintic `a x + b x^3 + c x^5` that each step of Newton and Schulz's iteration applies to the singular values.
+/// Coefficients of the quintic `a x + b x^3 + c x^5` that each Newton-Schulz iteration applies to the singular values.
 pub const NEWTON_SCHULZ: [f32; 3] = [3.4445, -4.7750, 2.0315];
+/// Number of Newton-Schulz iterations.
 pub const NEWTON_SCHULZ_STEPS: usize = 5;
-/// Steps of a Gram matrix before it is taken anew: after three, small singular values would drown in its rounding.
-const STEPS_OF_GRAM: usize = 3;
-/// Below this norm a matrix is not scaled up.
+/// Iterations on a Gram matrix before it is computed anew: after three, small singular values would drown in its rounding.
+const GRAM_STEPS: usize = 3;
+/// The smallest norm by which a matrix is divided.
 const NORM_MIN: f64 = 1e-7;
 
-/// `v = momentum v + g`, `w = keep w - rate orthogonal(g + momentum v)` of matrices whose rows have `cols` numbers.
+/// One Muon step: `v = momentum v + g`, `w = keep w - rate orthogonal(g + momentum v)`, with `g = grad_factor * grad`.
 ///
-/// `orthogonal(x)` is five steps of `x = (a + b x x^T + c (x x^T)^2) x` from `x` over its Frobenius norm: singular values
-/// become about 1.
+/// `orthogonal(x)` divides by the Frobenius norm and applies `x = (a + b x x^T + c (x x^T)^2) x` five times, which moves the
+/// singular values to about 1.
+///
+/// # Shapes
+/// weight, grad, velocity `[rows, cols]`
 ///
 /// # Panics
-/// When lengths differ or are no whole rows.
+/// When lengths differ or are not a whole number of rows.
 ///
 /// # Source
 /// Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
+///
+/// # Example
+/// ```
+/// use ternary_kernels::{Pool, optim::{Muon, muon}};
+/// let step = Muon { rate: 0.1, keep: 1.0, momentum: 0.95, grad_factor: 1.0 };
+/// let (mut weight, mut velocity) = ([0.0; 4], [0.0; 4]);
+/// // The gradient is diagonal, with singular values 3 and 1; the update is nearly the identity.
+/// muon(&Pool::new(1), step, 2, &mut weight, &[3.0, 0.0, 0.0, 1.0], &mut velocity);
+/// assert!(weight[0] < -0.06 && weight[3] < -0.06 && weight[1] == 0.0 && weight[2] == 0.0);
+/// ```
 pub fn muon(pool: &Pool, step: Muon, cols: usize, weight: &mut [f32], grad: &[f32], velocity: &mut [f32]) {
     assert!(weight.len() == grad.len() && velocity.len() == grad.len() && grad.len().is_multiple_of(cols));
     if grad.is_empty() {
         return;
     }
     let mut update = vec![0.0; grad.len()];
-    let velocities = Disjoint::new(velocity);
-    pool.chunks(&mut update, PIECE, |index, _, update| {
-        let (start, len) = (index * PIECE, update.len());
-        // SAFETY: pieces do not overlap.
+    let velocities = DisjointSlices::new(velocity);
+    pool.chunks(&mut update, TASK_LEN, |index, _, update| {
+        let (start, len) = (index * TASK_LEN, update.len());
+        // SAFETY: tasks do not overlap.
         let velocity = unsafe { velocities.slice(start, len) };
         let grad = &grad[start..start + len];
-        pool.isa().run(Momentum { step, grad, velocity, update });
+        pool.isa().run(UpdateMomentum { step, grad, velocity, update });
     });
     let norm = square_sum(pool, &update).sqrt().max(NORM_MIN);
     orthogonalize(pool, cols, &mut update, (1.0 / norm) as f32);
-    pool.chunks(weight, PIECE, |index, _, weight| {
-        let update = &update[index * PIECE..][..weight.len()];
-        pool.isa().run(Update { step, update, weight });
+    pool.chunks(weight, TASK_LEN, |index, _, weight| {
+        let update = &update[index * TASK_LEN..][..weight.len()];
+        pool.isa().run(UpdateWeight { step, update, weight });
     });
 }
 
-struct Momentum<'a> {
+/// Updates the velocity, and computes the update before orthogonalization.
+struct UpdateMomentum<'a> {
     step: Muon,
     grad: &'a [f32],
+    /// `v`, which is updated.
     velocity: &'a mut [f32],
+    /// `g + momentum v`, the result.
     update: &'a mut [f32],
 }
 
-impl Kernel for Momentum<'_> {
+impl Kernel for UpdateMomentum<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -87,13 +129,14 @@ impl Kernel for Momentum<'_> {
     }
 }
 
-struct Update<'a> {
+/// `weight = keep weight - rate update`
+struct UpdateWeight<'a> {
     step: Muon,
     update: &'a [f32],
     weight: &'a mut [f32],
 }
 
-impl Kernel for Update<'_> {
+impl Kernel for UpdateWeight<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -106,24 +149,21 @@ impl Kernel for Update<'_> {
     }
 }
 
-/// The iteration, on `factor x`.
-///
-/// All its matrices are polynomials of one, so that they are symmetric and commute. Where a matrix is twice as long as wide
-/// or more, the steps are taken on the square `r = x x^T` and on the polynomial `q` of it that they are,
-/// `r = p r p` and `q = p q` with `p = a + b r + c r^2`, and `x = q x` comes once for several.
+/// The Newton-Schulz iterations, on `factor x`: see the head of this file.
 fn orthogonalize(pool: &Pool, cols: usize, x: &mut [f32], factor: f32) {
     let rows = x.len() / cols;
     let tall = rows > cols;
     let (m, n) = if tall { (cols, rows) } else { (rows, cols) };
-    let steps = if n >= 2 * m { STEPS_OF_GRAM } else { 1 };
-    let mut room = vec![0.0; x.len()];
+    let steps = if n >= 2 * m { GRAM_STEPS } else { 1 };
+    let mut product = vec![0.0; x.len()];
     let [mut r, mut p, mut q, mut other] = std::array::from_fn(|_| vec![0.0; m * m]);
     let (mut done, mut factor) = (0, factor);
     while done < NEWTON_SCHULZ_STEPS {
         let steps = steps.min(NEWTON_SCHULZ_STEPS - done);
         done += steps;
-        let view = |x| if tall { View::new(x, n, m).transposed() } else { View::new(x, m, n) };
+        let view = |x| if tall { MatrixView::new(x, n, m).transposed() } else { MatrixView::new(x, m, n) };
         symmetric(pool, view(x), view(x).transposed(), factor * factor, None, &mut r);
+        // q is the product of the polynomials of these steps, r the Gram matrix of q x.
         for step in 0..steps {
             polynomial(pool, &r, m, &mut p);
             if step == 0 {
@@ -139,15 +179,16 @@ fn orthogonalize(pool: &Pool, cols: usize, x: &mut [f32], factor: f32) {
         }
         // Symmetric, so that it may stand on either side.
         let q = square(&q, m);
-        let (left, right) = if tall { (View::new(x, n, m), q) } else { (q, View::new(x, m, n)) };
-        scaled_product(pool, left, right, factor, None, &mut room, cols);
-        x.copy_from_slice(&room);
+        let (left, right) = if tall { (MatrixView::new(x, n, m), q) } else { (q, MatrixView::new(x, m, n)) };
+        scaled_matmul(pool, left, right, factor, None, &mut product, cols);
+        x.copy_from_slice(&product);
         factor = 1.0;
     }
 }
 
-fn square(x: &[f32], m: usize) -> View<'_> {
-    View::new(x, m, m)
+/// A view of an `[m, m]` matrix.
+fn square(x: &[f32], m: usize) -> MatrixView<'_> {
+    MatrixView::new(x, m, m)
 }
 
 /// `p = a + b r + c r^2`
@@ -158,15 +199,22 @@ fn polynomial(pool: &Pool, r: &[f32], m: usize, p: &mut [f32]) {
     p.iter_mut().step_by(m + 1).for_each(|x| *x += a);
 }
 
-/// A symmetric product of more rows than this is computed below its diagonal, by halves, and mirrored.
-const WHOLE: usize = 160;
+/// Rows up to which a symmetric product is computed as a whole. Larger ones are computed below the diagonal, and mirrored.
+const DIRECT_ROWS: usize = 160;
 
-/// [`scaled_product`] where the result is known to be symmetric.
-fn symmetric(pool: &Pool, left: View, right: View, factor: f32, add: Option<f32>, out: &mut [f32]) {
+/// [`scaled_matmul`] of a product that is known to be symmetric.
+fn symmetric(
+    pool: &Pool,
+    left: MatrixView,
+    right: MatrixView,
+    factor: f32,
+    add: Option<f32>,
+    out: &mut [f32],
+) {
     let m = left.row_count();
     let below = |rows: Range<usize>, cols: Range<usize>, out: &mut [f32]| {
         let right = right.transposed().rows(cols.clone()).transposed();
-        scaled_product(
+        scaled_matmul(
             pool,
             left.rows(rows.clone()),
             right,
@@ -176,24 +224,24 @@ fn symmetric(pool: &Pool, left: View, right: View, factor: f32, add: Option<f32>
             m,
         );
     };
-    halves(0..m, &mut |rows, cols| below(rows, cols, out));
-    if m > WHOLE {
+    lower_blocks(0..m, &mut |rows, cols| below(rows, cols, out));
+    if m > DIRECT_ROWS {
         mirror(m, out);
     }
 }
 
-/// Calls `product` for the blocks that make up the lower half of a square.
-fn halves(range: Range<usize>, product: &mut impl FnMut(Range<usize>, Range<usize>)) {
-    if range.len() <= WHOLE {
+/// Calls `product(rows, columns)` for blocks that cover the lower half of a square.
+fn lower_blocks(range: Range<usize>, product: &mut impl FnMut(Range<usize>, Range<usize>)) {
+    if range.len() <= DIRECT_ROWS {
         return product(range.clone(), range);
     }
     let middle = range.start + range.len() / 2;
-    halves(range.start..middle, product);
+    lower_blocks(range.start..middle, product);
     product(middle..range.end, range.start..middle);
-    halves(middle..range.end, product);
+    lower_blocks(middle..range.end, product);
 }
 
-/// Copies what is below the diagonal of an `[m, m]` matrix to above it, in blocks that stay in the cache.
+/// Copies the part below the diagonal of an `[m, m]` matrix to above it, in blocks that stay in the cache.
 fn mirror(m: usize, out: &mut [f32]) {
     const BLOCK: usize = 16;
     for top in (0..m).step_by(BLOCK) {

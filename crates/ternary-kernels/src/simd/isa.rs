@@ -1,4 +1,16 @@
-//! [`Isa`]: the instruction set in use.
+//! [`Isa`]: the instruction set in use, chosen at run time.
+//!
+//! | name | CPU features | `dot` |
+//! |---|---|---|
+//! | `scalar` | none | plain Rust |
+//! | `avx2` | AVX2, FMA, F16C | `vpmaddubsw`, 16-bit sums |
+//! | `avxvnni` | the same and AVX-VNNI | `vpdpbusd` |
+//! | `avx512vnni` | AVX-512 F, BW and VNNI | `vpdpbusd`, 512 bits |
+//! | `amx` | the same and AMX-TILE, AMX-INT8 | the same, and tile products for many tokens |
+//! | `neon` | NEON with dot products | `sdot` |
+//!
+//! Results do not depend on the choice, except for products of bfloat16. Every instruction set of the CPU is tested against
+//! the same oracles, whichever is in use.
 
 #[cfg(target_arch = "aarch64")]
 use super::aarch64::Neon;
@@ -13,30 +25,45 @@ use std::{
     sync::OnceLock,
 };
 
-/// An instruction set that this CPU has: each variant holds the proof.
+/// An instruction set that this CPU has. Each variant holds a value that proves it.
+///
+/// # Example
+/// ```
+/// use ternary_kernels::Isa;
+/// // The last one is the best.
+/// let names: Vec<_> = Isa::available().iter().map(|isa| isa.name()).collect();
+/// assert_eq!(names[0], "scalar");
+/// // Methods of an instruction set work on one row.
+/// let mut x = [1.0, 1.0, 1.0, 1.0];
+/// Isa::get().softmax(&mut x);
+/// assert_eq!(x, [0.25; 4]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Isa {
+    /// Plain Rust, for any CPU.
     Scalar(Scalar),
-    /// With FMA and F16C.
+    /// AVX2 with FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2<false>),
+    /// AVX2 with the dot products of AVX-VNNI.
     #[cfg(target_arch = "x86_64")]
     AvxVnni(Avx2<true>),
+    /// AVX-512 with VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
-    /// With the tiles of AMX for products of many tokens.
+    /// AVX-512 with VNNI, and the tile registers of AMX for products of several tokens.
     #[cfg(target_arch = "x86_64")]
     Amx(Avx512),
-    /// With dot products.
+    /// NEON with dot products.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
 }
 
 impl Isa {
-    /// The best one, or the one that the environment variable `TERNARY_ISA` names; found once.
+    /// The best instruction set of this CPU, or the one that the environment variable `TERNARY_ISA` names. Detected once.
     ///
-    /// A name that this CPU lacks is reported on standard error and passed over.
+    /// If the CPU lacks the named one, a warning on standard error says so, and the best one is used.
     pub fn get() -> Self {
         static ISA: OnceLock<Isa> = OnceLock::new();
         *ISA.get_or_init(|| {
@@ -57,7 +84,7 @@ impl Isa {
         })
     }
 
-    /// All that this CPU has, the best last.
+    /// All instruction sets of this CPU, the best one last.
     pub fn available() -> Vec<Self> {
         let mut all = vec![Self::Scalar(Scalar)];
         #[cfg(target_arch = "x86_64")]
@@ -65,14 +92,14 @@ impl Isa {
             all.extend(Avx2::new().map(Self::Avx2));
             all.extend(Avx2::new().map(Self::AvxVnni));
             all.extend(Avx512::new().map(Self::Avx512));
-            all.extend(Avx512::with_tiles().map(Self::Amx));
+            all.extend(Avx512::with_amx().map(Self::Amx));
         }
         #[cfg(target_arch = "aarch64")]
         all.extend(Neon::new().map(Self::Neon));
         all
     }
 
-    /// As in `TERNARY_ISA`: `scalar`, `avx2`, `avxvnni`, `avx512vnni`, `amx` or `neon`.
+    /// Its name, as in `TERNARY_ISA`: `scalar`, `avx2`, `avxvnni`, `avx512vnni`, `amx` or `neon`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar(_) => "scalar",
@@ -89,21 +116,22 @@ impl Isa {
         }
     }
 
-    /// Whether [`half_product`](crate::half_product) rounds: the CPU has a unit for products of bfloat16.
+    /// Whether [`matmul_bf16`](crate::matmul_bf16) rounds its factors: the CPU multiplies bfloat16 in tiles.
     #[cfg(feature = "rayon")]
-    pub fn has_half_tiles(self) -> bool {
+    pub fn multiplies_bf16(self) -> bool {
         struct Has;
         impl Kernel for Has {
             type Output = bool;
 
             #[inline(always)]
             fn run<S: Simd>(self, s: S) -> bool {
-                s.has_half_tiles()
+                s.multiplies_bf16()
             }
         }
         self.run(Has)
     }
 
+    /// Runs a kernel with this instruction set.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {

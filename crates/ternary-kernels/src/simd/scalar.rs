@@ -1,18 +1,23 @@
-//! Vectors as arrays, for any CPU.
+//! [`Scalar`]: vectors as arrays, in plain Rust, for any CPU.
+//!
+//! It is also the oracle of the other instruction sets: tests compare all of them with it to the bit. So that every path is
+//! tested on every CPU, it behaves like the most special of them: weights are offset by 128 in signed dot products as on
+//! AVX-512, and in tests there is a matrix unit as on AMX.
 
-use super::vector::{Kernel, LANES, Line, PANELS, Planes, Simd, Sums, Unit};
+use super::vector::{AccumulatorSink, CacheLine, Kernel, LANES, MatrixUnit, Simd, UNIT_TILES, UnpackedBlock};
 #[cfg(feature = "rayon")]
 use half::bf16;
 use half::f16;
 use std::array::from_fn;
 
+/// Vectors as arrays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scalar;
 
 type Int = [i32; LANES];
 type Float = [f32; LANES];
 
-/// Sum of the products of unsigned (plus offset) and signed bytes of a lane.
+/// The sum of the four products of bytes of a lane: of weights, as `weight` reads them, and signed activations.
 fn products(w: i32, x: i32, weight: impl Fn(u8) -> i32) -> i32 {
     w.to_le_bytes().into_iter().zip(x.to_le_bytes()).map(|(w, x)| weight(w) * i32::from(x as i8)).sum()
 }
@@ -20,24 +25,24 @@ fn products(w: i32, x: i32, weight: impl Fn(u8) -> i32) -> i32 {
 impl Simd for Scalar {
     type Int = Int;
     type Float = Float;
-    type Unit = ScalarUnit;
-    const NARROW: bool = false;
-    /// As of AVX-512, so that what takes it off again is tried wherever tests run.
-    const OFFSET: i32 = 128;
-    const PLANES: usize = 4;
-    const TOKENS: usize = 4;
-    const TILES: usize = 2;
+    type MatrixUnit = ScalarMatrixUnit;
+    const I16_SUMS: bool = false;
+    /// As on AVX-512, so that the code that corrects for it is tested on every CPU.
+    const WEIGHT_OFFSET: i32 = 128;
+    const UNSHIFTED_PLANES: usize = 4;
+    const REGISTER_TOKENS: usize = 4;
+    const REGISTER_TILES: usize = 2;
 
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
         kernel.run(self)
     }
 
-    fn load(self, line: &Line) -> Int {
+    fn load(self, line: &CacheLine) -> Int {
         let (words, _) = line.0.as_chunks::<4>();
         from_fn(|i| i32::from_le_bytes(words[i]))
     }
 
-    fn store(self, a: Int, line: &mut Line) {
+    fn store(self, a: Int, line: &mut CacheLine) {
         line.0.as_chunks_mut::<4>().0.iter_mut().zip(a).for_each(|(word, a)| *word = a.to_le_bytes());
     }
 
@@ -90,21 +95,21 @@ impl Simd for Scalar {
     }
 
     fn dot_signed(self, sum: Int, w: Int, x: Int) -> Int {
-        from_fn(|i| sum[i].wrapping_add(products(w[i], x[i], |w| i32::from(w as i8) + Self::OFFSET)))
+        from_fn(|i| sum[i].wrapping_add(products(w[i], x[i], |w| i32::from(w as i8) + Self::WEIGHT_OFFSET)))
     }
 
-    /// For tests: what uses tiles is tried where no CPU has them.
-    fn has_tiles(self) -> bool {
+    /// In tests only, so that the code for a matrix unit is tested on every CPU.
+    fn has_matrix_unit(self) -> bool {
         cfg!(test)
     }
 
-    fn tiles<const R: usize>(
+    fn multiply_panels<const R: usize>(
         self,
-        panels: [&[Planes]; R],
+        panels: [&[UnpackedBlock]; R],
         codes: &[[i8; LANES]],
         stride: usize,
         tokens: usize,
-        sink: &mut impl Sums<Self, R>,
+        sink: &mut impl AccumulatorSink<Self, R>,
     ) {
         for t in 0..tokens {
             let mut sums = [[0i32; LANES]; R];
@@ -120,19 +125,24 @@ impl Simd for Scalar {
         }
     }
 
-    fn unit(self, tokens: usize, blocks: usize) -> Option<ScalarUnit> {
-        let sums = [[Line([0; 64]); LANES]; PANELS];
-        cfg!(test).then_some(ScalarUnit { tokens, blocks, sums })
+    fn matrix_unit(self, tokens: usize, blocks: usize) -> Option<ScalarMatrixUnit> {
+        let sums = [[CacheLine([0; 64]); LANES]; UNIT_TILES];
+        cfg!(test).then_some(ScalarMatrixUnit { tokens, blocks, sums })
     }
 
     #[cfg(feature = "rayon")]
-    fn has_half_tiles(self) -> bool {
+    fn multiplies_bf16(self) -> bool {
         cfg!(test)
     }
 
     #[cfg(feature = "rayon")]
-    fn half_tiles(self, left: [&[Line]; 2], right: [&[Line]; 2], sums: &mut [[f32; 2 * LANES]; 2 * LANES]) {
-        let number = |lines: &[Line], index: usize| {
+    fn multiply_bf16(
+        self,
+        left: [&[CacheLine]; 2],
+        right: [&[CacheLine]; 2],
+        sums: &mut [[f32; 2 * LANES]; 2 * LANES],
+    ) {
+        let number = |lines: &[CacheLine], index: usize| {
             let [low, high] = lines[index / 32].0.as_chunks::<2>().0[index % 32];
             bf16::from_bits(u16::from_ne_bytes([low, high])).to_f32()
         };
@@ -218,19 +228,19 @@ impl Simd for Scalar {
     }
 }
 
-/// For tests, as [`Simd::has_tiles`] is.
-pub struct ScalarUnit {
+/// The matrix unit of tests: see [`Simd::has_matrix_unit`].
+pub struct ScalarMatrixUnit {
     tokens: usize,
     blocks: usize,
-    sums: [[Line; LANES]; PANELS],
+    sums: [[CacheLine; LANES]; UNIT_TILES],
 }
 
-impl Unit for ScalarUnit {
+impl MatrixUnit for ScalarMatrixUnit {
     fn clear(&mut self) {
-        self.sums = [[Line([0; 64]); LANES]; PANELS];
+        self.sums = [[CacheLine([0; 64]); LANES]; UNIT_TILES];
     }
 
-    fn add(&mut self, panels: [&[Line]; PANELS], codes: &[[i8; LANES]], stride: usize) {
+    fn add(&mut self, panels: [&[CacheLine]; UNIT_TILES], codes: &[[i8; LANES]], stride: usize) {
         let s = Scalar;
         for (sums, panel) in self.sums.iter_mut().zip(panels) {
             assert_eq!(panel.len(), 4 * self.blocks);
@@ -246,7 +256,7 @@ impl Unit for ScalarUnit {
         }
     }
 
-    fn store(&self, sums: &mut [[Line; LANES]; PANELS]) {
+    fn store(&self, sums: &mut [[CacheLine; LANES]; UNIT_TILES]) {
         for (to, from) in sums.iter_mut().zip(&self.sums) {
             to[..self.tokens].copy_from_slice(&from[..self.tokens]);
         }

@@ -1,13 +1,17 @@
-//! Vector functions over [`Simd`]: partial loads and stores, absolute value, exponential, sigmoid.
+//! Functions of vectors: loads and stores of partial vectors, absolute value, exponential, sigmoid.
+//!
+//! The last vector of a slice may have fewer than 16 values. [`load`] pads it and [`store`] cuts it off, so that kernels need
+//! no code of their own for the remainder; whole vectors take the fast path.
 
 use super::vector::{LANES, Simd};
 
-/// Up to 16 values, zeros after them.
+/// Loads up to 16 values, followed by zeros.
 #[inline(always)]
 pub(crate) fn load<S: Simd>(s: S, values: &[f32]) -> S::Float {
     load_padded(s, values, 0.0)
 }
 
+/// Loads up to 16 values, followed by `padding`.
 #[inline(always)]
 pub(crate) fn load_padded<S: Simd>(s: S, values: &[f32], padding: f32) -> S::Float {
     match values.as_array::<LANES>() {
@@ -20,21 +24,22 @@ pub(crate) fn load_padded<S: Simd>(s: S, values: &[f32], padding: f32) -> S::Flo
     }
 }
 
+/// `|x|`, by clearing the sign bit.
 #[inline(always)]
 pub(crate) fn abs<S: Simd>(s: S, x: S::Float) -> S::Float {
     s.bits_to_float(s.and(s.float_to_bits(x), s.splat(0x7fff_ffff)))
 }
 
-/// As many lanes as there are values.
+/// Stores as many lanes as `values` has elements, at most 16.
 #[inline(always)]
 pub(crate) fn store<S: Simd>(s: S, a: S::Float, values: &mut [f32]) {
     match values.as_mut_array::<LANES>() {
         Some(values) => s.store_f32(a, values),
-        None => values.copy_from_slice(&s.array(a)[..values.len()]),
+        None => values.copy_from_slice(&s.to_array(a)[..values.len()]),
     }
 }
 
-/// As many codes as there is room for.
+/// Stores the low byte of as many lanes as `codes` has elements, at most 16.
 #[inline(always)]
 pub(crate) fn store_codes<S: Simd>(s: S, a: S::Int, codes: &mut [i8]) {
     match codes.as_mut_array::<LANES>() {
@@ -47,7 +52,7 @@ pub(crate) fn store_codes<S: Simd>(s: S, a: S::Int, codes: &mut [i8]) {
     }
 }
 
-/// Up to 16 codes, zeros after them.
+/// Loads up to 16 codes, followed by zeros.
 #[inline(always)]
 pub(crate) fn load_codes<S: Simd>(s: S, codes: &[i8]) -> S::Int {
     match codes.as_array::<LANES>() {
@@ -60,7 +65,10 @@ pub(crate) fn load_codes<S: Simd>(s: S, codes: &[i8]) -> S::Int {
     }
 }
 
-/// `exp(x)` to 2 units in the last place, for x in -87 to 88; beyond, as at the ends.
+/// `exp(x)`, to 2 units in the last place, for x in -87 to 88; x is clamped to that range.
+///
+/// With `n = round(x / ln 2)` and `r = x - n ln 2` (in two parts, so that no bits are lost), `exp(x) = 2^n exp(r)`. `exp(r)` is a
+/// polynomial, and `2^n` is written into the exponent of a float.
 ///
 /// # Source
 /// Cephes, `expf`.

@@ -1,4 +1,4 @@
-//! A [`Room`] as the memory of a tensor.
+//! A [`TensorBuffer`] as the memory of a tensor.
 
 #![allow(unsafe_code)] // Burn's interface for owners of memory asks for it.
 
@@ -6,26 +6,26 @@ use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
 use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProperty};
 use std::mem::MaybeUninit;
-use ternary_kernels::Room;
+use ternary_kernels::TensorBuffer;
 
-/// The numbers of a room as a tensor, whose end gives the room back.
-pub(super) fn filled(room: Room, shape: Shape) -> FlexTensor {
-    let len = size_of_val::<[f32]>(&room);
-    FlexTensor::new(owned(room, len), Layout::contiguous(shape), DType::F32)
+/// The numbers of a buffer as a tensor. Dropping the tensor returns the buffer to the cache.
+pub(super) fn filled(buffer: TensorBuffer, shape: Shape) -> FlexTensor {
+    let len = size_of_val::<[f32]>(&buffer);
+    FlexTensor::new(owned(buffer, len), Layout::contiguous(shape), DType::F32)
 }
 
 /// The first `len` of its bytes, in one row.
-pub(super) fn bytes(room: Room, len: usize) -> FlexTensor {
-    FlexTensor::new(owned(room, len), Layout::contiguous(Shape::new([len])), DType::I8)
+pub(super) fn bytes(buffer: TensorBuffer, len: usize) -> FlexTensor {
+    FlexTensor::new(owned(buffer, len), Layout::contiguous(Shape::new([len])), DType::I8)
 }
 
-fn owned(room: Room, len: usize) -> Bytes {
-    assert!(len <= size_of_val::<[f32]>(&room), "bytes of a room");
+fn owned(buffer: TensorBuffer, len: usize) -> Bytes {
+    assert!(len <= size_of_val::<[f32]>(&buffer), "bytes of a buffer");
     // SAFETY: that many bytes are there, and floats, whichever, are initialized.
-    unsafe { Bytes::from_controller(Box::new(Owner(room)), len) }
+    unsafe { Bytes::from_controller(Box::new(Owner(buffer)), len) }
 }
 
-struct Owner(Room);
+struct Owner(TensorBuffer);
 
 impl AllocationController for Owner {
     fn alloc_align(&self) -> usize {
@@ -56,9 +56,9 @@ mod tests {
     #[test]
     fn a_tensor_holds_what_was_written_and_its_copies_are_their_own() {
         for n in [3, 100_000] {
-            let mut room = Room::new(2 * n);
-            room.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);
-            let tensor = filled(room, Shape::new([2, n]));
+            let mut buffer = TensorBuffer::new(2 * n);
+            buffer.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);
+            let tensor = filled(buffer, Shape::new([2, n]));
             let mut copy = tensor.clone();
             copy.storage_mut::<f32>()[1] = -1.0;
             assert_eq!((tensor.storage::<f32>()[1], copy.storage::<f32>()[1]), (1.0, -1.0));

@@ -9,7 +9,7 @@ use burn::tensor::Shape;
 use burn_flex::FlexTensor;
 use half::f16;
 use rayon::prelude::*;
-use ternary_kernels::{Room, nn};
+use ternary_kernels::{TensorBuffer, nn};
 
 /// So few weights are sorted by passes over all columns; of more, each column is gathered and selected in.
 const FEW: usize = 16;
@@ -40,7 +40,7 @@ pub(super) fn ternary_quantize(
     }
     let (weight, scale, threshold) = (dense(weight), dense(scale), dense(threshold));
     let (weight, scale, threshold) = (values(&weight), values(&scale), values(&threshold));
-    let mut output = Room::new(weight.len());
+    let mut output = TensorBuffer::new(weight.len());
     nn::ternary_quantize(&POOL, weight, [n, channels], scale, threshold, &mut output);
     filled(output, shape)
 }
@@ -136,7 +136,7 @@ pub(super) fn absmax_quantize(input: FlexTensor, levels: f32, scale: RowScale) -
     let d = shape[shape.num_dims() - 1];
     let input = dense(input);
     let input = values(&input);
-    let mut output = Room::new(input.len());
+    let mut output = TensorBuffer::new(input.len());
     let scale = |max: f32| match scale {
         RowScale::F32 => max / levels,
         RowScale::F16 => to_f16(max / levels),

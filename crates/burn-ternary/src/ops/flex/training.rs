@@ -16,10 +16,10 @@ use burn::backend::{
 use burn::tensor::{DType, Shape};
 use burn_flex::FlexTensor;
 use std::sync::{LazyLock, Mutex, PoisonError};
-use ternary_kernels::{self as kernels, Room, nn, optim};
+use ternary_kernels::{self as kernels, TensorBuffer, nn, optim};
 
-fn room(like: &FlexTensor) -> Room {
-    Room::new(like.layout().num_elements())
+fn buffer_like(like: &FlexTensor) -> TensorBuffer {
+    TensorBuffer::new(like.layout().num_elements())
 }
 
 fn shape(tensor: &FlexTensor) -> Shape {
@@ -40,7 +40,7 @@ pub(super) fn norm(
         };
     }
     let (input, weight, bias) = (dense(input), dense(weight), bias.map(dense));
-    let mut out = room(&input);
+    let mut out = buffer_like(&input);
     let norm = nn::Norm { weight: values(&weight), bias: bias.as_ref().map(values), epsilon };
     nn::norm(&POOL, values(&input), norm, &mut out);
     filled(out, shape(&input))
@@ -56,7 +56,7 @@ pub(super) fn layer_norm_backward(
         return norm::layer_backward::<Flex>(input, weight, grad, epsilon);
     }
     let (input, weight, grad) = (dense(input), dense(weight), dense(grad));
-    let mut dx = room(&input);
+    let mut dx = buffer_like(&input);
     // Which bias it is does not matter to gradients; that there is one does.
     let norm = nn::Norm { weight: values(&weight), bias: Some(values(&weight)), epsilon };
     let (dweight, dbias) = nn::norm_backward(&POOL, values(&input), norm, values(&grad), &mut dx);
@@ -74,7 +74,7 @@ pub(super) fn rms_norm_backward(
         return norm::rms_backward::<Flex>(input, weight, grad, epsilon);
     }
     let (input, weight, grad) = (dense(input), dense(weight), dense(grad));
-    let mut dx = room(&input);
+    let mut dx = buffer_like(&input);
     let norm = nn::Norm { weight: values(&weight), bias: None, epsilon };
     let (dweight, _) = nn::norm_backward(&POOL, values(&input), norm, values(&grad), &mut dx);
     (filled(dx, shape(&input)), tensor(dweight, shape(&weight)))
@@ -85,7 +85,7 @@ pub(super) fn gelu(input: FlexTensor) -> FlexTensor {
         return activation::gelu_tanh::<Flex>(input);
     }
     let input = dense(input);
-    let mut out = room(&input);
+    let mut out = buffer_like(&input);
     nn::gelu(&POOL, values(&input), &mut out);
     filled(out, shape(&input))
 }
@@ -95,7 +95,7 @@ pub(super) fn gelu_backward(input: FlexTensor, grad: FlexTensor) -> FlexTensor {
         return activation::gelu_tanh_backward::<Flex>(input, grad);
     }
     let (input, grad) = (dense(input), dense(grad));
-    let mut dx = room(&input);
+    let mut dx = buffer_like(&input);
     nn::gelu_backward(&POOL, values(&input), values(&grad), &mut dx);
     filled(dx, shape(&input))
 }
@@ -105,7 +105,7 @@ pub(super) fn silu_mul(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
         return activation::silu_mul_default::<Flex>(gate, up);
     }
     let (gate, up) = (dense(gate), dense(up));
-    let mut out = room(&gate);
+    let mut out = buffer_like(&gate);
     nn::silu_mul(&POOL, values(&gate), values(&up), &mut out);
     filled(out, shape(&gate))
 }
@@ -119,14 +119,20 @@ pub(super) fn silu_mul_backward(
         return activation::silu_mul_backward::<Flex>(gate, up, grad);
     }
     let (gate, up, grad) = (dense(gate), dense(up), dense(grad));
-    let (mut dgate, mut dup) = (room(&gate), room(&up));
+    let (mut dgate, mut dup) = (buffer_like(&gate), buffer_like(&up));
     nn::silu_mul_backward(&POOL, values(&gate), values(&up), values(&grad), &mut dgate, &mut dup);
     (filled(dgate, shape(&gate)), filled(dup, shape(&up)))
 }
 
-fn attention_shape(query: &FlexTensor, heads: Heads) -> nn::Attention {
+fn attention_shape(query: &FlexTensor, heads: Heads) -> nn::AttentionShape {
     let [batch, seq, width] = query.layout().shape().dims();
-    nn::Attention { batch, seq, heads: heads.queries, kv_heads: heads.keys, width: width / heads.queries }
+    nn::AttentionShape {
+        batch,
+        seq,
+        heads: heads.queries,
+        kv_heads: heads.keys,
+        width: width / heads.queries,
+    }
 }
 
 /// The kernels know what the future is without the mask.
@@ -142,10 +148,10 @@ pub(super) fn causal_attention(
     }
     let of = attention_shape(&query, heads);
     let (query, key, value) = (dense(query), dense(key), dense(value));
-    let mut out = room(&query);
+    let mut out = buffer_like(&query);
     let mut log_partition = vec![0.0; of.rows()];
     let inputs = [values(&query), values(&key), values(&value)];
-    nn::attention(&POOL, of, inputs, &mut out, &mut log_partition);
+    nn::causal_attention(&POOL, of, inputs, &mut out, &mut log_partition);
     let rows = Shape::new([of.batch, of.heads, of.seq, 1]);
     (filled(out, shape(&query)), tensor(log_partition, rows))
 }
@@ -161,8 +167,8 @@ pub(super) fn causal_attention_backward(
     let of = attention_shape(&saved.query, heads);
     let (query, key, value) = (dense(saved.query), dense(saved.key), dense(saved.value));
     let (output, log_partition, grad) = (dense(saved.output), dense(saved.log_partition), dense(grad));
-    let (mut dquery, mut dkey, mut dvalue) = (room(&query), room(&key), room(&value));
-    nn::attention_backward(
+    let (mut dquery, mut dkey, mut dvalue) = (buffer_like(&query), buffer_like(&key), buffer_like(&value));
+    nn::causal_attention_backward(
         &POOL,
         of,
         [values(&query), values(&key), values(&value)],
@@ -192,7 +198,7 @@ pub(super) fn embed_backward(table: FlexTensor, ids: FlexTensor, grad: FlexTenso
     }
     let grad = dense(grad);
     let [_, d] = shape(&table).dims();
-    let mut out = room(&table);
+    let mut out = buffer_like(&table);
     nn::embedding_backward(&POOL, &indices(ids), values(&grad), d, &mut out);
     filled(out, shape(&table))
 }
@@ -221,7 +227,7 @@ pub(super) fn log_likelihood_backward(
     let [_, vocab] = logits.layout().shape().dims();
     let log_partition: Vec<f32> = values(&output).chunks(3).map(|row| row[0]).collect();
     let grads: Vec<[f32; 2]> = values(&grad).chunks(3).map(|row| [row[0], row[1]]).collect();
-    let mut dlogits = room(&logits);
+    let mut dlogits = buffer_like(&logits);
     nn::cross_entropy_backward(
         &POOL,
         values(&logits),
@@ -241,7 +247,7 @@ pub(super) fn divergences(teacher: FlexTensor, student: FlexTensor, temperature:
     let (teacher, student) = (dense(teacher), dense(student));
     let [rows, vocab] = student.layout().shape().dims();
     let mut out = vec![[0.0; 4]; rows];
-    nn::divergence(&POOL, values(&teacher), values(&student), vocab, temperature, &mut out);
+    nn::kl_divergence(&POOL, values(&teacher), values(&student), vocab, temperature, &mut out);
     tensor(out.into_flattened(), Shape::new([rows, 4]))
 }
 
@@ -259,8 +265,8 @@ pub(super) fn divergences_backward(
     let [_, vocab] = student.layout().shape().dims();
     let (saved, _) = values(&output).as_chunks::<4>();
     let grads: Vec<[f32; 2]> = values(&grad).chunks(4).map(|row| [row[0], row[1]]).collect();
-    let mut dstudent = room(&student);
-    nn::divergence_backward(
+    let mut dstudent = buffer_like(&student);
+    nn::kl_divergence_backward(
         &POOL,
         values(&teacher),
         values(&student),
@@ -274,26 +280,26 @@ pub(super) fn divergences_backward(
 }
 
 /// A dense matrix.
-fn view(tensor: &FlexTensor) -> kernels::View<'_> {
+fn view(tensor: &FlexTensor) -> kernels::MatrixView<'_> {
     let [rows, cols] = tensor.layout().shape().dims();
-    kernels::View::new(values(tensor), rows, cols)
+    kernels::MatrixView::new(values(tensor), rows, cols)
 }
 
-/// Room that products of halves use one after another.
-static HALVES: LazyLock<Mutex<kernels::HalfFactors>> = LazyLock::new(Default::default);
+/// Workspace of the bfloat16 products, shared by all of them.
+static HALVES: LazyLock<Mutex<kernels::Bf16Workspace>> = LazyLock::new(Default::default);
 
 fn product(
     factors: Factors,
-    [left, right]: [kernels::View; 2],
+    [left, right]: [kernels::MatrixView; 2],
     bias: Option<&[f32]>,
     [m, n]: [usize; 2],
 ) -> FlexTensor {
-    let mut out = Room::new(m * n);
+    let mut out = TensorBuffer::new(m * n);
     match factors {
-        Factors::Whole => kernels::float_product(&POOL, left, right, bias, &mut out),
+        Factors::Whole => kernels::matmul_f32(&POOL, left, right, bias, &mut out),
         Factors::Half => {
-            let mut room = HALVES.lock().unwrap_or_else(PoisonError::into_inner);
-            kernels::half_product(&POOL, &mut room, left, right, bias, &mut out);
+            let mut workspace = HALVES.lock().unwrap_or_else(PoisonError::into_inner);
+            kernels::matmul_bf16(&POOL, &mut workspace, left, right, bias, &mut out);
         }
     }
     filled(out, Shape::new([m, n]))
@@ -374,21 +380,21 @@ pub(super) fn project_backward(
     )
 }
 
-/// Room that linear layers use one after another.
+/// Workspace of the int8 linear layers, shared by all of them.
 static LINEAR: LazyLock<Mutex<nn::TernaryLinear>> = LazyLock::new(Default::default);
 
 /// Scales and codes, as bytes: nothing but [`ternary_linear_backward`] looks into it.
-fn sealed(room: Room, scales: usize, codes: usize) -> FlexTensor {
-    bytes(room, 4 * scales + codes)
+fn sealed(buffer: TensorBuffer, scales: usize, codes: usize) -> FlexTensor {
+    bytes(buffer, 4 * scales + codes)
 }
 
-/// Room for so many scales and codes, and its parts.
-fn sealed_room(scales: usize, codes: usize) -> Room {
-    Room::new(scales + codes.div_ceil(4))
+/// A buffer for so many scales and codes, and its parts.
+fn sealed_buffer(scales: usize, codes: usize) -> TensorBuffer {
+    TensorBuffer::new(scales + codes.div_ceil(4))
 }
 
-fn parts(room: &mut Room, scales: usize, codes: usize) -> (&mut [f32], &mut [i8]) {
-    let (scales, rest) = room.split_at_mut(scales);
+fn parts(buffer: &mut TensorBuffer, scales: usize, codes: usize) -> (&mut [f32], &mut [i8]) {
+    let (scales, rest) = buffer.split_at_mut(scales);
     (scales, &mut bytemuck::cast_slice_mut(rest)[..codes])
 }
 
@@ -406,7 +412,7 @@ pub(super) fn ternary_linear(
     assert!(is_f32(&[&weight]), "the int8 products have f32 factors");
     let weight = dense(weight);
     let [_, d_output] = shape(&weight).dims();
-    ternary_linear_of(input, nn::Weight::Ternary(values(&weight)), d_output, bias)
+    ternary_linear_of(input, nn::LinearWeight::Ternary(values(&weight)), d_output, bias)
 }
 
 pub(super) fn latent_linear(
@@ -424,26 +430,26 @@ pub(super) fn latent_linear(
         channels => channels.to_vec(),
     });
     let weight = values(&latent);
-    let weight = nn::Weight::Latent { weight, scales: &scales, thresholds: &thresholds };
+    let weight = nn::LinearWeight::Latent { weight, scales: &scales, thresholds: &thresholds };
     ternary_linear_of(input, weight, d_output, bias)
 }
 
 fn ternary_linear_of(
     input: FlexTensor,
-    weight: nn::Weight,
+    weight: nn::LinearWeight,
     d_output: usize,
     bias: FlexTensor,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     assert!(is_f32(&[&input, &bias]), "the int8 products have f32 factors");
     let (input, bias) = (dense(input), dense(bias));
     let [tokens, d_input] = shape(&input).dims();
-    let mut out = Room::new(tokens * d_output);
-    let (input_len, weight_len) = (nn::Saved::input_len(tokens, d_input), d_input * d_output);
+    let mut out = TensorBuffer::new(tokens * d_output);
+    let (input_len, weight_len) = (nn::SavedTensors::input_len(tokens, d_input), d_input * d_output);
     let (mut kept_input, mut kept_weight) =
-        (sealed_room(tokens, input_len), sealed_room(d_output, weight_len));
+        (sealed_buffer(tokens, input_len), sealed_buffer(d_output, weight_len));
     let (input_scales, input_codes) = parts(&mut kept_input, tokens, input_len);
     let (weight_scales, weight_codes) = parts(&mut kept_weight, d_output, weight_len);
-    let saved = nn::SavedMut { input: input_codes, input_scales, weight: weight_codes, weight_scales };
+    let saved = nn::SavedTensorsMut { input: input_codes, input_scales, weight: weight_codes, weight_scales };
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
     layer.forward(&POOL, values(&input), weight, Some(values(&bias)), &mut out, saved);
     (
@@ -464,16 +470,20 @@ pub(super) fn ternary_linear_backward(
     let (input_scales, input) = unsealed(&input, tokens);
     let (weight_scales, weight_codes) = unsealed(&weight, d_output);
     let d_input = weight_codes.len() / d_output;
-    let saved =
-        nn::Saved { input, input_scales: &input_scales, weight: weight_codes, weight_scales: &weight_scales };
+    let saved = nn::SavedTensors {
+        input,
+        input_scales: &input_scales,
+        weight: weight_codes,
+        weight_scales: &weight_scales,
+    };
     if factors == GradientFactors::Half {
-        let mut input = Room::new(tokens * d_input);
+        let mut input = TensorBuffer::new(tokens * d_input);
         saved.activations(&POOL, &mut input);
-        let left = kernels::View::new(&input, tokens, d_input).transposed();
+        let left = kernels::MatrixView::new(&input, tokens, d_input).transposed();
         let dweight = product(Factors::Half, [left, view(&grad)], None, [d_input, d_output]);
         return (ternary_linear_input_backward(weight, grad.clone()), dweight, bias_gradient(grad));
     }
-    let (mut dx, mut dweight) = (Room::new(tokens * d_input), Room::new(d_input * d_output));
+    let (mut dx, mut dweight) = (TensorBuffer::new(tokens * d_input), TensorBuffer::new(d_input * d_output));
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
     let dbias = layer.backward(&POOL, saved, values(&grad), &mut dx, &mut dweight);
     (
@@ -488,7 +498,7 @@ pub(super) fn ternary_linear_input_backward(weight: FlexTensor, grad: FlexTensor
     let [tokens, d_output] = shape(&grad).dims();
     let (scales, weight) = unsealed(&weight, d_output);
     let d_input = weight.len() / d_output;
-    let mut dx = Room::new(tokens * d_input);
+    let mut dx = TensorBuffer::new(tokens * d_input);
     let mut layer = LINEAR.lock().unwrap_or_else(PoisonError::into_inner);
     layer.input_backward(&POOL, weight, &scales, values(&grad), &mut dx);
     filled(dx, Shape::new([tokens, d_input]))
@@ -513,7 +523,9 @@ pub(super) fn adamw_step(
 
 /// What the other backends and the moments' owner go by.
 const _: () = {
-    assert!(optim::MOMENTS == optimizer::MOMENTS[0] && optim::Moments::WORDS == optimizer::MOMENTS[1]);
+    assert!(
+        optim::MOMENT_BLOCK == optimizer::MOMENTS[0] && optim::MomentBlock::WORDS == optimizer::MOMENTS[1]
+    );
     assert!(optim::NEWTON_SCHULZ_STEPS == optimizer::NEWTON_SCHULZ_STEPS);
     let [a, b, c] = optimizer::NEWTON_SCHULZ;
     assert!(optim::NEWTON_SCHULZ[0] == a && optim::NEWTON_SCHULZ[1] == b && optim::NEWTON_SCHULZ[2] == c);
@@ -528,8 +540,8 @@ pub(super) fn adamw_int8_step(
     assert!(is_f32(&[&weight, &grad, &moments]), "parameters have f32");
     let grad = dense(grad);
     let [mut weight, mut moments] = [weight, moments].map(owned);
-    let blocks = optim::Moments::from_words(moments.storage_mut());
-    optim::adamw_moments(&POOL, numbers(step), weight.storage_mut(), values(&grad), blocks);
+    let blocks = optim::MomentBlock::from_words(moments.storage_mut());
+    optim::adamw_8bit(&POOL, numbers(step), weight.storage_mut(), values(&grad), blocks);
     (weight, moments)
 }
 
@@ -564,7 +576,7 @@ fn owned(mut tensor: FlexTensor) -> FlexTensor {
         return tensor;
     }
     let tensor = dense(tensor);
-    let mut copy = room(&tensor);
+    let mut copy = buffer_like(&tensor);
     POOL.copy(values(&tensor), &mut copy);
     filled(copy, shape(&tensor))
 }

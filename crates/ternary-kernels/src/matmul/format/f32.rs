@@ -1,37 +1,50 @@
-//! [`FloatMatrix`]: f32 weights.
+//! Float weights ([`F32Matrix`]) and their products with float activations.
+//!
+//! # Layout
+//! A tile of 16 rows is stored column by column: one column is one vector.
+//!
+//! ```text
+//! values[tile][column][r]  =  w(row 16 tile + r, column)                          r in 0..16
+//! ```
+//!
+//! # Product
+//! `y += column * x[column]` over the columns, where `x[column]` is broadcast. Chunks of 64 columns are summed apart: less
+//! rounding, and sums that do not wait for each other.
 
 use crate::{
     matmul::{
-        activations::{Input, Quantized},
-        tile::{Form, tiles, token_floats},
+        activations::{Activations, Int8Activations},
+        tile::{PackedFormat, tile_count, token_floats},
     },
-    memory::{Arena, Block},
+    memory::{Arena, ArenaSlice},
     simd::{LANES, Simd},
 };
 
-/// Float weights. A line holds one column of 16 rows.
+/// A matrix of f32 weights. It is multiplied with float activations only.
 #[derive(Debug)]
-pub struct FloatMatrix {
+pub struct F32Matrix {
     rows: usize,
     cols: usize,
-    /// `[tiles, cols]`
-    values: Block<[f32; LANES]>,
+    /// `[tiles, cols]`, 16 rows each.
+    values: ArenaSlice<[f32; LANES]>,
 }
 
-impl FloatMatrix {
+impl F32Matrix {
     /// Bytes that [`pack`](Self::pack) takes from its arena.
     pub fn bytes(rows: usize, cols: usize) -> usize {
-        tiles(rows) * cols * LANES * 4
+        tile_count(rows) * cols * LANES * 4
     }
 
-    /// `read(row, values)` gives the values `[cols]` of each row in turn.
+    /// Packs a matrix of `rows` rows and `cols` columns.
+    ///
+    /// `read(row, values)` is called once per row, in order. It writes the weights `[cols]` of the row.
     pub fn pack(
         arena: &mut Arena,
         rows: usize,
         cols: usize,
         mut read: impl FnMut(usize, &mut [f32]),
     ) -> Self {
-        let mut values = arena.take::<[f32; LANES]>(tiles(rows) * cols);
+        let mut values = arena.take::<[f32; LANES]>(tile_count(rows) * cols);
         let mut row_values = vec![0.0; cols];
         for row in 0..rows {
             read(row, &mut row_values);
@@ -43,8 +56,8 @@ impl FloatMatrix {
     }
 }
 
-impl Form for FloatMatrix {
-    const INTEGER: bool = false;
+impl PackedFormat for F32Matrix {
+    const INT8: bool = false;
 
     fn shape(&self) -> (usize, usize) {
         (self.rows, self.cols)
@@ -60,13 +73,25 @@ impl Form for FloatMatrix {
         }
     }
 
-    fn integer<S: Simd, const T: usize>(&self, _: S, _: usize, _: &Quantized, _: usize) -> [S::Float; T] {
+    fn dot_int8<S: Simd, const T: usize>(
+        &self,
+        _: S,
+        _: usize,
+        _: &Int8Activations,
+        _: usize,
+    ) -> [S::Float; T] {
         unreachable!("float weights are multiplied with floats")
     }
 
     #[inline(always)]
-    fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T] {
-        /// Columns that are summed apart: less rounding, and sums that do not wait for each other.
+    fn dot_f32<S: Simd, const T: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Activations,
+        token: usize,
+    ) -> [S::Float; T] {
+        /// Columns per partial sum.
         const CHUNK: usize = 64;
         let floats = token_floats::<T>(x, token);
         let columns = &self.values[tile * self.cols..][..self.cols];

@@ -1,46 +1,81 @@
-//! [`ByteMatrix`]: eight bits a weight.
+//! Int8 weights ([`Int8Matrix`]) and their products with int8 activations.
+//!
+//! # Layout
+//! A block of 16 rows and 16 columns is four cache lines. Line `p` has columns `4p..4p + 4` of each row:
+//!
+//! ```text
+//! byte 4r + b of line p  =  code(row r, column 4p + b)                     p, b in 0..4,  r in 0..16
+//! ```
+//!
+//! There is one f32 scale per row and group of columns. A group is the whole row, or a multiple of 16 columns.
+//!
+//! # Product
+//! ```text
+//! for each scale group:
+//!     acc = -offset * sum(x in the group)                     offset: what dot_signed adds to each weight, 0 or 128
+//!     for each line of the group:
+//!         acc = dot_signed(acc, line, quad of x)
+//!     y += acc * scale
+//! ```
+//!
+//! | tokens | CPU | path |
+//! |---|---|---|
+//! | 4-16 | AMX; groups and rows of whole steps of 64 or 32 columns | four tiles by the matrix unit, straight from memory |
+//! | others | any | `dot_int8`, for up to 8 tokens (AVX-512) or 4 at a time |
+//!
+//! Nothing is unpacked, so that there is no path with panels. The format serves tables of token embeddings in Q8_0, with
+//! a scale per 32 columns, and models in int8.
+//!
+//! # Tried
+//! 32000 x 768 with 8 tokens on AMX took 1,325 us with two tiles per step of the matrix unit, and 994 us with four.
 
 use crate::{
     matmul::{
-        activations::{Input, Quantized, SIX_BITS},
+        activations::{Activations, Int8Activations, Q6_OFFSET},
         tile::{
-            Finish, Form, Held, ahead, four, group_blocks, integer_by_tiles, parts, tiles, token_codes,
-            token_floats, token_offsets, token_sums, unit,
+            Epilogue, PackedFormat, TileAccumulators, group_blocks, matrix_unit, multiply_tile_groups,
+            prefetch_offset, slice_each, splat_quad, tile_count, token_codes, token_floats, token_offsets,
+            token_sums,
         },
     },
-    memory::{Arena, Block},
-    simd::{LANES, Line, PANELS, Simd, Unit},
+    memory::{Arena, ArenaSlice},
+    simd::{CacheLine, LANES, MatrixUnit, Simd, UNIT_TILES},
 };
 use std::ops::Range;
 
-/// Lines of four columns in a block of 16.
-const LINES: usize = 4;
+/// Cache lines per block of 16 columns.
+const BLOCK_LINES: usize = 4;
 
-/// Int8 codes with a scale for each `group` consecutive columns of a row.
-///
-/// A line holds four columns of 16 rows.
+/// A matrix of int8 codes with one f32 scale per row and group of columns: `w = scale * code`.
 #[derive(Debug)]
-pub struct ByteMatrix {
+pub struct Int8Matrix {
     rows: usize,
     cols: usize,
+    /// Blocks of 16 columns per row.
     blocks: usize,
+    /// Blocks per scale.
     group: usize,
-    /// `[tiles, blocks, LINES]`
-    codes: Block<Line>,
+    /// `[tiles, blocks, BLOCK_LINES]`
+    codes: ArenaSlice<CacheLine>,
     /// `[tiles, groups]`
-    scales: Block<[f32; LANES]>,
+    scales: ArenaSlice<[f32; LANES]>,
 }
 
-impl ByteMatrix {
-    /// Most columns that share a scale: `128 * 127` times as many fit into a sum of 32 bits.
+impl Int8Matrix {
+    /// The largest number of columns per scale: `128 * 127` times as many fit into a 32-bit sum.
     pub const LONGEST_GROUP: usize = 1 << 17;
 
     /// Bytes that [`pack`](Self::pack) takes from its arena.
     pub fn bytes(rows: usize, cols: usize, group: usize) -> usize {
-        tiles(rows) * (cols.div_ceil(LANES) * LINES + cols.div_ceil(group)) * size_of::<Line>()
+        tile_count(rows)
+            * (cols.div_ceil(LANES) * BLOCK_LINES + cols.div_ceil(group))
+            * size_of::<CacheLine>()
     }
 
-    /// `read(row, codes, scales)` gives codes `[cols]` and scales `[cols / group, rounded up]` of each row in turn.
+    /// Packs a matrix of `rows` rows and `cols` columns, with a scale for each `group` consecutive columns of a row.
+    ///
+    /// `read(row, codes, scales)` is called once per row, in order. It writes the codes `[cols]` and the scales
+    /// `[cols / group, rounded up]` of the row.
     ///
     /// # Panics
     /// When `group` is neither a multiple of 16 nor the whole row, or has more than
@@ -59,13 +94,13 @@ impl ByteMatrix {
         );
         let (blocks, group) = (cols.div_ceil(LANES), group_blocks(cols, group));
         let groups = blocks.div_ceil(group);
-        let mut codes = arena.take::<Line>(tiles(rows) * blocks * LINES);
-        let mut scales = arena.take::<[f32; LANES]>(tiles(rows) * groups);
+        let mut codes = arena.take::<CacheLine>(tile_count(rows) * blocks * BLOCK_LINES);
+        let mut scales = arena.take::<[f32; LANES]>(tile_count(rows) * groups);
         let (mut row_codes, mut row_scales) = (vec![0; cols], vec![0.0; groups]);
         for row in 0..rows {
             read(row, &mut row_codes, &mut row_scales);
             let (tile, lane) = (row / LANES, row % LANES);
-            for (line, codes) in codes[tile * blocks * LINES..].iter_mut().zip(row_codes.chunks(4)) {
+            for (line, codes) in codes[tile * blocks * BLOCK_LINES..].iter_mut().zip(row_codes.chunks(4)) {
                 for (byte, code) in line.0[lane * 4..].iter_mut().zip(codes) {
                     *byte = *code as u8;
                 }
@@ -77,88 +112,104 @@ impl ByteMatrix {
         Self { rows, cols, blocks, group, codes, scales }
     }
 
+    /// Scales per row.
     fn groups(&self) -> usize {
         self.blocks.div_ceil(self.group)
     }
 
+    /// Codes `[blocks]` and scales `[groups]` of a tile.
     #[inline(always)]
-    fn tile(&self, tile: usize) -> (&[[Line; LINES]], &[[f32; LANES]]) {
-        let (blocks, _) = self.codes.as_chunks::<LINES>();
+    fn tile(&self, tile: usize) -> (&[[CacheLine; BLOCK_LINES]], &[[f32; LANES]]) {
+        let (blocks, _) = self.codes.as_chunks::<BLOCK_LINES>();
         let scales = &self.scales[tile * self.groups()..][..self.groups()];
         (&blocks[tile * self.blocks..][..self.blocks], scales)
     }
 
-    /// `integer` of as many tiles at a time as the unit takes, where it fits; the tiles that are left.
+    /// Multiplies as many tiles as possible by the matrix unit, in steps of `STEP_BLOCKS` blocks. Returns the tiles that
+    /// are left: all, if the unit cannot be used.
     #[inline(always)]
-    fn by_unit<S: Simd, const STEP: usize>(
+    fn multiply_by_unit<S: Simd, const STEP_BLOCKS: usize>(
         &self,
         s: S,
         mut tiles: Range<usize>,
-        x: &Quantized,
+        x: &Int8Activations,
         tokens: Range<usize>,
-        finish: &impl Finish,
+        epilogue: &impl Epilogue,
     ) -> Range<usize> {
-        let Some(mut unit) = unit::<S, STEP>(s, tokens.len(), self.blocks, self.group) else { return tiles };
-        let mut held = Held::new(s, tokens.len());
-        while tiles.len() >= PANELS {
-            self.held::<S, STEP>(s, &mut unit, tiles.start, x, tokens.clone(), &mut held);
-            held.finish(s, tiles.start, tokens.clone(), finish);
-            tiles.start += PANELS;
+        let Some(mut unit) = matrix_unit::<S, STEP_BLOCKS>(s, tokens.len(), self.blocks, self.group) else {
+            return tiles;
+        };
+        let mut accumulators = TileAccumulators::new(s, tokens.len());
+        while tiles.len() >= UNIT_TILES {
+            self.multiply_unit_tiles::<S, STEP_BLOCKS>(
+                s,
+                &mut unit,
+                tiles.start,
+                x,
+                tokens.clone(),
+                &mut accumulators,
+            );
+            accumulators.write(s, tiles.start, tokens.clone(), epilogue);
+            tiles.start += UNIT_TILES;
         }
         tiles
     }
 
-    /// `integer` of so many tiles.
+    /// The products of [`UNIT_TILES`] tiles with 4 to 16 tokens, by the matrix unit.
     #[inline(always)]
-    fn held<S: Simd, const STEP: usize>(
+    fn multiply_unit_tiles<S: Simd, const STEP_BLOCKS: usize>(
         &self,
         s: S,
-        unit: &mut S::Unit,
+        unit: &mut S::MatrixUnit,
         tile: usize,
-        x: &Quantized,
+        x: &Int8Activations,
         tokens: Range<usize>,
-        held: &mut Held<S>,
+        accumulators: &mut TileAccumulators<S>,
     ) {
-        let mut steps: [&[[[Line; LINES]; STEP]]; PANELS] = [&[]; PANELS];
-        for r in 0..PANELS {
+        let mut steps: [&[[[CacheLine; BLOCK_LINES]; STEP_BLOCKS]]; UNIT_TILES] = [&[]; UNIT_TILES];
+        for r in 0..UNIT_TILES {
             steps[r] = self.tile(tile + r).0.as_chunks().0;
         }
         let codes = &x.codes[tokens.start * x.blocks..];
         for group in 0..self.groups() {
             unit.clear();
             let start = group * self.group;
-            for index in start / STEP..self.blocks.min(start + self.group) / STEP {
-                let mut weights: [&[Line]; PANELS] = [&[]; PANELS];
-                let ahead = ahead(index * STEP * LINES, self.blocks * LINES, AHEAD);
-                for r in 0..PANELS {
+            for index in start / STEP_BLOCKS..self.blocks.min(start + self.group) / STEP_BLOCKS {
+                let mut weights: [&[CacheLine]; UNIT_TILES] = [&[]; UNIT_TILES];
+                let offset = prefetch_offset(
+                    index * STEP_BLOCKS * BLOCK_LINES,
+                    self.blocks * BLOCK_LINES,
+                    PREFETCH_LINES,
+                );
+                for r in 0..UNIT_TILES {
                     weights[r] = steps[r][index].as_flattened();
                     for line in weights[r] {
-                        s.prefetch(line, ahead);
+                        s.prefetch(line, offset);
                     }
                 }
-                unit.add(weights, &codes[index * STEP..], x.blocks);
+                unit.add(weights, &codes[index * STEP_BLOCKS..], x.blocks);
             }
-            unit.store(&mut held.sums);
-            for r in 0..PANELS {
-                held.scale(s, r, s.load_f32(&self.tile(tile + r).1[group]), group == 0);
+            unit.store(&mut accumulators.sums);
+            for r in 0..UNIT_TILES {
+                accumulators.scale(s, r, s.load_f32(&self.tile(tile + r).1[group]), group == 0);
             }
         }
     }
 }
 
-/// Lines between what is asked of memory and what is in use: 4 KiB.
-const AHEAD: usize = 64;
+/// Prefetch distance in cache lines: 4 KiB.
+const PREFETCH_LINES: usize = 64;
 
-/// Blocks of a group whose offsets are added up.
-const SHORT: usize = 4;
+/// Groups of at most this many blocks add up the offsets of their blocks, instead of subtracting prefix sums.
+const SHORT_GROUP_BLOCKS: usize = 4;
 
-impl Form for ByteMatrix {
+impl PackedFormat for Int8Matrix {
     fn shape(&self) -> (usize, usize) {
         (self.rows, self.cols)
     }
 
     fn tile_bytes(&self) -> usize {
-        self.blocks * LINES * size_of::<Line>()
+        self.blocks * BLOCK_LINES * size_of::<CacheLine>()
     }
 
     fn read_row(&self, row: usize, values: &mut [f32]) {
@@ -173,11 +224,11 @@ impl Form for ByteMatrix {
     }
 
     #[inline(always)]
-    fn integer<S: Simd, const T: usize>(
+    fn dot_int8<S: Simd, const T: usize>(
         &self,
         s: S,
         tile: usize,
-        x: &Quantized,
+        x: &Int8Activations,
         token: usize,
     ) -> [S::Float; T] {
         let (blocks, scales) = self.tile(tile);
@@ -187,29 +238,31 @@ impl Form for ByteMatrix {
         let mut start = 0;
         for scale in scales {
             let end = self.blocks.min(start + self.group);
+            // dot_signed adds WEIGHT_OFFSET to each weight: start with minus that times the sum of the activations.
             let mut totals = [s.splat(0); T];
-            if S::OFFSET != 0 && end - start <= SHORT {
-                // They go from memory to all lanes at once; a number computed first would take the way of the products.
-                const { assert!(S::OFFSET == 0 || S::OFFSET == 4 * SIX_BITS) };
+            if S::WEIGHT_OFFSET != 0 && end - start <= SHORT_GROUP_BLOCKS {
+                // A broadcast from memory does not occupy the port of the dot products, as one from a register would.
+                const { assert!(S::WEIGHT_OFFSET == 0 || S::WEIGHT_OFFSET == 4 * Q6_OFFSET) };
                 for t in 0..T {
                     for block in &offsets[t][start..end] {
                         totals[t] = s.add(totals[t], s.splat(*block));
                     }
                     totals[t] = s.shl::<2>(totals[t]);
                 }
-            } else if S::OFFSET != 0 {
+            } else if S::WEIGHT_OFFSET != 0 {
                 for t in 0..T {
-                    totals[t] = s.splat((sums[t][start] - sums[t][end]) * S::OFFSET);
+                    totals[t] = s.splat((sums[t][start] - sums[t][end]) * S::WEIGHT_OFFSET);
                 }
             }
+            // The inner loop: one line of weights, T tokens.
             let blocks = &blocks[start..end];
-            let codes = parts(codes, start..end);
+            let codes = slice_each(codes, start..end);
             for i in 0..blocks.len() {
-                for p in 0..LINES {
-                    s.prefetch(&blocks[i][p], AHEAD);
+                for p in 0..BLOCK_LINES {
+                    s.prefetch(&blocks[i][p], PREFETCH_LINES);
                     let w = s.load(&blocks[i][p]);
                     for t in 0..T {
-                        let x = four(s, &codes[t][i], p);
+                        let x = splat_quad(s, &codes[t][i], p);
                         totals[t] = s.dot_signed(totals[t], w, x);
                     }
                 }
@@ -224,28 +277,35 @@ impl Form for ByteMatrix {
     }
 
     #[inline(always)]
-    fn integer_tiles<S: Simd>(
+    fn multiply_tiles<S: Simd>(
         &self,
         s: S,
         tiles: Range<usize>,
-        x: &Quantized,
+        x: &Int8Activations,
         tokens: Range<usize>,
-        finish: &impl Finish,
+        epilogue: &impl Epilogue,
     ) {
-        let tiles = self.by_unit::<S, 4>(s, tiles, x, tokens.clone(), finish);
-        let tiles = self.by_unit::<S, 2>(s, tiles, x, tokens.clone(), finish);
-        integer_by_tiles(self, s, tiles, x, tokens, finish);
+        let tiles = self.multiply_by_unit::<S, 4>(s, tiles, x, tokens.clone(), epilogue);
+        let tiles = self.multiply_by_unit::<S, 2>(s, tiles, x, tokens.clone(), epilogue);
+        multiply_tile_groups(self, s, tiles, x, tokens, epilogue);
     }
 
     #[inline(always)]
-    fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T] {
+    fn dot_f32<S: Simd, const T: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Activations,
+        token: usize,
+    ) -> [S::Float; T] {
         let (blocks, scales) = self.tile(tile);
         let floats = token_floats::<T>(x, token);
         let mut result = [s.splat_f32(0.0); T];
         for (group, scale) in scales.iter().enumerate() {
             let mut sums = [s.splat_f32(0.0); T];
             for block in group * self.group..self.blocks.min((group + 1) * self.group) {
-                for p in 0..LINES {
+                // Code by code: the lowest byte of each lane is extended with its sign, then the next is shifted down.
+                for p in 0..BLOCK_LINES {
                     let mut bytes = s.load(&blocks[block][p]);
                     for b in 0..4 {
                         let w = s.to_float(s.sra::<24>(s.shl::<24>(bytes)));

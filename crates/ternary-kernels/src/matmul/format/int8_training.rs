@@ -1,88 +1,133 @@
-//! [`CodeMatrix`]: a byte a weight, packed anew at every training step.
+//! Int8 or ternary codes that are packed anew at every training step ([`Int8TrainingMatrix`]), and their products with
+//! int8 activations of many tokens.
+//!
+//! # Layout
+//! As of [`Int8Matrix`](crate::Int8Matrix): a byte per weight, four cache lines per block of 16 rows and 16 columns. Ternary
+//! codes are stored plus 1, so that they are the unsigned bytes that [`Simd::dot`] multiplies. There is one f32 scale per
+//! row.
+//!
+//! A packed matrix is used once, so packing is a large part of the cost:
+//!
+//! | source of the codes | how they are packed |
+//! |---|---|
+//! | `[rows, cols]` ([`MemoryOrder::RowMajor`]) | 64 columns of 16 rows are loaded and transposed as 16 x 16 lanes of 4 bytes |
+//! | `[cols, rows]` ([`MemoryOrder::ColumnMajor`]), or computed by a [`ColumnSource`] | four columns are interleaved by shifts |
+//!
+//! # Product
+//! | CPU | path | tokens per pass |
+//! |---|---|---|
+//! | AMX | [`Simd::multiply_panels`] over all columns: sums stay in tile registers from the first column to the last | as many as have 512 KiB of codes |
+//! | others | panels of 1,024 columns, which stay in the first-level cache while the tokens pass | 64 |
+//!
+//! # Tried
+//! - AMX with panels that stay in the first-level cache and partial sums in memory: 10 % slower. What is scarce is the way
+//!   of the activations from the second-level cache.
+//! - On AVX-512 without AMX, pairs of tiles share a pass over 8 tokens: 93 % of the peak of `vpdpbusd` at 512 tokens.
 
 use crate::{
     Pool,
     matmul::{
-        activations::{Input, Quantized},
-        tile::{Finish, Form, PANEL, TOKENS, by_tokens, four, panel_sums, tiles, token_codes, token_floats},
+        activations::{Activations, Int8Activations},
+        tile::{
+            Epilogue, PANEL_BLOCKS, PackedFormat, TOKENS_PER_PASS, dot_unpacked, for_each_token_group,
+            splat_quad, tile_count, token_codes, token_floats,
+        },
     },
-    simd::{Kernel, LANES, Line, Planes, Simd, Sums, vector_ops::load_codes},
+    simd::{AccumulatorSink, CacheLine, Kernel, LANES, Simd, UnpackedBlock, vector_ops::load_codes},
 };
 use std::ops::Range;
 
-/// Codes of a byte with a scale a row, for products of many tokens.
+/// A matrix of int8 codes with one f32 scale per row, `w = scale * code`, for products of many tokens.
 ///
-/// A line holds four columns of 16 rows; a block of 16 columns is four lines.
+/// Its memory is reused from one [`pack`](Self::pack) to the next.
 #[derive(Debug, Default)]
-pub struct CodeMatrix {
+pub struct Int8TrainingMatrix {
     rows: usize,
     cols: usize,
+    /// Blocks of 16 columns per row.
     blocks: usize,
-    /// Codes are 0, 1, 2 for -1, 0, +1; else they are signed bytes, -127 or more.
-    ternary: bool,
-    /// `[tiles, blocks]`
-    codes: Vec<Planes>,
+    range: CodeRange,
+    /// `[tiles, blocks]`, perhaps followed by blocks that are not in use.
+    codes: Vec<UnpackedBlock>,
     /// `[tiles]`
     scales: Vec<[f32; LANES]>,
 }
 
-/// Bytes of codes that pass a matrix together where there are tiles: a quarter of the second-level cache that such CPUs have.
-const CODES: usize = 512 << 10;
+/// ByteColumns of codes that pass a matrix together where there are tiles: a quarter of the second-level cache that such CPUs have.
+const PASS_CODE_BYTES: usize = 512 << 10;
 
-/// How the codes of a matrix `[rows, cols]` lie.
+/// Memory order of the codes of a matrix `[rows, cols]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
+pub enum MemoryOrder {
     /// `[rows, cols]`
-    Rows,
+    RowMajor,
     /// `[cols, rows]`
-    Columns,
+    ColumnMajor,
 }
 
-impl CodeMatrix {
-    /// Takes the codes of a matrix of so many rows, -1, 0, +1 if it is `ternary`; memory is used again.
+/// Which codes an [`Int8TrainingMatrix`] holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CodeRange {
+    /// -1, 0, +1; stored as 0, 1, 2.
+    Ternary,
+    /// -127 to 127; stored as signed bytes.
+    #[default]
+    Int8,
+}
+
+impl Int8TrainingMatrix {
+    /// Packs the codes of a matrix with as many rows as `scales`.
+    ///
+    /// # Shapes
+    /// codes `[rows, cols]` or `[cols, rows]`, as `order` says; scales `[rows]`
     ///
     /// # Panics
-    /// When `codes` is not a whole number of rows, or there is not a scale for each.
-    pub fn pack(&mut self, pool: &Pool, codes: &[i8], order: Order, scales: &[f32], ternary: bool) {
+    /// When the number of codes is not a multiple of the number of scales.
+    pub fn pack(&mut self, pool: &Pool, codes: &[i8], order: MemoryOrder, scales: &[f32], range: CodeRange) {
         let rows = scales.len();
         assert!(codes.len().is_multiple_of(rows), "{} codes are no {rows} rows", codes.len());
         let cols = codes.len() / rows;
         match order {
-            Order::Columns => self.pack_columns(pool, cols, scales, ternary, &Bytes { codes, rows }),
-            Order::Rows => {
-                self.resize(cols, scales, ternary);
-                pool.chunks(&mut self.codes[..tiles(rows) * self.blocks], self.blocks, |tile, _, out| {
-                    pool.isa().run(PackRows { codes, rows, cols, tile, ternary, out });
-                });
+            MemoryOrder::ColumnMajor => {
+                self.pack_columns(pool, cols, scales, range, &ByteColumns { codes, rows })
+            }
+            MemoryOrder::RowMajor => {
+                self.resize(cols, scales, range);
+                pool.chunks(
+                    &mut self.codes[..tile_count(rows) * self.blocks],
+                    self.blocks,
+                    |tile, _, out| {
+                        pool.isa().run(PackRows { codes, rows, cols, tile, range, out });
+                    },
+                );
             }
         }
     }
 
-    /// Takes codes a column of the matrix at a time.
+    /// Packs a matrix `[scales.len(), cols]` whose codes `source` computes column by column.
     pub(crate) fn pack_columns(
         &mut self,
         pool: &Pool,
         cols: usize,
         scales: &[f32],
-        ternary: bool,
-        source: &impl Columns,
+        range: CodeRange,
+        source: &impl ColumnSource,
     ) {
-        self.resize(cols, scales, ternary);
+        self.resize(cols, scales, range);
         let rows = scales.len();
         let blocks = self.blocks;
-        pool.chunks(&mut self.codes[..tiles(rows) * blocks], TILES * blocks, |index, _, out| {
-            let rows = index * TILES * LANES..rows.min((index + 1) * TILES * LANES);
-            pool.isa().run(PackColumns { source, rows, cols, blocks, ternary, out });
+        pool.chunks(&mut self.codes[..tile_count(rows) * blocks], PACK_TILES * blocks, |index, _, out| {
+            let rows = index * PACK_TILES * LANES..rows.min((index + 1) * PACK_TILES * LANES);
+            pool.isa().run(PackColumns { source, rows, cols, blocks, range, out });
         });
     }
 
-    fn resize(&mut self, cols: usize, scales: &[f32], ternary: bool) {
-        (self.rows, self.cols, self.blocks, self.ternary) =
-            (scales.len(), cols, cols.div_ceil(LANES), ternary);
-        let planes = tiles(self.rows) * self.blocks;
-        // Whoever grows again would fill with zeros again.
+    fn resize(&mut self, cols: usize, scales: &[f32], range: CodeRange) {
+        (self.rows, self.cols, self.blocks, self.range) = (scales.len(), cols, cols.div_ceil(LANES), range);
+        let planes = tile_count(self.rows) * self.blocks;
+        // Never shrinks: growing again would fill with zeros again.
         if self.codes.len() < planes {
-            self.codes.resize(planes, [Line([0; 64]); 4]);
+            self.codes.resize(planes, [CacheLine([0; 64]); 4]);
         }
         self.scales.clear();
         self.scales.extend(scales.chunks(LANES).map(|scales| {
@@ -92,61 +137,66 @@ impl CodeMatrix {
         }));
     }
 
+    /// Codes `[blocks]` of a tile.
     #[inline(always)]
-    fn tile(&self, tile: usize) -> &[Planes] {
+    fn tile(&self, tile: usize) -> &[UnpackedBlock] {
         &self.codes[tile * self.blocks..][..self.blocks]
     }
 }
 
-/// Where codes come from.
-pub(crate) trait Columns: Sync {
-    /// The codes of at most 16 rows of a column, a lane each.
+/// A source of codes, one column of the matrix at a time.
+pub(crate) trait ColumnSource: Sync {
+    /// The codes of at most 16 rows of a column, one per lane.
     fn codes<S: Simd>(&self, s: S, col: usize, rows: Range<usize>) -> S::Int;
 }
 
-/// `[cols, rows]`
-struct Bytes<'a> {
+/// Codes in memory, `[cols, rows]`.
+struct ByteColumns<'a> {
     codes: &'a [i8],
     rows: usize,
 }
 
-impl Columns for Bytes<'_> {
+impl ColumnSource for ByteColumns<'_> {
     #[inline(always)]
     fn codes<S: Simd>(&self, s: S, col: usize, rows: Range<usize>) -> S::Int {
         load_codes(s, &self.codes[col * self.rows..][rows])
     }
 }
 
-/// Tiles that are packed together, so that what is read of a column lies in one piece of several lines.
-const TILES: usize = 8;
+/// Tiles that are packed together, so that each column is read in pieces of 128 codes.
+const PACK_TILES: usize = 8;
 
+/// Packs the tiles of `rows`, column by column.
 struct PackColumns<'a, C> {
     source: &'a C,
+    /// Rows of the matrix, of at most [`PACK_TILES`] tiles.
     rows: Range<usize>,
     cols: usize,
+    /// Blocks per tile.
     blocks: usize,
-    ternary: bool,
+    range: CodeRange,
     /// `[tiles, blocks]`
-    out: &'a mut [Planes],
+    out: &'a mut [UnpackedBlock],
 }
 
-impl<C: Columns> Kernel for PackColumns<'_, C> {
+impl<C: ColumnSource> Kernel for PackColumns<'_, C> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { source, rows, cols, blocks, ternary, out } = self;
+        let Self { source, rows, cols, blocks, range, out } = self;
         for block in 0..blocks {
             for p in 0..4 {
                 let start = block * LANES + 4 * p;
                 for (tile, first) in rows.clone().step_by(LANES).enumerate() {
                     let rows = first..rows.end.min(first + LANES);
+                    // Four columns become the four bytes of each lane, the last one first.
                     let mut lanes = s.splat(0);
                     for b in (0..cols.saturating_sub(start).min(4)).rev() {
                         let column = s.and(source.codes(s, start + b, rows.clone()), s.splat(0xff));
                         lanes = s.add(s.shl::<8>(lanes), column);
                     }
-                    let line = if ternary { plus_one(s, lanes) } else { lanes };
+                    let line = if range == CodeRange::Ternary { plus_one(s, lanes) } else { lanes };
                     s.store(line, &mut out[tile * blocks + block][p]);
                 }
             }
@@ -154,13 +204,17 @@ impl<C: Columns> Kernel for PackColumns<'_, C> {
     }
 }
 
+/// Packs one tile of a matrix `[rows, cols]`.
 struct PackRows<'a> {
+    /// Of the whole matrix, `[rows, cols]`.
     codes: &'a [i8],
     rows: usize,
     cols: usize,
+    /// The tile to pack.
     tile: usize,
-    ternary: bool,
-    out: &'a mut [Planes],
+    range: CodeRange,
+    /// `[blocks]`
+    out: &'a mut [UnpackedBlock],
 }
 
 impl Kernel for PackRows<'_> {
@@ -168,18 +222,18 @@ impl Kernel for PackRows<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { codes, rows, cols, tile, ternary, out } = self;
+        let Self { codes, rows, cols, tile, range, out } = self;
         let first = tile * LANES;
         let height = LANES.min(rows - first);
-        // A line of each row gives a line for each four columns.
-        for (index, blocks) in out.chunks_mut(size_of::<Line>() / LANES).enumerate() {
-            let start = index * size_of::<Line>();
+        // 64 columns of each row are transposed to 16 lines, one for each quad of columns.
+        for (index, blocks) in out.chunks_mut(size_of::<CacheLine>() / LANES).enumerate() {
+            let start = index * size_of::<CacheLine>();
             let lines = std::array::from_fn(|lane| {
                 if lane >= height {
                     return s.splat(0);
                 }
                 let row = &codes[(first + lane) * cols + start..(first + lane + 1) * cols];
-                let mut line = Line([0; 64]);
+                let mut line = CacheLine([0; 64]);
                 match row.first_chunk::<64>() {
                     Some(row) => line.0 = row.map(|code| code as u8),
                     None => line.0.iter_mut().zip(row).for_each(|(to, code)| *to = *code as u8),
@@ -187,21 +241,21 @@ impl Kernel for PackRows<'_> {
                 s.load(&line)
             });
             for (line, lanes) in blocks.as_flattened_mut().iter_mut().zip(s.transpose(lines)) {
-                s.store(if ternary { plus_one(s, lanes) } else { lanes }, line);
+                s.store(if range == CodeRange::Ternary { plus_one(s, lanes) } else { lanes }, line);
             }
         }
     }
 }
 
-/// 0, 1, 2 for the bytes -1, 0, +1: `((x & 3) + 1) & 3`, by bytes: a carry out of -1 + 1 must not reach its neighbour.
+/// 0, 1, 2 for the bytes -1, 0, +1: `((x & 3) + 1) & 3`. The masks keep the carry of -1 + 1 out of the next byte.
 #[inline(always)]
 fn plus_one<S: Simd>(s: S, bytes: S::Int) -> S::Int {
     let three = s.splat(0x0303_0303);
     s.and(s.add(s.and(bytes, three), s.splat(0x0101_0101)), three)
 }
 
-impl Form for CodeMatrix {
-    /// There are as many tokens as columns or more: they are read anew for each task.
+impl PackedFormat for Int8TrainingMatrix {
+    /// Larger than elsewhere: in training, the activations are as large as the matrix, and each task reads all of them.
     const TASK_BYTES: usize = 512 << 10;
 
     fn shape(&self) -> (usize, usize) {
@@ -209,7 +263,7 @@ impl Form for CodeMatrix {
     }
 
     fn tile_bytes(&self) -> usize {
-        self.blocks * size_of::<Planes>()
+        self.blocks * size_of::<UnpackedBlock>()
     }
 
     fn read_row(&self, row: usize, values: &mut [f32]) {
@@ -217,16 +271,16 @@ impl Form for CodeMatrix {
         let scale = self.scales[tile][lane];
         for (col, value) in values.iter_mut().enumerate() {
             let byte = self.tile(tile)[col / LANES][col % LANES / 4].0[lane * 4 + col % 4] as i8;
-            *value = f32::from(byte - i8::from(self.ternary)) * scale;
+            *value = f32::from(byte - self.stored_offset()) * scale;
         }
     }
 
     #[inline(always)]
-    fn integer<S: Simd, const T: usize>(
+    fn dot_int8<S: Simd, const T: usize>(
         &self,
         s: S,
         tile: usize,
-        x: &Quantized,
+        x: &Int8Activations,
         token: usize,
     ) -> [S::Float; T] {
         let codes = token_codes::<T>(x, token);
@@ -238,35 +292,44 @@ impl Form for CodeMatrix {
         })
     }
 
-    /// Tiles keep their sums from the first column to the last, and want the codes in the second-level cache only.
+    /// AMX keeps sums in tile registers over all columns, so the activations only need to stay in the second-level cache.
     #[inline(always)]
-    fn tokens<S: Simd>(&self, s: S) -> usize {
-        if s.has_tiles() { (CODES / (self.blocks * LANES)).max(1).next_multiple_of(TOKENS) } else { TOKENS }
+    fn tokens_per_pass<S: Simd>(&self, s: S) -> usize {
+        if s.has_matrix_unit() {
+            (PASS_CODE_BYTES / (self.blocks * LANES)).max(1).next_multiple_of(TOKENS_PER_PASS)
+        } else {
+            TOKENS_PER_PASS
+        }
     }
 
-    /// Panels that stay in the first-level cache while the tokens pass.
+    /// By AMX over all columns, or by panels that stay in the first-level cache while the tokens pass.
     #[inline(always)]
-    fn integer_tokens<S: Simd, const R: usize>(
+    fn multiply_tile_group<S: Simd, const R: usize>(
         &self,
         s: S,
         tile: usize,
-        x: &Quantized,
+        x: &Int8Activations,
         tokens: Range<usize>,
-        finish: &impl Finish,
+        epilogue: &impl Epilogue,
     ) {
         let lines: [_; R] = std::array::from_fn(|r| self.tile(tile + r));
-        // Tiles multiply signed bytes as they are.
-        let offset = if self.ternary { 1 } else { S::OFFSET * i32::from(!s.has_tiles()) };
+        // AMX multiplies signed bytes as they are.
+        let offset = if self.range == CodeRange::Ternary {
+            1
+        } else {
+            S::WEIGHT_OFFSET * i32::from(!s.has_matrix_unit())
+        };
         let first = tokens.start;
-        let mut finished = Finished { matrix: self, tile, x, offset, first, finish };
-        if s.has_tiles() {
-            s.tiles(lines, &x.codes[first * x.blocks..], x.blocks, tokens.len(), &mut finished);
+        let mut sink = ScaleSums { matrix: self, tile, x, offset, first, epilogue };
+        if s.has_matrix_unit() {
+            s.multiply_panels(lines, &x.codes[first * x.blocks..], x.blocks, tokens.len(), &mut sink);
             return;
         }
-        let mut totals = [[s.splat(0); R]; TOKENS];
-        for start in (0..self.blocks).step_by(PANEL / R) {
-            let stop = self.blocks.min(start + PANEL / R);
-            by_tokens!(S, 0..tokens.len(), |token, T| {
+        // Panel by panel; totals of all tokens of the pass are in memory between panels.
+        let mut totals = [[s.splat(0); R]; TOKENS_PER_PASS];
+        for start in (0..self.blocks).step_by(PANEL_BLOCKS / R) {
+            let stop = self.blocks.min(start + PANEL_BLOCKS / R);
+            for_each_token_group!(S, 0..tokens.len(), |token, T| {
                 let codes = token_codes::<T>(x, first + token).map(|codes| &codes[start..stop]);
                 let sums = self.sums(s, lines.map(|lines| &lines[start..stop]), codes);
                 for t in 0..T {
@@ -276,13 +339,19 @@ impl Form for CodeMatrix {
                 }
             });
         }
-        finished.take(s, 0, &totals[..tokens.len()]);
+        sink.take(s, 0, &totals[..tokens.len()]);
     }
 
     #[inline(always)]
-    fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T] {
+    fn dot_f32<S: Simd, const T: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Activations,
+        token: usize,
+    ) -> [S::Float; T] {
         let floats = token_floats::<T>(x, token);
-        let shift = i32::from(self.ternary);
+        let shift = i32::from(self.stored_offset());
         let mut sums = [s.splat_f32(0.0); T];
         for (block, planes) in self.tile(tile).iter().enumerate() {
             for (p, line) in planes.iter().enumerate() {
@@ -304,18 +373,20 @@ impl Form for CodeMatrix {
     }
 }
 
-/// Sums of two tiles, or of one, from a token on: finishes them.
-struct Finished<'a, F> {
-    matrix: &'a CodeMatrix,
+/// A sink that corrects the sums of one or two tiles for the offset of the codes, scales them, and passes them to the
+/// epilogue.
+struct ScaleSums<'a, F> {
+    matrix: &'a Int8TrainingMatrix,
     tile: usize,
-    x: &'a Quantized,
-    /// What the weights' codes have too much.
+    x: &'a Int8Activations,
+    /// What is added to each code of the weights.
     offset: i32,
+    /// The first token.
     first: usize,
-    finish: &'a F,
+    epilogue: &'a F,
 }
 
-impl<S: Simd, F: Finish, const R: usize> Sums<S, R> for Finished<'_, F> {
+impl<S: Simd, F: Epilogue, const R: usize> AccumulatorSink<S, R> for ScaleSums<'_, F> {
     #[inline(always)]
     fn take(&mut self, s: S, first: usize, sums: &[[S::Int; R]]) {
         let Self { matrix, tile, x, offset, .. } = *self;
@@ -325,28 +396,35 @@ impl<S: Simd, F: Finish, const R: usize> Sums<S, R> for Finished<'_, F> {
             let offset = s.splat(-x.sum(token) * offset);
             for r in 0..R {
                 let sum = s.to_float(s.add(sums[r], offset));
-                self.finish.finish(s, tile + r, token, s.mul_f32(sum, scales[r]));
+                self.epilogue.apply(s, tile + r, token, s.mul_f32(sum, scales[r]));
             }
         }
     }
 }
 
-impl CodeMatrix {
-    /// What the codes have too much in the products.
+impl Int8TrainingMatrix {
+    /// What is added to a code to store it.
     #[inline(always)]
-    fn offset<S: Simd>(&self) -> i32 {
-        if self.ternary { 1 } else { S::OFFSET }
+    fn stored_offset(&self) -> i8 {
+        i8::from(self.range == CodeRange::Ternary)
     }
 
+    /// What is added to each code in products by [`sums`](Self::sums).
+    #[inline(always)]
+    fn offset<S: Simd>(&self) -> i32 {
+        if self.range == CodeRange::Ternary { 1 } else { S::WEIGHT_OFFSET }
+    }
+
+    /// Sums of the products of some blocks of `R` tiles with the codes of `T` tokens.
     #[inline(always)]
     fn sums<S: Simd, const T: usize, const R: usize>(
         &self,
         s: S,
-        panels: [&[Planes]; R],
+        panels: [&[UnpackedBlock]; R],
         codes: [&[[i8; LANES]]; T],
     ) -> [[S::Int; T]; R] {
-        if self.ternary {
-            return panel_sums(s, panels, codes);
+        if self.range == CodeRange::Ternary {
+            return dot_unpacked(s, panels, codes);
         }
         let mut acc = [[s.splat(0); T]; R];
         for i in 0..panels[0].len() {
@@ -356,7 +434,7 @@ impl CodeMatrix {
                     w[r] = s.load(&panels[r][i][p]);
                 }
                 for t in 0..T {
-                    let x = four(s, &codes[t][i], p);
+                    let x = splat_quad(s, &codes[t][i], p);
                     for r in 0..R {
                         acc[r][t] = s.dot_signed(acc[r][t], w[r], x);
                     }

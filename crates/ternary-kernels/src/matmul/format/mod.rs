@@ -6,8 +6,8 @@ pub(crate) mod int8_training;
 mod q6;
 mod ternary2;
 
-pub use f32::FloatMatrix;
-pub use int8::ByteMatrix;
-pub use int8_training::{CodeMatrix, Order};
-pub use q6::SixBitMatrix;
+pub use f32::F32Matrix;
+pub use int8::Int8Matrix;
+pub use int8_training::{CodeRange, Int8TrainingMatrix, MemoryOrder};
+pub use q6::Q6Matrix;
 pub use ternary2::TernaryMatrix;

@@ -1,48 +1,78 @@
-//! [`SixBitMatrix`]: six bits a weight, as in GGUF's Q6_K.
+//! 6-bit weights ([`Q6Matrix`]), as in GGUF's Q6_K, and their products with int8 activations.
+//!
+//! # Layout
+//! A block of 16 rows and 16 columns is three cache lines of `code + 32`: two with the low four bits, one with the high two
+//! bits, which are laid out as ternary codes are (`ternary2.rs`).
+//!
+//! ```text
+//! bits 4n..4n+4 of byte 4r + b of line i  =  low bits of column 8i + 4n + b         n, i in 0..2,  b in 0..4
+//! bits 2p..2p+2 of byte 4r + b of line 2  =  high bits of column 4p + b             p, b in 0..4,  r in 0..16
+//! ```
+//!
+//! There is one int8 factor per row and block of 16 columns, and one f16 scale per row and 16 blocks.
+//!
+//! # Product
+//! ```text
+//! for each group of 256 columns:
+//!     total = 0
+//!     for each block of 16 columns:
+//!         acc = -32 * sum(x in the block)                     because codes are stored + 32
+//!         for p in 0..4:  acc = dot(acc, low bits | high bits of quad p, quad p of x)
+//!         total += acc * factor
+//!     y += total * scale
+//! ```
+//!
+//! # Tried
+//! Codes used to be multiplied in two parts, low and high bits. Putting them together first halves the dot products: the
+//! product of an output table was 1.45 times as fast for 8 tokens, and 1.09 times for one.
 
 use crate::{
     matmul::{
-        activations::{Input, Quantized},
-        tile::{Form, four, tiles, token_codes, token_floats, token_offsets},
+        activations::{Activations, Int8Activations},
+        tile::{PackedFormat, splat_quad, tile_count, token_codes, token_floats, token_offsets},
     },
-    memory::{Arena, Block},
-    simd::{LANES, Line, Simd},
+    memory::{Arena, ArenaSlice},
+    simd::{CacheLine, LANES, Simd},
 };
 use half::f16;
 
-/// Lines of a block of 16 columns: low four bits of columns 0-7, of columns 8-15, high two bits.
-const LINES: usize = 3;
-/// Blocks that share a scale.
-const GROUP: usize = 16;
+/// Cache lines per block: low four bits of columns 0-7, of columns 8-15, high two bits of all.
+const BLOCK_LINES: usize = 3;
+/// Blocks per f16 scale.
+const GROUP_BLOCKS: usize = 16;
 
-/// Codes -32 to 31, with an int8 factor for each 16 consecutive columns of a row and an f16 scale for each 256:
+/// A matrix of 6-bit codes (-32 to 31), with one int8 factor per 16 columns of a row and one f16 scale per 256:
 /// `w = scale * factor * code`.
 ///
-/// The low bits `4n` of byte `b` of row `r` in line `i` are column `8i + 4n + b`; the high bits are laid out as in
-/// [`TernaryMatrix`](crate::TernaryMatrix). Stored is `code + 32`.
+/// # Source
+/// The type Q6_K of GGUF, repacked.
 #[derive(Debug)]
-pub struct SixBitMatrix {
+pub struct Q6Matrix {
     rows: usize,
     cols: usize,
+    /// Blocks of 16 columns per row.
     blocks: usize,
-    /// `[tiles, blocks, LINES]`
-    codes: Block<Line>,
+    /// `[tiles, blocks, BLOCK_LINES]`
+    codes: ArenaSlice<CacheLine>,
     /// `[tiles, blocks]`
-    factors: Block<[i8; LANES]>,
+    factors: ArenaSlice<[i8; LANES]>,
     /// `[tiles, groups]`
-    scales: Block<[f16; LANES]>,
+    scales: ArenaSlice<[f16; LANES]>,
 }
 
-impl SixBitMatrix {
+impl Q6Matrix {
     /// Bytes that [`pack`](Self::pack) takes from its arena.
     pub fn bytes(rows: usize, cols: usize) -> usize {
         let blocks = cols.div_ceil(LANES);
-        let tile = blocks * (LINES * size_of::<Line>() + LANES) + blocks.div_ceil(GROUP) * LANES * 2;
-        tiles(rows) * tile + 2 * size_of::<Line>()
+        let tile = blocks * (BLOCK_LINES * size_of::<CacheLine>() + LANES)
+            + blocks.div_ceil(GROUP_BLOCKS) * LANES * 2;
+        tile_count(rows) * tile + 2 * size_of::<CacheLine>()
     }
 
-    /// `read(row, codes, factors, scales)` gives codes `[cols]`, factors `[cols / 16]` and scales `[cols / 256]`,
-    /// rounded up, of each row in turn.
+    /// Packs a matrix of `rows` rows and `cols` columns.
+    ///
+    /// `read(row, codes, factors, scales)` is called once per row, in order. It writes the codes `[cols]`, the factors
+    /// `[cols / 16, rounded up]` and the scales `[cols / 256, rounded up]` of the row.
     ///
     /// # Panics
     /// When a code is not in -32..=31.
@@ -53,16 +83,16 @@ impl SixBitMatrix {
         mut read: impl FnMut(usize, &mut [i8], &mut [i8], &mut [f16]),
     ) -> Self {
         let blocks = cols.div_ceil(LANES);
-        let groups = blocks.div_ceil(GROUP);
-        let mut codes = arena.take::<Line>(tiles(rows) * blocks * LINES);
-        let mut factors = arena.take::<[i8; LANES]>(tiles(rows) * blocks);
-        let mut scales = arena.take::<[f16; LANES]>(tiles(rows) * groups);
+        let groups = blocks.div_ceil(GROUP_BLOCKS);
+        let mut codes = arena.take::<CacheLine>(tile_count(rows) * blocks * BLOCK_LINES);
+        let mut factors = arena.take::<[i8; LANES]>(tile_count(rows) * blocks);
+        let mut scales = arena.take::<[f16; LANES]>(tile_count(rows) * groups);
         let (mut row_codes, mut row_factors) = (vec![0; cols], vec![0; blocks]);
         let mut row_scales = vec![f16::ZERO; groups];
         for row in 0..rows {
             read(row, &mut row_codes, &mut row_factors, &mut row_scales);
             let (tile, lane) = (row / LANES, row % LANES);
-            let (lines, _) = codes[tile * blocks * LINES..].as_chunks_mut::<LINES>();
+            let (lines, _) = codes[tile * blocks * BLOCK_LINES..].as_chunks_mut::<BLOCK_LINES>();
             for (lines, codes) in lines.iter_mut().zip(row_codes.chunks(LANES)) {
                 for (column, code) in codes.iter().enumerate() {
                     assert!((-32..32).contains(code), "code {code} of row {row} has more than six bits");
@@ -81,10 +111,11 @@ impl SixBitMatrix {
         Self { rows, cols, blocks, codes, factors, scales }
     }
 
+    /// Codes `[blocks]`, factors `[blocks]` and scales `[groups]` of a tile.
     #[inline(always)]
-    fn tile(&self, tile: usize) -> (&[[Line; LINES]], &[[i8; LANES]], &[[f16; LANES]]) {
-        let groups = self.blocks.div_ceil(GROUP);
-        let (blocks, _) = self.codes.as_chunks::<LINES>();
+    fn tile(&self, tile: usize) -> (&[[CacheLine; BLOCK_LINES]], &[[i8; LANES]], &[[f16; LANES]]) {
+        let groups = self.blocks.div_ceil(GROUP_BLOCKS);
+        let (blocks, _) = self.codes.as_chunks::<BLOCK_LINES>();
         (
             &blocks[tile * self.blocks..][..self.blocks],
             &self.factors[tile * self.blocks..][..self.blocks],
@@ -93,9 +124,9 @@ impl SixBitMatrix {
     }
 }
 
-/// Codes + 32 of four columns: four bits of plane `p` of the two low lines, two bits of plane `p` of the high line.
+/// Codes + 32 of columns `4p..4p + 4` of each row: four bits from one of the low lines, two from the high line.
 #[inline(always)]
-fn plane<S: Simd>(s: S, lines: [S::Int; LINES], p: usize) -> S::Int {
+fn unpack_plane<S: Simd>(s: S, lines: [S::Int; BLOCK_LINES], p: usize) -> S::Int {
     let low = if p.is_multiple_of(2) { lines[p / 2] } else { s.shr::<4>(lines[p / 2]) };
     let high = match p {
         0 => s.shl::<4>(lines[2]),
@@ -106,20 +137,20 @@ fn plane<S: Simd>(s: S, lines: [S::Int; LINES], p: usize) -> S::Int {
     s.add(s.and(low, s.splat(0x0f0f_0f0f)), s.and(high, s.splat(0x3030_3030)))
 }
 
-impl Form for SixBitMatrix {
+impl PackedFormat for Q6Matrix {
     fn shape(&self) -> (usize, usize) {
         (self.rows, self.cols)
     }
 
     fn tile_bytes(&self) -> usize {
-        self.blocks * (LINES * size_of::<Line>() + LANES)
+        self.blocks * (BLOCK_LINES * size_of::<CacheLine>() + LANES)
     }
 
     fn read_row(&self, row: usize, values: &mut [f32]) {
         let (blocks, factors, scales) = self.tile(row / LANES);
         let lane = row % LANES;
         for (block, values) in values.chunks_mut(LANES).enumerate() {
-            let scale = scales[block / GROUP][lane].to_f32() * f32::from(factors[block][lane]);
+            let scale = scales[block / GROUP_BLOCKS][lane].to_f32() * f32::from(factors[block][lane]);
             for (column, value) in values.iter_mut().enumerate() {
                 let byte = lane * 4 + column % 4;
                 let low = blocks[block][column / 8].0[byte] >> (column / 4 % 2 * 4) & 15;
@@ -130,45 +161,48 @@ impl Form for SixBitMatrix {
     }
 
     #[inline(always)]
-    fn integer<S: Simd, const T: usize>(
+    fn dot_int8<S: Simd, const T: usize>(
         &self,
         s: S,
         tile: usize,
-        x: &Quantized,
+        x: &Int8Activations,
         token: usize,
     ) -> [S::Float; T] {
         let (blocks, factors, scales) = self.tile(tile);
         let (codes, offsets) = (token_codes::<T>(x, token), token_offsets::<T>(x, token));
         let mut result = [s.splat_f32(0.0); T];
         for (group, scale) in scales.iter().enumerate() {
+            // Totals of the group: sums of blocks times their int8 factors.
             let mut totals = [s.splat(0); T];
-            for i in group * GROUP..self.blocks.min((group + 1) * GROUP) {
+            for i in group * GROUP_BLOCKS..self.blocks.min((group + 1) * GROUP_BLOCKS) {
                 for line in &blocks[i] {
                     s.prefetch(line, 64);
                 }
                 let factor = s.load_i8(&factors[i]);
                 let lines = std::array::from_fn(|line| s.load(&blocks[i][line]));
+                // Codes are stored + 32.
                 let mut offset = [s.splat(0); T];
                 for t in 0..T {
                     offset[t] = s.splat(offsets[t][i]);
                 }
-                // Two pairs of at most 63 * 127 fit 16 bits; sums of 32 bits begin with the offset.
+                // A 16-bit sum holds two pairs of products, each at most 63 * 127, so two sums serve the four quads. A
+                // 32-bit sum starts with the offset instead.
                 let mut acc = [[s.splat(0); 2]; T];
-                if !S::NARROW {
+                if !S::I16_SUMS {
                     for t in 0..T {
                         acc[t][0] = offset[t];
                     }
                 }
                 for p in 0..4 {
-                    let w = plane(s, lines, p);
+                    let w = unpack_plane(s, lines, p);
                     for t in 0..T {
-                        let half = if S::NARROW { p / 2 } else { 0 };
-                        acc[t][half] = s.dot(acc[t][half], w, four(s, &codes[t][i], p));
+                        let half = if S::I16_SUMS { p / 2 } else { 0 };
+                        acc[t][half] = s.dot(acc[t][half], w, splat_quad(s, &codes[t][i], p));
                     }
                 }
                 for t in 0..T {
                     let mut sum = acc[t][0];
-                    if S::NARROW {
+                    if S::I16_SUMS {
                         sum = s.add(s.add(s.widen(sum), s.widen(acc[t][1])), offset[t]);
                     }
                     totals[t] = s.add(totals[t], s.mul(sum, factor));
@@ -183,16 +217,22 @@ impl Form for SixBitMatrix {
     }
 
     #[inline(always)]
-    fn exact<S: Simd, const T: usize>(&self, s: S, tile: usize, x: &Input, token: usize) -> [S::Float; T] {
+    fn dot_f32<S: Simd, const T: usize>(
+        &self,
+        s: S,
+        tile: usize,
+        x: &Activations,
+        token: usize,
+    ) -> [S::Float; T] {
         let (blocks, factors, scales) = self.tile(tile);
         let floats = token_floats::<T>(x, token);
         let mut result = [s.splat_f32(0.0); T];
         for (i, (lines, factors)) in blocks.iter().zip(factors).enumerate() {
-            let scale = s.mul_f32(s.load_f16(&scales[i / GROUP]), s.to_float(s.load_i8(factors)));
+            let scale = s.mul_f32(s.load_f16(&scales[i / GROUP_BLOCKS]), s.to_float(s.load_i8(factors)));
             let lines = std::array::from_fn(|line| s.load(&lines[line]));
             let mut sums = [s.splat_f32(0.0); T];
             for p in 0..4 {
-                let mut bytes = plane(s, lines, p);
+                let mut bytes = unpack_plane(s, lines, p);
                 for b in 0..4 {
                     let w = s.to_float(s.sub(s.and(bytes, s.splat(63)), s.splat(32)));
                     bytes = s.shr::<8>(bytes);

@@ -24,19 +24,19 @@ impl Random {
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     Ternary,
-    SixBit,
-    Byte,
-    Code { ternary: bool },
+    Q6,
+    Int8,
+    Int8Training { range: CodeRange },
 }
 
 impl Kind {
     /// The least code and the largest.
     fn codes(self) -> (i8, i8) {
         match self {
-            Self::Ternary | Self::Code { ternary: true } => (-1, 1),
-            Self::SixBit => (-32, 31),
-            Self::Byte => (-128, 127),
-            Self::Code { ternary: false } => (-127, 127),
+            Self::Ternary | Self::Int8Training { range: CodeRange::Ternary } => (-1, 1),
+            Self::Q6 => (-32, 31),
+            Self::Int8 => (-128, 127),
+            Self::Int8Training { range: CodeRange::Int8 } => (-127, 127),
         }
     }
 }
@@ -84,7 +84,7 @@ impl Weights {
 
     fn factor(&self, row: usize, block: usize) -> i32 {
         let blocks = self.cols.div_ceil(16);
-        if let Kind::SixBit = self.kind { i32::from(self.factors[row * blocks + block]) } else { 1 }
+        if let Kind::Q6 = self.kind { i32::from(self.factors[row * blocks + block]) } else { 1 }
     }
 
     fn scale(&self, row: usize, group: usize) -> f32 {
@@ -109,20 +109,20 @@ impl Weights {
                 halves(row, s);
             })
             .into(),
-            Kind::SixBit => SixBitMatrix::pack(arena, rows, cols, |row, c, f, s| {
+            Kind::Q6 => Q6Matrix::pack(arena, rows, cols, |row, c, f, s| {
                 codes(row, c);
                 f.copy_from_slice(&self.factors[row * blocks..][..blocks]);
                 halves(row, s);
             })
             .into(),
-            Kind::Byte => ByteMatrix::pack(arena, rows, cols, group, |row, c, s| {
+            Kind::Int8 => Int8Matrix::pack(arena, rows, cols, group, |row, c, s| {
                 codes(row, c);
                 scales(row, s);
             })
             .into(),
-            Kind::Code { ternary } => {
-                let mut matrix = CodeMatrix::default();
-                matrix.pack(&Pool::new(2), &self.codes, Order::Rows, &self.scales, ternary);
+            Kind::Int8Training { range } => {
+                let mut matrix = Int8TrainingMatrix::default();
+                matrix.pack(&Pool::new(2), &self.codes, MemoryOrder::RowMajor, &self.scales, range);
                 matrix.into()
             }
         }
@@ -148,7 +148,7 @@ impl Weights {
     }
 }
 
-/// Quantized by the formula: codes and scale.
+/// Quantizes by the formula: codes and scale.
 fn quantize(x: &[f32]) -> (Vec<i8>, f32) {
     let scale = x.iter().fold(1e-5f32, |max, x| max.max(x.abs())) / 127.0;
     (x.iter().map(|x| (x / scale).round_ties_even() as i8).collect(), scale)
@@ -158,14 +158,14 @@ fn quantize(x: &[f32]) -> (Vec<i8>, f32) {
 fn matrices_lie_one_after_another() {
     let group = 64;
     let bytes = TernaryMatrix::bytes(70, 300, group)
-        + ByteMatrix::bytes(17, 40, 40)
-        + SixBitMatrix::bytes(33, 300)
-        + FloatMatrix::bytes(5, 7);
+        + Int8Matrix::bytes(17, 40, 40)
+        + Q6Matrix::bytes(33, 300)
+        + F32Matrix::bytes(5, 7);
     let arena = &mut Arena::new(bytes);
     let before = arena.left();
     TernaryMatrix::pack(arena, 70, 300, group, |_, _, _| ());
-    ByteMatrix::pack(arena, 17, 40, 40, |_, _, _| ());
-    SixBitMatrix::pack(arena, 33, 300, |_, _, _, _| ());
-    FloatMatrix::pack(arena, 5, 7, |_, _| ());
+    Int8Matrix::pack(arena, 17, 40, 40, |_, _, _| ());
+    Q6Matrix::pack(arena, 33, 300, |_, _, _, _| ());
+    F32Matrix::pack(arena, 5, 7, |_, _| ());
     assert!(before - arena.left() <= bytes);
 }

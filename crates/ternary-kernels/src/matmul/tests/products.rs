@@ -13,22 +13,28 @@ const TOKENS: usize = if cfg!(miri) { 6 } else { 40 };
 /// Blocks that share a scale, of those that a kind allows.
 fn groups(kind: Kind, choice: usize) -> usize {
     match kind {
-        Kind::SixBit => 16,
-        Kind::Code { .. } => 1000,
+        Kind::Q6 => 16,
+        Kind::Int8Training { .. } => 1000,
         _ => [1, 2, 4, 8, 16, 1000][choice],
     }
 }
 
 fn kinds() -> impl Strategy<Value = Kind> {
-    let code = |ternary| Just(Kind::Code { ternary });
-    prop_oneof![Just(Kind::Ternary), Just(Kind::SixBit), Just(Kind::Byte), code(true), code(false)]
+    let code = |range| Just(Kind::Int8Training { range });
+    prop_oneof![
+        Just(Kind::Ternary),
+        Just(Kind::Q6),
+        Just(Kind::Int8),
+        code(CodeRange::Ternary),
+        code(CodeRange::Int8)
+    ]
 }
 
 /// Kind, rows, columns, tokens and choice of group: of all, and of those that a unit takes (whole steps of several tiles, few
 /// tokens).
 fn shapes() -> impl Strategy<Value = (Kind, usize, usize, usize, usize)> {
     let all = (kinds(), 1..ROWS, 1..COLS, 1..TOKENS, 0usize..6);
-    let kinds = prop_oneof![Just(Kind::Ternary), Just(Kind::Byte)];
+    let kinds = prop_oneof![Just(Kind::Ternary), Just(Kind::Int8)];
     let steps = (1..COLS / 32).prop_map(|steps| 32 * steps);
     prop_oneof![all, (kinds, 48..3 * ROWS, steps, 4usize..17, 0usize..6)]
 }
@@ -60,8 +66,8 @@ proptest! {
         }).collect();
         for isa in Isa::available() {
             for threads in [1, 3] {
-                let (pool, mut buffer) = (Pool::with_isa(threads, isa), Quantized::default());
-                let input = Input::int8(&pool, &x, cols, &mut buffer);
+                let (pool, mut buffer) = (Pool::with_isa(threads, isa), Int8Activations::default());
+                let input = Activations::int8(&pool, &x, cols, &mut buffer);
                 let (mut out, mut twin) = (before.clone(), before.clone());
                 let product = |out| Product { bias: bias.as_deref(), add, ..Product::new(&matrix, out) };
                 multiply(&pool, &input, &mut [product(&mut out), product(&mut twin)]);
@@ -81,7 +87,7 @@ proptest! {
         let weights = Weights::new(kind, rows, cols, group, false, &mut random);
         let mut values = vec![0.0; cols];
         let packed = weights.pack();
-        let float: Matrix = FloatMatrix::pack(&mut Arena::new(0), rows, cols, |row, values| {
+        let float: Matrix = F32Matrix::pack(&mut Arena::new(0), rows, cols, |row, values| {
             packed.read_row(row, values);
         }).into();
         for row in 0..rows {
@@ -99,7 +105,7 @@ proptest! {
             for isa in Isa::available() {
                 let pool = Pool::with_isa(2, isa);
                 let mut out = vec![0.0; tokens * rows];
-                multiply(&pool, &Input::exact(&x, cols), &mut [Product::new(matrix, &mut out)]);
+                multiply(&pool, &Activations::f32(&x, cols), &mut [Product::new(matrix, &mut out)]);
                 for (i, out) in out.iter().enumerate() {
                     let (row, x) = (i % rows, &x[i / rows * cols..]);
                     let terms = (0..cols).map(|col| weights.value(row, col) * f64::from(x[col]));

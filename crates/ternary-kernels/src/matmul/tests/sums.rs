@@ -7,8 +7,8 @@ use crate::*;
 #[test]
 #[cfg_attr(miri, ignore = "takes hours")]
 fn sums_of_equal_signs_are_exact() {
-    let code = |ternary| Kind::Code { ternary };
-    let kinds = [Kind::Ternary, Kind::SixBit, Kind::Byte, code(true), code(false)];
+    let code = |range| Kind::Int8Training { range };
+    let kinds = [Kind::Ternary, Kind::Q6, Kind::Int8, code(CodeRange::Ternary), code(CodeRange::Int8)];
     for (kind, cols, tokens) in kinds.iter().flat_map(|kind| {
         let cols = [127, 600, 607, 640, 1041];
         cols.into_iter().flat_map(move |cols| [1, 2, 3, 4, 8, 15, 17, 33].map(|tokens| (*kind, cols, tokens)))
@@ -24,16 +24,22 @@ fn sums_of_equal_signs_are_exact() {
 fn sums_of_very_long_rows_are_exact() {
     for tokens in [1, 2, 5, 17] {
         check_equal_signs(Kind::Ternary, 1, 600_011, tokens, 1 << 20);
-        check_equal_signs(Kind::SixBit, 1, 600_011, tokens, 1 << 20);
-        check_equal_signs(Kind::Byte, 1, ByteMatrix::LONGEST_GROUP, tokens, 1 << 20);
-        check_equal_signs(Kind::Code { ternary: false }, 1, ByteMatrix::LONGEST_GROUP, tokens, 1 << 20);
+        check_equal_signs(Kind::Q6, 1, 600_011, tokens, 1 << 20);
+        check_equal_signs(Kind::Int8, 1, Int8Matrix::LONGEST_GROUP, tokens, 1 << 20);
+        check_equal_signs(
+            Kind::Int8Training { range: CodeRange::Int8 },
+            1,
+            Int8Matrix::LONGEST_GROUP,
+            tokens,
+            1 << 20,
+        );
     }
 }
 
 fn check_equal_signs(kind: Kind, rows: usize, cols: usize, tokens: usize, group: usize) {
     let group = match kind {
-        Kind::SixBit => 16,
-        Kind::Code { .. } => 1 << 20,
+        Kind::Q6 => 16,
+        Kind::Int8Training { .. } => 1 << 20,
         _ => group,
     };
     let mut weights = Weights::new(kind, rows, cols, group, false, &mut Random(1));
@@ -51,8 +57,8 @@ fn check_equal_signs(kind: Kind, rows: usize, cols: usize, tokens: usize, group:
             })
             .collect();
         for isa in Isa::available() {
-            let (pool, mut buffer) = (Pool::with_isa(1, isa), Quantized::default());
-            let input = Input::int8(&pool, &x, cols, &mut buffer);
+            let (pool, mut buffer) = (Pool::with_isa(1, isa), Int8Activations::default());
+            let input = Activations::int8(&pool, &x, cols, &mut buffer);
             let mut out = vec![f32::NAN; tokens * rows];
             multiply(&pool, &input, &mut [Product::new(&matrix, &mut out)]);
             let case = format!("{kind:?} {code}, {cols} columns in groups of {group}, {tokens} tokens");

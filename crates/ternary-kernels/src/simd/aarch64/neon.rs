@@ -1,6 +1,13 @@
-//! 128-bit vectors, four for 16 lanes, with the dot products of ARMv8.2.
+//! NEON with the dot products of ARMv8.2: 128-bit vectors, four for 16 lanes.
+//!
+//! `sdot` multiplies signed bytes and adds the four products of a lane to 32 bits. So signed weights need no offset, but
+//! ternary planes may only be used unshifted up to weights of 127 ([`Simd::UNSHIFTED_PLANES`] is 2).
+//!
+//! There are 32 registers, and a sum takes four of them: 4 tokens have their sums in registers, for one tile.
+//!
+//! Tested under emulation (see CONTRIBUTING.md); speed was not measured.
 
-use crate::simd::vector::{Kernel, LANES, Line, Simd};
+use crate::simd::vector::{CacheLine, Kernel, LANES, Simd};
 use half::f16;
 use std::{
     arch::{aarch64::*, asm, is_aarch64_feature_detected},
@@ -13,12 +20,14 @@ use std::{
 pub struct Neon(());
 
 impl Neon {
+    /// The proof, if the CPU has the instructions.
     pub fn new() -> Option<Self> {
         let has = is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod");
         has.then_some(Self(()))
     }
 }
 
+/// Compiles a kernel with NEON and dot products.
 #[target_feature(enable = "neon,dotprod")]
 fn with_neon<K: Kernel>(kernel: K, simd: Neon) -> K::Output {
     kernel.run(simd)
@@ -27,7 +36,7 @@ fn with_neon<K: Kernel>(kernel: K, simd: Neon) -> K::Output {
 type Int = [int32x4_t; 4];
 type Float = [float32x4_t; 4];
 
-/// An intrinsic on all four quarters.
+/// Applies an intrinsic to all four quarters of a vector.
 macro_rules! each {
     ($f:ident ($($a:ident),+)) => {
         // SAFETY: `self` proves that the CPU has the instruction, which touches no memory.
@@ -58,12 +67,12 @@ unsafe fn sdot(mut sum: int32x4_t, w: int32x4_t, x: int32x4_t) -> int32x4_t {
 impl Simd for Neon {
     type Int = Int;
     type Float = Float;
-    type Unit = Infallible;
-    const NARROW: bool = false;
-    const OFFSET: i32 = 0;
-    const PLANES: usize = 2;
-    const TOKENS: usize = 4;
-    const TILES: usize = 1;
+    type MatrixUnit = Infallible;
+    const I16_SUMS: bool = false;
+    const WEIGHT_OFFSET: i32 = 0;
+    const UNSHIFTED_PLANES: usize = 2;
+    const REGISTER_TOKENS: usize = 4;
+    const REGISTER_TILES: usize = 1;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -72,14 +81,14 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn load(self, line: &Line) -> Int {
+    fn load(self, line: &CacheLine) -> Int {
         let from: *const i32 = line.0.as_ptr().cast();
         // SAFETY: a line has 64 bytes, at a multiple of 64; `self` proves the instruction.
         unsafe { from_fn(|i| vld1q_s32(from.add(4 * i))) }
     }
 
     #[inline(always)]
-    fn store(self, a: Int, line: &mut Line) {
+    fn store(self, a: Int, line: &mut CacheLine) {
         let to: *mut i32 = line.0.as_mut_ptr().cast();
         for (i, a) in a.into_iter().enumerate() {
             // SAFETY: a line has 64 bytes, at a multiple of 64; `self` proves the instruction.
@@ -91,6 +100,7 @@ impl Simd for Neon {
     fn load_i8(self, values: &[i8; LANES]) -> Int {
         // SAFETY: 16 bytes are there; `self` proves the instructions.
         unsafe {
+            // Extended twice: to 16 bits, then to 32.
             let a = vld1q_s8(values.as_ptr());
             let (low, high) = (vmovl_s8(vget_low_s8(a)), vmovl_s8(vget_high_s8(a)));
             [
@@ -159,7 +169,7 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn dot(self, sum: Int, w: Int, x: Int) -> Int {
-        // Weights are below 128 with two planes: 2 << 2 and 15 are the largest.
+        // With two planes, weights are below 128: the largest are 2 << 2 (ternary) and 63 (6-bit).
         each!(sdot(sum, w, x))
     }
 
@@ -231,13 +241,13 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn quarters(self, values: &[f32; 4]) -> Float {
+    fn splat4_f32(self, values: &[f32; 4]) -> Float {
         // SAFETY: four floats are there; `self` proves the instruction.
         unsafe { [vld1q_f32(values.as_ptr()); 4] }
     }
 
     #[inline(always)]
-    fn sum_fours(self, vectors: [Float; 4]) -> Float {
+    fn sum_quads(self, vectors: [Float; 4]) -> Float {
         // SAFETY: `self` proves the instruction, which touches no memory.
         vectors.map(|[a, b, c, d]| unsafe { vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)) })
     }
@@ -264,7 +274,7 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn max_f32(self, a: Float, b: Float) -> Float {
-        // As elsewhere, b where they do not compare.
+        // As on other instruction sets, b where either is NaN.
         // SAFETY: `self` proves the instructions.
         unsafe { from_fn(|i| vbslq_f32(vcgtq_f32(a[i], b[i]), a[i], b[i])) }
     }

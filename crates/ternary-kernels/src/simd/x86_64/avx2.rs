@@ -1,6 +1,29 @@
-//! 256-bit vectors, two for 16 lanes, with or without the dot products of AVX-VNNI.
+//! AVX2, with or without the dot products of AVX-VNNI: 256-bit vectors, two for 16 lanes.
+//!
+//! # Dot products without VNNI
+//! `vpmaddubsw` multiplies unsigned with signed bytes and adds neighbouring products to 16 bits, with saturation. It is the
+//! only byte product of AVX2, and shapes the code above it:
+//!
+//! ```text
+//! bytes of a lane:   w0 x0    w1 x1    w2 x2    w3 x3
+//! vpmaddubsw:        w0 x0 + w1 x1     w2 x2 + w3 x3         two 16-bit sums, each must stay below 2^15
+//! vpaddw:            sum += ...                              ternary weights: for as many blocks as fit (max_blocks_per_sum)
+//! vpmaddwd with 1:   one 32-bit sum                          widen
+//! ```
+//!
+//! - `dot`: ternary codes + 1 are at most 2, so a pair adds at most 508 to a 16-bit sum, and many blocks are added before it
+//!   is widened.
+//! - `dot_signed`: int8 weights would not fit, since 255 * 127 * 2 exceeds 2^15. So the magnitudes of the weights are
+//!   multiplied with activations that have the signs of the weights (`vpsignb`): at most 128 * 127 * 2 = 32,512. They are
+//!   widened at once.
+//!
+//! With AVX-VNNI, `vpdpbusd` does all of it in one instruction, in 32 bits.
+//!
+//! # Registers
+//! There are 16 registers, and a sum takes two of them. So 4 tokens have their sums in registers, for one tile. Six tokens
+//! per pass were 7 % slower: registers spill.
 
-use crate::simd::vector::{Kernel, LANES, Line, Simd};
+use crate::simd::vector::{CacheLine, Kernel, LANES, Simd};
 use half::f16;
 use std::{arch::x86_64::*, convert::Infallible};
 
@@ -9,6 +32,7 @@ use std::{arch::x86_64::*, convert::Infallible};
 pub struct Avx2<const VNNI: bool>(());
 
 impl<const VNNI: bool> Avx2<VNNI> {
+    /// The proof, if the CPU has the instructions.
     pub fn new() -> Option<Self> {
         let has = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
@@ -18,38 +42,44 @@ impl<const VNNI: bool> Avx2<VNNI> {
     }
 }
 
+/// Compiles a kernel with AVX2.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn with_avx2<K: Kernel>(kernel: K, simd: Avx2<false>) -> K::Output {
     kernel.run(simd)
 }
 
+/// Compiles a kernel with AVX2 and AVX-VNNI.
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn with_vnni<K: Kernel>(kernel: K, simd: Avx2<true>) -> K::Output {
     kernel.run(simd)
 }
 
-/// Lanes for vectors.
+/// The transpose of a matrix of 8 x 8 lanes.
+///
+/// # Safety
+/// The CPU has AVX2.
 #[inline(always)]
 unsafe fn transpose_8(rows: [__m256i; 8]) -> [__m256i; 8] {
     // SAFETY: the caller has the instructions, which touch no memory.
     unsafe {
-        // `fours[4 i + j]` has in half `q` the lanes `4 q + j` of rows `4 i` to `4 i + 3`.
-        let mut fours = rows;
-        for four in fours.as_chunks_mut::<4>().0 {
-            let [a, b, c, d] = *four;
+        // `quads[4 i + j]` has in half `q` the lanes `4 q + j` of rows `4 i` to `4 i + 3`.
+        let mut quads = rows;
+        for quad in quads.as_chunks_mut::<4>().0 {
+            let [a, b, c, d] = *quad;
             let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
             let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
-            *four = [
+            *quad = [
                 _mm256_unpacklo_epi64(ab, cd),
                 _mm256_unpackhi_epi64(ab, cd),
                 _mm256_unpacklo_epi64(ab_high, cd_high),
                 _mm256_unpackhi_epi64(ab_high, cd_high),
             ];
         }
+        // Halves of two quads are joined to rows of the result.
         let mut out = rows;
         for j in 0..4 {
-            out[j] = _mm256_permute2x128_si256::<0x20>(fours[j], fours[4 + j]);
-            out[4 + j] = _mm256_permute2x128_si256::<0x31>(fours[j], fours[4 + j]);
+            out[j] = _mm256_permute2x128_si256::<0x20>(quads[j], quads[4 + j]);
+            out[4 + j] = _mm256_permute2x128_si256::<0x31>(quads[j], quads[4 + j]);
         }
         out
     }
@@ -58,7 +88,7 @@ unsafe fn transpose_8(rows: [__m256i; 8]) -> [__m256i; 8] {
 type Int = [__m256i; 2];
 type Float = [__m256; 2];
 
-/// An intrinsic on both halves.
+/// Applies an intrinsic to both halves of a vector.
 macro_rules! each {
     ($f:ident $(::<$n:tt>)? ($($a:ident),+)) => {
         // SAFETY: `self` proves that the CPU has the instruction, which touches no memory.
@@ -69,12 +99,12 @@ macro_rules! each {
 impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type Int = Int;
     type Float = Float;
-    type Unit = Infallible;
-    const NARROW: bool = !VNNI;
-    const OFFSET: i32 = if VNNI { 128 } else { 0 };
-    const PLANES: usize = if VNNI { 4 } else { 2 };
-    const TOKENS: usize = 4;
-    const TILES: usize = 1;
+    type MatrixUnit = Infallible;
+    const I16_SUMS: bool = !VNNI;
+    const WEIGHT_OFFSET: i32 = if VNNI { 128 } else { 0 };
+    const UNSHIFTED_PLANES: usize = if VNNI { 4 } else { 2 };
+    const REGISTER_TOKENS: usize = 4;
+    const REGISTER_TILES: usize = 1;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -83,14 +113,14 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn load(self, line: &Line) -> Int {
+    fn load(self, line: &CacheLine) -> Int {
         let from = line.0.as_ptr().cast();
         // SAFETY: a line has 64 bytes; `self` proves the instruction.
         unsafe { [_mm256_loadu_si256(from), _mm256_loadu_si256(from.add(1))] }
     }
 
     #[inline(always)]
-    fn store(self, a: Int, line: &mut Line) {
+    fn store(self, a: Int, line: &mut CacheLine) {
         let to: *mut __m256i = line.0.as_mut_ptr().cast();
         // SAFETY: a line has 64 bytes; `self` proves the instruction.
         unsafe {
@@ -101,6 +131,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
 
     #[inline(always)]
     fn transpose(self, rows: [Int; LANES]) -> [Int; LANES] {
+        // Four squares of 8 x 8 lanes: of rows 0-7 or 8-15, and of their low or high halves.
         let mut out = rows;
         for (i, half) in [(0, 0), (0, 1), (8, 0), (8, 1)] {
             let square = std::array::from_fn(|row| rows[i + row][half]);
@@ -124,6 +155,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     fn store_i8(self, a: Int, values: &mut [i8; LANES]) {
         // SAFETY: 16 bytes are there; `self` proves the instructions.
         unsafe {
+            // Packing saturates, so only the low byte is kept before.
             let low = _mm256_set1_epi32(0xff);
             let pairs = _mm256_packus_epi32(_mm256_and_si256(a[0], low), _mm256_and_si256(a[1], low));
             // Packing works within halves of a register: lanes 0-3, 8-11, 4-7, 12-15.
@@ -179,6 +211,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         if VNNI {
             each!(_mm256_dpbusd_avx_epi32(sum, w, x))
         } else {
+            // Two 16-bit sums per lane.
             let pairs = each!(_mm256_maddubs_epi16(w, x));
             each!(_mm256_add_epi16(sum, pairs))
         }
@@ -190,6 +223,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             sum
         } else {
             // SAFETY: `self` proves the instruction.
+            // Multiplying by one adds neighbouring 16-bit sums to 32 bits.
             let ones = unsafe { [_mm256_set1_epi16(1); 2] };
             each!(_mm256_madd_epi16(sum, ones))
         }
@@ -199,11 +233,12 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     fn dot_signed(self, sum: Int, w: Int, x: Int) -> Int {
         if VNNI {
             // SAFETY: `self` proves the instruction.
+            // Flipping the upper bit adds 128: unsigned weights.
             let flip = unsafe { [_mm256_set1_epi8(-128); 2] };
             let w = each!(_mm256_xor_si256(w, flip));
             each!(_mm256_dpbusd_avx_epi32(sum, w, x))
         } else {
-            // |w| times x with the sign of w: at most 128 * 127, of which two fit 16 bits.
+            // |w| times x with the sign of w: at most 128 * 127, two of which fit into 16 bits.
             let x = each!(_mm256_sign_epi8(x, w));
             let w = each!(_mm256_abs_epi8(w));
             let pairs = each!(_mm256_maddubs_epi16(w, x));
@@ -251,16 +286,16 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn quarters(self, values: &[f32; 4]) -> Float {
+    fn splat4_f32(self, values: &[f32; 4]) -> Float {
         // SAFETY: `self` proves the instruction, and four floats are there.
         unsafe { [_mm256_broadcast_ps(&_mm_loadu_ps(values.as_ptr())); 2] }
     }
 
     #[inline(always)]
-    fn sum_fours(self, [a, b, c, d]: [Float; 4]) -> Float {
+    fn sum_quads(self, [a, b, c, d]: [Float; 4]) -> Float {
         // SAFETY: `self` proves the instructions, which touch no memory.
         unsafe {
-            // Of quarters 0 and 2 in the low half, of 1 and 3 in the high one.
+            // Sums of quarters 0 and 2 in the low half, of 1 and 3 in the high half.
             let ab = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(b[0], b[1]));
             let cd = _mm256_hadd_ps(_mm256_hadd_ps(c[0], c[1]), _mm256_hadd_ps(d[0], d[1]));
             let turned = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -333,7 +368,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
 
     #[inline(always)]
     fn prefetch<T>(self, at: &T, ahead: usize) {
-        let at = std::ptr::from_ref(at).cast::<Line>().wrapping_add(ahead);
+        let at = std::ptr::from_ref(at).cast::<CacheLine>().wrapping_add(ahead);
         // SAFETY: a prefetch of any address does nothing but fetch.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }

@@ -1,29 +1,43 @@
-//! 512-bit vectors, one for 16 lanes, with the dot products of AVX-512 VNNI, with or without the tiles of AMX.
+//! AVX-512 with VNNI: one 512-bit vector for 16 lanes, with or without the tile registers of AMX.
+//!
+//! # Dot products
+//! `vpdpbusd` multiplies unsigned with signed bytes and adds the four products of a lane to 32 bits. Signed weights are made
+//! unsigned by adding 128, which is flipping the upper bit; the product is then too large by 128 times the sum of the
+//! activations, which callers subtract ([`Simd::WEIGHT_OFFSET`]).
+//!
+//! # Registers
+//! There are 32 registers, and a sum takes one of them. So 8 tokens have their sums in registers, for two tiles at once:
+//! each broadcast of activations serves two products. At 512 tokens that reaches 93 % of the peak of `vpdpbusd`, at 8 tokens
+//! 78 % (768 x 3072, in cache).
 
-use super::amx::{self, Tiles};
-use crate::simd::vector::{Kernel, LANES, Line, Planes, Simd, Sums};
+use super::amx::{self, AmxUnit};
+use crate::simd::vector::{AccumulatorSink, CacheLine, Kernel, LANES, Simd, UnpackedBlock};
 use half::f16;
 use std::arch::x86_64::*;
 
-/// AVX-512 F, BW and VNNI; with `tiles` also AMX for bytes.
+/// AVX-512 F, BW and VNNI, and perhaps AMX for bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx512 {
-    tiles: bool,
+    /// Whether the tile registers of AMX may be used.
+    amx: bool,
 }
 
 impl Avx512 {
+    /// The proof without AMX, if the CPU has the instructions.
     pub fn new() -> Option<Self> {
         let has = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vnni");
-        has.then_some(Self { tiles: false })
+        has.then_some(Self { amx: false })
     }
 
-    pub fn with_tiles() -> Option<Self> {
-        Self::new().filter(|_| amx::available()).map(|_| Self { tiles: true })
+    /// The proof with AMX, if the CPU has it and the system permits it.
+    pub fn with_amx() -> Option<Self> {
+        Self::new().filter(|_| amx::available()).map(|_| Self { amx: true })
     }
 }
 
+/// Compiles a kernel with AVX-512.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn with_avx512<K: Kernel>(kernel: K, simd: Avx512) -> K::Output {
     kernel.run(simd)
@@ -35,12 +49,12 @@ type Float = __m512;
 impl Simd for Avx512 {
     type Int = Int;
     type Float = Float;
-    type Unit = Tiles;
-    const NARROW: bool = false;
-    const OFFSET: i32 = 128;
-    const PLANES: usize = 4;
-    const TOKENS: usize = 8;
-    const TILES: usize = 2;
+    type MatrixUnit = AmxUnit;
+    const I16_SUMS: bool = false;
+    const WEIGHT_OFFSET: i32 = 128;
+    const UNSHIFTED_PLANES: usize = 4;
+    const REGISTER_TOKENS: usize = 8;
+    const REGISTER_TILES: usize = 2;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -49,13 +63,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn load(self, line: &Line) -> Int {
+    fn load(self, line: &CacheLine) -> Int {
         // SAFETY: a line has 64 bytes; `self` proves the instruction.
         unsafe { _mm512_loadu_si512(line.0.as_ptr().cast()) }
     }
 
     #[inline(always)]
-    fn store(self, a: Int, line: &mut Line) {
+    fn store(self, a: Int, line: &mut CacheLine) {
         // SAFETY: a line has 64 bytes; `self` proves the instruction.
         unsafe { _mm512_storeu_si512(line.0.as_mut_ptr().cast(), a) }
     }
@@ -102,6 +116,7 @@ impl Simd for Avx512 {
         unsafe { _mm512_mullo_epi32(a, b) }
     }
 
+    // Shifts take their count from a register: as a constant it would have to be of another type than `N`.
     #[inline(always)]
     fn shl<const N: i32>(self, a: Int) -> Int {
         // SAFETY: `self` proves the instructions.
@@ -133,43 +148,49 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn dot_signed(self, sum: Int, w: Int, x: Int) -> Int {
+        // Flipping the upper bit adds 128: unsigned weights.
         // SAFETY: `self` proves the instructions.
         unsafe { _mm512_dpbusd_epi32(sum, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x) }
     }
 
     #[inline(always)]
-    fn has_tiles(self) -> bool {
-        self.tiles
+    fn has_matrix_unit(self) -> bool {
+        self.amx
     }
 
     #[inline(always)]
-    fn tiles<const R: usize>(
+    fn multiply_panels<const R: usize>(
         self,
-        panels: [&[Planes]; R],
+        panels: [&[UnpackedBlock]; R],
         codes: &[[i8; LANES]],
         stride: usize,
         tokens: usize,
-        sink: &mut impl Sums<Self, R>,
+        sink: &mut impl AccumulatorSink<Self, R>,
     ) {
-        assert!(self.tiles, "AMX");
+        assert!(self.amx, "AMX");
         amx::multiply(self, panels, codes, stride, tokens, sink);
     }
 
     #[inline(always)]
-    fn unit(self, tokens: usize, blocks: usize) -> Option<Tiles> {
-        self.tiles.then(|| Tiles::new(tokens, blocks))
+    fn matrix_unit(self, tokens: usize, blocks: usize) -> Option<AmxUnit> {
+        self.amx.then(|| AmxUnit::new(tokens, blocks))
     }
 
     #[cfg(feature = "rayon")]
     #[inline(always)]
-    fn has_half_tiles(self) -> bool {
-        self.tiles && amx::multiplies_bf16()
+    fn multiplies_bf16(self) -> bool {
+        self.amx && amx::multiplies_bf16()
     }
 
     #[cfg(feature = "rayon")]
     #[inline(always)]
-    fn half_tiles(self, left: [&[Line]; 2], right: [&[Line]; 2], sums: &mut [[f32; 2 * LANES]; 2 * LANES]) {
-        assert!(self.has_half_tiles(), "AMX for bfloat16");
+    fn multiply_bf16(
+        self,
+        left: [&[CacheLine]; 2],
+        right: [&[CacheLine]; 2],
+        sums: &mut [[f32; 2 * LANES]; 2 * LANES],
+    ) {
+        assert!(self.multiplies_bf16(), "AMX for bfloat16");
         amx::multiply_bf16(left, right, sums);
     }
 
@@ -189,14 +210,14 @@ impl Simd for Avx512 {
     fn transpose(self, rows: [Int; LANES]) -> [Int; LANES] {
         // SAFETY: `self` proves the instructions, which touch no memory.
         unsafe {
-            // In each quarter, lanes of neighbouring rows, then of four: `fours[4 i + j]` has in quarter `q` the lanes
+            // In each quarter, lanes of neighbouring rows, then of four: `quads[4 i + j]` has in quarter `q` the lanes
             // `4 q + j` of rows `4 i` to `4 i + 3`.
-            let mut fours = rows;
-            for four in fours.as_chunks_mut::<4>().0 {
-                let [a, b, c, d] = *four;
+            let mut quads = rows;
+            for quad in quads.as_chunks_mut::<4>().0 {
+                let [a, b, c, d] = *quad;
                 let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
                 let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
-                *four = [
+                *quad = [
                     _mm512_unpacklo_epi64(ab, cd),
                     _mm512_unpackhi_epi64(ab, cd),
                     _mm512_unpacklo_epi64(ab_high, cd_high),
@@ -205,8 +226,8 @@ impl Simd for Avx512 {
             }
             let mut out = rows;
             for j in 0..4 {
-                let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
-                // Quarters 0 and 2, 1 and 3, of two fours each.
+                let [a, b, c, d] = [quads[j], quads[4 + j], quads[8 + j], quads[12 + j]];
+                // Quarters 0 and 2, 1 and 3, of two quads each.
                 let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
                 let (even_2, odd_2) =
                     (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
@@ -221,6 +242,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn stream_f32(self, a: Float, values: &mut [f32; LANES]) {
+        // The instruction needs an aligned address.
         if values.as_ptr().addr().is_multiple_of(size_of::<Float>()) {
             // SAFETY: 16 floats are there, at a cache line; `self` proves the instruction, and `fence` follows.
             unsafe { _mm512_stream_ps(values.as_mut_ptr(), a) }
@@ -255,13 +277,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn quarters(self, values: &[f32; 4]) -> Float {
+    fn splat4_f32(self, values: &[f32; 4]) -> Float {
         // SAFETY: four floats are there; `self` proves the instruction.
         unsafe { _mm512_broadcast_f32x4(_mm_loadu_ps(values.as_ptr())) }
     }
 
     #[inline(always)]
-    fn sum_fours(self, [a, b, c, d]: [Float; 4]) -> Float {
+    fn sum_quads(self, [a, b, c, d]: [Float; 4]) -> Float {
         // SAFETY: `self` proves the instructions, which touch no memory.
         unsafe {
             // In each quarter: lanes 0 and 1 of two vectors in turn, and lanes 2 and 3.
@@ -350,7 +372,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn prefetch<T>(self, at: &T, ahead: usize) {
-        let at = std::ptr::from_ref(at).cast::<Line>().wrapping_add(ahead);
+        let at = std::ptr::from_ref(at).cast::<CacheLine>().wrapping_add(ahead);
         // SAFETY: a prefetch of any address does nothing but fetch.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
