@@ -157,7 +157,7 @@ impl Deref for AlignedBlocks {
     type Target = [[i8; BLOCK]];
 
     fn deref(&self) -> &Self::Target {
-        // SAFETY: the lines have at least the bytes of so many blocks, and any byte is a code.
+        // SAFETY: the lines have at least the bytes of `blocks` blocks, and any byte is a code.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.blocks) }
     }
 }

@@ -459,7 +459,7 @@ impl LeftFactor for TransposedFactor<'_> {
     }
 }
 
-/// Vectors of columns that are computed together, if the registers have room for so many sums: each number of the left factor is
+/// Vectors of columns that are computed together, if the registers have room for their sums: each number of the left factor is
 /// then broadcast once for all of them.
 const COL_VECTORS: usize = 2;
 

@@ -586,7 +586,7 @@ mod tests {
         testing::{assert_close, numbers, pools},
     };
 
-    /// All products of one sign, and so many that their sum exceeds 32 bits.
+    /// All products of one sign, and enough of them for their sum to exceed 32 bits.
     #[test]
     #[cfg_attr(miri, ignore = "takes minutes")]
     fn gradients_of_very_many_tokens_are_sums_of_all() {

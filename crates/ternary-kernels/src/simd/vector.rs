@@ -14,7 +14,7 @@
 //! once. And floats are added in the same order everywhere, so that results are equal to the bit on every CPU.
 //!
 //! # A value is the proof
-//! Types that implement [`Simd`] can only be constructed after the CPU has been asked for the instructions. All methods
+//! Types that implement [`Simd`] can only be constructed after the CPU was found to have the instructions. All methods
 //! are therefore safe. The compiler only emits the instructions inside a function that enables them, so an algorithm is
 //! a [`Kernel`]: [`Simd::vectorize`] calls its [`run`](Kernel::run) from such a function, and everything that `run`
 //! calls must be inlined into it. This is why functions over vectors are `#[inline(always)]`, and why some loops call a

@@ -241,7 +241,7 @@ impl MatrixUnit for AmxUnit {
     fn add(&mut self, panels: [&[CacheLine]; UNIT_TILES], codes: &[[i8; LANES]], stride: usize) {
         assert!(panels.iter().all(|panel| panel.len() == 4 * self.blocks), "lines of the blocks");
         assert!(codes.len() >= (self.tokens - 1) * stride + self.blocks, "codes of each token");
-        // SAFETY: the tiles are configured for so many tokens and blocks, whose weights and codes are there, as just checked.
+        // SAFETY: the tiles are configured for this number of tokens and blocks, whose weights and codes are there, as just checked.
         unsafe {
             asm!(
                 "tileloadd tmm4, [{codes} + {stride}]",
