@@ -162,7 +162,7 @@ fn the_answers_are_computed_from_the_committed_results() {
         assert_eq!(*bleu, format!("{:.2}", mean("bleu")), "{name}");
         assert_eq!(*exact, format!("{:.3}", mean("exact_match")), "{name}");
     }
-    let duck = results("01-duck");
+    let duck = results("02-duck-context");
     let exact = said("answers", &duck, "/files/0/models/0/exact_match/value")[0];
     let questions = said("answers", &duck, "/files/0/documents")[0];
     let claim = format!(

@@ -197,7 +197,12 @@ impl Chat {
             match self.take(&question) {
                 Ok(true) => (),
                 Ok(false) => break,
-                Err(error @ Error::Engine { source: EngineError::ContextFull { .. }, .. }) => {
+                Err(
+                    error @ Error::Engine {
+                        source: EngineError::ContextFull { .. } | EngineError::MessageTooLong { .. },
+                        ..
+                    },
+                ) => {
                     unanswered += 1;
                     let error = terminal::line(&error);
                     if self.json {

@@ -119,9 +119,9 @@ fn a_question_that_is_too_long_does_not_end_a_pipe() {
     let turns = turns(std::str::from_utf8(&output.stdout).unwrap());
     assert_eq!(turns.len(), 3, "{turns:?}");
     assert!(turns[0]["answer"].is_string() && turns[2]["answer"].is_string(), "{turns:?}");
-    assert!(turns[1]["error"].as_str().unwrap().contains("exceed the context"), "{turns:?}");
+    assert!(turns[1]["error"].as_str().unwrap().contains("shorten the message"), "{turns:?}");
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("exceed the context") && said.contains("1 of 3 questions were not"), "{said}");
+    assert!(said.contains("shorten the message") && said.contains("1 of 3 questions were not"), "{said}");
 }
 
 #[test]
