@@ -27,6 +27,9 @@ pub struct Command {
     /// Size of the model; without it, one that goes with the amount of text
     #[arg(long, value_enum)]
     size: Option<Size>,
+    /// Device to train on, and to measure: auto, flex, ndarray, wgpu, tch or cuda, of those that were compiled in
+    #[arg(long, default_value = "auto")]
+    device: String,
     /// Name of the run, and of its folder; without it, that of the file
     #[arg(long)]
     name: Option<String>,
@@ -40,13 +43,13 @@ pub struct Command {
 
 impl Command {
     pub fn run(self) -> Result<(), Error> {
-        let Self { file, data, size, name, full, overwrite } = self;
+        let Self { file, data, size, device, name, full, overwrite } = self;
         let to_output = file.as_os_str() == "-";
         if !to_output {
             terminal::expect_free(&file, overwrite)?;
         }
         let stem = file.file_stem().filter(|_| !to_output).map(|stem| stem.to_string_lossy().into_owned());
-        let mut proposal = propose(&data, size)?;
+        let mut proposal = propose(&data, size, &device)?;
         proposal.experiment.run.name = name.or(stem).unwrap_or("experiment".into());
         proposal.experiment.validate(&file.display().to_string())?;
         let summary = summary(&proposal);
@@ -125,16 +128,14 @@ fn header(summary: &str, full: bool) -> String {
     )
 }
 
-/// The keys that matter, or all of them, each below what it means.
+/// The keys that matter and those that have not their defaults, or all of them, each below what it means.
 fn sections(experiment: &Experiment, full: bool) -> String {
-    let (mut text, mut section, mut opened) = (String::new(), "", "");
-    let whole = experiment.to_toml();
-    for line in whole.lines() {
-        if let Some(name) = line.strip_prefix('[') {
-            section = name.trim_end_matches(']');
-        }
-        let Some((key, _)) = line.split_once(" = ") else { continue };
-        if !full && !MATTER.contains(&(section, key)) {
+    let (mut text, mut opened) = (String::new(), "");
+    let (whole, defaults) = (experiment.to_toml(), Experiment::default().to_toml());
+    for (section, line) in key_lines(&whole) {
+        let (key, _) = line.split_once(" = ").expect("a line that sets a key");
+        let chosen = || !key_lines(&defaults).any(|default| default == (section, line));
+        if !full && !MATTER.contains(&(section, key)) && !chosen() {
             continue;
         }
         if opened != section {
@@ -147,6 +148,17 @@ fn sections(experiment: &Experiment, full: bool) -> String {
         text += &format!("{line}\n");
     }
     text
+}
+
+/// The lines of a file that set a key, each with its section.
+fn key_lines(toml: &str) -> impl Iterator<Item = (&str, &str)> {
+    let mut section = "";
+    toml.lines().filter_map(move |line| {
+        if let Some(name) = line.strip_prefix('[') {
+            section = name.trim_end_matches(']');
+        }
+        line.contains(" = ").then_some((section, line))
+    })
 }
 
 /// The keys that a proposal chooses, or that are changed first.
@@ -349,7 +361,7 @@ mod tests {
     use super::*;
 
     fn proposal() -> Proposal {
-        let mut proposal = propose(&["embedded".into()], None).unwrap();
+        let mut proposal = propose(&["embedded".into()], None, "flex").unwrap();
         proposal.experiment.run.name = "a-b".into();
         proposal
     }
@@ -366,7 +378,8 @@ mod tests {
         assert_eq!(parsed(&full), experiment);
         let keys =
             |text: &str| text.lines().filter(|line| !line.starts_with('#') && line.contains(" = ")).count();
-        assert_eq!((keys(&short), keys(&full)), (MATTER.len(), COMMENTS.len()));
+        // The device is not the default one.
+        assert_eq!((keys(&short), keys(&full)), (MATTER.len() + 1, COMMENTS.len()));
         experiment.validate("new").unwrap();
     }
 

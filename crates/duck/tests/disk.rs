@@ -49,7 +49,7 @@ fn no_command_replaces_a_file_unless_told_to() {
         ["eval", "model.gguf", "--data", "qa.jsonl", "--answers", "--max-tokens", "1", "--save-answers"];
     let mut commands = vec![vec!["export", "model.gguf"], answers.to_vec()];
     if cfg!(feature = "train") {
-        commands.push(vec!["new"]);
+        commands.push(vec!["new", "--device", "flex"]);
         let record = "distill-logits --data text.txt --tokenizer byte --device flex --teacher model.gguf --set model.context=16 --to";
         commands.push(record.split(' ').collect());
     }

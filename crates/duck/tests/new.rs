@@ -30,7 +30,7 @@ fn a_model_of_plain_text_is_proposed_trained_and_goes_on_with_what_is_written() 
         let poem = format!("Утка номер {i} плывёт по тихому пруду.\nОна говорит: кря!\n");
         fs::write(poems.join(format!("{i}.txt")), poem).unwrap();
     }
-    let summary = said(&home, &["new", "poems.toml", "--data", "poems"], "");
+    let summary = said(&home, &["new", "--device", "flex", "poems.toml", "--data", "poems"], "");
     for part in
         ["in 200 documents, no dialogues", "model: tiny", "passes over the text; about", "MiB of memory"]
     {
@@ -75,7 +75,8 @@ fn a_model_of_dialogues_chats_and_keeps_doing_so_when_it_is_trained_on() {
     let home = home();
     let lines = |i| format!("{{\"question\": \"Who is number {i}?\", \"answer\": \"A duck, it's me.\"}}\n");
     fs::write(home.path().join("talk.jsonl"), (0..200).map(lines).collect::<String>()).unwrap();
-    let summary = said(&home, &["new", "talk.toml", "--data", "talk.jsonl", "--size", "tiny"], "");
+    let summary =
+        said(&home, &["new", "--device", "flex", "talk.toml", "--data", "talk.jsonl", "--size", "tiny"], "");
     assert!(summary.contains("200 documents, all of them dialogues"), "{summary}");
     let small = ["--set", "model.d_model=64", "--set", "model.n_layers=1", "--set", "model.d_ff=64"];
     let summary = output(&home, &[&["train", "talk.toml"], &FEW[..], &small].concat());
@@ -114,7 +115,7 @@ fn what_cannot_be_proposed_is_told() {
         ("short.txt", "7 bytes in 1 document are too little"),
         ("model.gguf", "expected a folder or a file that ends in .txt or .jsonl"),
     ] {
-        let error = failure(&home, &["new", "--data", data], 3);
+        let error = failure(&home, &["new", "--device", "flex", "--data", data], 3);
         assert!(error.contains(found), "{error}");
     }
     let unknown = duck(&home, &["new", "--size", "huge"]).assert().code(2);
@@ -129,7 +130,8 @@ fn every_key_is_written_where_that_is_asked_for() {
     let keys = |arguments: &[&str]| -> toml::Table { output(&home, arguments).parse().unwrap() };
     let count =
         |table: &toml::Table| table.values().map(|keys| keys.as_table().unwrap().len()).sum::<usize>();
-    let (short, full) = (keys(&["new", "-"]), keys(&["new", "-", "--full"]));
+    let (short, full) =
+        (keys(&["new", "--device", "flex", "-"]), keys(&["new", "--device", "flex", "-", "--full"]));
     assert!(count(&short) < 20 && count(&full) > 70);
     for (section, keys) in &short {
         for (key, value) in keys.as_table().unwrap() {
@@ -141,14 +143,16 @@ fn every_key_is_written_where_that_is_asked_for() {
 #[test]
 fn an_experiment_replaces_no_file_unless_told_to() {
     let home = home();
-    assert_eq!(output(&home, &["new"]), "experiment.toml\n");
-    let error = failure(&home, &["new"], 2);
+    assert_eq!(output(&home, &["new", "--device", "flex"]), "experiment.toml\n");
+    let error = failure(&home, &["new", "--device", "flex"], 2);
     assert!(error.contains("experiment.toml") && error.contains("--overwrite"), "{error}");
-    output(&home, &["new", "--overwrite", "--name", "pond"]);
+    output(&home, &["new", "--device", "flex", "--overwrite", "--name", "pond"]);
     let text = fs::read_to_string(home.path().join("experiment.toml")).unwrap();
     assert_eq!(text.parse::<toml::Table>().unwrap()["run"]["name"].as_str(), Some("pond"));
-    assert!(output(&home, &["new", "-", "--name", "pond"]).contains("name = \"pond\""));
-    assert!(!duck(&home, &["new", "missing/a.toml"]).assert().get_output().status.success());
+    assert!(output(&home, &["new", "--device", "flex", "-", "--name", "pond"]).contains("name = \"pond\""));
+    assert!(
+        !duck(&home, &["new", "--device", "flex", "missing/a.toml"]).assert().get_output().status.success()
+    );
 }
 
 #[test]

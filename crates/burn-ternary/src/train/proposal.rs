@@ -130,7 +130,7 @@ pub struct Proposal {
 ///
 /// # Errors
 /// `Data`: texts that cannot be read, or too little text. `Device`, `Memory`: the device is not there, or the model does not fit.
-pub fn propose(sources: &[String], size: Option<Size>) -> Result<Proposal, TrainError> {
+pub fn propose(sources: &[String], size: Option<Size>, device: &str) -> Result<Proposal, TrainError> {
     let documents = corpus::read("train", sources)?;
     let text = TextCounts::of(&documents);
     let size = size.unwrap_or(Size::of_text(text.bytes));
@@ -172,6 +172,7 @@ pub fn propose(sources: &[String], size: Option<Size>) -> Result<Proposal, Train
             steps,
             batch_size: BATCH_SIZE,
             eval_every: two_digits(steps as f64 / 5.0),
+            device: device.into(),
             ..RunConfig::default()
         },
         ..Experiment::default()
@@ -290,7 +291,7 @@ mod tests {
         let path = folder.path().join("text.txt");
         let proposed = |text: String| {
             fs::write(&path, text).unwrap();
-            propose(&[path.display().to_string()], None)
+            propose(&[path.display().to_string()], None, "flex")
         };
         // Digits have no words.
         let digits = proposed("3141592653589793\n".repeat(200)).unwrap();
