@@ -73,7 +73,8 @@ impl WriteOptions {
 /// Tensors stay in the memory-mapped file where their layout allows it.
 ///
 /// # Errors
-/// `NoModelFolder`: a folder without `config.json`. `Onnx`. Those of [`huggingface::read`], [`archive::read`] and [`gguf::read`].
+/// `NoModelFolder`: a folder without `config.json`. `Onnx`: an ONNX file. Those of [`huggingface::read`],
+/// [`archive::read`] and [`gguf::read`].
 pub fn read_model(path: &Path) -> Result<PackedModel, FormatError> {
     match extension(path) {
         _ if path.is_dir() && !path.join("config.json").exists() => {

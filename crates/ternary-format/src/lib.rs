@@ -96,7 +96,7 @@ pub use adapter::{Adapter, LowRank};
 pub use encoding::Encoding;
 pub use error::FormatError;
 pub use file::{WeightType, WriteOptions, read_model, write_model};
-/// The type of scales.
+/// Half-precision float, the type of scales.
 pub use half::f16;
 pub use model::PackedModel;
 pub use say::say;

@@ -86,7 +86,7 @@ pub(crate) fn write(path: &Path, entries: Vec<Entry>) -> Result<(), FormatError>
     file.sync_all().map_err(io)
 }
 
-/// The same to a file that is open; `path` is for errors.
+/// Writes to an open file. Errors name `path`.
 ///
 /// # Errors
 /// `Io`, `Safetensors`

@@ -428,12 +428,11 @@ impl Tensor {
         Self { shape: vec![rows.len(), self.cols()], encoding: self.encoding, data: data.into() }
     }
 
-    /// The rows of a query or key matrix whose rotary embedding is interleaved, in half-rotation order: component `2i`
-    /// of a head turned with `2i + 1`; it becomes component `i`, which turns with `i + head_dim / 2`. Attention scores
-    /// stay the same.
+    /// Permutes the rows of a query or key matrix from interleaved RoPE (component `2i` of a head rotates with `2i +
+    /// 1`) to half-rotation order (component `i` rotates with `i + head_dim / 2`). Attention scores do not change.
     ///
     /// # Panics
-    /// When the rows are no whole number of heads, or `head_dim` is odd.
+    /// If the rows are not a whole number of heads, or `head_dim` is odd.
     pub fn half_rotation(&self, head_dim: usize) -> Self {
         let rows = self.rows();
         assert!(

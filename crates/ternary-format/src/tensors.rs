@@ -1,14 +1,14 @@
 //! Named tensors without a model: one safetensors file with packed ternary matrices, for models of any architecture.
 //!
-//! A float tensor has its name. A ternary matrix `x` of shape `[rows, cols]` takes three entries:
+//! A float tensor is stored under its name. A ternary matrix `x` of shape `[rows, cols]` is stored as three entries:
 //!
 //! | entry | type | shape | values |
 //! |---|---|---|---|
 //! | `x.codes` | U8 | `[rows, ceil(cols / 4)]` | four codes per byte, each plus 1, low bits first |
-//! | `x.scales` | F16 | `[rows, cols / group]` | the weight is scale times code |
+//! | `x.scales` | F16 | `[rows, cols / group]` | a weight is scale times code |
 //! | `x.shape` | I64 | `[2]` | rows and columns |
 //!
-//! Any reader of safetensors can open the file. No name is special: U8 is what tells codes from a float tensor.
+//! Any safetensors library can open the file. No name is reserved: an entry is a matrix of codes if its type is U8.
 
 use crate::{
     Bytes, Encoding, FormatError, Tensor, disk,
@@ -25,11 +25,11 @@ const CODES: &str = ".codes";
 const SCALES: &str = ".scales";
 const SHAPE: &str = ".shape";
 
-/// Writes tensors to a file, which it replaces. F32, F16, BF16 and ternary tensors keep their values bit for bit; the
-/// others become F32.
+/// Writes tensors to a file atomically. F32, F16, BF16 and ternary tensors keep their values bit for bit; other
+/// encodings become F32.
 ///
 /// # Errors
-/// `Io`. `DuplicateTensor`: a name that an entry of a ternary matrix takes.
+/// `Io`. `DuplicateTensor`: a name equals that of an entry of a ternary matrix.
 pub fn write(tensors: &BTreeMap<String, Tensor>, path: &Path) -> Result<(), FormatError> {
     let stored = tensors.iter().map(|(name, tensor)| {
         let encoding = match tensor.encoding() {
@@ -75,7 +75,7 @@ pub fn write(tensors: &BTreeMap<String, Tensor>, path: &Path) -> Result<(), Form
 ///
 /// # Errors
 /// `Io`, `Safetensors`: a file that is missing or damaged. `MissingTensor`, `WrongShape`, `StoredType`, `RowLength`,
-/// `NotACode`: entries that are no ternary matrix, or neither that nor floats.
+/// `NotACode`: entries that form neither a ternary matrix nor a float tensor.
 pub fn read(path: &Path) -> Result<BTreeMap<String, Tensor>, FormatError> {
     let entries = safetensors::read(path)?;
     let tensors = || {
@@ -117,7 +117,7 @@ fn matrix(entries: &BTreeMap<String, Stored>, name: &str) -> Result<Tensor, Form
     };
     let (codes, scales) = (entry(CODES, Dtype::U8, "U8")?, entry(SCALES, Dtype::F16, "F16")?);
     let sizes = entry(SHAPE, Dtype::I64, "I64")?;
-    let expect = |holds: bool, entry: &Stored, expected: &[usize]| match holds {
+    let expect = |condition: bool, entry: &Stored, expected: &[usize]| match condition {
         true => Ok(()),
         false => Err(FormatError::WrongShape { expected: expected.into(), found: entry.shape.clone() }),
     };
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn named_tensors_come_back_bit_for_bit() {
+    fn named_tensors_round_trip_bit_for_bit() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.safetensors");
         let tensors = tensors();
@@ -186,7 +186,7 @@ mod tests {
             assert_eq!(values(&read[name]), values(tensor), "{name}");
             assert_eq!(read[name].encoding().is_ternary(), tensor.encoding().is_ternary(), "{name}");
         }
-        // Two bits per weight, a scale per row, and a header.
+        // Two bits per weight, one scale per row, and a header.
         let big = BTreeMap::from([("x".into(), random(&mut StdRng::seed_from_u64(1), 64, 256, 256))]);
         write(&big, &path).unwrap();
         let bytes = std::fs::metadata(&path).unwrap().len();
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_taken_is_refused() {
+    fn a_name_of_an_entry_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.safetensors");
         let mut tensors = tensors();
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_that_are_no_matrix_are_refused() {
+    fn entries_that_form_no_matrix_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.safetensors");
         let entry = |name: &str, dtype, shape: &[usize], bytes: Vec<u8>| Entry {

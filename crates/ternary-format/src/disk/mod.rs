@@ -117,8 +117,8 @@ impl NewFile {
     /// Opens a scratch file in the folder of `path`.
     ///
     /// # Errors
-    /// Those of the file system. `InvalidInput` or `IsADirectory`: `path` is neither a regular file nor a link. `NotFound`: the
-    /// folder of `path` does not exist.
+    /// Those of the file system. `InvalidInput` or `IsADirectory`: `path` is neither a regular file nor a link.
+    /// `NotFound`: the folder of `path` does not exist.
     pub fn create(path: &Path) -> io::Result<Self> {
         match metadata_of_entry(path)? {
             Some(entry) if !entry.is_symlink() => expect_plain(&entry)?,
