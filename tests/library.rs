@@ -525,7 +525,7 @@ fn a_model_that_is_not_of_the_family_is_not_exported() {
     let error = refusal(&spec, &|path| Some(path.into()));
     assert!(error.contains("tensor `token_embd.weight` is missing"), "{error}");
     let error = refusal(&spec, &|_| Some("output.weight".into()));
-    assert!(error.contains("tensor `output.weight` is there twice"), "{error}");
+    assert!(error.contains("tensor `output.weight` occurs twice"), "{error}");
     let error = refusal(&ModelSpec { d_ff: 96, ..spec.clone() }, &file_name);
     assert!(
         error.contains("tensor `blk.0.ffn_gate.weight`: expected shape [96, 64], found [128, 64]"),

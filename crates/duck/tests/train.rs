@@ -69,8 +69,8 @@ fn a_model_that_fits_no_gguf_file_names_the_command_that_writes_it() {
                  --set model.context=32 --set model.d_model=64 --set model.d_ff=96 --set run.sample_tokens=0";
     let summary = output(&home, &train.split_whitespace().collect::<Vec<_>>());
     let line =
-        summary.lines().find(|line| line.starts_with("no model file")).unwrap_or_else(|| panic!("{summary}"));
-    let command = line.split_once(": duck ").unwrap_or_else(|| panic!("{line}")).1;
+        summary.lines().find(|line| line.starts_with("as an archive")).unwrap_or_else(|| panic!("{summary}"));
+    let command = line.split_once("duck ").unwrap_or_else(|| panic!("{line}")).1;
     output(&home, &command.split(' ').collect::<Vec<_>>());
     output(&home, &["generate", "x.ternary", "--prompt", "The", "--max-tokens", "2"]);
 }

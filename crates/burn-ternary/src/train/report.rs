@@ -219,6 +219,8 @@ pub struct Place {
     pub chats: bool,
     /// A text that it can go on with.
     pub prompt: Option<String>,
+    /// Name of an archive for a model that fits no GGUF file.
+    pub archive: Option<String>,
 }
 
 /// What `result.json` says of a run. Losses are in nats a token; an `Option` is null where the run has no such number.
@@ -421,6 +423,7 @@ impl Place {
         let run = self.run_dir.display();
         let files: Vec<&str> = FILES.into_iter().filter(|name| self.run_dir.join(name).exists()).collect();
         let mut rows = vec![("wrote", format!("{run} ({})", files.join(", ")))];
+        rows.extend(self.archive.as_ref().map(|name| ("as an archive", format!("duck export {run} {name}"))));
         if files.contains(&"model.gguf") {
             if self.chats {
                 rows.push(("talk to it", format!("duck chat {run}")));

@@ -295,6 +295,7 @@ pub(super) fn run_claimed(
             let _ = writeln!(std::io::stdout(), "{}", ProgressLine::sample_dimmed(prompt, text));
         }
     }
+    let mut archive = None;
     let mut result = summarize(&experiment, &device, &outcome);
     result.wall_s = earlier + started.elapsed().as_secs_f64();
     let size = learned.model.model.size();
@@ -312,7 +313,7 @@ pub(super) fn run_claimed(
     }
     if failed.is_none() && learned.error.is_none() {
         let model = learned.model.model.valid();
-        export(&model, &tokenizer, template, &run_dir, &mut result);
+        archive = export(&model, &tokenizer, template, &run_dir, &mut result);
         failed = export_adapter(&model, &experiment.run.start_from, &run_dir, &mut result).err();
     }
     result.error = failed.as_ref().map(ToString::to_string);
@@ -327,7 +328,7 @@ pub(super) fn run_claimed(
     }
     written?;
     drawn?;
-    result.place = Some(Place { run_dir, chats, prompt });
+    result.place = Some(Place { run_dir, chats, prompt, archive });
     Ok(result)
 }
 
@@ -688,30 +689,30 @@ fn chat_template(
 }
 
 /// Leaves the model in the run folder as other programs load it; that no file can hold it is no error of the run.
+/// Returns the name of the archive that holds a model which only GGUF cannot.
 fn export(
     model: &DuckQuantized,
     tokenizer: &Tokenizer,
     template: Option<String>,
     run_dir: &Path,
     result: &mut RunResult,
-) {
+) -> Option<String> {
     let path = run_dir.join("model.gguf");
     let packed = match export_for_inference(model, Some(tokenizer), &result.name) {
         Ok(packed) => PackedModel { chat_template: template, ..packed },
         Err(error) => {
             result.no_file = Some(error.to_string());
-            return;
+            return None;
         }
     };
     match write_model(&packed, &path, &WriteOptions::default()).map_err(ExportError::from) {
         Ok(()) => result.file_bytes = fs::metadata(&path).ok().map(|file| file.len()),
-        Err(error) if error.is_io() => result.no_file = Some(error.to_string()),
         Err(error) => {
-            let (run, name) = (run_dir.display(), &result.name);
-            result.no_file =
-                Some(format!("{error}; an archive holds it as it is: duck export {run} {name}.ternary"));
+            result.no_file = Some(error.to_string());
+            return (!error.is_io()).then(|| format!("{}.ternary", result.name));
         }
     }
+    None
 }
 
 /// Leaves the adapters in the run folder, as PEFT loads them beside `base`.
