@@ -23,7 +23,7 @@ after rounding alone, and at the end.";
 /// The shape, the tokenizer, the first weights and the teacher are those of the model; all else is as in `duck train`.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES, mut_arg("experiment", |experiment| {
-    experiment.long("experiment").value_name("FILE").help("Experiment file; without it, the recipe of this command")
+    experiment.long("experiment").value_name("FILE").help("Experiment file; keys that it leaves out have the values of the recipe of this command")
 }))]
 pub struct Command {
     /// Model to convert: a folder of Hugging Face's, a GGUF file, or the folder of a float run
@@ -33,7 +33,7 @@ pub struct Command {
     train: TrainCommand,
 }
 
-/// What an experiment file would say besides the model.
+/// The recipe: settings besides the shape of the model, for keys that no experiment file sets.
 const RECIPE: [&str; 15] = [
     "run.name=converted",
     "run.sample_prompts=[]",
@@ -73,8 +73,15 @@ impl Command {
         let value = |value: Result<Value, _>| {
             value.unwrap_or_else(|_: toml::ser::Error| unreachable!("names and numbers"))
         };
-        let recipe = if self.train.args.experiment.is_none() { &RECIPE[..] } else { &[] };
-        let mut first: Vec<String> = recipe.iter().map(ToString::to_string).collect();
+        let file = self.file();
+        // The recipe takes the place of the defaults: a key of the file stays.
+        let left_out = |setting: &str| {
+            let key = setting.split_once('=').map_or(setting, |(key, _)| key);
+            let (section, key) = key.split_once('.').expect("a key has a section");
+            file.get(section).and_then(|section| section.get(key)).is_none()
+        };
+        let recipe = RECIPE.into_iter().filter(|setting| left_out(setting));
+        let mut first: Vec<String> = recipe.map(String::from).collect();
         first.extend([
             format!("run.start_from={from}"),
             format!("distill.teacher={from}"),
@@ -91,12 +98,18 @@ impl Command {
             format!("model.norm_eps={:?}", spec.norm_eps),
             format!("model.rope_theta={:?}", spec.rope_theta),
         ]);
-        if self.train.args.experiment.is_none() {
+        if left_out("model.context") {
             // Longer windows than these cost more than they teach; `--set model.context=` says otherwise.
             first.push(format!("model.context={}", spec.context.min(256)));
         }
         self.train.args.first = first;
         train::run(&self.train)
+    }
+
+    /// The keys of the experiment file; none without one, and of one that cannot be read, which `train` reports.
+    fn file(&self) -> toml::Table {
+        let text = self.train.args.experiment.as_deref().map(ternary_format::disk::read_to_string);
+        text.and_then(|text| text.ok()?.parse().ok()).unwrap_or_default()
     }
 
     fn sets(&self, key: &str) -> bool {

@@ -49,8 +49,13 @@ impl Command {
             terminal::expect_free(&file, overwrite)?;
         }
         let stem = file.file_stem().filter(|_| !to_output).map(|stem| stem.to_string_lossy().into_owned());
+        let name = name.or(stem).unwrap_or("experiment".into());
+        // A name that no run folder can have is told before texts are read.
+        let mut named = Experiment::embedded();
+        named.run.name.clone_from(&name);
+        named.validate("--name")?;
         let mut proposal = propose(&data, size, &device)?;
-        proposal.experiment.run.name = name.or(stem).unwrap_or("experiment".into());
+        proposal.experiment.run.name = name;
         proposal.experiment.validate(&file.display().to_string())?;
         let summary = summary(&proposal);
         terminal::say(&summary);

@@ -172,3 +172,22 @@ fn a_conversion_keeps_the_chat_template_and_its_recipe_is_the_measured_one() {
     );
     assert_eq!(resolved["run"]["sample_prompts"][0].as_str(), Some("The duck swims on the"));
 }
+
+#[test]
+fn keys_that_an_experiment_leaves_out_have_the_values_of_the_recipe_of_conversions() {
+    let home = home();
+    let float = crate::model(ternary_format::Encoding::F32, ternary_format::Encoding::F32, 3);
+    ternary_format::write_model(&float, &home.path().join("float.gguf"), &Default::default()).unwrap();
+    fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
+    let partial = "[data]\ntrain = [\"text.txt\"]\n[model]\ncontext = 64\n[optim]\nlr = 0.002\n[run]\nname = \"mine\"\n";
+    fs::write(home.path().join("mine.toml"), partial).unwrap();
+    let convert =
+        ["convert", "--from", "float.gguf", "--experiment", "mine.toml", "--quiet", "--batch-size", "2"];
+    output(&home, &[&convert[..], &FEW].concat());
+    let resolved = resolved(&home.path().join("runs/mine-1"));
+    let key = |section: &str, key: &str| resolved[section][key].as_float().unwrap();
+    assert_eq!(
+        (key("optim", "lr"), key("optim", "muon_lr"), key("schedule", "float_until")),
+        (0.002, 0.005, 0.0)
+    );
+}

@@ -283,6 +283,8 @@ impl MetricsRendererTraining for Display {
         let mut picture = self.picture();
         if let MetricState::Numeric(entry, Some(value)) = state
             && !matches!(value, NumericEntry::Final(_))
+            // A step without learned tokens has no loss, and a bad one an infinite gradient.
+            && value.current().is_finite()
             && let Some(curve) = picture.curve(&entry.metric_id)
         {
             picture.reported.push((curve, value.current()));

@@ -70,7 +70,7 @@ pub enum TrainError {
     )]
     Diverged { step: usize, rollbacks: usize, checkpoint: Option<PathBuf> },
     /// Signals cannot be listened to, or the terminal interface cannot read keys.
-    #[error("the terminal: {0}; --quiet runs without its interface")]
+    #[error("the terminal: {0}; --plain runs without the full-screen display")]
     Terminal(io::Error),
     /// What Burn reports.
     #[error("{0}")]

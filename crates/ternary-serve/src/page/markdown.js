@@ -7,12 +7,12 @@
 const DEPTH = 12;
 const SAFE = new Set(["http:", "https:", "mailto:"]);
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^`]*)$/;
+const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?: {1,4}(?=\S)|$)/;
-const DASHES = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const DASHES = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?$/;
 const isBlank = (line) => line.trim() === "";
 
 /** An element with nodes and strings in it; one by one, as a call has only so many arguments. */
@@ -43,7 +43,7 @@ export function render(target, text) {
 // Blocks: `{ kind, lines }` with what else a kind needs.
 
 const isStart = (line) => FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
-const isTable = (lines, i) => lines[i].includes("|") && (lines[i + 1] ?? "").includes("|") && DASHES.test(lines[i + 1]);
+const isTable = (lines, i) => lines[i].includes("|") && (lines[i + 1] ?? "").includes("|") && DASHES.test(lines[i + 1].trimEnd());
 
 function blocks(lines) {
   const found = [];
@@ -158,7 +158,7 @@ function table([head, dashes, ...rows]) {
 // Text within a block
 
 const ESCAPED = /[!-/:-@[-`{-~]/;
-const LINK = /!?\[((?:\\.|[^[\]\\])*)\]\([ \t]*((?:\\.|[^\s()<>\\]|\([^\s()]*\))*)(?:[ \t]+"[^"]*")?[ \t]*\)/y;
+const LINK = /!?\[((?:\\.|[^[\]\\])*)\]\([ \t]{0,8}((?:\\.|[^\s()<>\\]|\([^\s()]*\))*)(?:[ \t]{1,8}"[^"]*")?[ \t]{0,8}\)/y;
 const ANGLED = /<((?:https?|mailto):[^\s<>]*)>/y;
 const BARE = /https?:\/\/[^\s<>"`]+/y;
 const RUN = { "*": /\*+/g, _: /_+/g, "~": /~+/g, "`": /`+/g };

@@ -179,8 +179,10 @@ async function answer(before = null) {
   const message = newMessage(conversation.head, "assistant", "", { model: model.value, ...(continues ? { text: true } : {}) });
   const controller = new AbortController();
   const isShown = () => conversation === current;
-  answers.set(conversation.id, { controller, message });
+  answers.set(conversation.id, { controller, message, before });
   if (!before) keep(conversation);
+  // Another tab may have deleted it meanwhile.
+  const store = () => archive.conversations.has(conversation.id) && keep(conversation);
   const begun = performance.now();
   let [first, saving, tokens, dropped, why, error] = [0, 0, 0, 0, "", null];
   const seconds = () => (performance.now() - first) / 1000;
@@ -200,11 +202,11 @@ async function answer(before = null) {
         first = performance.now();
         message.note = "not finished"; // what a reload would find
         add(conversation, message);
-        keep(conversation);
+        store();
       }
       saving ||= setTimeout(() => {
         saving = 0;
-        keep(conversation);
+        store();
       }, SAVED_EVERY);
       if (!isShown()) continue;
       const follow = atEnd();
@@ -232,7 +234,7 @@ async function answer(before = null) {
   if (comesBack) conversation.head = before;
   if ((error || isNothing) && !comesBack) answers.set(conversation.id, { message, failed: Boolean(error) });
   else answers.delete(conversation.id);
-  if (archive.conversations.has(conversation.id)) keep(conversation);
+  store();
   if (isShown()) {
     draw();
     say(comesBack ? why : "", Boolean(error));
@@ -249,7 +251,13 @@ const isElsewhere = () => document.activeElement.closest?.("#sidebar, .editor, .
 const stop = () => answerOf(current).controller?.abort();
 
 addEventListener("pagehide", () => {
-  for (const id of answers.keys()) if (answers.get(id).controller && archive.conversations.has(id)) keep(archive.conversations.get(id));
+  for (const [id, { controller, message, before }] of answers) {
+    const conversation = archive.conversations.get(id);
+    if (!controller || !conversation) continue;
+    // Of a new answer nothing has come: a reload shows the earlier one.
+    if (before && !message.content) conversation.head = before;
+    keep(conversation);
+  }
 });
 
 // The composer
