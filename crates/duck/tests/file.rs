@@ -1,6 +1,6 @@
 //! Model files: what is in them, how they are written, how fast they are, and what they say.
 
-use crate::{failure, home, json, output, piped, shared, write};
+use crate::{duck, failure, home, json, output, piped, shared, write};
 use std::fs;
 
 #[test]
