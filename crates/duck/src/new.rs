@@ -50,7 +50,7 @@ impl Command {
         }
         let stem = file.file_stem().filter(|_| !to_output).map(|stem| stem.to_string_lossy().into_owned());
         let name = name.or(stem).unwrap_or("experiment".into());
-        // A name that no run folder can have is told before texts are read.
+        // A name that no run folder can have is refused before texts are read.
         let mut named = Experiment::embedded();
         named.run.name.clone_from(&name);
         named.validate("--name")?;
