@@ -2,7 +2,10 @@
 
 use super::{metrics::StepReport, report::write_atomic};
 use plotters::{
-    coord::Shift,
+    coord::{
+        Shift,
+        types::{RangedCoordf64, RangedCoordusize},
+    },
     prelude::*,
     style::text_anchor::{HPos, Pos, VPos},
 };
@@ -22,6 +25,7 @@ const GRID: RGBColor = RGBColor(228, 231, 235);
 
 type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn Error>>;
+type LossChart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordusize, RangedCoordf64>>;
 
 /// Draws the loss over the steps, 900 x 540: every training report, their moving average, and the validation losses.
 /// Reports whose loss is not finite are left out.
@@ -31,6 +35,16 @@ type Drawn = Result<(), Box<dyn Error>>;
 pub fn loss_curve(path: &Path, train: &[StepReport], valid: &[StepReport], title: &str) -> io::Result<()> {
     let (train, valid) = (points(train), points(valid));
     svg(path, (900, 540), |canvas| draw_loss(canvas, &train, &valid, title))
+}
+
+/// Draws the validation losses of several runs in one chart, 900 x 480, to compare them. `runs`: label and validation reports, at most
+/// three. Reports whose loss is not finite are left out.
+///
+/// # Errors
+/// The file system's error, with the path.
+pub fn compared_losses(path: &Path, runs: &[(String, Vec<StepReport>)], title: &str) -> io::Result<()> {
+    let runs: Vec<_> = runs.iter().map(|(label, valid)| (label.as_str(), points(valid))).collect();
+    svg(path, (900, 480), |canvas| draw_comparison(canvas, &runs, title))
 }
 
 /// Draws, for every layer, the shares of its codes -1, 0 and +1 as one bar. Between the two dashed lines would be the 31.0 % zeros of
@@ -44,9 +58,39 @@ pub fn code_histogram(path: &Path, layers: &[(String, [u64; 3])]) -> io::Result<
 }
 
 fn draw_loss(canvas: &Canvas, train: &[(usize, f64)], valid: &[(usize, f64)], title: &str) -> Drawn {
-    let all = || train.iter().chain(valid);
-    let losses = loss_range(all().map(|(_, loss)| *loss));
-    let last_step = all().map(|(step, _)| *step).max().unwrap_or(0).max(1);
+    let mut chart = loss_chart(canvas, train.iter().chain(valid), title)?;
+    let line = |color: RGBColor, width| color.stroke_width(width);
+    let key = |style: ShapeStyle| move |(x, y)| PathElement::new(vec![(x, y), (x + 24, y)], style);
+    if !train.is_empty() {
+        chart
+            .draw_series(LineSeries::new(train.iter().copied(), line(SKY, 1)))?
+            .label("training")
+            .legend(key(line(SKY, 1)));
+        chart
+            .draw_series(LineSeries::new(moving_average(train), line(BLUE, 3)))?
+            .label("training, moving average")
+            .legend(key(line(BLUE, 3)));
+    }
+    draw_validation(&mut chart, valid, "validation", VERMILLION)?;
+    draw_legend(&mut chart)
+}
+
+fn draw_comparison(canvas: &Canvas, runs: &[(&str, Vec<(usize, f64)>)], title: &str) -> Drawn {
+    let mut chart = loss_chart(canvas, runs.iter().flat_map(|(_, valid)| valid), title)?;
+    for ((label, valid), color) in runs.iter().zip([BLUE, VERMILLION, ORANGE]) {
+        draw_validation(&mut chart, valid, label, color)?;
+    }
+    draw_legend(&mut chart)
+}
+
+/// Axes and grid for losses over steps, wide enough for `points`.
+fn loss_chart<'a, 'p>(
+    canvas: &Canvas<'a>,
+    points: impl Iterator<Item = &'p (usize, f64)> + Clone,
+    title: &str,
+) -> Result<LossChart<'a>, Box<dyn Error>> {
+    let losses = loss_range(points.clone().map(|(_, loss)| *loss));
+    let last_step = points.map(|(step, _)| *step).max().unwrap_or(0).max(1);
     let decimals = (1.0 - (losses.end - losses.start).log10().floor()).clamp(0.0, 6.0) as usize;
     let mut chart = ChartBuilder::on(canvas)
         .caption(title, text(22))
@@ -68,30 +112,25 @@ fn draw_loss(canvas: &Canvas, train: &[(usize, f64)], valid: &[(usize, f64)], ti
         .label_style(text(15))
         .axis_desc_style(text(16))
         .draw()?;
+    Ok(chart)
+}
 
-    let line = |color: RGBColor, width| color.stroke_width(width);
-    let key = |style: ShapeStyle| move |(x, y)| PathElement::new(vec![(x, y), (x + 24, y)], style);
-    if !train.is_empty() {
-        chart
-            .draw_series(LineSeries::new(train.iter().copied(), line(SKY, 1)))?
-            .label("training")
-            .legend(key(line(SKY, 1)));
-        chart
-            .draw_series(LineSeries::new(moving_average(train), line(BLUE, 3)))?
-            .label("training, moving average")
-            .legend(key(line(BLUE, 3)));
-    }
-    if let Some((_, last)) = valid.last() {
-        chart
-            .draw_series(LineSeries::new(valid.iter().copied(), line(VERMILLION, 2)))?
-            .label(format!("validation, {last:.3} at the end"))
-            .legend(move |(x, y)| {
-                EmptyElement::at((x, y))
-                    + PathElement::new(vec![(0, 0), (24, 0)], line(VERMILLION, 2))
-                    + Circle::new((12, 0), 4, VERMILLION.filled())
-            });
-        chart.draw_series(valid.iter().map(|point| Circle::new(*point, 4, VERMILLION.filled())))?;
-    }
+/// Validation losses as a line with a dot per validation; the legend has the last one.
+fn draw_validation(chart: &mut LossChart, valid: &[(usize, f64)], label: &str, color: RGBColor) -> Drawn {
+    let Some((_, last)) = valid.last() else { return Ok(()) };
+    chart
+        .draw_series(LineSeries::new(valid.iter().copied(), color.stroke_width(2)))?
+        .label(format!("{label}, {last:.3} at the end"))
+        .legend(move |(x, y)| {
+            EmptyElement::at((x, y))
+                + PathElement::new(vec![(0, 0), (24, 0)], color.stroke_width(2))
+                + Circle::new((12, 0), 4, color.filled())
+        });
+    chart.draw_series(valid.iter().map(|point| Circle::new(*point, 4, color.filled())))?;
+    Ok(())
+}
+
+fn draw_legend(chart: &mut LossChart) -> Drawn {
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::UpperRight)
@@ -321,6 +360,18 @@ mod tests {
         {
             assert!(svg.contains(text), "{text} is missing");
         }
+    }
+
+    #[test]
+    fn compared_losses_have_a_line_and_a_legend_per_run() {
+        let runs = [("float".to_string(), curve(700, 100)), ("ternary".to_string(), curve(500, 100))];
+        let svg = draw("compared.svg", |path| compared_losses(path, &runs, "Shakespeare"));
+        assert_eq!((polyline(&svg, BLUE, 2), polyline(&svg, VERMILLION, 2)), (7, 5));
+        for (label, valid) in &runs {
+            let entry = format!("{label}, {:.3} at the end", valid.last().unwrap().loss);
+            assert!(svg.contains(&entry), "{entry} is missing");
+        }
+        draw("empty.svg", |path| compared_losses(path, &[], ""));
     }
 
     #[test]
