@@ -1,4 +1,4 @@
-//! Promise: every backend gives what flex gives, the ternary ops to the bit; flex, on any number of threads.
+//! Promise: every backend computes what flex computes, the ternary ops to the bit; flex does so on any number of threads.
 
 use crate::gradients::{collect, ids, loss, tiny};
 use crate::oracle::{cpu, floats, granularities, normal, quantizer, tensor};
@@ -23,7 +23,7 @@ use burn_ternary::train::schedule::{ScheduleConfig, Shape};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// The devices of this build that are to agree with [`cpu`]; one that the machine lacks is reported.
+/// The devices of this build, which must agree with [`cpu`]; one that the machine lacks is reported.
 fn others() -> Vec<(&'static str, Device)> {
     let open = |name| match device::device(name) {
         Ok(device) => Some((name, device)),
@@ -114,7 +114,7 @@ fn ternary_ops_and_their_gradients_agree() {
                 let case = format!("{name} {:?} {masked} {pruned}", inputs.shape);
                 let [codes, quantized, dw, dscale] = inputs.run(&cpu(), masked, pruned);
                 let got = inputs.run(&device, masked, pruned);
-                // Bits but for the sign of zero: the comparison has no division and no sum.
+                // Equal bits except for the sign of zero: the comparison has no division and no sum.
                 assert_eq!(got[0], codes, "codes, {case}");
                 assert_eq!(got[1], quantized, "fake quantized, {case}");
                 assert_eq!(got[2], dw, "dw, {case}");
@@ -169,7 +169,7 @@ fn absmax_quantization_agrees() {
     for (name, device) in others() {
         for (levels, scale) in [127.0, 7.0].into_iter().flat_map(|levels| SCALES.map(|scale| (levels, scale)))
         {
-            // Between two ties, so that the last place of a quotient decides nothing; the first is the maximum.
+            // Between two ties, so that the last bit of a quotient does not matter; the first is the maximum.
             let mut values: Vec<f32> = (0..5 * 33)
                 .map(|_| {
                     rng.random_range::<f32, _>(-levels + 1.0..levels).floor() + rng.random_range(-0.4..0.4)
@@ -248,7 +248,7 @@ fn soft_weights_agree() {
     }
 }
 
-/// What a model whose layers are ternary computes.
+/// Outputs and gradients of a model whose layers are ternary.
 struct ModelRun {
     codes: Vec<Vec<f32>>,
     logits: Vec<f32>,
@@ -287,7 +287,7 @@ fn a_ternary_model_agrees_forward_and_backward() {
             let largest = |grad: &[f32]| grad.iter().fold(0f32, |max, g| max.max(g.abs()));
             let noise = 1e-7 * expected.grads.iter().fold(0f32, |max, grad| max.max(largest(grad)));
             for (index, (got, expected)) in got.grads.iter().zip(&expected.grads).enumerate() {
-                // A bias of keys moves all scores alike: its gradient is nothing but rounding errors.
+                // A bias of keys shifts all scores equally: its gradient consists of rounding errors.
                 if largest(got).max(largest(expected)) > noise {
                     assert_close(&format!("gradient {index}, {case}"), got, expected, 3e-5);
                 }
@@ -360,7 +360,7 @@ fn the_first_losses_of_a_run_agree() {
     }
 }
 
-/// Our ops keep what they need, Burn's elementwise ones are computed again.
+/// Our ops save what their backward pass needs; Burn's elementwise ops are recomputed.
 #[test]
 fn gradient_checkpointing_changes_no_loss() {
     let recomputing = cpu().autodiff().gradient_checkpointing();
@@ -369,7 +369,7 @@ fn gradient_checkpointing_changes_no_loss() {
     }
 }
 
-/// The default bodies run on ndarray; flex has fused ones. Shapes cross the block size, alone and in groups.
+/// ndarray runs the default bodies, flex fused ones. Shapes exceed the block size, alone and in groups.
 #[test]
 fn fused_ops_give_what_the_default_bodies_give() {
     let (Ok(flex), Ok(plain)) = (device::device("flex"), device::device("ndarray")) else {
@@ -420,7 +420,7 @@ fn fused_ops_give_what_the_default_bodies_give() {
                 assert_eq!(fused, default, "{shape:?} {levels} {scale:?}");
             }
         }
-        // ndarray adds up one after the other, so both sums are held against float64.
+        // ndarray adds sequentially, so both sums are compared with float64.
         let weight = normal(rng, groups * n * channels, 0.02);
         for (fused, default) in views(&weight, &flex).into_iter().zip(views(&weight, &plain)) {
             let n = default.dims()[1];
@@ -462,7 +462,7 @@ fn with_gradients<const N: usize, const D: usize>(
 fn training_ops(device: &Device) -> Vec<(String, Vec<Vec<f32>>)> {
     let rng = &mut ChaCha8Rng::seed_from_u64(11);
     let mut results = Vec::new();
-    // Not fewer columns: norms of two numbers have no gradient but rounding, and fusion on wgpu cannot scatter into one.
+    // No fewer columns: the gradient of a norm of two numbers is rounding error, and fusion on wgpu cannot scatter into one.
     for [rows, d] in [[1, 9], [3, 7], [70, 33], [5, 300]] {
         let mut random = |shape: &[usize]| (normal(rng, shape.iter().product(), 1.0), shape.to_vec());
         let (x, y, weight, bias) = (random(&[rows, d]), random(&[rows, d]), random(&[d]), random(&[d]));
@@ -580,7 +580,7 @@ fn relative_error(found: &[f32], expected: &[f32]) -> f32 {
 }
 
 #[test]
-fn integer_products_give_the_fake_quantized_output_and_nearly_its_gradients() {
+fn integer_products_agree_with_fake_quantization() {
     let device = cpu().autodiff();
     let rng = &mut ChaCha8Rng::seed_from_u64(13);
     let shapes = [[1, 1, 1], [5, 7, 3], [64, 48, 130], [100, 257, 65], [64, 96, 160]];
@@ -602,7 +602,7 @@ fn integer_products_give_the_fake_quantized_output_and_nearly_its_gradients() {
         let mixed = run(&|[x, w], b| ternary_linear(x, w, Some(b), GradientFactors::Half));
         let half = run(&|[x, w], b| float_linear(rounded(x), w, Some(b), Factors::Half));
         let case = format!("{tokens} {d_input} {d_output}");
-        // A latent weight that becomes that one is multiplied as it is, to the bit.
+        // A latent weight that quantizes to this one has the same product, to the bit.
         let latent = values[1].0.iter().enumerate();
         let latent: Vec<f32> =
             latent.map(|(i, w)| if *w == 0.0 { 0.4 * scales[i % d_output] } else { 0.7 * w }).collect();
@@ -620,13 +620,13 @@ fn integer_products_give_the_fake_quantized_output_and_nearly_its_gradients() {
         assert_close(&format!("bias {case}"), &integer[3], &float[3], 1e-5);
         for part in [1, 2] {
             let error = relative_error(&integer[part], &float[part]);
-            // Rounding to 255 levels of the largest of a row: less than a hundredth, and not nothing.
+            // Rounding to 255 levels of the largest value of a row: an error below a hundredth, but not zero.
             assert!(error < 0.02, "gradient {part} of {case} is off by {error}");
             assert!(d_output * tokens < 100 || error > 1e-5, "gradient {part} of {case} is not rounded");
         }
         assert_eq!([&mixed[0], &mixed[1]], [&integer[0], &integer[1]], "{case}");
         assert_close(&format!("bias {case}"), &mixed[3], &float[3], 1e-5);
-        // Rounding to eight bits, where whole tiles and the CPU ask for it.
+        // Rounding to bfloat16 (eight bits of significand), where shapes have whole tiles and the CPU has AMX.
         let tiles = [tokens, d_input, d_output].iter().all(|size| size % 32 == 0);
         let bf16 = tiles && ternary_kernels::Isa::get().multiplies_bf16();
         let parts = [(&mixed, 2), (&half, 0), (&half, 1), (&half, 2)];

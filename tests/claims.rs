@@ -1,4 +1,4 @@
-//! The numbers of README and book are those of the committed results.
+//! Promise: the numbers of README and book are those of the committed results.
 
 use burn_ternary::nn::DuckConfig;
 use burn_ternary::train::report::RunResult;
@@ -24,7 +24,7 @@ fn results(name: &str) -> Vec<RunResult> {
     results
 }
 
-/// Those, all finished, whose seeds a table names.
+/// The results of a run, which are all finished and have the seeds that a table names.
 fn results_of(name: &str, seeds: &str) -> Vec<RunResult> {
     let results = results(name);
     assert!(results.iter().all(|result| result.finished), "{name}");
@@ -33,7 +33,7 @@ fn results_of(name: &str, seeds: &str) -> Vec<RunResult> {
     results
 }
 
-/// The numbers under `path` of what `duck` said of each of the runs, as JSON.
+/// The number at `path` in the JSON output of `duck` for each of the runs.
 fn said(folder: &str, results: &[RunResult], path: &str) -> Vec<f64> {
     let number = |result: &RunResult| {
         let file = format!("experiments/results/{folder}/{}-{}.json", result.name, result.seed);
@@ -124,7 +124,7 @@ fn the_front_page_has_figures_of_the_committed_results() {
     }
 }
 
-/// `sizes/` has what `duck export RUN NAME.ternary --json` said.
+/// `sizes/` has the output of `duck export RUN NAME.ternary --json`.
 #[test]
 fn the_frontier_is_computed_from_the_committed_results() {
     let rows = rows("docs/results.md", "frontier");
@@ -150,7 +150,7 @@ fn the_frontier_is_computed_from_the_committed_results() {
     }
 }
 
-/// `answers/` has what `duck eval RUN --answers --json` said.
+/// `answers/` has the output of `duck eval RUN --answers --json`.
 #[test]
 fn the_answers_are_computed_from_the_committed_results() {
     let rows = rows("docs/results.md", "answers");
@@ -172,7 +172,7 @@ fn the_answers_are_computed_from_the_committed_results() {
     assert!(page("README.md").contains(&claim), "not in the README: {claim}");
 }
 
-/// `controls/` has what `duck eval CONTROL RUN --json` said of the runs, with paired differences.
+/// `controls/` has the output of `duck eval CONTROL RUN --json`, with paired differences.
 #[test]
 fn the_controls_are_computed_from_the_committed_results() {
     let rows = rows("docs/results.md", "controls");
@@ -247,7 +247,7 @@ fn the_settings_of_compute_are_computed_from_the_committed_results() {
     }
 }
 
-/// `tests/archive.rs` of ternary-format holds the form; this is the file that README and book mention.
+/// `tests/archive.rs` of ternary-format checks the format; this is the file that README and book mention.
 #[test]
 fn a_trained_file_of_half_a_bit_a_weight_unpacks_bit_for_bit_and_runs() {
     let path = Path::new("experiments/results/50-zeros-93-1.ternary");
@@ -263,7 +263,7 @@ fn a_trained_file_of_half_a_bit_a_weight_unpacks_bit_for_bit_and_runs() {
     let folder = tempfile::tempdir().unwrap();
     let again = folder.path().join("again.ternary");
     write_model(&model, &again, &WriteOptions::default()).unwrap();
-    assert!(fs::read(again).unwrap() == packed, "packed anew it is another file");
+    assert!(fs::read(again).unwrap() == packed, "packed again, it is another file");
     let prompt = model.tokenizer.as_ref().unwrap().encode("ROMEO:").unwrap();
     let engine = Engine::from_model(model, EngineOptions::default()).unwrap();
     let options = GenerateOptions { max_tokens: 20, ..GenerateOptions::default() };
@@ -284,7 +284,7 @@ fn every_committed_result_has_an_entry_in_the_log() {
 
 #[test]
 fn the_arithmetic_of_sizes_is_right() {
-    // H(z) = h2(z) + 1 - z bits a weight at zero fraction z, with equally likely signs.
+    // H(z) = h2(z) + 1 - z bits per weight at zero fraction z, with equally likely signs.
     let entropy = |z: f64| -z * z.log2() - (1.0 - z) * (1.0 - z).log2() + 1.0 - z;
     assert_eq!(format!("{:.2}", 32.0 / 3f64.log2()), "20.19");
     assert_eq!(format!("{:.3}", 3f64.log2()), "1.585");

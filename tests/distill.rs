@@ -14,21 +14,21 @@ fn a_student_learns_from_the_teacher_alone() {
     let teacher = experiment(out.path(), "teacher", &["quant.enabled=false"]);
     train_duck_quantized(&teacher).unwrap();
     let place = format!("distill.teacher={}", teacher.run_dir().display());
-    // The texts' own tokens have no share in this loss.
+    // The loss is that of the teacher alone; the tokens of the text do not contribute.
     let student = experiment(out.path(), "student", &[&place, "distill.weight=1.0", "run.seed=2"]);
     let result = train_duck_quantized(&student).unwrap();
     let history = report::read(&student.run_dir().join("metrics.jsonl")).unwrap();
     let divergence: Vec<f64> = history.train.iter().map(|report| report.divergence.unwrap()).collect();
     assert!(divergence[59] < 0.5 * divergence[0], "{divergence:?}");
-    // 259 byte tokens: 5.56 nats at the start. Nobody is compared with a teacher in an evaluation.
+    // 259 byte tokens: 5.56 nats at the start. Evaluations do not use the teacher.
     assert!(result.valid_loss.unwrap() < 4.0, "{:?}", result.valid_loss);
     assert_eq!(history.valid[0].divergence, None);
 }
 
 #[test]
-fn a_student_takes_over_what_its_teacher_computes_on_the_way() {
+fn a_student_learns_the_hidden_states_and_relations_of_its_teacher() {
     let out = tempfile::tempdir().unwrap();
-    // As deep again, with fewer keys and, for relations, wider than its student.
+    // Twice as deep, with fewer key-value heads and, for relations, wider than its student.
     let wide = ["quant.enabled=false", "model.n_layers=4", "model.n_kv_heads=2", "run.steps=1"];
     let wide = experiment(out.path(), "wide", &[&wide[..], &["model.d_model=48"]].concat());
     train_duck_quantized(&wide).unwrap();
@@ -51,14 +51,14 @@ fn a_student_takes_over_what_its_teacher_computes_on_the_way() {
     let train = history("hidden", &[&place, "distill.hidden_weight=10.0"]);
     let hidden: Vec<f64> = train.iter().map(|report| report.hidden.unwrap()).collect();
     assert!(hidden[59] < 0.5 * hidden[0], "{hidden:?}");
-    // Without a weight it is not even computed; and the terms are not part of the loss that is reported.
+    // Without a weight a term is not computed, and the terms are not part of the reported loss.
     let train = history("neither", &[&place]);
     assert!(train.iter().all(|report| report.hidden.is_none() && report.relation.is_none()));
     assert!(train.iter().all(|report| report.loss < 6.5));
 }
 
 #[test]
-fn a_recorded_teacher_teaches_as_the_teacher_itself() {
+fn cached_teacher_logits_train_like_the_live_teacher() {
     let out = tempfile::tempdir().unwrap();
     let teacher = experiment(out.path(), "teacher", &["quant.enabled=false"]);
     train_duck_quantized(&teacher).unwrap();
@@ -78,7 +78,7 @@ fn a_recorded_teacher_teaches_as_the_teacher_itself() {
     assert!(positions > 10_000);
     let place = format!("distill.teacher={}", file.display());
     let (found, recorded) = student("recorded", &place).unwrap();
-    // A teacher that has seen other windows, and says nothing of 195 bytes that it thinks unlikely.
+    // Logits of other windows, without the 195 least likely bytes.
     assert!((found - expected).abs() < 0.1, "{found}, {expected}");
     let divergences = |experiment: &Experiment| -> Vec<f64> {
         let history = report::read(&experiment.run_dir().join("metrics.jsonl")).unwrap();
@@ -105,7 +105,7 @@ fn a_teacher_that_does_not_fit_is_named() {
     let out = tempfile::tempdir().unwrap();
     let refusal = |assignments: &[&str]| {
         let error = train_duck_quantized(&experiment(out.path(), "student", assignments)).unwrap_err();
-        // A refused run leaves nothing that a later one would take for a run.
+        // A refused run leaves no folder that a later command would take for a run.
         assert!(!out.path().join("student-1/experiment.toml").exists());
         error
     };

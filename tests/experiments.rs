@@ -23,7 +23,7 @@ fn default() -> Experiment {
     Experiment::parse(DEFAULT, "00-default.toml").unwrap()
 }
 
-/// What is wrong with a text.
+/// The error of an experiment's text.
 fn message(text: &str) -> String {
     let error = Experiment::parse(text, "x.toml").and_then(|e| e.validate("x.toml").map(|()| e));
     let error = error.expect_err(text);
@@ -55,7 +55,7 @@ fn every_file_of_ours_writes_every_key() {
 }
 
 #[test]
-fn the_presets_are_what_is_proposed_for_so_much_text() {
+fn the_presets_are_those_proposed_for_texts_of_their_size() {
     let presets = [("60-text-1mb", Size::Tiny), ("61-text-10mb", Size::Small), ("62-text-100mb", Size::Base)];
     for (name, size) in presets {
         let preset = Experiment::load(format!("experiments/{name}.toml")).unwrap();
@@ -74,7 +74,7 @@ fn a_missing_key_has_its_default() {
     let mut expected = Experiment::default();
     expected.run.steps = 7;
     assert_eq!(found, expected);
-    // The default experiment is older than what did best since, and has its own text.
+    // The default experiment is older than the best recipe, and has its own text.
     let mut own = Experiment::default();
     for assignment in [
         "data.train=[\"embedded\"]",
@@ -122,7 +122,7 @@ fn every_override_that_a_comment_names_works() {
 }
 
 #[test]
-fn the_ternary_shakespeare_is_the_float_one_but_for_quantizer_rate_and_name() {
+fn the_ternary_shakespeare_differs_from_its_float_twin_in_few_keys() {
     let load =
         |name: &str| Experiment::load(files().into_iter().find(|p| p.ends_with(name)).unwrap()).unwrap();
     let mut float = load("10-shakespeare-float.toml");
@@ -180,7 +180,7 @@ fn a_bad_file_is_told_where_and_what_is_allowed() {
 }
 
 #[test]
-fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
+fn an_error_names_key_value_and_allowed_range() {
     for (assignment, fragment) in [
         ("data.train=[]", "`data.train` is [], expected at least one file"),
         ("data.train=[\"\"]", "`data.train`"),
@@ -287,7 +287,7 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
     for assignment in ["quant.activations=int8", "quant.compute=int8"] {
         integer.set(assignment).unwrap();
     }
-    integer.validate("a scale a channel").unwrap();
+    integer.validate("one scale per channel").unwrap();
     for wrong in ["quant.granularity={per_group=32}", "model.compute=bf16"] {
         let mut integer = integer.clone();
         integer.set(wrong).unwrap();
@@ -297,7 +297,7 @@ fn a_value_out_of_range_is_told_its_key_itself_and_what_is_allowed() {
     for assignment in ["quant.compute=bf16", "quant.granularity={per_group=32}"] {
         half.set(assignment).unwrap();
     }
-    half.validate("of float activations, with a scale a group").unwrap();
+    half.validate("of float activations, with one scale per group").unwrap();
     half.set("model.compute=bf16").unwrap();
     let told = half.validate("").unwrap_err().to_string();
     assert!(
@@ -374,7 +374,7 @@ fn a_file_that_is_no_text_is_told_by_its_name() {
 }
 
 #[test]
-fn a_bad_override_changes_nothing_and_says_what_is_allowed() {
+fn a_bad_override_changes_nothing_and_names_the_allowed_values() {
     for (assignment, fragment) in [
         ("optim.lrr=1", "unknown key `optim.lrr`, expected one of `beta1`"),
         ("optimizer.lr=1", "unknown section `optimizer`, expected one of `data`"),

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-/// Set in a child process: the command line that it runs, an argument a line.
+/// Set in a child process: the command line that it runs, one argument per line.
 const CHILD: &str = "BURN_TERNARY_FOLDER_CHILD";
 
 const SMALL: &str = "train --quiet --device flex --batch-size 2 --set run.name=one \
@@ -82,7 +82,7 @@ fn assert_is_as_if_alone(run_dir: &Path, alone: &Path) {
 }
 
 #[test]
-fn of_eight_starts_of_one_name_one_runs_and_nothing_is_mixed() {
+fn of_eight_runs_started_with_one_name_exactly_one_trains() {
     let out = tempfile::tempdir().unwrap();
     let rates: Vec<String> = (1..=8).map(|n| format!("{n}e-3")).collect();
     let more = |rate| ["--steps", "60", "--lr", rate];
@@ -100,7 +100,7 @@ fn of_eight_starts_of_one_name_one_runs_and_nothing_is_mixed() {
     let [winner] = winners[..] else { panic!("{ended:?}") };
     for (i, (code, error)) in ended.iter().enumerate().filter(|(i, _)| *i != winner) {
         assert_eq!(*code, Some(2), "{i}: {error}");
-        // Whoever comes late finds a run that has ended.
+        // A late process finds a finished run.
         let named =
             error.contains(&format!("process {}", ids[winner])) || error.contains("--resume continues it");
         assert!(named || error.contains("another process"), "{i}: {error}");
@@ -115,7 +115,7 @@ fn of_eight_starts_of_one_name_one_runs_and_nothing_is_mixed() {
 }
 
 #[test]
-fn while_a_run_is_trained_nobody_else_writes_its_folder() {
+fn a_folder_of_a_running_training_has_no_other_writer() {
     let out = tempfile::tempdir().unwrap();
     let steps = ["--steps", "400"];
     let mut child = start(out.path(), &steps);
@@ -134,7 +134,7 @@ fn while_a_run_is_trained_nobody_else_writes_its_folder() {
         run(experiment.clone(), &RunOptions { resume: true, ..quiet }).map(drop),
         record_teacher(experiment.clone(), 4, &out.path().join("teacher.logits"), |_, _| ()),
     ];
-    // Readers are free to look.
+    // Readers need no lock.
     SavedRun::open(&run_dir, &burn_ternary::device::device("flex").unwrap()).unwrap();
     assert!(child.try_wait().unwrap().is_none(), "it ended before all were refused");
     for refusal in refusals {
@@ -194,21 +194,21 @@ fn a_run_whose_folder_was_moved_away_writes_into_no_other() {
     assert_eq!(names, ["run.lock"]);
 }
 
-/// A run folder that a stranger made may hold links, under the names of our files and of what we wrote before them.
+/// A run folder from a stranger may contain links with the names of our files and of our scratch files.
 #[cfg(unix)]
 #[test]
-fn links_in_a_run_folder_are_replaced_and_their_targets_stay() {
+fn links_in_a_run_folder_are_replaced_not_followed() {
     use std::os::unix::fs::symlink;
     let out = tempfile::tempdir().unwrap();
     let short = command(out.path(), &["--steps", "12"]);
     short.run().unwrap();
     let run_dir = short.experiment().unwrap().run_dir();
     let before = (losses(&run_dir), tensors(&last_checkpoint(&run_dir)));
-    // So that some is left to do.
+    // The run still has steps to do.
     fs::remove_dir_all(last_checkpoint(&run_dir)).unwrap();
     let mine = out.path().join("mine");
     fs::create_dir(&mine).unwrap();
-    // What is read again is that of the run; the rest may be anything.
+    // Files that are read again must be those of the run; the others may be anything.
     let files =
         ["metrics.jsonl", "samples.txt", "experiment.toml", "result.json", "tokenizer.json", "model.gguf"];
     let more = ["loss.svg", "codes.svg", "train.tokens", "valid.tokens", "run.lock"];
@@ -253,7 +253,7 @@ fn readers_change_nothing() {
     assert_eq!(names(), before);
 }
 
-/// Its seals are right, and it has the tensors of another model.
+/// A checkpoint with correct checksums, but without the tensors of this model.
 #[test]
 fn a_sealed_checkpoint_without_a_tensor_is_an_error_of_the_data() {
     use burn::{module::Module, nn::LinearConfig};
@@ -277,7 +277,7 @@ fn a_sealed_checkpoint_without_a_tensor_is_an_error_of_the_data() {
     }
 }
 
-/// Where a name has a FIFO behind it, nobody may ever write: it is refused, not waited for.
+/// A FIFO may never get a writer, so it is refused instead of opened.
 #[cfg(unix)]
 #[test]
 fn every_input_is_a_plain_file() {
@@ -300,7 +300,7 @@ fn every_input_is_a_plain_file() {
             };
             said.send((error.exit_code(), error.to_string())).unwrap();
         });
-        // A second on an idle machine; tests share theirs.
+        // One second would do on an idle machine, but tests run in parallel.
         hears.recv_timeout(Duration::from_secs(20)).expect("an error at once")
     };
     for (arguments, code) in [

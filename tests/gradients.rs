@@ -77,7 +77,7 @@ impl Call {
 
 /// The central difference in `s`, divided by sqrt(n), of the sum over `(w, G)` of `G s (r + clamp(w / s, +-clip))`
 /// with the rounding `r = code - clamp` held constant, as the straight-through estimator takes it; and a bound of the
-/// error that a sum in f32 may have.
+/// error of a sum in f32.
 fn scale_gradient(terms: &[(f64, f64)], n: usize, scale: f64, clip: f64) -> (f64, f64) {
     let clamp = |ratio: f64| ratio.clamp(-clip, clip);
     let code = |w: f64| (w / scale).clamp(-1.0, 1.0).round_ties_even();
@@ -144,7 +144,7 @@ fn the_edge_of_the_clipping_range_is_inside() {
 fn a_pruned_weight_gives_its_scale_nothing_and_keeps_its_gradient() {
     let device = cpu().autodiff();
     let shape = [1, 8, 1];
-    // Beyond the types' largest numbers a mask would become infinite, and its gradient no number.
+    // Beyond the largest number of the type, a mask would become infinite and its gradient NaN.
     for dtype in [FloatDType::F32, FloatDType::F16, FloatDType::BF16] {
         let leaf = |values: &[f32], shape| tensor(values, shape, &device).cast(dtype).require_grad();
         let weight = leaf(&[0.9, -0.4, 5.0, -7.0, 0.3, 0.1, -1.7, 0.6], shape);
@@ -216,7 +216,7 @@ fn check_learned(
     let case = format!("{dims:?} {granularity:?} {rule:?} {estimator:?} {lambda}");
     let owners = owners(granularity, dims);
     let count = owners.iter().max().unwrap() + 1;
-    // Scales that f16 holds, so that rounding changes nothing; a of seq is 1.5 times that.
+    // Scales are f16 values, so that rounding changes nothing; `a` of seq is 1.5 times as large.
     let scales: Vec<f64> = (0..count).map(|_| f64::from(rng.random_range(200..1024)) / 1024.0).collect();
     let factor = if rule == ScaleRule::Seq { 1.5 } else { 1.0 };
     let clip = if rule == ScaleRule::Seq { 0.99 * 1.5 } else { 1.0 };
@@ -262,7 +262,7 @@ fn check_learned(
 }
 
 #[test]
-fn computed_scales_let_the_gradient_straight_through() {
+fn computed_scales_pass_the_gradient_straight_through() {
     let rng = &mut ChaCha8Rng::seed_from_u64(21);
     let dims = [26, 7];
     for rule in [ScaleRule::Absmean, ScaleRule::Absmedian, ScaleRule::Twn] {
@@ -284,7 +284,7 @@ fn computed_scales_let_the_gradient_straight_through() {
     }
 }
 
-/// The codes do not depend on the scales, so their gradients are those of the forward pass itself, no surrogate.
+/// The codes do not depend on the scales, so their gradients are the exact ones of the forward pass, not of a surrogate.
 #[test]
 fn two_scales_have_the_gradients_of_the_forward_pass() {
     let rng = &mut ChaCha8Rng::seed_from_u64(24);
@@ -295,7 +295,7 @@ fn two_scales_have_the_gradients_of_the_forward_pass() {
             let (values, upstream) = (normal(rng, 182, 1.0), normal(rng, 182, 1.0));
             let config = QuantConfig { scale: ScaleRule::Ttq, granularity, sparsity, ..Default::default() };
             let count = owners(granularity, dims).iter().max().unwrap() + 1;
-            // f16 holds them and the next ones a step away.
+            // These scales, and those one step away, are f16 values.
             let step = 1.0 / 64.0;
             let scales: Vec<f32> = (0..2 * count).map(|_| step * rng.random_range(16..200) as f32).collect();
             let with_scales = |device: &Device, scales: &[f32]| {
@@ -330,7 +330,7 @@ fn two_scales_have_the_gradients_of_the_forward_pass() {
 }
 
 #[test]
-fn two_scales_begin_as_the_means_of_their_weights() {
+fn two_scales_are_initialized_to_the_means_of_their_weights() {
     let weight = tensor(&[0.8, -0.05, 1.0, -3.0, 0.1, -1.0], [6, 1], &cpu());
     let config = QuantConfig { scale: ScaleRule::Ttq, ..Default::default() };
     let quantizer = quantizer(&config, &weight);
@@ -359,7 +359,7 @@ fn soft_weights_have_their_own_gradient_and_end_hard() {
             .collect();
         for lambda in [0.05f32, 0.5, 0.95, 1.0] {
             dials.lambda.set(lambda);
-            // Outside of training, always.
+            // Outside of training, codes are always hard.
             assert_eq!(floats(quantizer.fake_quantize(tensor(&values, dims, &cpu()))), hard, "{lambda}");
             let device = cpu().autodiff();
             let weight = tensor(&values, dims, &device).require_grad();
@@ -374,7 +374,7 @@ fn soft_weights_have_their_own_gradient_and_end_hard() {
             let temperature = 0.5 * 0.1f64.powf(f64::from(lambda));
             for (index, owner) in owners(granularity, dims).into_iter().enumerate() {
                 let scale = f64::from(scales[owner]);
-                // A logistic step at each threshold: not the formula with tanh again.
+                // A logistic step at each threshold, to be independent of the tanh in the implementation.
                 let step = |x: f64| 1.0 / (1.0 + (-x / (temperature * scale)).exp());
                 let edge = threshold * scale;
                 let soft = |w: f64| scale * (step(w - edge) - step(-w - edge));
@@ -471,7 +471,7 @@ fn rounding_lets_the_gradient_straight_through() {
 }
 
 #[test]
-fn a_quantizer_under_autodiff_gives_the_values_it_gives_without() {
+fn a_quantizer_has_the_same_values_with_and_without_autodiff() {
     let values = normal(&mut ChaCha8Rng::seed_from_u64(23), 130, 0.02);
     for rule in [
         ScaleRule::Absmean,
@@ -516,7 +516,7 @@ pub fn tiny(family: Family) -> DuckConfig {
     }
 }
 
-/// Draws every parameter anew, large enough that each matters to the loss.
+/// Draws every parameter again, large enough that each affects the loss.
 struct Randomize(ChaCha8Rng);
 
 impl ModuleMapper for Randomize {
@@ -571,7 +571,7 @@ pub fn ids(values: &[i32], dims: [usize; 2], device: &Device) -> Tensor<2, Int> 
     Tensor::from_data(TensorData::new(values.to_vec(), dims), device)
 }
 
-/// Cross entropy and a share of the z-loss on a fixed batch; one target carries no loss.
+/// Cross entropy and a share of the z-loss on a fixed batch, in which one target is masked.
 pub fn loss(model: &DuckQuantized, device: &Device) -> Tensor<1> {
     let dims = [2, 5];
     let inputs = ids(&[3, 1, 4, 1, 5, 9, 2, 6, 10, 0], dims, device);
@@ -593,7 +593,7 @@ fn the_float_twin_has_the_gradient_of_its_loss() {
 
         let plain = model.valid();
         let device = cpu();
-        // Five points: the error is of fourth order, so that the step can be long and the noise of f32 small.
+        // Five points: the error is of fourth order, which allows a long step, so that the noise of f32 is small.
         let difference = |id: ParamId, direction: &[f32]| -> f64 {
             let h = 0.01;
             let at = |multiple: f32| -> f64 {
@@ -611,7 +611,7 @@ fn the_float_twin_has_the_gradient_of_its_loss() {
             assert!((got - expected).abs() <= error, "{family:?}, {name}: {got}, by differences {expected}");
             expected.abs()
         };
-        // Every parameter as a whole, in a random direction of length one.
+        // Every parameter tensor in a random direction of length one.
         let mut sizes = Vec::new();
         for (index, (id, grad)) in grads.iter().enumerate() {
             let mut direction = normal(rng, grad.len(), 1.0);
@@ -627,7 +627,7 @@ fn the_float_twin_has_the_gradient_of_its_loss() {
             sizes.push(compare("one weight", *id, grad, &direction));
         }
         sizes.sort_by(f64::total_cmp);
-        // Most of them far above the error allowed.
+        // Most gradients must be far above the allowed error.
         assert!(sizes[sizes.len() / 4] > 2e-3, "{family:?}: {sizes:?}");
     }
 }

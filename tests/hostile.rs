@@ -1,4 +1,4 @@
-//! Whatever users, files and disks do: a clear error and an exit code, no panic, nothing overwritten.
+//! Promise: bad input, files and disks cause a clear error and an exit code, no panic, and overwrite nothing.
 
 use burn_ternary::train::{Experiment, RunOptions, TrainCommand, TrainError, run};
 use clap::Parser;
@@ -90,7 +90,7 @@ fn a_tokenizer_that_does_not_fit_the_model_is_named_with_both_sizes() {
 #[test]
 fn an_output_folder_that_cannot_be_made_is_an_error_of_the_disk() {
     let dir = tempfile::tempdir().unwrap();
-    // A file where a folder should be stops root as well, whom permissions do not.
+    // A file in place of a folder stops root too, unlike permissions.
     let file = write(dir.path(), "file", b"mine");
     let (code, message) = refusal(Path::new(&file), &[]);
     assert_eq!(code, 5, "{message}");
@@ -145,7 +145,7 @@ fn a_model_that_cannot_fit_into_memory_is_refused_before_it_is_made() {
 }
 
 #[test]
-fn a_loss_that_is_not_finite_is_skipped_rolled_back_and_in_the_end_stops_the_run() {
+fn a_diverging_run_skips_steps_rolls_back_and_stops() {
     let out = tempfile::tempdir().unwrap();
     let mut experiment = command(out.path(), &[]).experiment().unwrap();
     for assignment in [

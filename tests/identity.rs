@@ -1,4 +1,4 @@
-//! Promise: `--resume` goes on with the run that was started or changes nothing, and says what differs.
+//! Promise: `--resume` continues the run that was started, or names what differs and changes nothing.
 
 use crate::resume::tensors;
 use crate::small_experiment;
@@ -13,7 +13,7 @@ const QUIET: RunOptions =
     RunOptions { resume: false, quiet: true, plain: false, epochs: None, signals: false };
 const RESUME: RunOptions = RunOptions { resume: true, ..QUIET };
 
-/// A text of its own, and eight steps on it with checkpoints after four and eight.
+/// A run of eight steps on its own text, with checkpoints after four and eight.
 fn experiment(home: &Path, name: &str, assignments: &[&str]) -> Experiment {
     let text = home.join("text.txt");
     if !text.exists() {
@@ -33,7 +33,7 @@ fn killed(experiment: &Experiment) {
     let run_dir = experiment.run_dir();
     fs::remove_dir_all(checkpoint(&run_dir, 8)).unwrap();
     fs::remove_file(run_dir.join("result.json")).unwrap();
-    // There is none of a ternary model of this width.
+    // A ternary model of this width has no GGUF file.
     let _ = fs::remove_file(run_dir.join("model.gguf"));
 }
 
@@ -67,7 +67,7 @@ fn hashes_below(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     below
 }
 
-/// A resume that is refused with these words, and leaves the folder as it is.
+/// Asserts that a resume is refused with these words and leaves the folder unchanged.
 fn refused(experiment: Experiment, words: &[&str]) {
     refused_with(experiment, &RESUME, words);
 }
@@ -113,7 +113,7 @@ fn a_resume_with_other_settings_names_each_and_changes_nothing() {
 }
 
 #[test]
-fn a_changed_text_or_tokenizer_is_not_resumed_with() {
+fn a_changed_text_or_tokenizer_is_refused() {
     let home = tempfile::tempdir().unwrap();
     for tokenizer in ["bpe", "char", "byte"] {
         let assignments = [format!("data.tokenizer={tokenizer}"), "data.bpe_vocab_size=300".into()];
@@ -142,14 +142,14 @@ fn a_changed_text_or_tokenizer_is_not_resumed_with() {
     let own = with(&made, &[&format!("data.tokenizer={}", made.run_dir().join("tokenizer.json").display())]);
     run(own, &RESUME).unwrap();
 
-    // The tokenizer of a run is not trained anew, even on its own text.
+    // The tokenizer of a run is not trained again, even on its own text.
     let bpe = experiment(home.path(), "bpe", &["data.tokenizer=bpe", "data.bpe_vocab_size=300"]);
     fs::remove_file(bpe.run_dir().join("tokenizer.json")).unwrap();
     refused(bpe, &["tokenizer.json"]);
 }
 
 #[test]
-fn a_changed_teacher_or_start_is_not_resumed_with() {
+fn a_changed_teacher_or_initial_model_is_refused() {
     let home = tempfile::tempdir().unwrap();
     let teacher = experiment(home.path(), "teacher", &["quant.enabled=false"]);
     train_duck_quantized(&teacher).unwrap();
@@ -175,7 +175,7 @@ fn a_changed_teacher_or_start_is_not_resumed_with() {
     let all = [&of_run, &of_file, &of_recording, &started];
     all.into_iter().for_each(killed);
 
-    // Trained anew under the same path; another file; another recording.
+    // Trained again under the same path; another file; other cached logits.
     fs::rename(teacher.run_dir(), home.path().join("aside")).unwrap();
     fs::rename(&other, teacher.run_dir()).unwrap();
     let kept = fs::read(&file).unwrap();
@@ -188,7 +188,7 @@ fn a_changed_teacher_or_start_is_not_resumed_with() {
     refused(started.clone(), &["the model to start from (run.start_from) is not that of the run"]);
     refused(with(&started, &["run.start_from="]), &["the model to start from"]);
 
-    // Elsewhere, and the same.
+    // The same file under another path.
     let [moved, moved_recording] = ["moved.gguf", "moved.logits"].map(|name| home.path().join(name));
     fs::write(&moved, kept).unwrap();
     fs::write(&moved_recording, kept_recording).unwrap();
@@ -201,7 +201,7 @@ fn a_changed_teacher_or_start_is_not_resumed_with() {
 }
 
 #[test]
-fn a_run_that_moved_or_reports_otherwise_is_resumed() {
+fn a_run_with_a_new_path_or_reporting_interval_is_resumed() {
     let home = tempfile::tempdir().unwrap();
     let made = experiment(home.path(), "run", &[]);
     run(made.clone(), &QUIET).unwrap();
@@ -229,7 +229,7 @@ fn a_run_that_moved_or_reports_otherwise_is_resumed() {
 }
 
 #[test]
-fn a_run_is_trained_longer_where_its_schedule_allows() {
+fn a_run_can_be_extended_if_its_schedule_allows() {
     let home = tempfile::tempdir().unwrap();
     let cases: [(&str, &[&str], bool); 6] = [
         ("constant", &["schedule.shape=constant"], true),
@@ -261,7 +261,7 @@ fn a_run_is_trained_longer_where_its_schedule_allows() {
     assert!(run(made, &epochs).unwrap().steps > result.steps);
 }
 
-/// Rewrites the manifests of a run as version 0.1.0 left them.
+/// Rewrites the manifests of a run in the format of version 0.1.0.
 fn make_old(made: &Experiment) {
     let run_dir = made.run_dir();
     for step in [4, 8] {
@@ -294,7 +294,7 @@ fn checkpoints_of_version_0_1_0_are_resumed() {
 }
 
 #[test]
-fn without_a_checkpoint_a_run_begins_again_unless_it_has_finished() {
+fn an_unfinished_run_without_a_checkpoint_starts_again() {
     let home = tempfile::tempdir().unwrap();
     let made = experiment(home.path(), "run", &["data.tokenizer=bpe", "data.bpe_vocab_size=300"]);
     run(made.clone(), &QUIET).unwrap();

@@ -1,4 +1,4 @@
-//! Promise: burn and this crate are enough for a program of one's own, and a model of one's own can be kept and shipped.
+//! Promise: a program needs burn and this crate only, and any prepared Burn model can be saved, loaded and exported.
 
 use burn::data::dataloader::DataLoader;
 use burn::module::{Module, Param, ParamId};
@@ -34,7 +34,7 @@ fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
 
-/// Away from where parameters start, so that nothing is zero or one by chance.
+/// Moves parameters away from their initial values, so that none is zero or one by chance.
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
     Tensor::random(shape, Distribution::Normal(0.1, 1.0), &device())
 }
@@ -58,7 +58,7 @@ fn readme_has_the_crate_that_is_built() {
 }
 
 #[test]
-fn a_program_of_ones_own_trains_saves_exports_and_generates() {
+fn the_program_of_the_readme_trains_saves_exports_and_generates() {
     let folder = tempfile::tempdir().unwrap();
     let experiment = crate::small_experiment(folder.path(), "library", &["model.d_model=64"]);
     let data = Dataset::prepare(&experiment.data, experiment.model.context, 1, folder.path()).unwrap();
@@ -102,7 +102,7 @@ fn assert_close(found: &[f32], expected: &[f32]) {
     }
 }
 
-/// A model of no family: a convolution, a norm with running means, odd widths.
+/// A model of none of our families: a convolution, a norm with running means, odd widths.
 #[derive(Module, Debug)]
 struct Picture {
     kernel: Conv2d,
@@ -177,7 +177,7 @@ fn prepare_refuses_what_it_cannot_make_ternary() {
     let expected = ["hidden.0.weight", "hidden.1.weight", "output.weight"];
     assert!(matches!(&error, PrepareError::NothingChosen { matrices } if *matrices == expected), "{error}");
     assert!(error.to_string().contains("hidden.0.weight, hidden.1.weight, output.weight"), "{error}");
-    // A convolution kernel, a bias, a norm; whatever else is chosen.
+    // A convolution kernel, a bias, a norm: errors, whatever else is selected.
     for (chosen, at, shape) in [
         ("kernel.weight", "kernel.weight", &[2, 1, 3, 3][..]),
         ("hidden", "hidden.0.bias", &[7]),
@@ -246,7 +246,7 @@ fn a_prepared_model_comes_back_from_its_file_bit_for_bit() {
         for (layer, saved) in loaded.hidden.iter().zip(&model.hidden) {
             assert_eq!(floats(layer.weight.val()), floats(saved.weight.val()), "{at}");
         }
-        // Its matrices are packed, and nothing else is.
+        // Only its matrices are packed.
         let file = tensors::read(&path).unwrap();
         let mut packed = Vec::new();
         for (name, tensor) in &file {
@@ -257,7 +257,7 @@ fn a_prepared_model_comes_back_from_its_file_bit_for_bit() {
         }
         assert_eq!(packed, Vec::from_iter(report.matrices.iter().map(|matrix| matrix.path.as_str())), "{at}");
     }
-    // A plain model, and numbers of half the size.
+    // A model without ternary weights keeps its float type.
     for dtype in [FloatDType::F32, FloatDType::BF16, FloatDType::F16] {
         let mut layer = LinearConfig::new(5, 3).init(&device());
         layer.weight = layer.weight.map(|weight| weight.cast(dtype));
@@ -331,7 +331,7 @@ struct Block {
     turn: Turn,
 }
 
-/// How a block turns queries and keys: by Burn's rotary encoding, or by ours.
+/// How a block rotates queries and keys: by Burn's rotary encoding, or by ours.
 #[derive(Module, Debug)]
 enum Turn {
     Interleaved(RotaryEncoding),
@@ -408,7 +408,7 @@ impl Block {
             Turn::Interleaved(rotary) => rotary.forward(heads),
             Turn::Halves(rotary) => rotary.forward(heads.swap_dims(1, 2)).swap_dims(1, 2),
         };
-        // Each key-value head beside itself, for the query heads that share it.
+        // Each key-value head is repeated for the query heads that share it.
         let shared = |heads: Tensor<4>| {
             let repeated = heads.unsqueeze_dim::<5>(2).repeat_dim(2, spec.n_heads / spec.n_kv_heads);
             repeated.reshape([batch, spec.n_heads, seq, spec.head_dim()])
@@ -458,7 +458,7 @@ fn engine(file: &Path, ids: &[u32]) -> Vec<f32> {
 }
 
 #[test]
-fn a_llama_of_ones_own_runs_in_the_engine_with_the_logits_of_the_training_forward() {
+fn a_prepared_llama_has_the_same_logits_in_the_engine() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("mine.gguf");
     let spec = spec();
@@ -498,7 +498,7 @@ fn a_llama_of_ones_own_runs_in_the_engine_with_the_logits_of_the_training_forwar
         write_model(&packed, &file, &WriteOptions::default()).unwrap();
         assert_close(&engine(&file, &ids), &expected);
 
-        // Turned the other way it is another model.
+        // With the other order of rotary pairs it is another model.
         let wrong = match pairs {
             RotaryPairs::Interleaved => RotaryPairs::Halves,
             RotaryPairs::Halves => RotaryPairs::Interleaved,

@@ -1,4 +1,4 @@
-//! Promise: adapters learn beside a model that stands still, and are of use beside its file.
+//! Promise: adapters learn on a frozen model, and can be applied to its file.
 
 use crate::{resume::tensors, small_experiment};
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -33,7 +33,7 @@ fn experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment {
     small_experiment(out, name, &[&common[..], assignments].concat())
 }
 
-/// The experiment whose base is at `base`, on a text of its own.
+/// The experiment that starts from `base`, with its own text.
 fn fine_tuning(out: &Path, name: &str, base: &Path, assignments: &[&str]) -> Experiment {
     let text = out.join("quacks.txt");
     let line = |i: usize| format!("Quack {} quack, says duck number {}.\n", i * i % 17, i % 10);
@@ -68,7 +68,7 @@ fn error(found: &[f32], expected: &[f32]) -> f32 {
     found.iter().zip(expected).fold(0f32, |max, (a, b)| max.max((a - b).abs())) / spread
 }
 
-/// A base that was trained, with what `assignments` say, and its run folder.
+/// Trains a base with the settings of `assignments`; its run folder.
 fn base(out: &Path, assignments: &[&str]) -> std::path::PathBuf {
     let experiment = experiment(out, "base", assignments);
     train_duck_quantized(&experiment).unwrap();
@@ -76,12 +76,12 @@ fn base(out: &Path, assignments: &[&str]) -> std::path::PathBuf {
 }
 
 #[test]
-fn adapters_learn_beside_ternary_weights_that_keep_every_bit_and_a_killed_run_ends_alike() {
+fn adapters_learn_on_ternary_weights_that_keep_every_bit() {
     let _alone = crate::alone_with_the_generator();
     let out = tempfile::tempdir().unwrap();
     let integer = ["quant.activations=int8", "quant.compute=int8"];
     let base = base(out.path(), &integer);
-    // From the run and from the file that it left; with a teacher and dropout, to be killed and resumed.
+    // From the run and from its model file, with a teacher and dropout; killed and resumed.
     let teacher = format!("distill.teacher={}", base.display());
     let more = [&teacher[..], "distill.weight=0.1", "model.dropout=0.1", integer[0], integer[1]];
     for (name, place) in [("run", base.clone()), ("file", base.join("model.gguf"))] {
@@ -97,7 +97,7 @@ fn adapters_learn_beside_ternary_weights_that_keep_every_bit_and_a_killed_run_en
         let checkpoint = |step: usize| run_dir.join(format!("checkpoints/step-{step:08}"));
         let [first, last] = [10, 30].map(|step| tensors(&checkpoint(step)));
         let is_adapter = |name: &str| name.contains(".adapter.");
-        // Two factors beside each of seven matrices in two blocks, with two moments each.
+        // Two factors for each of seven matrices in two blocks, with two moments each.
         assert_eq!(last.iter().filter(|(name, _)| is_adapter(name)).count(), 2 * 7 * 2 * 3);
         let states = |name: &str| name.contains(' ');
         assert!(
@@ -108,7 +108,7 @@ fn adapters_learn_beside_ternary_weights_that_keep_every_bit_and_a_killed_run_en
             assert_eq!(first != last, is_adapter(name), "{name}");
         }
 
-        // The base is that of the file, and the adapter is all that is new.
+        // The base is that of the file; only the adapter is new.
         let packed = packed_model(&run_dir).unwrap();
         let adapter = packed.adapter.clone().unwrap();
         let file = read_model(&base.join("model.gguf")).unwrap();
@@ -134,7 +134,7 @@ fn adapters_learn_beside_ternary_weights_that_keep_every_bit_and_a_killed_run_en
         let read = read_adapter(&run_dir.join("adapter"), &file.spec).unwrap();
         assert_eq!(read, adapter);
 
-        // Beside the file it computes what the run did: in the engine, and in a module again.
+        // With the file it computes what the run did, in the engine and in a module.
         let saved = SavedRun::open(&run_dir, &device()).unwrap();
         let adapted = PackedModel { adapter: Some(read), ..file };
         let ids = saved.tokenizer.encode("Quack 16 quack").unwrap();
@@ -177,13 +177,13 @@ fn a_float_base_takes_its_adapter_into_the_file() {
         training(&model, &ids)
     });
     assert!(error(&merged, &expected) < 1e-5 && error(&before, &expected) > 1e-2);
-    // The adapter is there as well, for the base.
+    // The adapter is written as well, for use with the base.
     let file = read_model(&base.join("model.gguf")).unwrap();
     let adapter = read_adapter(&run_dir.join("adapter"), &file.spec).unwrap();
     assert_eq!(adapter.pairs.len(), 4);
-    let beside = PackedModel { adapter: Some(adapter), ..file };
-    assert!(error(&engine(&beside, ActivationMode::F32, &ids), &expected) < 1e-4);
-    // A run may start from it, adapters and all.
+    let adapted = PackedModel { adapter: Some(adapter), ..file };
+    assert!(error(&engine(&adapted, ActivationMode::F32, &ids), &expected) < 1e-4);
+    // A run may start from it, including its adapters.
     let start = format!("run.start_from={}", run_dir.display());
     let next =
         ["quant.enabled=false", "run.steps=1", "lora.rank=0", "optim.lr=1e-9", "optim.muon_lr=1e-9", &start];
@@ -193,7 +193,7 @@ fn a_float_base_takes_its_adapter_into_the_file() {
 }
 
 #[test]
-fn a_base_behind_norms_that_no_file_holds_is_adapted_too() {
+fn a_base_with_input_norms_can_be_adapted() {
     let out = tempfile::tempdir().unwrap();
     let base = base(out.path(), &["quant.input_norm=true", "run.steps=10", "run.eval_every=10"]);
     let short = ["run.steps=10", "run.eval_every=10"];
@@ -229,7 +229,7 @@ fn a_base_that_would_not_stand_still_is_refused() {
     train_duck_quantized(&twin).unwrap();
     let error = refusal("float", &twin.run_dir(), &[]);
     assert!(error.contains("quant.enabled = false"), "{error}");
-    // Adapters do not pile up on ternary weights.
+    // A ternary model with adapters cannot be the base of further adapters.
     let first = fine_tuning(out.path(), "first", &base, &["run.steps=1"]);
     train_duck_quantized(&first).unwrap();
     let second = fine_tuning(out.path(), "second", &first.run_dir(), &[]);
@@ -273,7 +273,7 @@ fn the_engine_with_an_adapter_has_the_logits_of_the_module() {
                 let merged = packed.merged().unwrap();
                 let logits = training(&DuckQuantized::from_packed(&merged, &device()).unwrap(), &ids);
                 assert!(error(&logits, &expected) < 1e-5);
-                // A folder of Hugging Face's holds the sum, whatever the family fuses.
+                // A Hugging Face folder has the sum, whichever matrices the family fuses.
                 let out = tempfile::tempdir().unwrap();
                 let weights = Some("F32".parse().unwrap());
                 let options = WriteOptions { weights, embedding: Some(Encoding::F32) };

@@ -1,4 +1,4 @@
-//! Promise: scales, codes and fake quantized weights are what their formulas say, in float64.
+//! Promise: scales, codes and fake quantized weights equal their formulas in float64.
 
 use burn::module::{Module, Param};
 use burn::nn::LinearConfig;
@@ -29,7 +29,7 @@ const DIMS: [[usize; 2]; 6] = [[1, 1], [3, 5], [7, 1], [1, 9], [130, 33], [64, 2
 /// Relative error that a scale may have in f32, before it is rounded.
 const F32_ERROR: f64 = 2e-6;
 
-/// The CPU backend that needs nothing: flex, where it is compiled in.
+/// A CPU backend without further requirements: flex, if it is compiled in.
 pub fn cpu() -> Device {
     let name = *device::compiled().last().expect("a backend is compiled in");
     device::device(name).unwrap()
@@ -68,7 +68,7 @@ pub fn quantizer(config: &QuantConfig, weight: &Tensor<2>) -> TernaryQuantizer {
     TernaryQuantizerConfig::new(config, &Dials::default()).init(weight)
 }
 
-/// Weights of many kinds: what training has, and what it should never have.
+/// Weights of many kinds: those of training, and those that should never occur.
 fn kinds(rng: &mut ChaCha8Rng, count: usize) -> Vec<(&'static str, Vec<f32>)> {
     let heavy = StudentT::new(2.0f32).unwrap();
     let mut sparse = normal(rng, count, 0.1);
@@ -208,8 +208,8 @@ fn a_weight_at_the_threshold_is_zero() {
     let device = cpu();
     for scale in [1.0f32, 0.3, 2f32.powi(-14), 65504.0] {
         let threshold = scale / 2.0;
-        let beside = [threshold, threshold.next_up(), threshold.next_down()];
-        let weight = tensor(&[beside, beside.map(|w| -w)].concat(), [1, 6, 1], &device);
+        let around = [threshold, threshold.next_up(), threshold.next_down()];
+        let weight = tensor(&[around, around.map(|w| -w)].concat(), [1, 6, 1], &device);
         let [scale, threshold] = [scale, threshold].map(|value| tensor(&[value], [1, 1, 1], &device));
         let codes = [0.0, 1.0, 0.0, 0.0, -1.0, 0.0];
         assert_eq!(floats(ternary_codes(weight.clone(), threshold.clone(), None)), codes);
@@ -291,7 +291,7 @@ fn a_gaussian_has_31_percent_zeros_and_is_not_binary() {
 #[test]
 fn scales_are_rounded_as_f16_rounds() {
     let rng = &mut ChaCha8Rng::seed_from_u64(4);
-    // All magnitudes are as likely, far beyond both ends of f16.
+    // All magnitudes are equally likely, far beyond both ends of f16.
     let mut values: Vec<f32> = (0..100_000).map(|_| rng.random_range(-30f32..24.0).exp2()).collect();
     for exponent in -14..16 {
         let power = 2f32.powi(exponent);
@@ -321,7 +321,7 @@ fn scales_are_rounded_as_f16_rounds() {
     }
 }
 
-/// Burn's own post-training quantization of BitNet: one scale, `mean |w|`, and two bits a weight.
+/// Burn's own post-training quantization of BitNet: one scale, `mean |w|`, and two bits per weight.
 fn burn_quantize(weight: Tensor<2>, scale: Option<f32>) -> (f32, Vec<f32>) {
     let scheme = QuantScheme::default()
         .with_mode(QuantMode::Symmetric)
@@ -343,7 +343,7 @@ fn burn_agrees_bit_for_bit_where_the_mean_is_exact() {
     let device = cpu();
     for seed in 20..24 {
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
-        // Multiples of 2^-10 whose mean magnitude is one: every order of summation gives the same, and f16 holds it.
+        // Multiples of 2^-10 whose mean magnitude is one: every order of summation gives the same, and it is an f16 value.
         let mut steps: Vec<i32> = (0..4096).map(|_| rng.random_range(-1500..=1500)).collect();
         let missing = (4096 - steps.iter().map(|k| k.abs()).sum::<i32>() % 4096) % 4096;
         steps[..missing as usize].iter_mut().for_each(|k| *k += if *k < 0 { -1 } else { 1 });
@@ -355,7 +355,7 @@ fn burn_agrees_bit_for_bit_where_the_mean_is_exact() {
         let (scale, theirs) = burn_quantize(weight.clone(), None);
         assert_eq!(floats(ours.scales(weight.clone()))[0].to_bits(), scale.to_bits());
         for ((w, ours), theirs) in values.iter().zip(floats(ours.fake_quantize(weight))).zip(theirs) {
-            // A tie goes to even here, that is to 0; Burn takes it away from 0.
+            // We round a tie to even, that is to 0; Burn rounds it away from 0.
             let expected = if w.abs() == scale / 2.0 { 0.0 } else { theirs };
             assert_eq!(ours, expected, "{w} at scale {scale}");
         }
@@ -374,7 +374,7 @@ fn burn_agrees_on_any_weight_at_the_same_scale() {
             let scale = floats(ours.scales(weight.clone()))[0];
             let codes = floats(ours.codes(weight.clone()));
 
-            // The order of summation is Burn's own, so the means may differ in the last places.
+            // Burn adds in another order, so the means may differ in the last bits.
             let (burn_scale, burn_values) = burn_quantize(weight.clone(), None);
             let mean = floats(mean_abs(Granularity::PerTensor.view(weight.clone())))[0];
             assert!((burn_scale - mean).abs() <= 1e-6 * mean, "{kind}: {burn_scale}, {mean}");
@@ -462,7 +462,7 @@ fn check_optimal(case: &str, scale: f64, group: &[(f64, f64)], rng: &mut ChaCha8
 }
 
 #[test]
-fn learned_scales_start_where_a_gaussian_has_its_least_error() {
+fn learned_scales_start_at_the_least_error_of_a_gaussian() {
     let values = normal(&mut ChaCha8Rng::seed_from_u64(6), 100_000, 0.02);
     let weight = tensor(&values, [1000, 100], &cpu());
     let best = floats(compute_optimal_scale(weight.clone(), Granularity::PerTensor, None))[0];
@@ -557,7 +557,7 @@ fn tables_have_one_scale_a_row() {
 }
 
 #[test]
-fn pruned_weights_are_zero_and_the_others_as_without_a_mask() {
+fn a_mask_zeroes_the_pruned_weights_only() {
     let device = cpu();
     let rng = &mut ChaCha8Rng::seed_from_u64(9);
     for shape @ [groups, n, channels] in [[1, 4, 1], [1, 64, 7], [5, 8, 33]] {
@@ -620,7 +620,7 @@ fn lambda_blends_latent_and_ternary_weights() {
 }
 
 #[test]
-fn a_prepared_linear_layer_is_made_plain_with_exactly_the_ternary_values() {
+fn a_materialized_linear_layer_has_exactly_the_ternary_values() {
     let device = cpu();
     let values = normal(&mut ChaCha8Rng::seed_from_u64(12), 26 * 9, 0.1);
     for rule in RULES {

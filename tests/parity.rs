@@ -48,7 +48,7 @@ fn error(found: &[f64], expected: &[f64]) -> f64 {
 struct Reference(PathBuf);
 
 impl Reference {
-    /// `None`, said on screen, where the data is absent.
+    /// `None`, with a printed line, if the data is absent.
     fn open(name: &str) -> Option<Self> {
         let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data/models")).join(name);
         if !folder.is_dir() {
@@ -68,7 +68,7 @@ impl Reference {
     }
 }
 
-/// Tensors by name, as PyTorch lays them out.
+/// Tensors by name, in PyTorch's layout.
 struct Weights<'a>(SafeTensors<'a>);
 
 impl<'a> Weights<'a> {
@@ -142,9 +142,9 @@ fn a_pretrained_llama_gives_its_reference_logits_and_text() {
     }
 }
 
-/// 98 MB that are not with the reference data: CONTRIBUTING says where they come from.
+/// A file of 98 MB that is not part of the reference data: CONTRIBUTING names its source.
 #[test]
-fn a_quantized_gguf_of_135_million_weights_gives_its_reference_logits_and_perplexity() {
+fn a_quantized_gguf_has_its_reference_logits_and_perplexity() {
     let Some(reference) = Reference::open("smollm2_135m") else { return };
     let path = std::env::var_os("SMOLLM2_GGUF").map(PathBuf::from);
     let Some(path) = path else {
@@ -158,7 +158,7 @@ fn a_quantized_gguf_of_135_million_weights_gives_its_reference_logits_and_perple
     for prompt in json["prompts"].as_array().unwrap() {
         let expected: Vec<i64> = serde_json::from_value(prompt["ids"].clone()).unwrap();
         let text = prompt["prompt"].as_str().unwrap();
-        // Marks of the chat template are ids of their own, which no text encodes to.
+        // Special tokens of the chat template have ids that no text encodes to.
         if !text.contains("<|") {
             let found: Vec<i64> = tokenizer.encode(text).unwrap().into_iter().map(i64::from).collect();
             assert_eq!(found, expected, "{text}");
@@ -167,8 +167,8 @@ fn a_quantized_gguf_of_135_million_weights_gives_its_reference_logits_and_perple
         let last = &logits[logits.len() - 49152..];
         let top: Vec<usize> = serde_json::from_value(prompt["last_token_top10_ids"].clone()).unwrap();
         let values: Vec<f64> = serde_json::from_value(prompt["last_token_top10_logits"].clone()).unwrap();
-        let likeliest = (0..last.len()).max_by(|a, b| last[*a].total_cmp(&last[*b])).unwrap();
-        assert_eq!(likeliest, top[0], "{text}");
+        let most_likely = (0..last.len()).max_by(|a, b| last[*a].total_cmp(&last[*b])).unwrap();
+        assert_eq!(most_likely, top[0], "{text}");
         for (id, expected) in top.iter().zip(values) {
             assert!((last[*id] - expected).abs() < 2e-3, "{text}: {id}: {}, {expected}", last[*id]);
         }
@@ -222,7 +222,7 @@ fn gpt_nano_sort(reference: &Reference) -> DuckQuantized {
         let name = |part: &str| format!("transformer.h.{index}.{part}");
         weights.norm(&mut block.attention_norm, &name("ln_1"));
         weights.norm(&mut block.feed_forward_norm, &name("ln_2"));
-        // One matrix makes queries, keys and values.
+        // One matrix computes queries, keys and values.
         let fused: Tensor<2> = weights.tensor(&name("attn.c_attn.weight"));
         let bias = name("attn.c_attn.bias");
         let bias: Option<Tensor<1>> = weights.0.tensor(&bias).is_ok().then(|| weights.tensor(&bias));
@@ -260,7 +260,7 @@ fn a_trained_gpt2_gives_its_reference_logits() {
     }
 }
 
-/// The reference holds every value inside block 0, so each layer is checked from the origin's own input of it.
+/// The reference has every value inside block 0, so each layer is checked with the reference's input to it.
 #[test]
 fn the_layers_of_a_trained_gpt2_give_their_reference_activations() {
     let Some(reference) = Reference::open("gpt_nano_sort") else { return };
@@ -273,7 +273,7 @@ fn the_layers_of_a_trained_gpt2_give_their_reference_activations() {
     for (part, linear) in
         [&mut attention.query, &mut attention.key, &mut attention.value].into_iter().enumerate()
     {
-        // Whatever bias is not in the file, the same vector is missing at every position.
+        // If the file lacks a bias, the same vector is missing at every position.
         let missing = at("qkv").narrow(2, 48 * part, 48) - linear.forward(at("ln1"));
         let missing: Tensor<2> = missing.reshape([33, 48]);
         let bias = missing.clone().mean_dim(0);
@@ -296,12 +296,12 @@ fn the_layers_of_a_trained_gpt2_give_their_reference_activations() {
     }
 }
 
-/// All that six symbols of three kinds can be.
+/// All sequences of six symbols of three kinds.
 fn unsorted() -> Vec<Vec<i64>> {
     (0..729).map(|n: i64| (0..6).map(|digit| n / 3i64.pow(digit) % 3).collect()).collect()
 }
 
-/// How many of the inputs the model sorts, each symbol being the likeliest.
+/// How many of the inputs the model sorts by greedy decoding.
 fn sorts(model: &DuckQuantized) -> usize {
     let mut rows = unsorted();
     for seq in 6..12 {
@@ -374,7 +374,7 @@ fn a_trained_gpt2_sorts_nearly_every_input_when_it_has_become_ternary() {
                 let cut: Vec<i64> = rows.iter().flat_map(|row| row[from..from + 11].to_vec()).collect();
                 Tensor::from_data(TensorData::new(cut, [batch, 11]), &device)
             };
-            // Only what is sorted can be known.
+            // Only the sorted half can be predicted.
             let mask: Vec<f32> = (0..batch * 11).map(|i| f32::from(u8::from(i % 11 >= 5))).collect();
             trainer.train_step(vec![LmBatch {
                 starts: vec![0; batch],
@@ -395,7 +395,7 @@ fn a_trained_gpt2_sorts_nearly_every_input_when_it_has_become_ternary() {
 /// `[positions][width]` in float64.
 type Rows = Vec<Vec<f64>>;
 
-/// The forward pass once more, in float64 and as slow and plain as it can be written, from the model's own weights.
+/// A slow and plain float64 forward pass with the model's weights.
 struct Slow<'a> {
     model: &'a DuckQuantized,
 }
@@ -557,7 +557,7 @@ fn rms(input: &Rows, eps: f64) -> Rows {
         .collect()
 }
 
-/// Moves every parameter, biases and norms too, away from where it starts.
+/// Moves every parameter, including biases and norms, away from its initial value.
 struct Noise(ChaCha8Rng);
 
 impl ModuleMapper for Noise {
@@ -638,7 +638,7 @@ fn grouped_heads_equal_repeated_heads() {
             full.embedding = grouped.embedding.clone();
             full.head = grouped.head.clone();
             full.transformer.norm = grouped.transformer.norm.clone();
-            // Columns of a head stand together: each head's columns once for every query head that shares it.
+            // The columns of a head are adjacent; they are repeated for every query head that shares the head.
             let repeated = |weight: &Param<Tensor<2>>| {
                 let (d, width) = (config.d_model, config.head_dim());
                 let heads: Tensor<4> = weight.val().reshape([d, n_kv_heads, 1, width]);

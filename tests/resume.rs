@@ -1,4 +1,4 @@
-//! A killed run, resumed, ends bit for bit where the uninterrupted one does.
+//! Promise: a killed and resumed run ends bit for bit where the uninterrupted one does.
 
 use crate::targets::of_the_run;
 use burn_ternary::train::{Experiment, RunOptions, run};
@@ -12,7 +12,7 @@ use std::time::Duration;
 const CHILD: &str = "BURN_TERNARY_RESUME_CHILD";
 const STEPS: usize = 48;
 
-/// Dropout, accumulation, Muon and integer products are on, so that everything that could forget its state takes part.
+/// Dropout, accumulation, Muon and integer products are on, so that everything with a state takes part.
 fn experiment(out: &Path) -> Experiment {
     let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
     let out = out.display();
@@ -53,7 +53,7 @@ fn last_checkpoint(run_dir: &Path) -> PathBuf {
     run_dir.join(format!("checkpoints/step-{STEPS:08}"))
 }
 
-/// Step and loss of every line, as text: the same bits or not.
+/// Step and loss of every line as text, to compare bits.
 pub(crate) fn losses(run_dir: &Path) -> Vec<(String, u64, String)> {
     let text = fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap();
     text.lines()
@@ -64,7 +64,7 @@ pub(crate) fn losses(run_dir: &Path) -> Vec<(String, u64, String)> {
         .collect()
 }
 
-/// Parameter values by path and optimizer state by name, without the random ids that the files carry.
+/// Parameter values by path and optimizer state by name, without the random ids in the files.
 pub(crate) fn tensors(checkpoint: &Path) -> Vec<(String, Vec<u8>)> {
     let mut tensors = Vec::new();
     let mut names = std::collections::HashMap::new();
@@ -119,7 +119,7 @@ fn a_run_killed_twenty_times_ends_bit_for_bit_like_one_that_was_not() {
         child.kill().unwrap();
         child.wait().unwrap();
         if ended.is_some() {
-            // It got through between two kills: begin another interrupted run, the kills so far count.
+            // It finished between two kills: start another interrupted run, and count the kills so far.
             compare(&experiment_of(&whole), &experiment_of(&killed));
             fs::remove_dir_all(&killed).unwrap();
         } else {
@@ -146,7 +146,7 @@ fn compare(whole: &Path, killed: &Path) {
 }
 
 #[test]
-fn altered_checkpoints_are_passed_over_and_the_last_good_one_is_used() {
+fn resuming_skips_damaged_checkpoints() {
     let _alone = crate::alone_with_the_generator();
     let out = tempfile::tempdir().unwrap();
     let mut short = experiment(out.path());
@@ -155,7 +155,7 @@ fn altered_checkpoints_are_passed_over_and_the_last_good_one_is_used() {
         short.set(assignment).unwrap();
     }
     comes_back(short.clone());
-    // Two scales, and zeros that grow: neither is in the state but by the parameters and the step.
+    // Two scales and growing sparsity, whose state consists of the parameters and the step.
     let mut other = short;
     for assignment in [
         "run.name=two-scales",
@@ -171,7 +171,7 @@ fn altered_checkpoints_are_passed_over_and_the_last_good_one_is_used() {
     comes_back(other);
 }
 
-/// Runs it, damages its last checkpoint, and runs it on from the one before.
+/// Trains, damages the last checkpoint, and resumes from the one before.
 fn comes_back(short: Experiment) {
     short.validate("").unwrap();
     run(short.clone(), &RunOptions { quiet: true, ..RunOptions::default() }).unwrap();

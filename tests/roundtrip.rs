@@ -1,4 +1,4 @@
-//! Promise: a model file holds what was trained, code for code and scale for scale.
+//! Promise: a model file contains the codes and scales of training, and reproduces its forward pass.
 
 use crate::shape;
 use burn::{
@@ -32,7 +32,7 @@ fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
 
-/// Moves every parameter away from where it starts, and keeps learned scales positive.
+/// Moves every parameter away from its initial value, and keeps learned scales positive.
 struct Noise(ChaCha8Rng);
 
 impl ModuleMapper for Noise {
@@ -57,7 +57,7 @@ fn logits(model: &DuckQuantized) -> Vec<f32> {
     floats(model.forward(Tensor::<2, Int>::from_data(TensorData::new(ids, [2, 9]), &device())))
 }
 
-/// Every model that differs in what a file must say, with its name.
+/// One model, with a name, for every difference that a file must express.
 fn models() -> impl Iterator<Item = (String, DuckQuantized)> {
     let rules =
         [ScaleRule::Absmean, ScaleRule::Absmedian, ScaleRule::Twn, ScaleRule::Learned, ScaleRule::Seq];
@@ -145,7 +145,7 @@ fn an_exported_matrix_has_the_codes_and_scales_of_the_forward_pass() {
 }
 
 #[test]
-fn what_dead_weights_give_is_in_the_bias_of_the_file() {
+fn the_bias_of_the_file_includes_the_dead_weights() {
     let quant = QuantConfig { dead_bias: 0.1, ..QuantConfig::default() };
     let model = trained(&shape(Family::Gpt2), &quant, 3);
     let packed = export_for_inference(&model, None, "duck").unwrap();
@@ -198,7 +198,7 @@ fn a_loaded_module_computes_what_the_exported_one_does_bit_for_bit() {
         assert_eq!(loaded.config().spec(), model.config().spec());
         assert_eq!(loaded.quant().granularity, model.quant().granularity);
         assert_eq!(logits(&loaded), logits(&model), "{name}");
-        // And exports the same matrices again.
+        // It also exports the same matrices again.
         let again = export_for_inference(&loaded, None, "duck").unwrap();
         for (tensor, first) in &packed.tensors {
             if tensor.starts_with("blk.") {
@@ -284,7 +284,7 @@ fn a_container_that_is_no_module_is_refused_with_the_tensor() {
             "{error}"
         );
     }
-    // Zero and negative scales are no trouble.
+    // Zero and negative scales are accepted.
     let mut packed = packed;
     let [rows, cols] = [packed.tensors[name].rows(), packed.tensors[name].cols()];
     let tensor = ternary_format::Tensor::ternary(rows, cols, 16, |row, codes, scales| {
@@ -302,7 +302,7 @@ fn a_container_that_is_no_module_is_refused_with_the_tensor() {
     }
 }
 
-/// What a container says through a GGUF file.
+/// A container, written to a GGUF file and read again.
 fn through_gguf(packed: &PackedModel, weights: Encoding) -> PackedModel {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
@@ -356,7 +356,7 @@ fn a_gguf_file_keeps_codes_scales_and_tables() {
     }
 }
 
-/// Ids of no text.
+/// Arbitrary ids.
 fn some_ids(model: &DuckQuantized) -> Vec<u32> {
     (0..11).map(|i| i * i % model.config().vocab_size as u32).collect()
 }
@@ -374,12 +374,12 @@ fn engine(packed: &PackedModel, activations: ActivationMode, ids: &[u32]) -> Vec
     Engine::from_model(packed.clone(), options).unwrap().logits(ids).unwrap()
 }
 
-/// KL divergence in nats a token, and the share of tokens whose likeliest successor is the same.
+/// KL divergence in nats per token, and the share of tokens with the same most likely successor.
 fn divergence(expected: &[f32], found: &[f32], vocab: usize) -> (f64, f64) {
     let (mut nats, mut equal) = (0.0, 0.0);
     for (p, q) in expected.chunks(vocab).zip(found.chunks(vocab)) {
-        let likeliest = [p, q].map(|logits| (0..vocab).max_by(|a, b| logits[*a].total_cmp(&logits[*b])));
-        equal += f64::from(u8::from(likeliest[0] == likeliest[1]));
+        let most_likely = [p, q].map(|logits| (0..vocab).max_by(|a, b| logits[*a].total_cmp(&logits[*b])));
+        equal += f64::from(u8::from(most_likely[0] == most_likely[1]));
         let [p, q] = [p, q].map(|logits| {
             let max = logits.iter().fold(f64::MIN, |max, x| max.max(f64::from(*x)));
             let sum: f64 = logits.iter().map(|x| (f64::from(*x) - max).exp()).sum();
@@ -418,7 +418,7 @@ fn the_int8_engine_is_close_to_a_model_trained_with_int8_activations() {
         let ids = some_ids(&model);
         let (expected, found) = (training(&model, &ids), engine(&packed, ActivationMode::Int8, &ids));
         let (nats, _) = divergence(&expected, &found, model.config().vocab_size);
-        println!("{family:?} {granularity:?}: {nats:.1e} nats a token");
+        println!("{family:?} {granularity:?}: {nats:.1e} nats per token");
         assert!(nats < 1e-3, "{family:?} {granularity:?}: {nats}");
     }
 }
@@ -450,11 +450,11 @@ fn on_text_the_int8_engine_says_what_a_trained_model_says() {
     let logits = |f: &dyn Fn(&[u32]) -> Vec<f32>| ids.chunks(128).flat_map(f).collect::<Vec<_>>();
     let int8 = logits(&|ids| engine(&packed, ActivationMode::Int8, ids));
     let (nats, equal) = divergence(&logits(&|ids| training(&saved.model, ids)), &int8, vocab);
-    println!("to the training forward: {nats:.1e} nats a token, likeliest equal {equal:.4}");
-    assert!(nats < 1e-3 && equal >= 0.99, "{nats} nats, likeliest equal {equal}");
+    println!("to the training forward: {nats:.1e} nats per token, top-1 equal {equal:.4}");
+    assert!(nats < 1e-3 && equal >= 0.99, "{nats} nats, top-1 equal {equal}");
     let (nats, equal) = divergence(&logits(&|ids| engine(&packed, ActivationMode::F32, ids)), &int8, vocab);
-    println!("to f32 activations: {nats:.1e} nats a token, likeliest equal {equal:.4}");
-    assert!(nats < 1e-3, "{nats} nats, likeliest equal {equal}");
+    println!("to f32 activations: {nats:.1e} nats per token, top-1 equal {equal:.4}");
+    assert!(nats < 1e-3, "{nats} nats, top-1 equal {equal}");
 }
 
 /// A short run in `out` with rows of `width`.
@@ -467,7 +467,7 @@ fn run(out: &std::path::Path, width: usize, more: &[&str]) -> (std::path::PathBu
 }
 
 #[test]
-fn a_run_leaves_the_model_of_its_last_step_as_a_file() {
+fn a_run_writes_the_model_of_its_last_step() {
     let out = tempfile::tempdir().unwrap();
     for (tokenizer, rule) in [("byte", "absmean"), ("char", "learned"), ("bpe", "twn")] {
         let rule = format!("quant.scale={rule}");

@@ -1,4 +1,4 @@
-//! Promise: as many weights are zero as the experiment says, the smallest, and the scale fits the others.
+//! Promise: exactly the smallest weights are zero, as many as the experiment sets, and the scale fits the others.
 
 use crate::oracle::{cpu, floats, granularities, mean, nearest_f16, normal, owners, quantizer, tensor};
 use crate::small_experiment;
@@ -15,7 +15,7 @@ const RULES: [ScaleRule; 5] =
     [ScaleRule::Absmean, ScaleRule::Absmedian, ScaleRule::Twn, ScaleRule::Learned, ScaleRule::Seq];
 const DIMS: [[usize; 2]; 4] = [[8, 1], [16, 5], [104, 33], [64, 130]];
 
-/// Who competes with whom for a code: the weights that share a scale, or runs of `m` inputs of a channel.
+/// Which weights compete for nonzero codes: those that share a scale, or runs of `m` inputs of a channel.
 fn rivals(sparsity: Sparsity, granularity: Granularity, dims: [usize; 2]) -> Vec<usize> {
     match sparsity {
         Sparsity::NOfM([_, m]) => owners(Granularity::PerGroup(m), dims),
@@ -34,7 +34,7 @@ fn reference_codes(weight: &[f32], rivals: &[usize], zeros: impl Fn(usize) -> us
     codes
 }
 
-/// How many of so many rivals are zero.
+/// Number of zeros among competing weights.
 type Zeros = fn(usize) -> usize;
 
 fn sparsities() -> Vec<(Sparsity, Zeros)> {
@@ -49,7 +49,7 @@ fn sparsities() -> Vec<(Sparsity, Zeros)> {
 }
 
 #[test]
-fn exactly_the_smallest_weights_are_zero_and_the_scale_is_that_of_the_others() {
+fn exactly_the_smallest_weights_are_zero() {
     for seed in [1, 2] {
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
         for dims in DIMS {
@@ -94,7 +94,7 @@ fn check_scales(
             .map(|index| f64::from(values[index].abs()))
             .collect();
         kept.sort_by(f64::total_cmp);
-        // Groups that cut the runs of N:M may have any number of codes, none too.
+        // Groups that cut runs of N:M may have any number of codes, also none.
         let whole = match (config.sparsity, config.granularity) {
             (Sparsity::NOfM([_, m]), Granularity::PerGroup(n)) => n.is_multiple_of(m),
             _ => true,
@@ -135,7 +135,7 @@ fn weights_that_tie_are_zero_together_and_a_zero_has_no_code() {
     }
 }
 
-/// A quantizer with learned scales that f16 holds, as are the next ones `step` away.
+/// A quantizer with learned scales that are f16 values, as are those `step` away.
 fn with_scales(config: &QuantConfig, weight: &Tensor<2>, scales: &[f32]) -> TernaryQuantizer {
     let mut quantizer = quantizer(config, weight);
     let dims = quantizer.scale.as_ref().unwrap().dims();
@@ -143,7 +143,7 @@ fn with_scales(config: &QuantConfig, weight: &Tensor<2>, scales: &[f32]) -> Tern
     quantizer
 }
 
-/// No code depends on the scale: its gradient is that of the forward pass itself, no surrogate.
+/// No code depends on the scale, so its gradient is the exact one of the forward pass, not of a surrogate.
 #[test]
 fn a_learned_scale_has_the_gradient_of_the_forward_pass() {
     let rng = &mut ChaCha8Rng::seed_from_u64(4);

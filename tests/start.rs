@@ -1,4 +1,4 @@
-//! Promise: a run may start from any model of its shape, and loses nothing but what it rounds.
+//! Promise: a run may start from any model of its shape, and loses only what rounding loses.
 
 use crate::{shape, small_experiment};
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -40,7 +40,7 @@ fn a_model_starts_with_the_weights_of_another() {
             for scale in [ScaleRule::Absmean, ScaleRule::Learned, ScaleRule::Seq] {
                 let quant =
                     QuantConfig { scale, granularity: Granularity::PerGroup(32), ..QuantConfig::default() };
-                // Neither the seed nor a rotary context matters.
+                // Neither the seed nor the rotary context affects the result.
                 let longer = if family == Family::Gpt2 { 10 } else { 20 };
                 let config = DuckConfig { context: longer, ..config.clone() };
                 let model = config.init_from(&packed, &quant, 77, &device()).unwrap();
@@ -48,7 +48,7 @@ fn a_model_starts_with_the_weights_of_another() {
                 assert_eq!(logits(&model), expected, "{family:?} {tied}");
                 model.dials().lambda.set(1.0);
                 assert_ne!(logits(&model), expected);
-                // Rounded, it is what the same rule makes of the same weights.
+                // Quantized, it equals the same rule applied to the same weights.
                 let twin = config.init_from(&packed, &quant.clone().float(), 1, &device()).unwrap();
                 for ((_, linear), (path, source)) in model.linears().into_iter().zip(twin.linears()) {
                     let quantizer = linear.quantizer.as_ref().unwrap();
@@ -120,7 +120,7 @@ fn another_shape_is_refused_by_its_key() {
 }
 
 #[test]
-fn ternary_weights_are_trained_on_by_their_own_scales_only() {
+fn ternary_weights_are_trained_further_with_their_own_scales_only() {
     let config = shape(Family::Llama);
     let ternary = config.init(&QuantConfig::default(), 3, &device());
     let packed = export_for_inference(&ternary, None, "duck").unwrap();
@@ -145,11 +145,11 @@ fn experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment {
 }
 
 #[test]
-fn a_run_says_what_rounding_did_to_its_start_and_goes_on_when_resumed() {
+fn a_run_reports_its_initial_loss_before_and_after_rounding() {
     let out = tempfile::tempdir().unwrap();
     let float = experiment(out.path(), "float", &["quant.enabled=false"]);
     let before = train_duck_quantized(&float).unwrap();
-    // From the run, and from the file that it left.
+    // From the run, and from its model file.
     for (name, place) in [("run", float.run_dir()), ("file", float.run_dir().join("model.gguf"))] {
         let place = place.display();
         let start = [format!("run.start_from={place}"), format!("data.tokenizer={place}")];
@@ -160,7 +160,7 @@ fn a_run_says_what_rounding_did_to_its_start_and_goes_on_when_resumed() {
                 .map(Option::unwrap);
         assert!((was - float).abs() < 1e-6, "{was} {float}");
         assert!(rounded > float + 0.02 && after < rounded, "{float} {rounded} {after}");
-        // Another session of the run still knows where it began.
+        // A later session of the run still reports the initial losses.
         let path = experiment.run_dir().join("result.json");
         std::fs::remove_dir_all(experiment.run_dir().join("checkpoints/step-00000030")).unwrap();
         let resumed = run(experiment, &RunOptions { resume: true, ..RunOptions::default() }).unwrap();
@@ -183,6 +183,6 @@ fn a_start_that_is_none_is_named() {
     let error = refusal(&[&format!("run.start_from={}", path.display())]);
     assert_eq!(error.exit_code(), 2, "{error}");
     assert!(error.to_string().contains("model.d_model: found 32, expected the 64"), "{error}");
-    // A refused run leaves nothing that a later one would take for a run.
+    // A refused run leaves no folder that a later command would take for a run.
     assert!(!out.path().join("student-1/checkpoints/step-00000001").exists());
 }

@@ -1,4 +1,4 @@
-//! Promise: a step without a learned token changes nothing, and the guard skips no step that was right.
+//! Promise: a step without a learned token changes nothing, and the guard skips no good step.
 
 use crate::small_experiment;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -78,7 +78,7 @@ fn most_steps_without_a_learned_token_end_as_without_a_guard() {
 }
 
 #[test]
-fn a_text_learned_by_heart_is_no_series_of_spikes() {
+fn a_memorized_text_causes_no_spikes() {
     let home = tempfile::tempdir().unwrap();
     let text = home.path().join("line.txt");
     fs::write(&text, "abcdefgh ".repeat(60)).unwrap();
@@ -88,7 +88,7 @@ fn a_text_learned_by_heart_is_no_series_of_spikes() {
     assert!(result.valid_loss.unwrap() < 0.05, "{:?}", result.valid_loss);
 }
 
-/// A batch of `learned` random tokens a window, the others masked.
+/// A batch with `learned` random tokens per window, the others masked.
 fn batch(seed: u32, learned: usize, device: &Device) -> LmBatch {
     let windows: Vec<Window> = (0..2u32)
         .map(|i| Window {
@@ -120,7 +120,7 @@ fn after(enabled: bool, steps: &[&[LmBatch]]) -> (Vec<f32>, QuantizationTrainer)
 }
 
 #[test]
-fn a_step_without_a_learned_token_changes_neither_weights_nor_moments_nor_means() {
+fn a_step_without_a_learned_token_changes_nothing() {
     let device = burn_ternary::device::device("flex").unwrap().autodiff();
     let [one, two, none] = [(1, 16), (2, 5), (3, 0)].map(|(seed, learned)| batch(seed, learned, &device));
     let batches = |batches: &[&LmBatch]| batches.iter().copied().cloned().collect::<Vec<_>>();
@@ -128,11 +128,11 @@ fn a_step_without_a_learned_token_changes_neither_weights_nor_moments_nor_means(
     let twice = [none.clone(), none.clone()].concat();
     for enabled in [true, false] {
         let (logits, trainer) = after(enabled, &[&one, &two, &one]);
-        // As steps of their own, and as micro-batches of a step.
+        // As separate steps, and as micro-batches of a step.
         let (same, with_empty) = after(enabled, &[&none, &one, &none, &twice, &two, &none, &one, &none]);
         assert_eq!(logits, same, "ternary: {enabled}");
-        let beside = [none.clone(), two.clone(), none.clone()].concat();
-        assert_eq!(logits, after(enabled, &[&one, &beside, &one]).0, "ternary: {enabled}");
+        let mixed = [none.clone(), two.clone(), none.clone()].concat();
+        assert_eq!(logits, after(enabled, &[&one, &mixed, &one]).0, "ternary: {enabled}");
         let (state, other) = (trainer.state(), with_empty.state());
         assert_eq!(state.loss_average.map(f64::to_bits), other.loss_average.map(f64::to_bits));
         assert_eq!((state.tokens, state.bad_steps), (other.tokens, other.bad_steps));
@@ -142,7 +142,7 @@ fn a_step_without_a_learned_token_changes_neither_weights_nor_moments_nor_means(
 }
 
 #[test]
-fn an_empty_step_is_no_bad_step_and_ends_no_series_of_them() {
+fn an_empty_step_neither_adds_to_nor_ends_bad_steps() {
     let device = burn_ternary::device::device("flex").unwrap().autodiff();
     let [good, none] = [(1, 16), (3, 0)].map(|(seed, learned)| batch(seed, learned, &device));
     let mut bad = good.clone();
@@ -182,14 +182,14 @@ fn a_validation_text_without_a_learned_window_has_no_loss() {
     assert_eq!((result.valid_loss, result.best_valid_loss, result.best_valid_step), (None, None, None));
 }
 
-/// What a result says of the run, not of the process that ended it.
+/// The part of a result that describes the run, not the process that ended it.
 pub(crate) fn of_the_run(run_dir: &Path) -> RunResult {
     let result = RunResult::read(&run_dir.join("result.json")).unwrap();
     RunResult { wall_s: 0.0, tokens_per_s: 0.0, peak_rss_bytes: None, ..result }
 }
 
 #[test]
-fn a_run_is_resumed_behind_a_step_without_a_learned_token() {
+fn a_run_resumes_after_a_step_without_a_learned_token() {
     let _alone = crate::alone_with_the_generator();
     let home = tempfile::tempdir().unwrap();
     let text = dialogues(home.path(), &["yes", "no"]);
@@ -234,7 +234,7 @@ fn texts_of_any_alphabet_are_trained_on_by_characters() {
         let experiment = experiment(home.path(), name, &path, &small);
         assert!(train_duck_quantized(&experiment).unwrap().finished);
         let samples = fs::read_to_string(experiment.run_dir().join("samples.txt")).unwrap();
-        // Two evaluations; a prompt that is longer than the context is as good as any.
+        // Two evaluations; a prompt may be longer than the context.
         let expected = if name == "dna" { 4 } else { 2 };
         assert_eq!(samples.lines().count(), expected, "{samples}");
         assert!(samples.contains(&text[..2]) && !samples.contains("One day"), "{samples}");

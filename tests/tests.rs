@@ -46,14 +46,14 @@ fn small_experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment 
     experiment
 }
 
-/// For tests of runs with dropout that are repeated: a device has one random generator a process, and another such run that
+/// For tests of runs with dropout that are repeated: a device has one random generator per process, and another such run that
 /// draws from it between a step's seed and its draws changes them.
 fn alone_with_the_generator() -> MutexGuard<'static, ()> {
     static DRAWS: Mutex<()> = Mutex::new(());
     DRAWS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A small shape with every part of its family.
+/// A small shape that uses every feature of its family.
 fn shape(family: Family) -> DuckConfig {
     let gpt2 = family == Family::Gpt2;
     DuckConfig {
