@@ -14,7 +14,7 @@ PEER_MODEL = os.environ.get("PEER_MODEL", MODEL)
 PAIRS, PROMPT, GENERATE, BATCH = (int(os.environ.get(k, v)) for k, v in
                                   [("PAIRS", 5), ("PROMPT", 512), ("GENERATE", 128), ("BATCH", 8)])
 THREADS = [int(t) for t in os.environ.get("THREADS", "1 2").split()]
-# Tokens that each sequence of the batch holds before it generates: llama-batched-bench wants some.
+# Prompt tokens of each sequence of the batch: llama-batched-bench requires some.
 BATCH_PROMPT = 16
 MEASURES = ["prompt", "generate", "batch"]
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds llama.cpp, from the source package of llama-cpp-python on PyPI, into FOLDER (15 to 30 minutes on two cores),
-# and prints the folder of its programs. Done already: prints it at once.
+# and prints the folder of its programs. If they are built already, it only prints the folder.
 # usage: build_llama_cpp.sh [FOLDER]      needs python3 with venv, a C++ compiler
 #   LLAMA_CPP_PYTHON=VERSION   another version of the package
 #   PROGRAMS="llama-bench ..." what to build
@@ -50,8 +50,8 @@ os.remove(path)
 PYTHON
 fi
 
-# GCC 12 takes `_tile_loadconfig` to read 8 bytes of its 64 and drops what fills the others: the program ends with
-# SIGSEGV at the first product by AMX.
+# GCC 12 assumes that `_tile_loadconfig` reads 8 of its 64 bytes, and removes the code that fills the others: the program
+# ends with SIGSEGV at the first AMX product.
 mmq=$folder/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
 if [[ -f $mmq ]] && ! grep -q '"r"(&tc)' "$mmq"; then
     sed -i 's/^    _tile_loadconfig(&tc);/    asm volatile("" :: "r"(\&tc) : "memory");\n&/' "$mmq"

@@ -4,7 +4,7 @@
 # usage: pytorch.sh [SHAPE]
 #   SHAPE       duck (default: 768 wide, 12 layers) or duck-small-gpt2 (128 wide, 4 layers)
 #   ROUNDS=5 THREADS="1 2"
-#   PYTHON=...  one that has torch; else a virtual environment with torch 2.9.0 from PyPI (several GB) is made in a cache
+#   PYTHON=...  a Python with torch; default: a virtual environment with torch 2.9.0 from PyPI (several GB) in a cache
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

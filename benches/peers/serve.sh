@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Our server against llama.cpp's on the same file: one stream, and eight at once, in alternating pairs.
-# The last line is JSON: medians in tokens per second, how much eight streams give over one, and ours over theirs.
+# The last line is JSON: medians in tokens per second, the ratio of eight streams to one, and the ratio of ours to theirs.
 # usage: serve.sh [MODEL.gguf [FOLDER]]
 #   MODEL.gguf   default: a Duck of 768 x 12 with random ternary weights, written by our bench
 #   FOLDER       where llama.cpp is or will be built; default: a cache folder

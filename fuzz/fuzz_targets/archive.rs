@@ -1,4 +1,4 @@
-//! The bytes of an archive, or edits of a sound one. What is read is used and run.
+//! The bytes of an archive, or edits of a valid one. A model that can be read is used and run.
 #![no_main]
 
 use burn_ternary_fuzz::{archive::Sections, archives, init, use_model};

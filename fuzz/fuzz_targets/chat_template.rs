@@ -1,4 +1,4 @@
-//! A template and, after bytes 0, messages. Rendering must end soon.
+//! A chat template followed by messages, separated by zero bytes. Rendering must end soon.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

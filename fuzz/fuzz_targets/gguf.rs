@@ -1,4 +1,4 @@
-//! The bytes of a GGUF file, or edits of a sound one. What is read is used and run.
+//! The bytes of a GGUF file, or edits of a valid one. A model that can be read is used and run.
 #![no_main]
 
 use burn_ternary_fuzz::{container::Sections, files, init, use_model};

@@ -1,4 +1,4 @@
-//! Edits of a sound folder. What is read is used and run.
+//! Edits of a valid folder. A model that can be read is used and run.
 #![no_main]
 
 use burn_ternary_fuzz::{folders, init, json, use_model};
@@ -27,7 +27,7 @@ fuzz_target!(init: init(), |data: &[u8]| {
     }
 });
 
-/// Spoils a file: a node of its JSON, the header in JSON of a safetensors file, or a byte.
+/// Corrupts a file: a node of its JSON, the JSON header of a safetensors file, or a byte.
 fn edit(files: &mut Files, input: &mut Unstructured) -> Result<()> {
     let (name, contents) = {
         let index = input.choose_index(files.len())?;

@@ -1,4 +1,4 @@
-//! A request of any kind, mostly edits of a sound one. It is answered in the form of the API, and never with 500.
+//! A request, mostly an edited valid one. The response has the form of the API and never has status 500.
 #![no_main]
 
 use axum::{
@@ -87,7 +87,7 @@ fn request(input: &mut Unstructured) -> Result<Request<Body>> {
         while !input.is_empty() && json::edit(&mut value, &parts, input).is_ok() {}
         value.to_string().into_bytes()
     };
-    // Headers may be no headers.
+    // Headers may be malformed.
     request.body(Body::from(body)).map_err(|_| libfuzzer_sys::arbitrary::Error::IncorrectFormat)
 }
 

@@ -1,4 +1,4 @@
-//! A `tokenizer.json`, or edits of a sound one. What is read encodes and decodes.
+//! A `tokenizer.json`, or edits of a valid one. A tokenizer that can be read encodes and decodes.
 #![no_main]
 
 use burn_ternary_fuzz::{init, json, tokenizers, use_tokenizer};

@@ -1,13 +1,13 @@
-//! Archives in parts, so that an edit leaves the rest where a reader finds it, under the right checksums.
+//! Archives as parts, so that after an edit of one part the offsets and checksums of the others are still valid.
 
 use arbitrary::{Result, Unstructured};
 
-/// Head and tensors of a file; every length and checksum is written as the parts have it.
+/// Head and tensors of a file. Lengths and checksums are computed from the parts when it is written.
 #[derive(Clone)]
 pub struct Sections {
-    /// What the head says that it is long, and what it is packed.
+    /// Length of the head as declared, and packed.
     head: (u64, Vec<u8>),
-    /// Encoding with its group, and the one chunk.
+    /// Encoding with its group, and the only chunk.
     tensors: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -21,7 +21,7 @@ fn number(mut number: u64) -> Vec<u8> {
     bytes
 }
 
-/// Takes parts off the front of a sound file.
+/// Reads parts from the front of a valid file.
 struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
@@ -36,7 +36,7 @@ impl<'a> Reader<'a> {
         if byte < 128 { byte } else { byte - 128 + 128 * self.number() }
     }
 
-    /// What has its length before it and its checksum after it.
+    /// A part with its length before it and its checksum after it.
     fn part(&mut self) -> Vec<u8> {
         let length = self.number() as usize;
         let part = self.take(length).to_vec();
@@ -46,7 +46,7 @@ impl<'a> Reader<'a> {
 }
 
 impl Sections {
-    /// The parts of a sound file whose tensors have a chunk each.
+    /// The parts of a valid file whose tensors have one chunk each.
     pub fn parse(file: &[u8]) -> Self {
         let mut reader = Reader(&file[5..]);
         let head = (reader.number(), reader.part());
@@ -79,7 +79,7 @@ impl Sections {
         bytes
     }
 
-    /// Spoils a part.
+    /// Corrupts a part.
     ///
     /// # Errors
     /// When the input ends.
@@ -110,7 +110,7 @@ impl Sections {
     }
 }
 
-/// Another byte, more or fewer.
+/// Changes, inserts or removes bytes.
 fn spoil(bytes: &mut Vec<u8>, input: &mut Unstructured) -> Result<()> {
     let at = input.choose_index(bytes.len().max(1))?;
     match bytes.get_mut(at) {

@@ -1,8 +1,8 @@
-//! GGUF files in parts, so that an edit leaves the rest where a reader finds it.
+//! GGUF files as parts, so that after an edit of one part the offsets of the others are still valid.
 
 use arbitrary::{Result, Unstructured};
 
-/// Keys and tensors of a file; every length is written as the parts have it.
+/// Keys and tensors of a file. Lengths are computed from the parts when it is written.
 #[derive(Clone)]
 pub struct Sections {
     /// Name, type, value.
@@ -15,14 +15,14 @@ pub struct Sections {
 
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
-/// Bytes of the types of numbers; 0 for texts and arrays.
+/// Bytes per value of the number types; 0 for strings and arrays.
 const SIZES: [usize; 13] = [1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8];
 
 fn text(text: &[u8]) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes(), text].concat()
 }
 
-/// Takes parts off the front of a sound file.
+/// Reads parts from the front of a valid file.
 struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
@@ -59,7 +59,7 @@ impl<'a> Reader<'a> {
 }
 
 impl Sections {
-    /// The parts of a sound file.
+    /// The parts of a valid file.
     pub fn parse(file: &[u8]) -> Self {
         let mut reader = Reader(&file[8..]);
         let (tensors, keys) = (reader.u64(), reader.u64());
@@ -96,7 +96,7 @@ impl Sections {
         bytes
     }
 
-    /// Spoils a part.
+    /// Corrupts a part.
     ///
     /// # Errors
     /// When the input ends.
@@ -128,7 +128,7 @@ impl Sections {
                 }
             }
             8 if tensor < self.infos.len() => {
-                // A type whose blocks are as many bytes in all may fit: all offsets stay.
+                // Another type with the same total size may be valid, so all offsets stay.
                 self.infos[tensor].2 = *input.choose(&[0, 1, 2, 3, 8, 12, 14, 30, 34, 35, 42])?;
                 self.place();
             }
@@ -142,7 +142,7 @@ impl Sections {
         Ok(())
     }
 
-    /// New offsets, and data of the length that they need.
+    /// Computes new offsets, and data of the required length.
     fn place(&mut self) {
         let mut end = 0;
         for (_, dims, kind, offset) in &mut self.infos {
@@ -166,7 +166,7 @@ impl Sections {
     }
 }
 
-/// A type and a value of it.
+/// A type and a value of this type.
 fn arbitrary_value(input: &mut Unstructured) -> Result<(u32, Vec<u8>)> {
     let kind = input.int_in_range(0..=13)?;
     let value = match kind {

@@ -1,12 +1,12 @@
-//! Edits of JSON that leave it JSON.
+//! Edits of JSON whose result is valid JSON.
 
 use arbitrary::{Result, Unstructured};
 use serde_json::{Value, json};
 
-/// No longer text, and no tree of more nodes, is made of itself: edits would double it each time.
+/// Longer strings and larger trees are not duplicated, since each edit could double them.
 const LARGEST: usize = 500;
 
-/// Parts of tokenizers, to be put anywhere.
+/// Parts of tokenizers, inserted anywhere.
 pub fn tokenizer_parts() -> Vec<Value> {
     let regex = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
     let replace = |pattern: &str, content: &str| json!({"type": "Replace", "pattern": {"String": pattern}, "content": content});
@@ -35,7 +35,7 @@ pub fn tokenizer_parts() -> Vec<Value> {
     ]
 }
 
-/// Parts of requests, to be put anywhere.
+/// Parts of requests, inserted anywhere.
 pub fn request_parts() -> Vec<Value> {
     let key = |key: &str, value: Value| Value::Object([(key.to_string(), value)].into_iter().collect());
     vec![
@@ -57,7 +57,7 @@ pub fn request_parts() -> Vec<Value> {
     ]
 }
 
-/// Exchanges, doubles or takes away a node somewhere in `root`, or puts one of `parts` in its place.
+/// Swaps, duplicates or removes a node somewhere in `root`, or replaces it with one of `parts`.
 ///
 /// # Errors
 /// When the input ends.

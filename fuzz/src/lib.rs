@@ -1,4 +1,4 @@
-//! What the fuzz targets share: small sound models, edits that spoil them, and a use of whatever is read.
+//! Shared code of the fuzz targets: small valid models, edits that corrupt them, and functions that use what was read.
 
 pub mod archive;
 pub mod container;
@@ -10,8 +10,8 @@ pub use model::{small, use_model, use_tokenizer};
 pub use seed::{SEEDS, archives, files, folders, tokenizers};
 use std::sync::Once;
 
-/// Lets pass, with a line, the panics that the code under test may catch: those of the crate `tokenizers`. All others
-/// end the process, as libFuzzer wants it.
+/// Prints a line for panics of the crate `tokenizers`, which the code under test catches. All other panics end the process,
+/// as libFuzzer requires.
 pub fn init() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

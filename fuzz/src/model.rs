@@ -1,4 +1,4 @@
-//! A small model, and a use of one.
+//! A small model, and a function that uses every part of a model.
 
 use half::f16;
 use ternary_format::{Activation, Family, ModelSpec, PackedModel, Tensor, Tokenizer, chat};
@@ -7,7 +7,7 @@ use ternary_infer::{ActivationMode, Engine, EngineOptions, GenerateOptions, Samp
 /// Larger models are read but not run.
 const RUN_WEIGHTS: usize = 1 << 16;
 
-/// Ternary matrices and floats, all the same at each call.
+/// A model with ternary and float matrices, the same at each call.
 pub fn small(family: Family, d_model: usize, tokenizer: Tokenizer) -> PackedModel {
     let gpt2 = family == Family::Gpt2;
     let spec = ModelSpec {
@@ -72,14 +72,14 @@ pub fn use_model(model: PackedModel) {
         let last = engine.spec().vocab_size as u32 - 1;
         let sampling = Sampling { temperature: 0.7, top_p: 0.9, ..Sampling::default() };
         let options = GenerateOptions { sampling, max_tokens: 2, ..GenerateOptions::default() };
-        // A context of one token has no room for two.
+        // A context of one token cannot take two.
         if let Ok(generation) = engine.generate(&[0, last], options) {
             generation.for_each(drop);
         }
     }
 }
 
-/// Encodes, decodes at once and id by id, and writes.
+/// Encodes, decodes all ids at once and one by one, and writes the tokenizer.
 pub fn use_tokenizer(tokenizer: &Tokenizer) {
     for text in ["", "ab", "hello <|user|> 12 \u{1f986}\r\n  \u{2581}a\u{301}", "<s>[UNK]ab"] {
         let Ok(ids) = tokenizer.encode(text) else { continue };

@@ -1,4 +1,4 @@
-//! Sound files to be spoilt.
+//! Valid files, the seeds of the corpus.
 
 use crate::small;
 use std::{fs, path::Path};
@@ -48,7 +48,7 @@ const UNIGRAM: &str = r###"{
     "model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["▁", -1.0], ["a", -2.0], ["b", -2.5], ["▁ab", -1.5]], "byte_fallback": false}
 }"###;
 
-/// How many seeds a target can count on.
+/// Number of seeds that every target has.
 pub const SEEDS: usize = 4;
 
 /// The contents of `tokenizer.json`s of each model type.
@@ -85,7 +85,7 @@ pub fn files() -> Vec<Vec<u8>> {
     for (model, encoding) in models {
         write(&model, &path, WeightType::Encoded(encoding));
         let file = fs::read(&path).expect("the file that was written");
-        // The same without our own keys, as stock programs write it: its tokenizer is made from llama.cpp's keys.
+        // The same without our own keys, as other programs write it; the tokenizer is read from llama.cpp's keys.
         let mut stock = crate::container::Sections::parse(&file);
         stock.keys.retain(|key| !key.0.ends_with(b"json"));
         files.extend([stock.bytes(), file]);
