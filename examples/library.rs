@@ -2,7 +2,8 @@ use burn::{data::dataloader::DataLoader, module::Module};
 use burn_ternary::data::{Dataset, LmLoader};
 use burn_ternary::format::{WriteOptions, write_model};
 use burn_ternary::infer::{Engine, EngineOptions, GenerateOptions};
-use burn_ternary::train::{Experiment, QuantizationTrainer};
+use burn_ternary::run::Experiment;
+use burn_ternary::train::QuantizationTrainer;
 use burn_ternary::{device::device, export_for_inference};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

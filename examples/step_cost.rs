@@ -8,8 +8,9 @@ use burn_ternary::data::{LmBatch, LmBatcher, window::Window};
 use burn_ternary::device::{describe, device, peak_rss_bytes};
 use burn_ternary::nn::DuckConfig;
 use burn_ternary::quant::{ActivationPrecision, Products, QuantConfig, Sparsity};
+use burn_ternary::run::Experiment;
 use burn_ternary::train::{
-    Experiment, QuantizationTrainer,
+    QuantizationTrainer,
     optim::{MatrixOptimizer, Moments},
 };
 use clap::{Parser, ValueEnum};

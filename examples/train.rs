@@ -2,7 +2,8 @@
 //!
 //! `cargo run --release --example train -- --help` lists the flags.
 
-use burn_ternary::train::{TrainCommand, progress::say};
+use burn_ternary::format::say;
+use burn_ternary::run::TrainCommand;
 use clap::Parser;
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;

@@ -1,7 +1,7 @@
 //! Promise: the numbers of README and book are those of the committed results.
 
 use burn_ternary::nn::DuckConfig;
-use burn_ternary::train::report::RunResult;
+use burn_ternary::report::RunResult;
 use std::fs;
 use std::path::Path;
 use ternary_format::{Encoding, SizeReport, WriteOptions, read_model, write_model};

@@ -1,7 +1,8 @@
 //! Promise: a student learns from its teacher, and a teacher that does not fit is named.
 
 use crate::small_experiment;
-use burn_ternary::train::{Experiment, TrainError, distill::record_teacher, report, train_duck_quantized};
+use burn_ternary::report;
+use burn_ternary::run::{Experiment, TrainError, record_teacher, train_duck_quantized};
 use std::path::Path;
 
 fn experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment {

@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf};
 
 use burn_ternary::{
     nn::DuckConfig,
-    train::{Experiment, Size, TrainError},
+    run::{Experiment, Size, TrainError},
 };
 use proptest::{prelude::*, sample::Index};
 use toml::{Table, Value};

@@ -1,9 +1,9 @@
 //! Promise: a run folder has one writer, and no file that is not the run's is touched.
 
 use crate::resume::{losses, tensors};
-use burn_ternary::train::{
+use burn_ternary::run::{
     Experiment, LockError, RunLock, RunOptions, SavedRun, TrainCommand, TrainError, checkpoint::Checkpoints,
-    distill::record_teacher, packed_model, run,
+    packed_model, record_teacher, run,
 };
 use clap::Parser;
 use std::{

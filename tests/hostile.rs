@@ -1,6 +1,6 @@
 //! Promise: bad input, files and disks cause a clear error and an exit code, no panic, and overwrite nothing.
 
-use burn_ternary::train::{Experiment, RunOptions, TrainCommand, TrainError, run};
+use burn_ternary::run::{Experiment, RunOptions, TrainCommand, TrainError, run};
 use clap::Parser;
 use std::fs;
 use std::path::Path;

@@ -2,8 +2,8 @@
 
 use crate::resume::tensors;
 use crate::small_experiment;
-use burn_ternary::train::distill::record_teacher;
-use burn_ternary::train::{Experiment, RunOptions, TrainError, run, train_duck_quantized};
+use burn_ternary::run::record_teacher;
+use burn_ternary::run::{Experiment, RunOptions, TrainError, run, train_duck_quantized};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,7 +1,8 @@
 //! Promise: a short run learns, and its folder contains everything that the documentation lists.
 
 use crate::small_experiment;
-use burn_ternary::train::{Experiment, SavedRun, report, train_duck_quantized};
+use burn_ternary::report;
+use burn_ternary::run::{Experiment, SavedRun, train_duck_quantized};
 use std::path::Path;
 
 fn experiment(out: &Path) -> Experiment {

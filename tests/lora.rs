@@ -5,9 +5,9 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_ternary::export_for_inference;
 use burn_ternary::nn::{DuckConfig, DuckQuantized, Family, LoraConfig};
 use burn_ternary::quant::{ActivationPrecision, QuantConfig};
-use burn_ternary::train::{
-    Experiment, RunOptions, SavedRun, TrainError, packed_model, report, report::RunResult, run,
-    train_duck_quantized,
+use burn_ternary::report::{self, RunResult};
+use burn_ternary::run::{
+    Experiment, RunOptions, SavedRun, TrainError, packed_model, run, train_duck_quantized,
 };
 use std::fs;
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! Promise: a killed and resumed run ends bit for bit where the uninterrupted one does.
 
 use crate::targets::of_the_run;
-use burn_ternary::train::{Experiment, RunOptions, run};
+use burn_ternary::run::{Experiment, RunOptions, run};
 use rand::{Rng, SeedableRng};
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -9,7 +9,8 @@ use burn_ternary::{
     ExportError, ImportError, export_for_inference,
     nn::{DuckConfig, DuckQuantized, Family},
     quant::{ActivationPrecision, Granularity, QuantConfig, ScaleRule, Sparsity, TablePrecision},
-    train::{Experiment, SavedRun, TrainCommand, packed_model, report::RunResult, train_duck_quantized},
+    report::RunResult,
+    run::{Experiment, SavedRun, TrainCommand, packed_model, train_duck_quantized},
 };
 use clap::Parser;
 use half::f16;

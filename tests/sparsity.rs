@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use burn_ternary::quant::{
     Dials, Granularity, QuantConfig, ScaleRule, Sparsity, TernaryQuantizer, TernaryQuantizerConfig,
 };
-use burn_ternary::train::{SavedRun, train_duck_quantized};
+use burn_ternary::run::{SavedRun, train_duck_quantized};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -6,7 +6,8 @@ use burn_ternary::{
     ImportError, export_for_inference,
     nn::{Activation, DuckConfig, DuckQuantized, Family},
     quant::{Granularity, QuantConfig, ScaleRule, Sparsity},
-    train::{Experiment, RunOptions, TrainError, report::RunResult, run, train_duck_quantized},
+    report::RunResult,
+    run::{Experiment, RunOptions, TrainError, run, train_duck_quantized},
 };
 use std::path::Path;
 use ternary_format::{PackedModel, WriteOptions, write_model};

@@ -4,11 +4,10 @@ use crate::small_experiment;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_ternary::data::window::Window;
 use burn_ternary::data::{LmBatch, LmBatcher};
+use burn_ternary::report::{self, RunResult};
+use burn_ternary::run::{Experiment, RunOptions, TrainError, run, train_duck_quantized};
+use burn_ternary::train::QuantizationTrainer;
 use burn_ternary::train::schedule::Shape;
-use burn_ternary::train::{
-    Experiment, QuantizationTrainer, RunOptions, TrainError, report, report::RunResult, run,
-    train_duck_quantized,
-};
 use std::fs;
 use std::path::{Path, PathBuf};
 

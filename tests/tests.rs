@@ -18,7 +18,7 @@ mod start;
 mod targets;
 
 use burn_ternary::nn::{Activation, DuckConfig, Family};
-use burn_ternary::train::Experiment;
+use burn_ternary::run::Experiment;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -29,15 +29,17 @@
 //!
 //! # Modules
 //! Data flows one way: text becomes token windows and batches in [`data`], a model of [`nn`] turns ids into logits through
-//! the quantizers of [`quant`] and the backend ops of [`ops`], and [`train`] turns logits into a loss, gradients, metrics
-//! and checkpoints.
+//! the quantizers of [`quant`] and the backend ops of [`ops`], [`train`] turns logits into a loss, gradients and an update,
+//! [`run`](mod@run) repeats that for a whole experiment, and [`report`] shows what happened.
 //!
 //! | module | for | begin with |
 //! |---|---|---|
 //! | [`data`] | text to batches | [`Dataset::prepare`](data::Dataset::prepare), [`LmLoader`](data::LmLoader) |
 //! | [`nn`] | layers and models | [`DuckConfig`](nn::DuckConfig), [`DuckQuantized`](nn::DuckQuantized), [`QuantizedLinear`](nn::QuantizedLinear) |
 //! | [`quant`] | ternary quantizers, and any Burn module | [`QuantConfig`](quant::QuantConfig), [`TernaryQuantizer`](quant::TernaryQuantizer), [`prepare`](quant::prepare) |
-//! | [`train`] | a step, or a whole run from an experiment file | [`QuantizationTrainer`](train::QuantizationTrainer), [`Experiment`](train::Experiment), [`train::run()`] |
+//! | [`train`] | an optimizer step | [`QuantizationTrainer`](train::QuantizationTrainer) |
+//! | [`run`](mod@run) | a whole run from an experiment file | [`Experiment`](run::Experiment), [`run::run()`], [`SavedRun`](run::SavedRun) |
+//! | [`report`] | metrics, results and plots of a run | [`RunResult`](report::RunResult), [`report::read`] |
 //! | [`prepared`] | files of your own models | [`save`](prepared::save), [`load`](prepared::load), [`export`](prepared::export) |
 //! | [`export_for_inference`] | a trained Duck to a model file; back by [`DuckQuantized::load`](nn::DuckQuantized::load) | [`format::write_model`] |
 //! | [`format`](mod@format) | the crate `ternary-format`: GGUF, ONNX, Hugging Face folders, tokenizers | [`PackedModel`](format::PackedModel) |
@@ -62,6 +64,8 @@ pub mod nn;
 pub mod ops;
 pub mod prepared;
 pub mod quant;
+pub mod report;
+pub mod run;
 mod seed;
 pub mod train;
 

@@ -3,7 +3,7 @@
 use crate::{Error, train};
 use burn_ternary::{
     ImportError,
-    train::{TrainCommand, TrainError, packed_model},
+    run::{TrainCommand, TrainError, packed_model},
 };
 use std::path::{Path, PathBuf};
 use toml::Value;

@@ -1,7 +1,7 @@
 //! `duck distill-logits`: what a teacher thinks of a training text, written down once for many runs.
 
 use crate::{Error, terminal};
-use burn_ternary::train::{ExperimentArgs, RECORDING, distill::record_teacher};
+use burn_ternary::run::{ExperimentArgs, RECORDING, record_teacher};
 use std::path::PathBuf;
 use toml::Value;
 

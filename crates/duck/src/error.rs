@@ -42,7 +42,7 @@ pub enum Error {
     Network(String),
     #[cfg(feature = "train")]
     #[error(transparent)]
-    Train(#[from] burn_ternary::train::TrainError),
+    Train(#[from] burn_ternary::run::TrainError),
 }
 
 impl Error {

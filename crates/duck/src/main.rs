@@ -56,7 +56,7 @@ struct Duck {
 enum Command {
     #[cfg(feature = "train")]
     #[command(after_help = train::EXAMPLES)]
-    Train(Box<burn_ternary::train::TrainCommand>),
+    Train(Box<burn_ternary::run::TrainCommand>),
     #[cfg(feature = "train")]
     Convert(Box<convert::Command>),
     #[cfg(feature = "train")]

@@ -57,7 +57,7 @@ fn unfinished(run: &Path) -> Result<PackedModel, Error> {
     let data =
         |expected: String, found: String| Error::Data { origin: run.display().to_string(), expected, found };
     #[cfg(feature = "train")]
-    return burn_ternary::train::packed_model(run).map_err(|error| match error.exit_code() {
+    return burn_ternary::run::packed_model(run).map_err(|error| match error.exit_code() {
         4 => Error::Train(error),
         _ => data(format!("a run folder with {RUN_MODEL} or a good checkpoint"), error.to_string()),
     });

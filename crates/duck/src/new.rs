@@ -1,7 +1,7 @@
 //! `duck new`: begins an experiment.
 
 use crate::{Error, terminal};
-use burn_ternary::train::{Experiment, Proposal, Size, propose};
+use burn_ternary::run::{Experiment, Proposal, Size, propose};
 use std::path::PathBuf;
 
 const EXAMPLES: &str = "\

@@ -1,7 +1,7 @@
 //! `duck train`: runs an experiment.
 
 use crate::{Error, terminal};
-use burn_ternary::train::TrainCommand;
+use burn_ternary::run::TrainCommand;
 
 pub const EXAMPLES: &str = "\
 Examples:

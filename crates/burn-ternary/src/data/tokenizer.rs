@@ -1,7 +1,6 @@
 //! Tokenizers made from the training text: its characters, or a byte-level BPE.
 
 use super::{DataError, chat::Special, corpus::Document};
-use crate::train::progress::say;
 use std::{
     collections::BTreeSet,
     path::Path,
@@ -9,7 +8,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use ternary_format::{FormatError, Tokenizer, read_model};
+use ternary_format::{FormatError, Tokenizer, read_model, say};
 use tokenizers::{
     AddedToken, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Trainer,
     models::bpe::{BPE, BpeTrainer},

@@ -3,13 +3,12 @@
 mod distance;
 mod recording;
 
-use super::identity::{Identity, hex, model_digest};
-use super::progress::say;
-use super::run::{last_checkpoint, resolve_vocabulary};
-use super::{Experiment, TrainError, saved::packed_model};
 use crate::data::{LmBatch, Texts, tokens::TokenFile};
 use crate::device;
 use crate::nn::{BlockStates, DuckConfig, DuckQuantized};
+use crate::report::progress::say;
+use crate::run::identity::{Identity, hex, model_digest};
+use crate::run::{Experiment, TrainError, last_checkpoint, packed_model, resolve_vocabulary};
 use burn::tensor::{Device, Tensor};
 use distance::{divergence, hidden_distance, recorded_divergence, relation_divergence};
 pub use recording::{Recording, record};
@@ -111,7 +110,7 @@ pub struct Distances {
 }
 
 /// What an experiment names as its teacher, read, and not yet a model on a device.
-pub(super) enum TeacherFile {
+pub(crate) enum TeacherFile {
     Model(Box<PackedModel>),
     Recording(Recording),
 }
@@ -166,7 +165,7 @@ impl Teacher {
     /// # Errors
     /// `Experiment`: a teacher of other ids than `tokenizer` and the student, of another text, of a smaller context, or of widths
     /// that cannot be compared; `Import`: a model file that is no model.
-    pub(super) fn new(
+    pub(crate) fn new(
         file: TeacherFile,
         config: &DistillConfig,
         tokenizer: &Tokenizer,

@@ -10,7 +10,6 @@
 //! | 32 | seal: SHA-256 of the header before it and of the rows |
 //! | 6 x kept x positions | rows: the ids (4 bytes each), then their log probabilities (f16), likeliest first |
 
-use super::super::TrainError;
 use crate::ImportError;
 use crate::data::{
     LmBatcher,
@@ -18,6 +17,7 @@ use crate::data::{
     window::{TokenWindows, Window},
 };
 use crate::nn::DuckQuantized;
+use crate::run::TrainError;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use half::f16;
 use memmap2::Mmap;
@@ -111,7 +111,7 @@ impl Recording {
     }
 
     /// The seal: SHA-256 of what was recorded.
-    pub(super) fn digest(&self) -> &[u8] {
+    pub(crate) fn digest(&self) -> &[u8] {
         &self.map[SEAL]
     }
 

@@ -1,7 +1,7 @@
 //! AdamW as one op, with moments in floats or at eight bits.
 
 use super::moment::Moment;
-use super::optim::{Decay, Moments};
+use super::{Decay, Moments};
 use crate::ops::{AdamWStep, adamw, adamw_int8, int8_moments};
 use crate::quant::Dial;
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource, join_path};
@@ -137,7 +137,7 @@ impl<const D: usize> RecordState for State<D> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::optim::{MatrixOptimizer, OptimConfig, OptimDials};
+    use super::super::{MatrixOptimizer, OptimConfig, OptimDials};
     use super::*;
     use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
     use burn::module::ParamGroup;

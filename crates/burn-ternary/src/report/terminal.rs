@@ -1,9 +1,6 @@
 //! The terminal of a [`Display`]: it is read key by key, Ctrl-C is a signal as anywhere else, and it is restored however a run ends.
 
-use super::{
-    display::{Display, Wish},
-    signals::end_at_once,
-};
+use super::display::{Display, Wish};
 use burn::train::Interrupter;
 use crossterm::{
     cursor::Show,
@@ -19,6 +16,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
+/// Exit code of a run that a signal or the terminal interface ended.
+pub(crate) const INTERRUPTED: u8 = 7;
+
 /// Time between two pictures.
 const TICK: Duration = Duration::from_millis(100);
 /// How long a closing screen may take to draw its last picture.
@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 static OPEN: AtomicBool = AtomicBool::new(false);
 
 /// The terminal while a run draws on it; restored when this is dropped, by a panic too.
-pub(super) struct Screen {
+pub(crate) struct Screen {
     closing: Arc<AtomicBool>,
     /// Ends when the thread that draws has.
     closed: Receiver<()>,
@@ -117,7 +117,7 @@ impl Write for Output {
 }
 
 /// Restores the terminal where a [`Screen`] is open.
-pub(super) fn restore() {
+pub(crate) fn restore() {
     let mut out = io::stdout().lock();
     if !OPEN.swap(false, Ordering::Relaxed) {
         return;
@@ -126,6 +126,15 @@ pub(super) fn restore() {
     let _ = execute!(out, LeaveAlternateScreen, Show);
     #[cfg(all(unix, feature = "flex"))]
     restore_without_memory::disarm();
+}
+
+/// Restores the terminal and ends the process, without a checkpoint.
+pub(crate) fn end_at_once() -> ! {
+    restore();
+    #[cfg(unix)]
+    signal_hook::low_level::exit(INTERRUPTED.into());
+    #[cfg(not(unix))]
+    std::process::exit(INTERRUPTED.into())
 }
 
 /// Lets the message of a panic reach a terminal on which it can be read.
@@ -143,7 +152,7 @@ fn restore_before_panics() {
 /// Sends standard output and error nowhere where their terminal was closed. What draws on it, or tells an error, would fail and panic, and
 /// in the middle of that fail and panic again, which ends a process at once.
 #[cfg(unix)]
-pub(super) fn abandon_closed() {
+pub(crate) fn abandon_closed() {
     use rustix::{io::Errno, stdio, termios::tcgetattr};
     let Ok(nowhere) = std::fs::File::options().write(true).open("/dev/null") else { return };
     if tcgetattr(stdio::stdout()).err() == Some(Errno::IO) {
@@ -155,7 +164,7 @@ pub(super) fn abandon_closed() {
 }
 
 /// Whether standard output is a terminal that can move its cursor.
-pub(super) fn can_draw() -> bool {
+pub(crate) fn can_draw() -> bool {
     io::stdout().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 

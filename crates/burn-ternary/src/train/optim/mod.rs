@@ -1,15 +1,19 @@
 //! The optimizers of a run, by parameter group.
 
+mod adamw;
+mod moment;
+mod muon;
+
+use adamw::AdamW;
 use burn::{
     lr_scheduler::module_lr_scheduler::ModuleLrScheduler,
     module::ParamGroup,
     optim::{LearningRate, ModuleOptimizer},
 };
 
-use super::adamw::AdamW;
-use super::muon::Muon;
 use super::schedule::{PeakSchedule, Schedule};
 use crate::quant::Dial;
+use muon::Muon;
 use serde::{Deserialize, Serialize};
 
 /// Which optimizer has the matrices of quantized layers; everything else is AdamW's.

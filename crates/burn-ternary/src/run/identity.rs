@@ -14,9 +14,9 @@
 //! | all others | value |
 
 use super::checkpoint::{Loaded, sha256};
-use super::schedule::{Schedule, ScheduleConfig};
 use super::{Experiment, TrainError};
 use crate::data::Texts;
+use crate::train::schedule::{Schedule, ScheduleConfig};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
@@ -79,7 +79,7 @@ impl Identity {
     ///
     /// # Errors
     /// `OtherRun`: every setting and input that differs. What `steps` returns.
-    pub(super) fn expect_same(
+    pub(crate) fn expect_same(
         &self,
         loaded: &Loaded,
         run_dir: &Path,
@@ -101,7 +101,7 @@ impl Identity {
     ///
     /// # Errors
     /// `OtherRun`: another text or tokenizer. `Experiment`: a run of an earlier version, whose texts cannot be compared.
-    pub(super) fn expect_texts(loaded: &Loaded, texts: &Texts, run_dir: &Path) -> Result<(), TrainError> {
+    pub(crate) fn expect_texts(loaded: &Loaded, texts: &Texts, run_dir: &Path) -> Result<(), TrainError> {
         let Some(recorded) = &loaded.identity else {
             let message = "holds a run of an earlier version, which has no digests of its texts; expected another run.name \
                            or run.seed";
@@ -162,7 +162,7 @@ impl Identity {
 
 impl Inputs {
     /// The digests of `texts`, without a teacher and a start.
-    pub(super) fn of(texts: &Texts) -> Self {
+    pub(crate) fn of(texts: &Texts) -> Self {
         let [train, valid] = texts.digests().map(|digest| hex(&digest));
         let tokenizer = sha256(texts.tokenizer.to_json().as_bytes());
         Self { train, valid, tokenizer, teacher: None, start: None }
@@ -218,7 +218,7 @@ fn expect_none(differences: Vec<String>, run_dir: &Path) -> Result<(), TrainErro
 }
 
 /// SHA-256 of what a model computes with: its shape and its tensors, whatever it is called and wherever it is.
-pub(super) fn model_digest(model: &PackedModel) -> String {
+pub(crate) fn model_digest(model: &PackedModel) -> String {
     let mut digest = Sha256::new();
     let spec = serde_json::to_vec(&model.spec).expect("names and numbers are JSON");
     digest.update(spec);
@@ -234,6 +234,6 @@ pub(super) fn model_digest(model: &PackedModel) -> String {
     hex(&digest.finalize())
 }
 
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `model.bpk` | Burn's [`ModuleRecord`] |
 //! | `optimizer.bpk` | Burn's [`OptimizerRecord`] |
-//! | `codes.bin` | of a ternary model, a [`CodeTracker`](super::codes::CodeTracker) |
+//! | `codes.bin` | of a ternary model, a [`CodeTracker`](crate::report::code_stats::CodeTracker) |
 //! | `manifest.json` | format version, [`Identity`] of the run, [`TrainState`], length and SHA-256 of the files above |
 //! | `manifest.sha256` | SHA-256 of `manifest.json`, as `sha256sum --check` reads it |
 //!
@@ -16,7 +16,8 @@
 //!
 //! [`RunLock`]: ternary_format::disk::RunLock
 
-use super::{TrainState, identity::Identity};
+use super::identity::Identity;
+use crate::train::TrainState;
 use std::{
     cmp::Reverse,
     fmt::Display,
@@ -97,12 +98,12 @@ pub enum CheckpointError {
 
 impl CheckpointError {
     /// A sound model record whose tensors are not those of the model.
-    pub(super) fn unfit(path: &Path, detail: impl Display) -> Self {
+    pub(crate) fn unfit(path: &Path, detail: impl Display) -> Self {
         Self::Unfit(Refusal { path: path.into(), reason: bad_tensors(MODEL)(detail) })
     }
 
     /// The same of its codes.
-    pub(super) fn unfit_codes(path: &Path) -> Self {
+    pub(crate) fn unfit_codes(path: &Path) -> Self {
         let reason = bad_tensors(CODES)("expected the codes and scales of the model in [model] and [quant]");
         Self::Unfit(Refusal { path: path.into(), reason })
     }

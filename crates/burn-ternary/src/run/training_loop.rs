@@ -4,19 +4,18 @@
 //! in the data instead of starting the shuffle again.
 
 use super::checkpoint::Checkpoints;
-use super::codes::{CodeStats, CodeTracker};
-use super::display::Display;
 use super::identity::Identity;
-use super::metrics::{LmItem, Split, StepReport};
-use super::progress::ProgressLine;
-use super::report::{History, MetricsFile};
-use super::state::StartLoss;
-use super::step::{LanguageModel, QuantizationTrainer};
-use super::{Experiment, TrainError, TrainState, terminal};
+use super::{Experiment, TrainError};
 use crate::ImportError;
 use crate::data::window::TokenWindows;
 use crate::data::{LmBatch, chat};
 use crate::nn::{DuckQuantized, ModelSize};
+use crate::report::burn_metrics::{LmItem, Split, StepReport};
+use crate::report::code_stats::{CodeStats, CodeTracker};
+use crate::report::display::Display;
+use crate::report::progress::ProgressLine;
+use crate::report::{History, MetricsFile, terminal};
+use crate::train::{LanguageModel, QuantizationTrainer, StartLoss, TrainState};
 use burn::data::dataloader::Progress;
 use burn::module::Module;
 use burn::tensor::Device;

@@ -1,6 +1,6 @@
 //! Signals: the first one ends a run after the current step, with a checkpoint; another one ends it at once.
 
-use super::{progress::say, terminal};
+use crate::report::{progress::say, terminal};
 use burn::train::Interrupter;
 use std::io;
 
@@ -13,7 +13,6 @@ pub(super) struct Signals {
 #[cfg(unix)]
 mod unix {
     use super::*;
-    use crate::train::error::INTERRUPTED;
     use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
     use std::fs;
     use std::sync::Arc;
@@ -54,7 +53,7 @@ mod unix {
                         }
                     } else if first.is_none_or(|first| first.elapsed() > SAME) {
                         // Of a run that a key has stopped, too.
-                        end_at_once();
+                        terminal::end_at_once();
                     }
                 }
             };
@@ -81,16 +80,10 @@ mod unix {
         let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
         mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
     }
-
-    /// Restores the terminal and ends the process, without a checkpoint.
-    pub(in super::super) fn end_at_once() -> ! {
-        terminal::restore();
-        signal_hook::low_level::exit(INTERRUPTED.into())
-    }
 }
 
 #[cfg(unix)]
-pub(super) use unix::{end_at_once, ignore_file_limit};
+pub(super) use unix::ignore_file_limit;
 
 #[cfg(not(unix))]
 impl Signals {
@@ -101,13 +94,6 @@ impl Signals {
     pub fn listen(_interrupter: Interrupter, _speaks: bool) -> io::Result<Self> {
         Ok(Self {})
     }
-}
-
-/// Restores the terminal and ends the process, without a checkpoint.
-#[cfg(not(unix))]
-pub(super) fn end_at_once() -> ! {
-    terminal::restore();
-    std::process::exit(super::error::INTERRUPTED.into())
 }
 
 #[cfg(not(unix))]

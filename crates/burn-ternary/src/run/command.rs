@@ -6,10 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::train::{
-    Experiment, RunOptions, TrainError, experiment, report::RunResult, run::run_claimed,
-    signals::ignore_file_limit,
+use super::{
+    Experiment, RunOptions, TrainError, experiment, phases::run_claimed, signals::ignore_file_limit,
 };
+use crate::report::RunResult;
 use ternary_format::disk::{self, RunLock};
 use toml::Value;
 

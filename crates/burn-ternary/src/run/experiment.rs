@@ -7,7 +7,8 @@ use crate::{
     nn::Compute,
     nn::{DuckConfig, Family, InvalidValue, LoraConfig, require},
     quant::{ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity},
-    train::{TrainError, distill::DistillConfig, optim::OptimConfig, schedule::ScheduleConfig},
+    run::TrainError,
+    train::{distill::DistillConfig, optim::OptimConfig, schedule::ScheduleConfig},
 };
 use serde::{Deserialize, Serialize};
 use ternary_format::disk;

@@ -1,6 +1,6 @@
 //! The full-screen display of a run: progress, the curve of a metric, the last text samples, and the keys.
 
-use super::{metrics::significant, progress::duration};
+use super::{burn_metrics::significant, progress::duration};
 use burn::train::{
     LearnerSummary,
     logger::{EvaluationProgressLogger, TrainingProgressLogger},
@@ -31,7 +31,7 @@ const VALID: Color = Color::LightYellow;
 
 /// What a key asks for.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Wish {
+pub(crate) enum Wish {
     /// Stop after the current step, with a checkpoint.
     Stop,
     /// End the process at once, without one.
@@ -40,7 +40,7 @@ pub(super) enum Wish {
 
 /// A display, shared by the run, Burn's events and the thread that draws.
 #[derive(Clone)]
-pub(super) struct Display(Arc<Mutex<Picture>>);
+pub(crate) struct Display(Arc<Mutex<Picture>>);
 
 impl Display {
     /// The display of a run of `steps` optimizer steps, each of which is a part of an epoch.

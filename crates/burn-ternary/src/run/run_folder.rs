@@ -1,6 +1,4 @@
 use super::checkpoint::{CheckpointError, Checkpoints, Loaded};
-use super::schedule::Schedule;
-use super::step::restore;
 use super::{Experiment, TrainError};
 use crate::data::{has_dialogues, tokenizer};
 use crate::device::device;
@@ -8,6 +6,8 @@ use crate::export::{ExportError, export_for_inference, export_frozen, export_lat
 use crate::import::ImportError;
 use crate::nn::DuckQuantized;
 use crate::quant::QuantConfig;
+use crate::train::restore;
+use crate::train::schedule::Schedule;
 use burn::module::Module;
 use burn::tensor::Device;
 use std::{fs, io, path::Path};

@@ -1,6 +1,6 @@
 //! Pictures of a run as SVG: the loss curve and the codes of every layer.
 
-use super::{metrics::StepReport, report::write_atomic};
+use super::{StepReport, write_atomic};
 use plotters::{
     coord::{
         Shift,

@@ -1,10 +1,8 @@
 use super::checkpoint::CheckpointError;
 use crate::data::DataError;
+use crate::report::terminal::INTERRUPTED;
 use std::{io, path::PathBuf};
 use ternary_format::{disk::LockError, memory, threads::ThreadError};
-
-/// Exit code of a run that a signal or the terminal interface ended.
-pub(super) const INTERRUPTED: u8 = 7;
 
 /// Why a run could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +110,7 @@ impl TrainError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::checkpoint::{Refusal, RefusalReason};
+    use crate::run::checkpoint::{Refusal, RefusalReason};
 
     #[test]
     fn each_cause_has_its_exit_code_and_says_what_to_look_at() {

@@ -1,6 +1,6 @@
 //! Progress without a full-screen display: one line of plain text per log step.
 
-use super::metrics::{StepReport, significant};
+use super::burn_metrics::{StepReport, significant};
 use burn::train::{
     LearnerSummary,
     logger::{EvaluationProgressLogger, TrainingProgressLogger},

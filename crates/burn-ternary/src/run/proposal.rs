@@ -1,14 +1,15 @@
 //! From a text to an experiment: shape, tokenizer, steps, and what they cost on this machine.
 
 use super::experiment::RunConfig;
-use super::run::{check_memory, memory_estimate};
-use super::{Experiment, QuantizationTrainer, TrainError};
+use super::phases::{check_memory, memory_estimate};
+use super::{Experiment, TrainError};
 use crate::data::corpus::{self, Document};
 use crate::data::window::Window;
 use crate::data::{DataConfig, DataError, LmBatcher, SPLIT_SEED, tokenizer};
 use crate::device;
 use crate::nn::DuckConfig;
 use crate::quant::{QuantConfig, TablePrecision};
+use crate::train::QuantizationTrainer;
 use burn::tensor::Device;
 use std::collections::HashSet;
 use std::time::Instant;

@@ -1,30 +1,30 @@
 //! A whole run: data, model, Burn's `SupervisedTraining`, and the files that stay.
 
 use super::checkpoint::{CheckpointError, Checkpoints, Loaded};
-use super::codes::CodeTracker;
 use super::command::{Claim, move_aside};
-use super::display::Display;
-use super::distill::{Teacher, TeacherFile};
 use super::identity::{Identity, Inputs, model_digest};
-use super::metrics;
-use super::optim::Moments;
-use super::plot;
-use super::progress::{PlainRenderer, ProgressLine, say};
-use super::report::{self, History, MetricsFile, Place, RunResult, write_atomic};
-use super::saved::{check_frozen, frozen_model, read_template, start_model, write_template};
-use super::schedule::Schedule;
+use super::run_folder::{check_frozen, frozen_model, read_template, start_model, write_template};
 use super::signals::Signals;
-use super::step::{SpikeGuard, TrainPlan};
-use super::strategy::{Outcome, Session, StepStrategy, expect_in_place};
-use super::terminal::{self, Screen};
+use super::training_loop::{Outcome, Session, StepStrategy, expect_in_place};
 use super::{
-    Experiment, TrainError, TrainState,
+    Experiment, TrainError,
     experiment::{LARGEST_COUNT, RunConfig},
 };
 use crate::data::{DataError, Dataset, LmLoader, Texts};
 use crate::device;
 use crate::nn::DuckQuantized;
 use crate::quant::Products;
+use crate::report::burn_metrics;
+use crate::report::code_stats::CodeTracker;
+use crate::report::display::Display;
+use crate::report::plot;
+use crate::report::progress::{PlainRenderer, ProgressLine, say};
+use crate::report::terminal::{self, Screen};
+use crate::report::{self, History, MetricsFile, Place, RunResult, write_atomic};
+use crate::train::distill::{Teacher, TeacherFile};
+use crate::train::optim::Moments;
+use crate::train::schedule::Schedule;
+use crate::train::{SpikeGuard, TrainPlan, TrainState};
 use crate::{ExportError, ImportError, export_for_inference};
 use burn::module::Module;
 use burn::tensor::Device;
@@ -94,7 +94,7 @@ pub fn run(experiment: Experiment, options: &RunOptions) -> Result<RunResult, Tr
 }
 
 /// The same, in a folder that `claim` locks before anything is written.
-pub(super) fn run_claimed(
+pub(crate) fn run_claimed(
     mut experiment: Experiment,
     options: &RunOptions,
     claim: impl FnOnce(&Path) -> Result<Claim, TrainError>,
@@ -263,7 +263,7 @@ pub(super) fn run_claimed(
         .with_application_logger(None)
         .num_epochs(run.steps.div_ceil(run.eval_every))
         .checkpoint(intervals_done);
-    for metric in metrics::all() {
+    for metric in burn_metrics::all() {
         training = training.metric_train_numeric(metric.clone());
         if metric.validates() {
             training = training.metric_valid_numeric(metric);
@@ -417,7 +417,7 @@ fn is_flex(device: &Device) -> bool {
 }
 
 /// Puts in what only the tokenizer can tell: the vocabulary.
-pub(super) fn resolve_vocabulary(
+pub(crate) fn resolve_vocabulary(
     experiment: &mut Experiment,
     tokenizer: &Tokenizer,
 ) -> Result<(), TrainError> {
@@ -510,7 +510,7 @@ fn preflight(
 }
 
 /// An error where the run cannot fit into memory, with a teacher of so many bytes and of which so many are taken already.
-pub(super) fn check_memory(
+pub(crate) fn check_memory(
     experiment: &Experiment,
     device: &Device,
     teacher: u64,
@@ -589,7 +589,7 @@ fn sample_prompts(run: &RunConfig, tokenizer: &Tokenizer) -> Vec<(String, Vec<u3
 /// Bytes that training takes, roughly: latent and fake quantized weights, gradients, optimizer moments and one
 /// temporary, of which a frozen model has the first two; the activations that the backward pass reads, with the scores of attention
 /// except on flex, which computes them again; and copies of weights and moments while a checkpoint is written.
-pub(super) fn memory_estimate(
+pub(crate) fn memory_estimate(
     Experiment { model, run, lora, optim, .. }: &Experiment,
     device: &Device,
 ) -> u64 {
@@ -612,7 +612,7 @@ pub(super) fn memory_estimate(
 ///
 /// # Errors
 /// `Experiment`: the run has ended, and its checkpoints are gone.
-pub(super) fn last_checkpoint(run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
+pub(crate) fn last_checkpoint(run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
     let loaded = Checkpoints::existing(run_dir.join("checkpoints")).latest_good()?;
     if loaded.is_none() && RunResult::read(&run_dir.join("result.json")).is_ok_and(|result| result.steps > 0)
     {

@@ -1,6 +1,6 @@
 //! What is measured: one [`StepReport`] a log step or evaluation, and the Burn metrics that read it.
 
-use super::report::real;
+use super::result::real;
 use burn::{
     tensor::{ExecutionError, TensorReadError},
     train::metric::{
@@ -284,7 +284,7 @@ pub fn all() -> Vec<ReportMetric> {
 }
 
 /// `value` with so many significant digits, in scientific notation outside [1e-3, 1e6).
-pub(super) fn significant(value: f64, digits: usize) -> String {
+pub(crate) fn significant(value: f64, digits: usize) -> String {
     // The exponent is that of the rounded number: 0.9996 in three digits is 1.00.
     let scientific = format!("{value:.*e}", digits - 1);
     let exponent = scientific.split_once('e').and_then(|(_, text)| text.parse().ok());

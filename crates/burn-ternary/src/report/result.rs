@@ -1,7 +1,7 @@
 //! What a run leaves behind in numbers: `metrics.jsonl`, one line a report, and `result.json`.
 
 use super::{
-    metrics::{Split, StepReport, significant},
+    burn_metrics::{Split, StepReport, significant},
     progress::{compact, duration},
 };
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ use std::{
 use ternary_format::disk;
 
 /// JSON has no NaN and no infinity: they are the strings `NaN`, `inf` and `-inf`, never a silent null.
-pub(super) mod real {
+pub(crate) mod real {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
     #[derive(Serialize, Deserialize)]
@@ -73,7 +73,7 @@ fn at(path: &Path) -> impl Fn(io::Error) -> io::Error {
 ///
 /// # Errors
 /// What the file system says, with the path.
-pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
     disk::write(path, bytes).map_err(at(path))
 }
 
@@ -174,7 +174,7 @@ impl MetricsFile {
 ///
 /// # Errors
 /// What the file system says.
-pub(super) fn keep_samples(path: &Path, resume_step: Option<usize>) -> io::Result<()> {
+pub(crate) fn keep_samples(path: &Path, resume_step: Option<usize>) -> io::Result<()> {
     if fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
         return Ok(());
     }

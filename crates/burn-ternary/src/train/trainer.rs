@@ -1,15 +1,16 @@
 //! One optimizer step: forward, backward, guard, clip, update.
 
-use super::checkpoint::{CheckpointError, Loaded};
+use super::TrainState;
 use super::distill::Teacher;
 use super::gradients::{accumulate, clip_factor, global_norm};
 use super::loss::language_model_loss;
-use super::metrics::{LmItem, StepReport};
 use super::optim::{OptimConfig, OptimDials};
 use super::schedule::{Schedule, ScheduleConfig};
-use super::{TrainError, TrainState};
 use crate::data::LmBatch;
 use crate::nn::DuckQuantized;
+use crate::report::burn_metrics::{LmItem, StepReport};
+use crate::run::TrainError;
+use crate::run::checkpoint::{CheckpointError, Loaded};
 use burn::lr_scheduler::module_lr_scheduler::{ModuleLearningRate, ModuleLrScheduler};
 use burn::module::{Module, ParamGroup};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
@@ -337,12 +338,12 @@ impl QuantizationTrainer {
     }
 
     /// The same with what its training needs.
-    pub(super) fn language_model(&self) -> &LanguageModel {
+    pub(crate) fn language_model(&self) -> &LanguageModel {
         self.model.as_ref().expect(BETWEEN_STEPS)
     }
 
     /// What Burn's training wants to be launched with.
-    pub(super) fn learner(&self) -> Learner<LanguageModel> {
+    pub(crate) fn learner(&self) -> Learner<LanguageModel> {
         Learner::new(self.language_model().clone(), self.optimizer.clone(), self.rates.clone())
     }
 
@@ -353,7 +354,7 @@ impl QuantizationTrainer {
 
     /// Takes back model, optimizer and running mean of a checkpoint; step and data position go on, so that the texts
     /// that broke the run are not met again.
-    pub(super) fn roll_back(&mut self, model: ModuleRecord, optimizer: OptimizerRecord, state: &TrainState) {
+    pub(crate) fn roll_back(&mut self, model: ModuleRecord, optimizer: OptimizerRecord, state: &TrainState) {
         let broken = self.model.take().expect(BETWEEN_STEPS);
         self.model = Some(broken.load_record(model));
         self.optimizer = self.optimizer.clone().load_record(optimizer);
@@ -369,11 +370,11 @@ impl QuantizationTrainer {
         &self.state
     }
 
-    pub(super) fn state_mut(&mut self) -> &mut TrainState {
+    pub(crate) fn state_mut(&mut self) -> &mut TrainState {
         &mut self.state
     }
 
-    pub(super) fn validation_model(&self) -> LanguageModel {
+    pub(crate) fn validation_model(&self) -> LanguageModel {
         self.language_model().valid()
     }
 }
@@ -382,7 +383,7 @@ impl QuantizationTrainer {
 ///
 /// # Errors
 /// `Burn`: the checkpoint is of another model.
-pub(super) fn restore(
+pub(crate) fn restore(
     model: DuckQuantized,
     optim: &OptimConfig,
     record: ModuleRecord,
@@ -395,7 +396,7 @@ pub(super) fn restore(
 }
 
 /// Everything a trainer is made of besides the model.
-pub(super) struct TrainPlan {
+pub(crate) struct TrainPlan {
     pub optim: OptimConfig,
     pub schedule: Schedule,
     pub teacher: Option<Teacher>,

@@ -1,7 +1,7 @@
 //! Muon as one op.
 
+use super::Decay;
 use super::moment::Moment;
-use super::optim::Decay;
 use crate::ops::{MuonStep, muon};
 use crate::quant::Dial;
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource, join_path};
