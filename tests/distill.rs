@@ -2,7 +2,7 @@
 
 use crate::small_experiment;
 use burn_ternary::report;
-use burn_ternary::run::{Experiment, TrainError, record_teacher, train_duck_quantized};
+use burn_ternary::run::{Experiment, TrainError, cache_teacher_logits, train_duck_quantized};
 use std::path::Path;
 
 fn experiment(out: &Path, name: &str, assignments: &[&str]) -> Experiment {
@@ -18,7 +18,7 @@ fn a_student_learns_from_the_teacher_alone() {
     // The loss is that of the teacher alone; the tokens of the text do not contribute.
     let student = experiment(out.path(), "student", &[&place, "distill.weight=1.0", "run.seed=2"]);
     let result = train_duck_quantized(&student).unwrap();
-    let history = report::read(&student.run_dir().join("metrics.jsonl")).unwrap();
+    let history = report::History::read(&student.run_dir().join("metrics.jsonl")).unwrap();
     let divergence: Vec<f64> = history.train.iter().map(|report| report.divergence.unwrap()).collect();
     assert!(divergence[59] < 0.5 * divergence[0], "{divergence:?}");
     // 259 byte tokens: 5.56 nats at the start. Evaluations do not use the teacher.
@@ -39,7 +39,7 @@ fn a_student_learns_the_hidden_states_and_relations_of_its_teacher() {
     let history = |name: &str, assignments: &[&str]| {
         let student = experiment(out.path(), name, &[&["distill.weight=0.0"], assignments].concat());
         train_duck_quantized(&student).unwrap();
-        report::read(&student.run_dir().join("metrics.jsonl")).unwrap().train
+        report::History::read(&student.run_dir().join("metrics.jsonl")).unwrap().train
     };
     let place = format!("distill.teacher={}", wide.run_dir().display());
     let related = ["distill.relation_weight=100.0", "distill.relation_heads=2", "distill.layer=1"];
@@ -71,7 +71,7 @@ fn cached_teacher_logits_train_like_the_live_teacher() {
     let (expected, live) = student("live", &place).unwrap();
     let file = out.path().join("teacher.logits");
     let mut positions = 0;
-    record_teacher(live.clone(), 64, &file, |done, total| {
+    cache_teacher_logits(live.clone(), 64, &file, |done, total| {
         positions += done;
         assert!(positions < total);
     })
@@ -82,7 +82,7 @@ fn cached_teacher_logits_train_like_the_live_teacher() {
     // Logits of other windows, without the 195 least likely bytes.
     assert!((found - expected).abs() < 0.1, "{found}, {expected}");
     let divergences = |experiment: &Experiment| -> Vec<f64> {
-        let history = report::read(&experiment.run_dir().join("metrics.jsonl")).unwrap();
+        let history = report::History::read(&experiment.run_dir().join("metrics.jsonl")).unwrap();
         history.train.iter().map(|report| report.divergence.unwrap()).collect()
     };
     let (live, recorded) = (divergences(&live), divergences(&recorded));
@@ -96,7 +96,8 @@ fn cached_teacher_logits_train_like_the_live_teacher() {
     assert!(fails(&["distill.temperature=2.0"]).contains("expected distill.temperature = 1.0"));
     assert!(fails(&["distill.hidden_weight=1.0"]).contains("hidden_weight = 0.0"));
     assert!(fails(&["data.tokenizer=char"]).contains("another text or tokenizer"));
-    let error = record_teacher(experiment(out.path(), "again", &[&place]), 4, &file, |_, _| ()).unwrap_err();
+    let error =
+        cache_teacher_logits(experiment(out.path(), "again", &[&place]), 4, &file, |_, _| ()).unwrap_err();
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("expected a run folder or a model file"), "{error}");
 }

@@ -2,8 +2,8 @@
 
 use crate::resume::{losses, tensors};
 use burn_ternary::run::{
-    Experiment, LockError, RunLock, RunOptions, SavedRun, TrainCommand, TrainError, checkpoint::Checkpoints,
-    packed_model, record_teacher, run,
+    Experiment, LockError, RunLock, RunOptions, SavedRun, TrainCommand, TrainError, cache_teacher_logits,
+    checkpoint::Checkpoints, packed_model, run,
 };
 use clap::Parser;
 use std::{
@@ -132,7 +132,7 @@ fn a_folder_of_a_running_training_has_no_other_writer() {
         command(out.path(), &steps).run().map(drop),
         run(experiment.clone(), &quiet).map(drop),
         run(experiment.clone(), &RunOptions { resume: true, ..quiet }).map(drop),
-        record_teacher(experiment.clone(), 4, &out.path().join("teacher.logits"), |_, _| ()),
+        cache_teacher_logits(experiment.clone(), 4, &out.path().join("teacher.logits"), |_, _| ()),
     ];
     // Readers need no lock.
     SavedRun::open(&run_dir, &burn_ternary::device::device("flex").unwrap()).unwrap();

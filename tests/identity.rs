@@ -2,7 +2,7 @@
 
 use crate::resume::tensors;
 use crate::small_experiment;
-use burn_ternary::run::record_teacher;
+use burn_ternary::run::cache_teacher_logits;
 use burn_ternary::run::{Experiment, RunOptions, TrainError, run, train_duck_quantized};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -168,7 +168,7 @@ fn a_changed_teacher_or_initial_model_is_refused() {
 
     let of_run = student("of-run", &[&names(&teacher.run_dir())]);
     let of_file = student("of-file", &[&names(&file)]);
-    record_teacher(of_file.clone(), 4, &recording, |_, _| ()).unwrap();
+    cache_teacher_logits(of_file.clone(), 4, &recording, |_, _| ()).unwrap();
     let of_recording = student("of-recording", &[&names(&recording)]);
     let start = format!("run.start_from={}", file.display());
     let started = student("started", &[&start, "quant.enabled=false"]);
@@ -181,7 +181,7 @@ fn a_changed_teacher_or_initial_model_is_refused() {
     let kept = fs::read(&file).unwrap();
     fs::copy(teacher.run_dir().join("model.gguf"), &file).unwrap();
     let kept_recording = fs::read(&recording).unwrap();
-    record_teacher(with(&of_file, &["run.name=scratch"]), 4, &recording, |_, _| ()).unwrap();
+    cache_teacher_logits(with(&of_file, &["run.name=scratch"]), 4, &recording, |_, _| ()).unwrap();
     for student in [&of_run, &of_file, &of_recording] {
         refused(student.clone(), &["the teacher (distill.teacher) is not that of the run"]);
     }
@@ -309,7 +309,7 @@ fn an_unfinished_run_without_a_checkpoint_starts_again() {
     fs::write(home.path().join("text.txt"), "The drake dives into the lake. ".repeat(60)).unwrap();
     let before = hashes(&run_dir);
     let teacher = with(&made, &[&format!("distill.teacher={}", run_dir.display())]);
-    let error = record_teacher(teacher, 4, &home.path().join("x.logits"), |_, _| ()).unwrap_err();
+    let error = cache_teacher_logits(teacher, 4, &home.path().join("x.logits"), |_, _| ()).unwrap_err();
     assert!(error.to_string().contains("the training text"), "{error}");
     assert!(before == hashes(&run_dir));
 }

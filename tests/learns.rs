@@ -59,7 +59,7 @@ fn a_short_run_learns_and_writes_a_complete_folder() {
     {
         assert!(run_dir.join(name).metadata().unwrap().len() > 0, "{name}");
     }
-    let history = report::read(&run_dir.join("metrics.jsonl")).unwrap();
+    let history = report::History::read(&run_dir.join("metrics.jsonl")).unwrap();
     assert_eq!(
         history.train.iter().map(|report| report.step).collect::<Vec<_>>(),
         [20, 40, 60, 80, 100, 120]
@@ -95,7 +95,7 @@ fn a_float_first_schedule_switches_to_ternary() {
         switched.set(assignment).unwrap();
     }
     train_duck_quantized(&switched).unwrap();
-    let history = report::read(&switched.run_dir().join("metrics.jsonl")).unwrap();
+    let history = report::History::read(&switched.run_dir().join("metrics.jsonl")).unwrap();
     let lambda: Vec<f64> = history.train.iter().map(|report| report.lambda.unwrap()).collect();
     assert!(lambda[..60].iter().all(|lambda| *lambda == 0.0), "{lambda:?}");
     assert!(lambda[60..].iter().all(|lambda| *lambda == 1.0), "{lambda:?}");

@@ -90,7 +90,7 @@ fn adapters_learn_on_ternary_weights_that_keep_every_bit() {
         let (before, after) = (result.start_rounded_loss.unwrap(), result.valid_loss.unwrap());
         assert!(after < before - 0.1, "{before} {after}");
         let run_dir = experiment.run_dir();
-        let history = report::read(&run_dir.join("metrics.jsonl")).unwrap();
+        let history = report::History::read(&run_dir.join("metrics.jsonl")).unwrap();
         assert!(history.train.iter().all(|report| report.divergence.is_some()));
         assert_eq!(history.valid[0].flipped, Some(0.0));
 

@@ -200,12 +200,12 @@ fn a_run_resumes_after_a_step_without_a_learned_token() {
     let run_dir = experiment.run_dir();
     let checkpoint = |step: usize| run_dir.join(format!("checkpoints/step-{step:08}"));
     let losses = || {
-        let history = report::read(&run_dir.join("metrics.jsonl")).unwrap();
+        let history = report::History::read(&run_dir.join("metrics.jsonl")).unwrap();
         [history.train, history.valid]
             .map(|reports| reports.iter().map(|r| r.loss.to_bits()).collect::<Vec<_>>())
     };
     let whole = (losses(), crate::resume::tensors(&checkpoint(40)), of_the_run(&run_dir));
-    let train = report::read(&run_dir.join("metrics.jsonl")).unwrap().train;
+    let train = report::History::read(&run_dir.join("metrics.jsonl")).unwrap().train;
     let empty: Vec<usize> = train.iter().filter(|report| report.tokens == 0).map(|r| r.step).collect();
     assert!(empty.len() > 8 && whole.2.best_valid_step.is_some(), "{empty:?}");
     for step in [empty[empty.len() - 2], empty[empty.len() / 2], empty[0]] {

@@ -39,7 +39,7 @@
 //! | [`quant`] | ternary quantizers, and any Burn module | [`QuantConfig`](quant::QuantConfig), [`TernaryQuantizer`](quant::TernaryQuantizer), [`prepare`](quant::prepare) |
 //! | [`train`] | an optimizer step | [`QuantizationTrainer`](train::QuantizationTrainer) |
 //! | [`run`](mod@run) | a whole run from an experiment file | [`Experiment`](run::Experiment), [`run::run()`], [`SavedRun`](run::SavedRun) |
-//! | [`report`] | metrics, results and plots of a run | [`RunResult`](report::RunResult), [`report::read`] |
+//! | [`report`] | metrics, results and plots of a run | [`RunResult`](report::RunResult), [`History`](report::History) |
 //! | [`prepared`] | files of your own models | [`save`](prepared::save), [`load`](prepared::load), [`export`](prepared::export) |
 //! | [`export_for_inference`] | a trained Duck to a model file; back by [`DuckQuantized::load`](nn::DuckQuantized::load) | [`format::write_model`] |
 //! | [`format`](mod@format) | the crate `ternary-format`: GGUF, ONNX, Hugging Face folders, tokenizers | [`PackedModel`](format::PackedModel) |

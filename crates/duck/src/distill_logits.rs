@@ -1,7 +1,7 @@
 //! `duck distill-logits`: what a teacher thinks of a training text, written down once for many runs.
 
 use crate::{Error, terminal};
-use burn_ternary::run::{ExperimentArgs, RECORDING, record_teacher};
+use burn_ternary::run::{ExperimentArgs, TEACHER_LOGITS, cache_teacher_logits};
 use std::path::PathBuf;
 use toml::Value;
 
@@ -43,10 +43,10 @@ impl Command {
             self.args.set.push(format!("distill.teacher={path}"));
         }
         let experiment = self.args.experiment()?;
-        let path = self.to.unwrap_or_else(|| experiment.run_dir().join(RECORDING));
+        let path = self.to.unwrap_or_else(|| experiment.run_dir().join(TEACHER_LOGITS));
         terminal::expect_free(&path, self.overwrite)?;
         let mut progress = None;
-        record_teacher(experiment, self.top as usize, &path, |done, total| {
+        cache_teacher_logits(experiment, self.top as usize, &path, |done, total| {
             progress.get_or_insert_with(|| terminal::Progress::new("recording", total as u64)).advance(done);
         })?;
         terminal::say(format_args!("wrote {}", path.display()));

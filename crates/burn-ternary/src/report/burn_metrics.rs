@@ -1,6 +1,6 @@
-//! What is measured: one [`StepReport`] a log step or evaluation, and the Burn metrics that read it.
+//! The numbers of a [`StepReport`] as Burn metrics.
 
-use super::result::real;
+use super::{format::significant, step_report::StepReport};
 use burn::{
     tensor::{ExecutionError, TensorReadError},
     train::metric::{
@@ -8,89 +8,6 @@ use burn::{
         NumericEntry, SerializedEntry,
     },
 };
-use serde::{Deserialize, Serialize};
-
-/// Which text a report is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Split {
-    Train,
-    Valid,
-}
-
-/// The state of a run at one step, in plain numbers. A number that may be missing is an `Option`; one that is not
-/// finite stays so, in memory and in JSON (as the string `NaN`, `inf` or `-inf`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct StepReport {
-    /// Optimizer steps done.
-    pub step: usize,
-    /// Passes over the training text.
-    #[serde(with = "real")]
-    pub epoch: f64,
-    /// Learned tokens that `loss` and `accuracy` are means over: the weight of this report in an average. Where there
-    /// is none, both are NaN.
-    pub tokens: usize,
-    /// Cross entropy in nats a token, regularizers left out.
-    #[serde(with = "real")]
-    pub loss: f64,
-    /// Mean squared log partition function.
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub z_loss: Option<f64>,
-    /// Divergence from the teacher, in nats a token.
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub divergence: Option<f64>,
-    /// Mean squared distance of normalized hidden states from the teacher's.
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub hidden: Option<f64>,
-    /// Divergence of the relations between positions from the teacher's, in nats a position.
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub relation: Option<f64>,
-    /// Cross entropy in bits a byte of text, which does not depend on the tokenizer.
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub bits_per_byte: Option<f64>,
-    /// Share of target tokens whose logit is the largest, in [0, 1].
-    #[serde(with = "real")]
-    pub accuracy: f64,
-    #[serde(with = "real")]
-    pub tokens_per_s: f64,
-    #[serde(with = "real")]
-    pub lr: f64,
-    /// Global gradient norm before clipping.
-    #[serde(with = "real")]
-    pub grad_norm: f64,
-    /// Share of ternary codes that are 0.
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub zero_fraction: Option<f64>,
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub bits_per_weight: Option<f64>,
-    /// FP32 bytes over packed bytes of the whole model.
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub compression: Option<f64>,
-    /// Share of the ternary weight in the forward pass: 0 is float, 1 is ternary.
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub lambda: Option<f64>,
-    /// Share of codes that changed since the last evaluation.
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub flipped: Option<f64>,
-    /// `mean |ln(scale now / scale at start)|`.
-    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
-    pub scale_drift: Option<f64>,
-    /// Largest resident set of the process so far.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub peak_rss_bytes: Option<u64>,
-    /// Steps that the spike guard has skipped so far.
-    pub skipped_steps: usize,
-    /// Seconds since the run began, those before a resume included.
-    #[serde(with = "real")]
-    pub elapsed_s: f64,
-}
-
-impl StepReport {
-    /// `exp(loss)`.
-    pub fn perplexity(&self) -> f64 {
-        self.loss.exp()
-    }
-}
 
 /// What a step hands to Burn's metrics. The numbers are on the host already, so there is nothing to wait for.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -283,20 +200,6 @@ pub fn all() -> Vec<ReportMetric> {
     ]
 }
 
-/// `value` with so many significant digits, in scientific notation outside [1e-3, 1e6).
-pub(crate) fn significant(value: f64, digits: usize) -> String {
-    // The exponent is that of the rounded number: 0.9996 in three digits is 1.00.
-    let scientific = format!("{value:.*e}", digits - 1);
-    let exponent = scientific.split_once('e').and_then(|(_, text)| text.parse().ok());
-    match exponent {
-        Some(exponent @ -3..6) => {
-            let decimals = (digits as i32 - 1 - exponent).max(0) as usize;
-            format!("{value:.decimals$}")
-        }
-        _ => scientific,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -421,24 +324,5 @@ mod tests {
         }
         let expected = [1., 1f64.exp(), 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12.];
         assert_eq!(values, expected);
-    }
-
-    #[test]
-    fn numbers_have_so_many_digits() {
-        for (value, text) in [
-            (0.0, "0.000"),
-            (3.21449, "3.214"),
-            (-24.9, "-24.90"),
-            (0.99996, "1.000"),
-            (999_999.6, "1.000e6"),
-            (123456.0, "123456"),
-            (1.5e6, "1.500e6"),
-            (0.00123456, "0.001235"),
-            (1.9e-5, "1.900e-5"),
-            (f64::NAN, "NaN"),
-            (f64::INFINITY, "inf"),
-        ] {
-            assert_eq!(significant(value, 4), text);
-        }
     }
 }

@@ -1,6 +1,6 @@
 //! The full-screen display of a run: progress, the curve of a metric, the last text samples, and the keys.
 
-use super::{burn_metrics::significant, progress::duration};
+use super::format::{duration, significant};
 use burn::train::{
     LearnerSummary,
     logger::{EvaluationProgressLogger, TrainingProgressLogger},
@@ -29,9 +29,9 @@ const LEAST: Duration = Duration::from_secs(3);
 const TRAIN: Color = Color::LightBlue;
 const VALID: Color = Color::LightYellow;
 
-/// What a key asks for.
+/// The action of a key.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Wish {
+pub(crate) enum KeyAction {
     /// Stop after the current step, with a checkpoint.
     Stop,
     /// End the process at once, without one.
@@ -49,7 +49,12 @@ impl Display {
         Self(Arc::new(Mutex::new(picture)))
     }
 
-    /// Shows the text samples of a step: pairs of a prompt and what follows it.
+    /// This display as the renderer of Burn's metrics.
+    pub fn renderer(&self) -> Box<dyn MetricsRenderer> {
+        Box::new(self.clone())
+    }
+
+    /// Shows the text samples of a step: pairs of a prompt and its continuation.
     pub fn sampled(&self, step: usize, samples: &[(String, String)]) {
         let mut picture = self.picture();
         picture.sampled = step;
@@ -60,7 +65,7 @@ impl Display {
         self.picture().draw(frame, stopping);
     }
 
-    pub fn key(&self, key: KeyEvent) -> Option<Wish> {
+    pub fn key(&self, key: KeyEvent) -> Option<KeyAction> {
         self.picture().key(key)
     }
 
@@ -251,7 +256,7 @@ impl Picture {
         spans.collect()
     }
 
-    fn key(&mut self, key: KeyEvent) -> Option<Wish> {
+    fn key(&mut self, key: KeyEvent) -> Option<KeyAction> {
         if key.kind == KeyEventKind::Release {
             return None;
         }
@@ -260,12 +265,14 @@ impl Picture {
             KeyCode::Right => self.selected = (self.selected + 1) % count,
             KeyCode::Left => self.selected = (self.selected + count - 1) % count,
             // Where it is no signal.
-            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Some(Wish::Stop),
+            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => {
+                return Some(KeyAction::Stop);
+            }
             KeyCode::Char('q') => self.asks = true,
-            KeyCode::Char('k') if self.asks => return Some(Wish::Kill),
+            KeyCode::Char('k') if self.asks => return Some(KeyAction::Kill),
             KeyCode::Char('s') if self.asks => {
                 self.asks = false;
-                return Some(Wish::Stop);
+                return Some(KeyAction::Stop);
             }
             KeyCode::Char('c') | KeyCode::Esc => self.asks = false,
             _ => (),
@@ -414,7 +421,7 @@ mod tests {
         terminal.backend().to_string()
     }
 
-    fn press(display: &Display, code: KeyCode) -> Option<Wish> {
+    fn press(display: &Display, code: KeyCode) -> Option<KeyAction> {
         display.key(code.into())
     }
 
@@ -487,11 +494,11 @@ mod tests {
         press(&display, KeyCode::Char('c'));
         assert_eq!(press(&display, KeyCode::Char('k')), None);
         press(&display, KeyCode::Char('q'));
-        assert_eq!(press(&display, KeyCode::Char('s')), Some(Wish::Stop));
+        assert_eq!(press(&display, KeyCode::Char('s')), Some(KeyAction::Stop));
         press(&display, KeyCode::Char('q'));
-        assert_eq!(press(&display, KeyCode::Char('k')), Some(Wish::Kill));
+        assert_eq!(press(&display, KeyCode::Char('k')), Some(KeyAction::Kill));
         let interrupt = KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL);
-        assert_eq!(display.key(interrupt), Some(Wish::Stop));
+        assert_eq!(display.key(interrupt), Some(KeyAction::Stop));
         assert!(drawn(&display, (80, 24), true).contains("stopping after this step"));
     }
 

@@ -1,6 +1,6 @@
 //! Pictures of a run as SVG: the loss curve and the codes of every layer.
 
-use super::{StepReport, write_atomic};
+use super::{file::write_atomic, step_report::StepReport};
 use plotters::{
     coord::{
         Shift,

@@ -1,6 +1,7 @@
 //! Progress without a full-screen display: one line of plain text per log step.
 
-use super::burn_metrics::{StepReport, significant};
+use super::format::{compact, duration, significant};
+use super::step_report::StepReport;
 use burn::train::{
     LearnerSummary,
     logger::{EvaluationProgressLogger, TrainingProgressLogger},
@@ -87,31 +88,6 @@ fn start(name: &str, report: &StepReport, total_steps: usize) -> String {
 fn push(line: &mut String, name: &str, value: Option<f64>) {
     if let Some(value) = value {
         *line += &format!("  {name} {value:>5.3}");
-    }
-}
-
-/// A count in three digits: `950`, `1.23k`, `12.3k`, `1.43M`, `7.00G`.
-pub(super) fn compact(value: f64) -> String {
-    let (scale, unit) = match value.abs() {
-        size if size >= 999.5e6 => (1e9, "G"),
-        size if size >= 999.5e3 => (1e6, "M"),
-        size if size >= 999.5 => (1e3, "k"),
-        _ => return format!("{value:.0}"),
-    };
-    significant(value / scale, 3) + unit
-}
-
-/// Seconds as `45s`, `1m12s`, `2h05m` or `3d04h`; `?` for what is no time.
-pub(super) fn duration(seconds: f64) -> String {
-    if !(0.0..1e12).contains(&seconds) {
-        return "?".into();
-    }
-    let seconds = seconds.round() as u64;
-    match seconds {
-        0..60 => format!("{seconds}s"),
-        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
-        3600..86400 => format!("{}h{:02}m", seconds / 3600, seconds / 60 % 60),
-        _ => format!("{}d{:02}h", seconds / 86400, seconds / 3600 % 24),
     }
 }
 
@@ -245,14 +221,5 @@ mod tests {
     fn a_sample_on_a_terminal_is_its_text() {
         let shown = ProgressLine::sample_dimmed("Hi,\r", " \"duck\"\n\x1b[31mé\u{9b}");
         assert_eq!(shown, "sample  \u{1b}[2mHi,\u{fffd}\u{1b}[0m \"duck\"\n\u{fffd}[31mé\u{fffd}");
-    }
-
-    #[test]
-    fn counts_and_times_are_short() {
-        let counts = [0.4, 999.4, 999.6, 12_345.0, 999_700.0, 7e9, f64::NAN].map(compact);
-        assert_eq!(counts, ["0", "999", "1.00k", "12.3k", "1.00M", "7.00G", "NaN"]);
-        let times = [0.2, 59.4, 59.6, 3599.6, 7500.0, 273_600.0, -1.0, f64::NAN, f64::INFINITY];
-        let texts = ["0s", "59s", "1m00s", "1h00m", "2h05m", "3d04h", "?", "?", "?"];
-        assert_eq!(times.map(duration), texts);
     }
 }

@@ -1,131 +1,19 @@
-//! The terminal of a [`Display`]: it is read key by key, Ctrl-C is a signal as anywhere else, and it is restored however a run ends.
+//! The terminal of a run, with or without a full-screen display.
 
-use super::display::{Display, Wish};
-use burn::train::Interrupter;
-use crossterm::{
-    cursor::Show,
-    event::{self, Event},
-    execute,
-    terminal::{EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode},
-};
-use ratatui::{Terminal, backend::CrosstermBackend};
-use std::io::{self, IsTerminal, Write};
-use std::panic;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Once};
-use std::time::Duration;
+use std::io::{self, IsTerminal};
 
 /// Exit code of a run that a signal or the terminal interface ended.
 pub(crate) const INTERRUPTED: u8 = 7;
 
-/// Time between two pictures.
-const TICK: Duration = Duration::from_millis(100);
-/// How long a closing screen may take to draw its last picture.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Whether a [`Screen`] is open. Changed, and asked before a picture is written, with standard output locked.
-static OPEN: AtomicBool = AtomicBool::new(false);
-
-/// The terminal while a run draws on it; restored when this is dropped, by a panic too.
-pub(crate) struct Screen {
-    closing: Arc<AtomicBool>,
-    /// Ends when the thread that draws has.
-    closed: Receiver<()>,
+/// Whether standard output is a terminal that can move its cursor.
+pub(crate) fn can_draw() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-impl Screen {
-    /// Draws `display` from now on, and does what its keys ask for. Ctrl-C is a signal where `signals` are listened to, otherwise a key.
-    ///
-    /// # Errors
-    /// There is no terminal that can be read key by key.
-    pub fn open(display: Display, interrupter: Interrupter, signals: bool) -> io::Result<Self> {
-        let (open, closed) = channel();
-        let closing = Arc::new(AtomicBool::new(false));
-        let screen = Self { closing: closing.clone(), closed };
-        #[cfg(all(unix, feature = "flex"))]
-        restore_without_memory::arm()?;
-        restore_before_panics();
-        OPEN.store(true, Ordering::Relaxed);
-        enable_raw_mode()?;
-        if signals {
-            keep_interrupt_key()?;
-        }
-        execute!(io::stdout(), EnterAlternateScreen)?;
-        let terminal = Terminal::new(CrosstermBackend::new(Output::default()))?;
-        let draw = move || {
-            show(terminal, &display, &interrupter, &closing);
-            drop(open);
-        };
-        std::thread::Builder::new().name("display".into()).spawn(draw)?;
-        Ok(screen)
-    }
-}
-
-impl Drop for Screen {
-    fn drop(&mut self) {
-        self.closing.store(true, Ordering::Relaxed);
-        // Nobody sends: this returns when the thread has ended. On a terminal that was closed, crossterm waits for ever.
-        let _ = self.closed.recv_timeout(PATIENCE);
-        restore();
-    }
-}
-
-fn show(
-    mut terminal: Terminal<CrosstermBackend<Output>>,
-    display: &Display,
-    interrupter: &Interrupter,
-    closing: &AtomicBool,
-) {
-    while !closing.load(Ordering::Relaxed) {
-        // A terminal that cannot be written is no reason to stop a run.
-        let _ = terminal.draw(|frame| display.draw(frame, interrupter.should_stop()));
-        match event::poll(TICK) {
-            Ok(false) => (),
-            Ok(true) => {
-                if let Ok(Event::Key(key)) = event::read() {
-                    match display.key(key) {
-                        Some(Wish::Stop) => interrupter.stop(Some("a key")),
-                        Some(Wish::Kill) => end_at_once(),
-                        None => (),
-                    }
-                }
-            }
-            Err(_) => std::thread::sleep(TICK),
-        }
-    }
-}
-
-/// The bytes of a picture, which reach an open screen as a whole and any other terminal not at all.
-#[derive(Default)]
-struct Output(Vec<u8>);
-
-impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        let mut out = io::stdout().lock();
-        let bytes = std::mem::take(&mut self.0);
-        if !OPEN.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        out.write_all(&bytes)?;
-        out.flush()
-    }
-}
-
-/// Restores the terminal where a [`Screen`] is open.
+/// Restores the terminal where a full-screen display is open.
 pub(crate) fn restore() {
-    let mut out = io::stdout().lock();
-    if !OPEN.swap(false, Ordering::Relaxed) {
-        return;
-    }
-    let _ = disable_raw_mode();
-    let _ = execute!(out, LeaveAlternateScreen, Show);
-    #[cfg(all(unix, feature = "flex"))]
-    restore_without_memory::disarm();
+    #[cfg(feature = "tui")]
+    super::screen::restore();
 }
 
 /// Restores the terminal and ends the process, without a checkpoint.
@@ -137,20 +25,8 @@ pub(crate) fn end_at_once() -> ! {
     std::process::exit(INTERRUPTED.into())
 }
 
-/// Lets the message of a panic reach a terminal on which it can be read.
-fn restore_before_panics() {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let before = panic::take_hook();
-        panic::set_hook(Box::new(move |panic| {
-            restore();
-            before(panic);
-        }));
-    });
-}
-
-/// Sends standard output and error nowhere where their terminal was closed. What draws on it, or tells an error, would fail and panic, and
-/// in the middle of that fail and panic again, which ends a process at once.
+/// Redirects standard output and error to `/dev/null` where their terminal was closed. Writing to it would fail and panic, and
+/// the message of the panic would fail and panic again, which ends a process at once.
 #[cfg(unix)]
 pub(crate) fn abandon_closed() {
     use rustix::{io::Errno, stdio, termios::tcgetattr};
@@ -161,77 +37,4 @@ pub(crate) fn abandon_closed() {
     if tcgetattr(stdio::stderr()).err() == Some(Errno::IO) {
         let _ = stdio::dup2_stderr(&nowhere);
     }
-}
-
-/// Whether standard output is a terminal that can move its cursor.
-pub(crate) fn can_draw() -> bool {
-    io::stdout().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
-}
-
-/// In raw mode Ctrl-C is a key; here it is SIGINT again, and neither Ctrl-Z nor Ctrl-\ is a signal, which would leave the screen as it
-/// is.
-#[cfg(unix)]
-fn keep_interrupt_key() -> io::Result<()> {
-    use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, tcgetattr, tcsetattr};
-
-    // The value of a key that is none, which rustix does not name.
-    const NONE: u8 = if cfg!(target_os = "linux") { 0 } else { 0xff };
-    let terminal = terminal()?;
-    let mut attributes = tcgetattr(&terminal)?;
-    attributes.local_modes |= LocalModes::ISIG;
-    attributes.special_codes[SpecialCodeIndex::VSUSP] = NONE;
-    attributes.special_codes[SpecialCodeIndex::VQUIT] = NONE;
-    Ok(tcsetattr(&terminal, OptionalActions::Now, &attributes)?)
-}
-
-/// The terminal whose keys are read.
-#[cfg(unix)]
-fn terminal() -> io::Result<std::os::fd::OwnedFd> {
-    use std::os::fd::AsFd;
-    match io::stdin() {
-        stdin if stdin.is_terminal() => stdin.as_fd().try_clone_to_owned(),
-        _ => Ok(std::fs::File::open("/dev/tty")?.into()),
-    }
-}
-
-/// [`restore`] for a program that has no memory left: it takes none, and no lock.
-#[cfg(all(unix, feature = "flex"))]
-mod restore_without_memory {
-    use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
-    use std::{
-        io,
-        os::fd::OwnedFd,
-        sync::{Mutex, PoisonError},
-    };
-
-    /// The terminal and its attributes before a screen was opened.
-    static BEFORE: Mutex<Option<(OwnedFd, Termios)>> = Mutex::new(None);
-    /// The main screen, a cursor.
-    const SEQUENCE: &[u8] = b"\x1b[?1049l\x1b[?25h";
-
-    pub fn arm() -> io::Result<()> {
-        let terminal = super::terminal()?;
-        let attributes = tcgetattr(&terminal)?;
-        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some((terminal, attributes));
-        ternary_kernels::ExitAllocator::set_cleanup(restore);
-        Ok(())
-    }
-
-    /// Once the screen is closed, the terminal is the shell's again.
-    pub fn disarm() {
-        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-
-    fn restore() {
-        let Ok(before) = BEFORE.try_lock() else { return };
-        if let Some((terminal, attributes)) = &*before {
-            let _ = rustix::io::write(rustix::stdio::stdout(), SEQUENCE);
-            let _ = tcsetattr(terminal, OptionalActions::Now, attributes);
-        }
-    }
-}
-
-#[cfg(not(unix))]
-fn keep_interrupt_key() -> io::Result<()> {
-    Ok(())
 }

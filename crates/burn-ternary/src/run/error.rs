@@ -67,12 +67,15 @@ pub enum TrainError {
         }
     )]
     Diverged { step: usize, rollbacks: usize, checkpoint: Option<PathBuf> },
-    /// Signals cannot be listened to, or the terminal interface cannot read keys.
+    /// The full-screen display cannot be opened.
     #[error("the terminal: {0}; --plain runs without the full-screen display")]
-    Terminal(io::Error),
-    /// What Burn reports.
-    #[error("{0}")]
-    Burn(String),
+    Terminal(#[source] io::Error),
+    /// The process cannot listen to signals.
+    #[error("signals cannot be handled: {0}")]
+    Signals(#[source] io::Error),
+    /// An error of Burn.
+    #[error(transparent)]
+    Burn(Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl TrainError {
@@ -102,7 +105,7 @@ impl TrainError {
             Self::Read { .. } | Self::Write { .. } | Self::Checkpoint(_) => 5,
             Self::Diverged { .. } => 6,
             Self::Interrupted { .. } => INTERRUPTED,
-            Self::Terminal(_) | Self::Burn(_) => 1,
+            Self::Terminal(_) | Self::Signals(_) | Self::Burn(_) => 1,
         }
     }
 }

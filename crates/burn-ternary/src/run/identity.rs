@@ -13,11 +13,10 @@
 //! | `FREE`: where a run is, how it is reported, when it gives up | nothing |
 //! | all others | value |
 
-use super::checkpoint::{Loaded, sha256};
+use super::checkpoint::{Identity, Inputs, Loaded, sha256};
 use super::{Experiment, TrainError};
 use crate::data::Texts;
 use crate::train::schedule::{Schedule, ScheduleConfig};
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -45,27 +44,6 @@ const CONTENTS: [&str; 4] = ["data.train", "data.valid", "distill.teacher", "run
 
 /// Keys that mean something in some experiments only.
 const OPTIONAL: [&str; 2] = ["data.bpe_vocab_size", "data.valid_fraction"];
-
-/// What a run depends on, as a checkpoint's manifest holds it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Identity {
-    /// Value, as TOML, of each `section.key` that is compared by value.
-    pub settings: BTreeMap<String, String>,
-    pub steps: usize,
-    pub inputs: Inputs,
-}
-
-/// SHA-256 of what an experiment names by path, in hexadecimal.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Inputs {
-    pub train: String,
-    pub valid: String,
-    pub tokenizer: String,
-    pub teacher: Option<String>,
-    pub start: Option<String>,
-}
 
 impl Identity {
     /// The identity of a run of `experiment`, whose vocabulary and steps are resolved.

@@ -1,22 +1,32 @@
 //! Whole runs: experiments, run folders, checkpoints, resuming, and the command line of training.
 
+mod cache_teacher;
 pub mod checkpoint;
+mod claim;
+#[cfg(feature = "cli")]
 pub mod command;
+mod context;
 mod error;
 pub mod experiment;
-pub mod identity;
+mod identity;
+mod initial_model;
+mod memory;
+mod outputs;
 mod phases;
 mod proposal;
+mod resolve;
 mod run_folder;
 mod signals;
+mod teacher;
 mod training_loop;
+mod warnings;
 
-pub use crate::train::distill::record_teacher;
-pub use command::{ExperimentArgs, RECORDING, TrainCommand};
+pub use cache_teacher::cache_teacher_logits;
+#[cfg(feature = "cli")]
+pub use command::{ExperimentArgs, TEACHER_LOGITS, TrainCommand};
 pub use error::TrainError;
 pub use experiment::Experiment;
 pub use phases::{RunOptions, run, train_duck_quantized};
-pub(crate) use phases::{last_checkpoint, resolve_vocabulary};
 pub use proposal::{Proposal, Size, TextCounts, propose};
 pub use run_folder::{SavedRun, packed_model};
 pub use ternary_format::disk::{LockError, RunLock};

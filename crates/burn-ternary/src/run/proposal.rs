@@ -1,7 +1,7 @@
 //! From a text to an experiment: shape, tokenizer, steps, and what they cost on this machine.
 
 use super::experiment::RunConfig;
-use super::phases::{check_memory, memory_estimate};
+use super::memory::{check_memory, memory_estimate};
 use super::{Experiment, TrainError};
 use crate::data::corpus::{self, Document};
 use crate::data::window::Window;
@@ -33,7 +33,8 @@ const MEASURED: f64 = 2.0;
 const BESIDES: f64 = 1.1;
 
 /// A shape that goes with an amount of text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Size {
     /// About 1 M parameters, for about 1 MB of text
     Tiny,

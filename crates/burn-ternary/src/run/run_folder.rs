@@ -2,26 +2,29 @@ use super::checkpoint::{CheckpointError, Checkpoints, Loaded};
 use super::{Experiment, TrainError};
 use crate::data::{has_dialogues, tokenizer};
 use crate::device::device;
-use crate::export::{ExportError, export_for_inference, export_frozen, export_latent};
+use crate::export::{ExportError, export_for_inference};
 use crate::import::ImportError;
 use crate::nn::DuckQuantized;
-use crate::quant::QuantConfig;
+use crate::report::{RunResult, write_atomic};
 use crate::train::restore;
 use crate::train::schedule::Schedule;
 use burn::module::Module;
 use burn::tensor::Device;
-use std::{fs, io, path::Path};
-use ternary_format::{PackedModel, Tensor, Tokenizer, chat, disk, memory, read_model};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+use ternary_format::{PackedModel, Tokenizer, chat, disk, memory, read_model, say};
 
-/// What a run folder holds, for use after the run.
+/// The model of a run folder, for use after the run.
 pub struct SavedRun {
-    /// What was trained.
+    /// The resolved settings of the run.
     pub experiment: Experiment,
-    /// Of its texts.
+    /// The tokenizer of its texts.
     pub tokenizer: Tokenizer,
     /// The model of the last good checkpoint, without autodiff.
     pub model: DuckQuantized,
-    /// How dialogues are written; `None` where the model has seen none.
+    /// Jinja template of dialogues; `None` where the model has seen none.
     pub chat_template: Option<String>,
 }
 
@@ -46,7 +49,9 @@ impl SavedRun {
         let seed = experiment.run.seed;
         let model = experiment.model.init(&experiment.quant, seed, &device.clone().autodiff());
         let model = model.with_lora(&experiment.lora, seed);
-        let model = restore(model, &experiment.optim, loaded.model, &loaded.path)?.valid();
+        let model = restore(model, &experiment.optim, loaded.model)
+            .map_err(|error| CheckpointError::unfit(&loaded.path, error))?
+            .valid();
         schedule.turn(last_step, model.dials());
         Ok(Self { experiment, tokenizer, model, chat_template })
     }
@@ -61,10 +66,10 @@ impl SavedRun {
     }
 }
 
-/// Holds the chat template of a run's model in its folder.
+/// File of the chat template in a run folder.
 const TEMPLATE: &str = "chat_template.jinja";
 
-/// Leaves the chat template of a run's model in its folder, for models that are exported from a checkpoint.
+/// Writes the chat template of a run's model, for models that are exported from a checkpoint; removes it where there is none.
 pub(super) fn write_template(run_dir: &Path, template: Option<&str>) -> Result<(), TrainError> {
     let path = run_dir.join(TEMPLATE);
     let written = match template {
@@ -77,21 +82,22 @@ pub(super) fn write_template(run_dir: &Path, template: Option<&str>) -> Result<(
     written.map_err(|source| TrainError::Write { path, source })
 }
 
-/// What [`write_template`] left. Folders of earlier versions have no such file, and their own template if they were
-/// trained on dialogues.
+/// The template that [`write_template`] wrote. Folders of earlier versions have no such file: theirs is our own template if their
+/// token files have dialogues, otherwise that of the exported model, since token files may have been removed.
 pub(super) fn read_template(run_dir: &Path) -> Result<Option<String>, TrainError> {
     let path = run_dir.join(TEMPLATE);
     match disk::read_to_string(&path) {
         Ok(template) => Ok(Some(template)),
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
-            Ok(has_dialogues(run_dir).then(|| chat::TEMPLATE.into()))
+            let exported = || read_model(&run_dir.join("model.gguf")).ok()?.chat_template;
+            Ok(if has_dialogues(run_dir) { Some(chat::TEMPLATE.into()) } else { exported() })
         }
         Err(source) => Err(TrainError::Read { path, source }),
     }
 }
 
-/// An error where the settings of a run folder make a model that its checkpoint cannot fill, or that memory cannot hold:
-/// they may be a stranger's.
+/// Checks that the settings of a run folder make a model which its checkpoint can fill and which fits into memory: the folder
+/// may come from anyone.
 fn check_size(experiment: &Experiment, loaded: &Loaded, run_dir: &Path) -> Result<(), TrainError> {
     let parameters = experiment.model.num_params() + experiment.lora.num_params(&experiment.model);
     let bytes = (size_of::<f32>() * parameters) as u64;
@@ -108,77 +114,12 @@ fn check_size(experiment: &Experiment, loaded: &Loaded, run_dir: &Path) -> Resul
     Ok(memory::check(2 * bytes)?)
 }
 
-/// The weights that a run may start from: the latent ones of a run folder, or those of a model file of any kind.
-///
-/// # Errors
-/// As [`packed_model`].
-pub(super) fn start_model(path: &Path) -> Result<PackedModel, TrainError> {
-    if !is_run(path) {
-        return packed_model(path);
-    }
-    let run = SavedRun::open(path, &host()?)?;
-    let packed = export_latent(&run.model, Some(&run.tokenizer), &run.experiment.run.name)?;
-    Ok(PackedModel { chat_template: run.chat_template, ..packed })
-}
-
-/// The model that stands still beside adapters: what the run folder or the model file computes, ternary where it is.
-///
-/// # Errors
-/// As [`packed_model`]. `Experiment`: `quant` has another norm before each layer. `Model`: ternary weights with an
-/// adapter of their own.
-pub(super) fn frozen_model(path: &Path, quant: &QuantConfig) -> Result<PackedModel, TrainError> {
-    let (model, input_norm) = if is_run(path) {
-        let SavedRun { experiment, tokenizer, model, chat_template } = SavedRun::open(path, &host()?)?;
-        let packed = export_frozen(&model, Some(&tokenizer), &experiment.run.name)?;
-        (PackedModel { chat_template, ..packed }, experiment.quant.input_norm)
-    } else {
-        (packed_model(path)?, false)
-    };
-    if quant.input_norm != input_norm {
-        let message = format!(
-            "quant.input_norm is {}, expected {input_norm} as the model to start from has it",
-            quant.input_norm
-        );
-        return Err(TrainError::Experiment { origin: path.display().to_string(), message });
-    }
-    Ok(model.merged().map_err(ExportError::from)?.into_owned())
-}
-
-/// Whether `model` computes with the weights of `start` as they are: its adapters are of use beside no others.
-///
-/// # Errors
-/// `Experiment`: the first tensor that [model] or [quant] make another of.
-pub(super) fn check_frozen(model: &DuckQuantized, start: &PackedModel) -> Result<(), TrainError> {
-    let own = export_frozen(model, None, "")?;
-    let keeps = |name: &str, own: &Tensor| {
-        let Some(start) = start.tensors.get(name) else { return false };
-        let (mut found, mut expected) = (vec![0.0; own.cols()], vec![0.0; start.cols()]);
-        // Of learned positions a shorter context needs the first ones.
-        let rows = own.rows() == start.rows() || name == "position_embd.weight";
-        rows && (0..own.rows()).all(|row| {
-            own.read_row(row, &mut found);
-            start.read_row(row, &mut expected);
-            found == expected
-        })
-    };
-    let Some((name, _)) = own.tensors.iter().find(|(name, own)| !keeps(name, own)) else {
-        return Ok(());
-    };
-    let ternary = start.tensors.values().any(|tensor| tensor.encoding().is_ternary());
-    let kind = if ternary { "quant.scale = \"learned\"" } else { "quant.enabled = false" };
-    let message = format!(
-        "[model] and [quant] change tensor `{name}` of the model to start from, which lora.rank freezes as it is: \
-         expected its own shape, {kind}, and tables as it has them or \"float\""
-    );
-    Err(TrainError::Experiment { origin: "run.start_from".into(), message })
-}
-
-/// For models that are only written down: no device is begun, and no kernel tuned, for that.
-fn host() -> Result<Device, TrainError> {
+/// A CPU device for export-only work. It avoids initializing a GPU and tuning its kernels.
+pub(super) fn host() -> Result<Device, TrainError> {
     Ok(device("flex").or_else(|_| device("auto"))?)
 }
 
-fn is_run(path: &Path) -> bool {
+pub(super) fn is_run(path: &Path) -> bool {
     path.join("experiment.toml").exists()
 }
 
@@ -191,4 +132,71 @@ pub fn packed_model(path: &Path) -> Result<PackedModel, TrainError> {
         return Ok(SavedRun::open(path, &host()?)?.export()?);
     }
     Ok(read_model(path).map_err(ImportError::from)?)
+}
+
+/// The last good checkpoint of a run folder; `None` where its run has none yet.
+///
+/// # Errors
+/// `Experiment`: the run has ended, and its checkpoints are gone.
+pub(super) fn last_checkpoint(run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
+    let loaded = Checkpoints::existing(run_dir.join("checkpoints")).latest_good()?;
+    if loaded.is_none() && RunResult::read(&run_dir.join("result.json")).is_ok_and(|result| result.steps > 0)
+    {
+        let message = "holds a run that has ended, without a checkpoint; expected its checkpoints, or another run.name or \
+                       run.seed (`train --overwrite` moves the run aside)";
+        return Err(TrainError::Experiment {
+            origin: run_dir.display().to_string(),
+            message: message.into(),
+        });
+    }
+    Ok(loaded)
+}
+
+/// The checkpoint that `--resume` continues; warns of those that were refused. `None`: the run was killed before its first checkpoint.
+///
+/// # Errors
+/// As [`last_checkpoint`].
+pub(super) fn checkpoint_to_resume(run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
+    let Some(loaded) = last_checkpoint(run_dir)? else {
+        say(format_args!("{}: no checkpoint yet, starting from the first step", run_dir.display()));
+        return Ok(None);
+    };
+    for refusal in &loaded.refused {
+        say(format_args!("warning: {refusal}"));
+    }
+    Ok(Some(loaded))
+}
+
+/// Removes the results of an earlier end of the run, which would not describe it any more once it continues. They can be made
+/// again from the checkpoint.
+pub(super) fn remove_results(run_dir: &Path) -> Result<(), TrainError> {
+    let at = |name: &str| run_dir.join(name);
+    let remove = |path: PathBuf, removed: io::Result<()>| match removed {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(TrainError::Write { path, source }),
+        _ => Ok(()),
+    };
+    for name in ["result.json", "model.gguf", "loss.svg", "codes.svg"] {
+        remove(at(name), fs::remove_file(at(name)))?;
+    }
+    remove(at("adapter"), disk::remove_folder(&at("adapter")))
+}
+
+/// The chat template of a run's model: that of its training dialogues, otherwise that of the initial model. Where that model is
+/// gone, a resumed run takes the template in its folder.
+pub(super) fn chat_template(
+    chats: bool,
+    experiment: &Experiment,
+    start: Option<&PackedModel>,
+    run_dir: &Path,
+) -> Result<Option<String>, TrainError> {
+    match start {
+        _ if chats => Ok(Some(chat::TEMPLATE.into())),
+        Some(start) => Ok(start.chat_template.clone()),
+        None if experiment.run.start_from.is_empty() => Ok(None),
+        None => read_template(run_dir),
+    }
+}
+
+pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
+    write_atomic(path, bytes).map_err(|source| TrainError::Write { path: path.into(), source })
 }

@@ -69,6 +69,7 @@ mod unix {
     }
 
     /// Beyond `ulimit -f`, makes writing an error, as on a full disk, in place of a signal that ends the process.
+    #[cfg(feature = "cli")]
     pub(in super::super) fn ignore_file_limit() {
         // A handler that does next to nothing; without one more descriptor the signal stays what it is.
         let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
@@ -83,6 +84,7 @@ mod unix {
 }
 
 #[cfg(unix)]
+#[cfg(feature = "cli")]
 pub(super) use unix::ignore_file_limit;
 
 #[cfg(not(unix))]
@@ -96,5 +98,5 @@ impl Signals {
     }
 }
 
-#[cfg(not(unix))]
+#[cfg(all(not(unix), feature = "cli"))]
 pub(super) fn ignore_file_limit() {}

@@ -1,24 +1,21 @@
-//! The training loop: what Burn's training runs in place of its loop by epochs.
+//! The training loop, which Burn's training runs instead of its loop by epochs.
 //!
 //! Validation and checkpoints go by step, a skipped step or a rollback is part of the loop, and a resumed run seeks
 //! in the data instead of starting the shuffle again.
 
+use super::TrainError;
 use super::checkpoint::Checkpoints;
-use super::identity::Identity;
-use super::{Experiment, TrainError};
+use super::context::RunContext;
 use crate::ImportError;
-use crate::data::window::TokenWindows;
 use crate::data::{LmBatch, chat};
 use crate::nn::{DuckQuantized, ModelSize};
-use crate::report::burn_metrics::{LmItem, Split, StepReport};
+use crate::report::burn_metrics::LmItem;
 use crate::report::code_stats::{CodeStats, CodeTracker};
-use crate::report::display::Display;
 use crate::report::progress::ProgressLine;
-use crate::report::{History, MetricsFile, terminal};
+use crate::report::{History, MetricsFile, Split, StepReport, terminal};
 use crate::train::{LanguageModel, QuantizationTrainer, StartLoss, TrainState};
 use burn::data::dataloader::Progress;
 use burn::module::Module;
-use burn::tensor::Device;
 use burn::train::{
     EventProcessorTraining, InferenceStep, Interrupter, Learner, LearnerEvent, SupervisedLearningStrategy,
     SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem, ValidLoader,
@@ -27,58 +24,46 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::fs::File;
 use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use ternary_format::{
-    Tokenizer,
-    disk::{self, RunLock},
-};
+use ternary_format::disk;
 
 /// Temperature of the text samples.
 const SAMPLE_TEMPERATURE: f64 = 0.7;
 
-/// One session of a run: from its start or its last checkpoint to its end.
-pub(super) struct Session {
-    pub experiment: Experiment,
-    pub identity: Identity,
-    pub run_dir: PathBuf,
-    /// Held until the run has written its result.
-    pub lock: Arc<RunLock>,
-    pub device: Device,
-    pub tokenizer: Tokenizer,
-    /// What the text samples start with, as text and as ids.
-    pub prompts: Vec<(String, Vec<u32>)>,
-    pub train: TokenWindows,
-    pub valid: TokenWindows,
-    pub checkpoints: Checkpoints,
-    pub metrics: MetricsFile,
-    pub history: History,
-    pub codes: Option<CodeTracker>,
-    pub size: ModelSize,
-    /// Whether progress lines go to standard output.
-    pub prints: bool,
-    pub display: Option<Display>,
-    /// Prompts of the last text samples, and what followed them.
-    pub samples: Vec<(String, String)>,
-}
-
-/// What a session leaves besides files.
+/// The end of a training loop.
 pub(super) struct Outcome {
     pub history: History,
     pub state: TrainState,
+    /// Counts of the codes -1, 0 and +1 per layer.
     pub counts: Vec<(String, [u64; 3])>,
     /// The last text samples of this session.
     pub samples: Vec<(String, String)>,
     /// Whether a signal or the terminal interface ended it before its last step.
     pub interrupted: bool,
-    pub error: Option<TrainError>,
 }
 
-/// Hands a [`Session`] to Burn, and its [`Outcome`] back.
-pub(super) struct StepStrategy {
-    pub session: Mutex<Option<(Session, QuantizationTrainer)>>,
-    pub outcome: Arc<Mutex<Option<Outcome>>>,
+/// A [`TrainingLoop`] as Burn's training runs it: by a shared reference.
+pub(super) struct StepStrategy(Mutex<TrainingLoop>);
+
+impl StepStrategy {
+    pub fn new(training: TrainingLoop) -> Self {
+        Self(Mutex::new(training))
+    }
+
+    /// The outcome of the loop, and the error that ended it. What only steps need is dropped.
+    pub fn finish(strategy: Arc<Self>) -> (Outcome, Option<TrainError>) {
+        let strategy = Arc::into_inner(strategy).expect("Burn drops its strategy when it returns");
+        let training = strategy.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let outcome = Outcome {
+            state: training.trainer.state().clone(),
+            history: training.history,
+            counts: training.stats.map(|stats| stats.counts).unwrap_or_default(),
+            samples: training.samples,
+            interrupted: training.interrupted,
+        };
+        (outcome, training.error)
+    }
 }
 
 impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
@@ -90,51 +75,40 @@ impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
         valid: ValidLoader<LanguageModel>,
         _starting_epoch: usize,
     ) -> (LanguageModel, SupervisedTrainingEventProcessor<LanguageModel>) {
-        let (session, trainer) =
-            self.session.lock().expect("held for one line").take().expect("a run fits once");
-        // It would hold the weights of the start as long as the run lasts.
+        // It would hold the initial weights as long as the run lasts.
         drop(learner);
-        let mut run = Loop {
-            trainer,
-            events: Events {
-                processor: components.event_processor,
-                interrupter: components.interrupter,
-                steps: session.experiment.run.steps,
-                eval_every: session.experiment.run.eval_every,
-            },
-            stats: None,
-            started: Instant::now(),
-            elapsed_before: 0.0,
-            stepping: Duration::ZERO,
-            tokens: 0,
-            loss: 0.0,
-            accuracy: 0.0,
-            session,
+        let mut training = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let run = &training.run.experiment.run;
+        let mut events = Events {
+            processor: components.event_processor,
+            interrupter: components.interrupter,
+            steps: run.steps,
+            eval_every: run.eval_every,
         };
-        let error = run.run(train, valid).err();
-        let done = run.trainer.state().step == run.session.experiment.run.steps;
-        let interrupted = !done && run.events.interrupter.interruption().is_some();
-        run.trainer.state_mut().elapsed_s = run.elapsed();
-        let outcome = Outcome {
-            history: run.session.history,
-            state: run.trainer.state().clone(),
-            counts: run.stats.map(|stats| stats.counts).unwrap_or_default(),
-            samples: run.session.samples,
-            interrupted,
-            error,
-        };
-        *self.outcome.lock().expect("held for one line") = Some(outcome);
-        (run.trainer.language_model().clone(), run.events.processor)
+        training.started = Instant::now();
+        training.error = training.run(&mut events, train, valid).err();
+        let done = training.trainer.state().step == events.steps;
+        training.interrupted = !done && events.interrupter.interruption().is_some();
+        let elapsed = training.elapsed();
+        training.trainer.state_mut().elapsed_s = elapsed;
+        (training.trainer.language_model().clone(), events.processor)
     }
 }
 
-struct Loop {
-    session: Session,
+/// The steps of one session of a run, from its start or its last checkpoint to its end.
+pub(super) struct TrainingLoop {
+    run: Arc<RunContext>,
     trainer: QuantizationTrainer,
-    events: Events,
+    checkpoints: Checkpoints,
+    metrics: MetricsFile,
+    history: History,
+    codes: Option<CodeTracker>,
+    size: ModelSize,
+    /// Prompts of the last text samples, and their continuations.
+    samples: Vec<(String, String)>,
     stats: Option<CodeStats>,
     started: Instant,
-    /// Seconds that earlier sessions of this run took.
+    /// Seconds of earlier sessions of this run.
     elapsed_before: f64,
     /// Time in steps and tokens trained on since the last log line.
     stepping: Duration,
@@ -142,45 +116,81 @@ struct Loop {
     /// Sums over these tokens, in this session.
     loss: f64,
     accuracy: f64,
+    interrupted: bool,
+    error: Option<TrainError>,
 }
 
-impl Loop {
+impl TrainingLoop {
+    pub fn new(
+        run: Arc<RunContext>,
+        trainer: QuantizationTrainer,
+        checkpoints: Checkpoints,
+        metrics: MetricsFile,
+        history: History,
+        codes: Option<CodeTracker>,
+    ) -> Self {
+        Self {
+            size: trainer.model().size(),
+            elapsed_before: trainer.state().elapsed_s,
+            run,
+            trainer,
+            checkpoints,
+            metrics,
+            history,
+            codes,
+            samples: Vec::new(),
+            stats: None,
+            started: Instant::now(),
+            stepping: Duration::ZERO,
+            tokens: 0,
+            loss: 0.0,
+            accuracy: 0.0,
+            interrupted: false,
+            error: None,
+        }
+    }
+
+    pub fn trainer(&self) -> &QuantizationTrainer {
+        &self.trainer
+    }
+
     fn run(
         &mut self,
+        events: &mut Events,
         train: TrainLoader<LanguageModel>,
         valid: ValidLoader<LanguageModel>,
     ) -> Result<(), TrainError> {
-        let run = self.session.experiment.run.clone();
+        let run = self.run.experiment.run.clone();
         let (steps, first) = (run.steps, self.trainer.state().step);
-        self.elapsed_before = self.trainer.state().elapsed_s;
-        let train =
-            train.slice(first * run.accumulation, steps * run.accumulation).to_device(&self.session.device);
-        let valid = valid.to_device(&self.session.device.clone().inner());
+        let train = train
+            .slice(first * run.accumulation, steps * run.accumulation)
+            .to_device(&self.run.device.clone().autodiff());
+        let valid = valid.to_device(&self.run.device);
         let mut batches = train.iter();
         let mut session_steps = 0usize;
         let mut session_stepping = Duration::ZERO;
         let model = self.trainer.model().valid();
-        self.stats = self.session.codes.as_ref().and_then(|codes| codes.recall(&model));
+        self.stats = self.codes.as_ref().and_then(|codes| codes.recall(&model));
         if self.stats.is_none() {
-            self.look_at_codes();
+            self.update_code_stats();
         }
         if first == 0 && !run.start_from.is_empty() {
-            self.look_at_start(&valid)?;
+            self.evaluate_initial_weights(&valid)?;
         }
-        if self.session.display.is_some() {
-            self.events.recall(&self.session.history);
+        if self.run.display.is_some() {
+            events.recall(&self.history);
         }
-        self.events.start_interval(first);
-        let evaluated = self.session.history.valid.last().map_or(0, |report| report.step);
+        events.start_interval(first);
+        let evaluated = self.history.valid.last().map_or(0, |report| report.step);
         if first % run.eval_every == 0 && evaluated < first {
             // The last session was stopped before.
-            self.evaluate(&valid, false)?;
+            self.evaluate(events, &valid, false)?;
         }
         for step in first + 1..=steps {
             let mut micro_batches: Vec<LmBatch> = Vec::with_capacity(run.accumulation);
             for _ in 0..run.accumulation {
                 let batch = batches.next().expect("the loader holds every step of the run");
-                micro_batches.push(batch.map_err(|error| TrainError::Burn(error.to_string()))?);
+                micro_batches.push(batch.map_err(|error| TrainError::Burn(error.into()))?);
             }
             let began = Instant::now();
             let report = self.trainer.train_step(micro_batches);
@@ -198,7 +208,7 @@ impl Loop {
                 self.accuracy += report.accuracy * report.tokens as f64;
             }
             let report = self.complete(report);
-            self.events.trained(report);
+            events.trained(report);
 
             let last = step == steps;
             if step % run.log_every == 0 || last {
@@ -208,7 +218,7 @@ impl Loop {
                 let tokens = self.tokens as f64;
                 let means = (self.loss / tokens, self.accuracy / tokens);
                 let shown = StepReport { loss: means.0, accuracy: means.1, tokens: self.tokens, ..report };
-                self.print(|| ProgressLine::train(&shown, steps, eta));
+                self.run.print(|| ProgressLine::train(&shown, steps, eta));
                 (self.stepping, self.tokens) = (Duration::ZERO, 0);
                 (self.loss, self.accuracy) = (0.0, 0.0);
             }
@@ -217,13 +227,13 @@ impl Loop {
                 self.roll_back(step)?;
             }
             // A step that went back to the last checkpoint is not saved: the run stops after the next.
-            let mut stop = self.events.interrupter.should_stop() && !rolled_back;
+            let mut stop = events.interrupter.should_stop() && !rolled_back;
             if step % run.eval_every == 0 || last {
-                let evaluated = self.evaluate(&valid, !last && !rolled_back)?;
+                let evaluated = self.evaluate(events, &valid, !last && !rolled_back)?;
                 stop |= !evaluated;
-                self.events.end_interval(step);
+                events.end_interval(step);
                 if !last && !stop {
-                    self.events.start_interval(step);
+                    events.start_interval(step);
                 }
             }
             if (step % run.checkpoint_every == 0 || last || stop) && !rolled_back {
@@ -238,13 +248,13 @@ impl Loop {
 
     /// Adds to a report what the loop knows and the step does not.
     fn complete(&self, report: StepReport) -> StepReport {
-        let run = &self.session.experiment.run;
-        let ternary = self.session.codes.is_some().then_some(self.session.size);
-        let windows_a_step = run.batch_size * run.accumulation;
+        let run = &self.run.experiment.run;
+        let ternary = self.codes.is_some().then_some(self.size);
+        let windows_per_step = run.batch_size * run.accumulation;
         let shares = self.stats.as_ref().map(|stats| stats.shares);
         StepReport {
-            epoch: (report.step * windows_a_step) as f64 / self.session.train.per_epoch() as f64,
-            bits_per_byte: Some(self.session.train.tokens().bits_per_byte(report.loss)),
+            epoch: (report.step * windows_per_step) as f64 / self.run.data.train.per_epoch() as f64,
+            bits_per_byte: Some(self.run.data.train.tokens().bits_per_byte(report.loss)),
             tokens_per_s: self.tokens as f64 / self.stepping.as_secs_f64().max(1e-9),
             zero_fraction: shares.map(|shares| shares.zero_fraction),
             bits_per_weight: ternary.map(|size| size.bits_per_weight()),
@@ -259,34 +269,39 @@ impl Loop {
 
     /// Validation loss over the held-out windows, and a text sample. One that can wait is left to the next session where the run
     /// is to stop: false.
-    fn evaluate(&mut self, valid: &ValidLoader<LanguageModel>, can_wait: bool) -> Result<bool, TrainError> {
-        let steps = self.session.experiment.run.steps;
+    fn evaluate(
+        &mut self,
+        events: &mut Events,
+        valid: &ValidLoader<LanguageModel>,
+        can_wait: bool,
+    ) -> Result<bool, TrainError> {
+        let steps = self.run.experiment.run.steps;
         let model = self.trainer.validation_model();
         let step = self.trainer.state().step;
         let mut sum = StepReport { step, ..StepReport::default() };
         let batches = valid.num_items();
-        self.events.start_validation(step, batches);
+        events.start_validation(step, batches);
         for (index, part) in losses(&model, valid).enumerate() {
             let part = part?;
-            if can_wait && self.events.interrupter.should_stop() {
+            if can_wait && events.interrupter.should_stop() {
                 return Ok(false);
             }
             sum.tokens += part.tokens;
             sum.loss += part.loss * part.tokens as f64;
             sum.accuracy += part.accuracy * part.tokens as f64;
-            self.events.validated(self.complete(StepReport { step, ..part }), index + 1, batches);
+            events.validated(self.complete(StepReport { step, ..part }), index + 1, batches);
         }
-        self.events.end_validation(step);
-        self.look_at_codes();
+        events.end_validation(step);
+        self.update_code_stats();
         // NaN where no window has a learned token.
         let tokens = sum.tokens as f64;
         let loss = sum.loss / tokens;
         let report = StepReport {
-            bits_per_byte: Some(self.session.valid.tokens().bits_per_byte(loss)),
+            bits_per_byte: Some(self.run.data.valid.tokens().bits_per_byte(loss)),
             ..self.complete(StepReport { loss, accuracy: sum.accuracy / tokens, ..sum })
         };
         self.log(Split::Valid, report)?;
-        self.print(|| ProgressLine::valid(&report, steps));
+        self.run.print(|| ProgressLine::valid(&report, steps));
         let state = self.trainer.state_mut();
         if loss.is_finite() && state.best_valid_loss.is_none_or(|best| loss < best) {
             state.best_valid_loss = Some(loss);
@@ -297,7 +312,7 @@ impl Loop {
     }
 
     /// What the weights that the run starts from are worth, in float and rounded.
-    fn look_at_start(&mut self, valid: &ValidLoader<LanguageModel>) -> Result<(), TrainError> {
+    fn evaluate_initial_weights(&mut self, valid: &ValidLoader<LanguageModel>) -> Result<(), TrainError> {
         let model = self.trainer.validation_model();
         let lambda = &model.model.dials().lambda;
         let before = lambda.get();
@@ -314,7 +329,7 @@ impl Loop {
         let start = StartLoss { float: loss_at(0.0)?, rounded: loss_at(1.0)? };
         lambda.set(before);
         self.trainer.state_mut().start = Some(start);
-        self.print(|| {
+        self.run.print(|| {
             format!("start: packed valid loss {:.4} in float, {:.4} rounded", start.float, start.rounded)
         });
         Ok(())
@@ -322,75 +337,67 @@ impl Loop {
 
     /// Writes what the model says to each prompt into `samples.txt`, and shows it.
     fn sample(&mut self, model: &DuckQuantized, step: usize) -> Result<(), TrainError> {
-        let run = &self.session.experiment.run;
-        expect_in_place(&self.session.lock, &self.session.run_dir)?;
+        let run = &self.run.experiment.run;
+        self.run.expect_in_place()?;
         let mut samples = Vec::new();
-        for (prompt, ids) in &self.session.prompts {
-            let tokenizer = &self.session.tokenizer;
+        for (prompt, ids) in &self.run.prompts {
+            let tokenizer = &self.run.data.tokenizer;
             let stop = chat::special(tokenizer, chat::Special::EndOfText);
             let mut rng = ChaCha8Rng::seed_from_u64(crate::seed::mix(run.seed, step as u64));
             let text =
                 tokenizer.decode(&model.sample(ids, run.sample_tokens, SAMPLE_TEMPERATURE, stop, &mut rng));
             let line = ProgressLine::sample(prompt, &text);
-            let path = self.session.run_dir.join("samples.txt");
+            let path = self.run.run_dir.join("samples.txt");
             disk::open_in_place(&path, File::options().create(true).append(true))
                 .and_then(|mut file| writeln!(file, "step {step}  {line}"))
                 .map_err(|source| TrainError::Write { path, source })?;
-            self.print(
-                || if terminal::can_draw() { ProgressLine::sample_dimmed(prompt, &text) } else { line },
-            );
+            self.run.print(|| {
+                if terminal::can_draw() { ProgressLine::sample_dimmed(prompt, &text) } else { line }
+            });
             samples.push((prompt.clone(), text));
         }
-        if let Some(display) = &self.session.display {
+        if let Some(display) = &self.run.display {
             display.sampled(step, &samples);
         }
-        self.session.samples = samples;
+        self.samples = samples;
         Ok(())
     }
 
-    fn look_at_codes(&mut self) {
+    fn update_code_stats(&mut self) {
         let model = self.trainer.model();
-        self.stats = self.session.codes.as_mut().map(|codes| codes.look(&model.valid()));
+        self.stats = self.codes.as_mut().map(|codes| codes.look(&model.valid()));
     }
 
     fn log(&mut self, split: Split, report: StepReport) -> Result<(), TrainError> {
         match split {
-            Split::Train => self.session.history.train.push(report),
-            Split::Valid => self.session.history.valid.push(report),
+            Split::Train => self.history.train.push(report),
+            Split::Valid => self.history.valid.push(report),
         }
-        self.session
-            .metrics
+        self.metrics
             .append(split, &report)
-            .map_err(|source| TrainError::Write { path: self.session.run_dir.join("metrics.jsonl"), source })
-    }
-
-    fn print(&self, line: impl FnOnce() -> String) {
-        if self.session.prints {
-            // A reader that has gone away (`| head`) must not stop a run.
-            let _ = writeln!(std::io::stdout(), "{}", line());
-        }
+            .map_err(|source| TrainError::Write { path: self.run.run_dir.join("metrics.jsonl"), source })
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
-        expect_in_place(&self.session.lock, &self.session.run_dir)?;
+        self.run.expect_in_place()?;
         let elapsed = self.elapsed();
         self.trainer.state_mut().elapsed_s = elapsed;
         let (model, optimizer) = self.trainer.records();
-        let codes = self.session.codes.as_ref().map(CodeTracker::to_bytes);
-        let Session { checkpoints, identity, .. } = &self.session;
-        checkpoints.save(model, optimizer, self.trainer.state(), identity, codes.as_deref())?;
+        let codes = self.codes.as_ref().map(CodeTracker::to_bytes);
+        let state = self.trainer.state();
+        self.checkpoints.save(model, optimizer, state, &self.run.identity, codes.as_deref())?;
         Ok(())
     }
 
     /// Back to the weights of the last good checkpoint that is regular, on with the next texts.
     fn roll_back(&mut self, step: usize) -> Result<(), TrainError> {
         let rollbacks = self.trainer.state().rollbacks;
-        let loaded = self.session.checkpoints.latest_regular()?;
-        let Some(loaded) = loaded.filter(|_| rollbacks < self.session.experiment.run.max_rollbacks) else {
-            let checkpoint = self.session.checkpoints.latest_good()?.map(|loaded| loaded.path);
+        let loaded = self.checkpoints.latest_regular()?;
+        let Some(loaded) = loaded.filter(|_| rollbacks < self.run.experiment.run.max_rollbacks) else {
+            let checkpoint = self.checkpoints.latest_good()?.map(|loaded| loaded.path);
             return Err(TrainError::Diverged { step, rollbacks, checkpoint });
         };
-        self.print(|| {
+        self.run.print(|| {
             format!("step {step}: too many bad steps, back to the weights of {}", loaded.path.display())
         });
         self.trainer.roll_back(loaded.model, loaded.optimizer, &loaded.state);
@@ -402,14 +409,6 @@ impl Loop {
     }
 }
 
-/// Refuses to write under a name that is no longer that of the run's folder: another run may be there.
-pub(super) fn expect_in_place(lock: &RunLock, run_dir: &Path) -> Result<(), TrainError> {
-    if lock.is_in_place() {
-        return Ok(());
-    }
-    Err(TrainError::Moved { path: run_dir.into() })
-}
-
 /// The losses of the validation batches that have a learned token.
 fn losses<'a>(
     model: &'a LanguageModel,
@@ -417,7 +416,7 @@ fn losses<'a>(
 ) -> impl Iterator<Item = Result<StepReport, TrainError>> + 'a {
     let learned = |batch: &Result<LmBatch, _>| batch.as_ref().map_or(true, |batch| batch.tokens > 0);
     valid.iter().filter(learned).map(|batch| {
-        let batch = batch.map_err(|error| TrainError::Burn(error.to_string()))?;
+        let batch = batch.map_err(|error| TrainError::Burn(error.into()))?;
         let LmItem(part) = InferenceStep::step(model, batch);
         Ok(part)
     })

@@ -8,16 +8,13 @@ use super::optim::{OptimConfig, OptimDials};
 use super::schedule::{Schedule, ScheduleConfig};
 use crate::data::LmBatch;
 use crate::nn::DuckQuantized;
-use crate::report::burn_metrics::{LmItem, StepReport};
-use crate::run::TrainError;
-use crate::run::checkpoint::{CheckpointError, Loaded};
+use crate::report::{StepReport, burn_metrics::LmItem};
 use burn::lr_scheduler::module_lr_scheduler::{ModuleLearningRate, ModuleLrScheduler};
 use burn::module::{Module, ParamGroup};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
-use burn::store::ModuleRecord;
+use burn::store::{ModuleRecord, RecordError};
 use burn::tensor::Tensor;
 use burn::train::{InferenceStep, Learner, TrainOutput, TrainStep};
-use std::path::Path;
 use std::sync::Arc;
 
 /// Share of a new loss in the running mean that the spike guard compares with.
@@ -379,20 +376,18 @@ impl QuantizationTrainer {
     }
 }
 
-/// `model` with the weights of a checkpoint, and their ids.
+/// `model` with the weights of a record, and their ids.
 ///
 /// # Errors
-/// `Burn`: the checkpoint is of another model.
+/// The record is of another model.
 pub(crate) fn restore(
     model: DuckQuantized,
     optim: &OptimConfig,
     record: ModuleRecord,
-    path: &Path,
-) -> Result<DuckQuantized, TrainError> {
+) -> Result<DuckQuantized, RecordError> {
     // The record is of the model with what its training needs.
     let holder = LanguageModel::new(model, optim, None);
-    let restored = holder.try_load_record(record).map_err(|error| CheckpointError::unfit(path, error))?;
-    Ok(restored.model)
+    Ok(holder.try_load_record(record)?.model)
 }
 
 /// Everything a trainer is made of besides the model.
@@ -423,19 +418,19 @@ impl TrainPlan {
         QuantizationTrainer { model: Some(model), optimizer, rates, schedule, dials, clip_norm, guard, state }
     }
 
-    /// A trainer that goes on from a checkpoint.
+    /// A trainer that goes on from the records of a checkpoint.
     ///
     /// # Errors
-    /// `Burn`: the checkpoint is of another model or optimizer.
+    /// The record is of another model.
     pub fn resume(
         self,
         model: DuckQuantized,
-        loaded: Loaded,
+        (record, optimizer): (ModuleRecord, OptimizerRecord),
+        state: TrainState,
         guard: SpikeGuard,
-    ) -> Result<QuantizationTrainer, TrainError> {
-        let Loaded { path, state, model: record, optimizer, .. } = loaded;
+    ) -> Result<QuantizationTrainer, RecordError> {
         // The record's ids must be in place before the optimizer's groups are made.
-        let model = restore(model, &self.optim, record, &path)?;
+        let model = restore(model, &self.optim, record)?;
         let mut trainer = self.trainer(model, state, guard);
         trainer.optimizer = trainer.optimizer.load_record(optimizer);
         Ok(trainer)

@@ -16,8 +16,11 @@
 //!
 //! [`RunLock`]: ternary_format::disk::RunLock
 
-use super::identity::Identity;
+mod manifest;
+
 use crate::train::TrainState;
+use manifest::{FileEntry, Manifest};
+pub use manifest::{Identity, Inputs};
 use std::{
     cmp::Reverse,
     fmt::Display,
@@ -31,7 +34,7 @@ use burn::{
     store::{ModuleRecord, RecordError},
     tensor::Bytes,
 };
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use ternary_format::{
     disk::{self, NewFolder},
@@ -52,31 +55,6 @@ const SCRATCH: &str = ".tmp-";
 /// How often the newest checkpoint is looked for while it vanishes.
 const ATTEMPTS: usize = 5;
 const ASIDE: &str = ".old-";
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Manifest {
-    version: u64,
-    /// Of the experiment, in place of an identity: manifests of version 0.1.0 of this crate have it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    experiment_sha256: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    identity: Option<Identity>,
-    state: TrainState,
-    #[serde(rename = "model.bpk")]
-    model: FileEntry,
-    #[serde(rename = "optimizer.bpk")]
-    optimizer: FileEntry,
-    #[serde(rename = "codes.bin", default, skip_serializing_if = "Option::is_none")]
-    codes: Option<FileEntry>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileEntry {
-    bytes: u64,
-    sha256: String,
-}
 
 /// Why checkpoints could not be written or read.
 #[derive(Debug, thiserror::Error)]

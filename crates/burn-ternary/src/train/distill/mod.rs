@@ -1,23 +1,20 @@
-//! Distillation: a teacher, and how far a student is from it.
+//! Knowledge distillation: a teacher, and the distances of a student from it.
 
+pub(crate) mod cached_logits;
 mod distance;
-mod recording;
 
-use crate::data::{LmBatch, Texts, tokens::TokenFile};
+use crate::ImportError;
+use crate::data::{LmBatch, tokens::TokenFile};
 use crate::device;
 use crate::nn::{BlockStates, DuckConfig, DuckQuantized};
-use crate::report::progress::say;
-use crate::run::identity::{Identity, hex, model_digest};
-use crate::run::{Experiment, TrainError, last_checkpoint, packed_model, resolve_vocabulary};
 use burn::tensor::{Device, Tensor};
+pub use cached_logits::CachedLogits;
 use distance::{divergence, hidden_distance, recorded_divergence, relation_divergence};
-pub use recording::{Recording, record};
 use serde::{Deserialize, Serialize};
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 use ternary_format::{
     ModelSpec, PackedModel, Tokenizer,
-    disk::{self, RunLock},
-    memory,
+    memory::{self, OutOfMemory},
 };
 
 /// Which way the divergence of teacher `p` and student `q` is taken.
@@ -72,17 +69,27 @@ impl Default for DistillConfig {
 }
 
 impl DistillConfig {
-    /// The setting that names the teacher, for errors.
-    fn origin(&self) -> String {
-        format!("distill.teacher = \"{}\"", self.teacher)
-    }
-
     /// The blocks of student and teacher, from 0, that are compared; `None`: none is.
     fn blocks(&self, student: usize, teacher: usize) -> Option<[usize; 2]> {
         let layer = if self.layer == 0 { student } else { self.layer };
         let compared = self.hidden_weight > 0.0 || self.relation_weight > 0.0;
         compared.then(|| [layer - 1, (layer * teacher).div_ceil(student) - 1])
     }
+}
+
+/// Why a teacher cannot teach a student.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TeacherError {
+    /// Other ids, another text, a smaller context, or widths that cannot be compared: what was found and expected.
+    #[error("{0}")]
+    Mismatch(String),
+    /// The teacher does not fit into memory.
+    #[error(transparent)]
+    Memory(#[from] OutOfMemory),
+    /// The packed model is not a language model.
+    #[error(transparent)]
+    Model(#[from] ImportError),
 }
 
 /// What a student is compared with, and how.
@@ -96,7 +103,7 @@ pub struct Teacher {
 enum Source {
     /// A frozen model; the blocks of student and teacher whose states are compared, from 0.
     Model(Box<DuckQuantized>, Option<[usize; 2]>),
-    Recording(Arc<Recording>),
+    Logits(Arc<CachedLogits>),
 }
 
 /// How far a student is from its teacher, each a tensor of one number.
@@ -109,162 +116,58 @@ pub struct Distances {
     pub relation: Option<Tensor<1>>,
 }
 
-/// What an experiment names as its teacher, read, and not yet a model on a device.
-pub(crate) enum TeacherFile {
-    Model(Box<PackedModel>),
-    Recording(Recording),
-}
-
-impl TeacherFile {
-    /// Reads `distill.teacher`; `None` where the experiment names none.
-    ///
-    /// # Errors
-    /// Those of [`packed_model`] and [`Recording::open`].
-    pub fn open(config: &DistillConfig) -> Result<Option<Self>, TrainError> {
-        if config.teacher.is_empty() {
-            return Ok(None);
-        }
-        let path = Path::new(&config.teacher);
-        Ok(Some(match Recording::is_at(path) {
-            true => Self::Recording(Recording::open(path, &config.origin())?),
-            false => Self::Model(Box::new(packed_model(path)?)),
-        }))
-    }
-
-    /// What the reader of a model file did not understand.
-    pub fn warnings(&self) -> &[String] {
-        match self {
-            Self::Model(model) => &model.warnings,
-            Self::Recording(_) => &[],
-        }
-    }
-
-    /// Bytes of memory that the model takes in floats; a recording stays on the disk.
-    pub fn bytes(&self) -> u64 {
-        match self {
-            Self::Model(model) => {
-                let weights = model.tensors.values().map(|tensor| tensor.rows() * tensor.cols());
-                (size_of::<f32>() * weights.sum::<usize>()) as u64
-            }
-            Self::Recording(_) => 0,
-        }
-    }
-
-    /// SHA-256 of what it teaches.
-    pub fn digest(&self) -> String {
-        match self {
-            Self::Model(model) => model_digest(model),
-            Self::Recording(recording) => hex(recording.digest()),
-        }
-    }
-}
-
 impl Teacher {
-    /// The teacher that `file` holds, on `device`.
+    /// A teacher that is a model, on `device`.
     ///
     /// # Errors
-    /// `Experiment`: a teacher of other ids than `tokenizer` and the student, of another text, of a smaller context, or of widths
-    /// that cannot be compared; `Import`: a model file that is no model.
-    pub(crate) fn new(
-        file: TeacherFile,
-        config: &DistillConfig,
-        tokenizer: &Tokenizer,
-        text: &TokenFile,
-        student: &DuckConfig,
-        device: &Device,
-    ) -> Result<Self, TrainError> {
-        let source = match file {
-            TeacherFile::Recording(recording) => Self::recording(recording, config, text, student)?,
-            TeacherFile::Model(packed) => {
-                let (model, blocks) = Self::model(&packed, config, tokenizer, student, device)?;
-                Source::Model(Box::new(model), blocks)
-            }
-        };
-        Ok(Self { source, config: config.clone() })
-    }
-
-    fn recording(
-        recording: Recording,
-        config: &DistillConfig,
-        text: &TokenFile,
-        student: &DuckConfig,
-    ) -> Result<Source, TrainError> {
-        let origin = config.origin();
-        recording.expect_text(text, &origin)?;
-        let misfit = |message: String| Err(TrainError::Experiment { origin, message });
-        if config.temperature != 1.0 || config.hidden_weight > 0.0 || config.relation_weight > 0.0 {
-            return misfit(
-                "found a recording, which has probabilities at temperature 1 only; expected distill.temperature = 1.0, \
-                 hidden_weight = 0.0 and relation_weight = 0.0, or a model"
-                    .into(),
-            );
-        }
-        if recording.vocab_size() > student.vocab_size {
-            return misfit(format!(
-                "found {} tokens, expected at most model.vocab_size = {}",
-                recording.vocab_size(),
-                student.vocab_size
-            ));
-        }
-        Ok(Source::Recording(Arc::new(recording)))
-    }
-
-    /// The model that teaches, and the blocks of student and teacher that are compared.
-    fn model(
+    /// `Mismatch`: other ids than those of `tokenizer` and the student, a smaller context, or widths that cannot be compared;
+    /// `Memory`, `Model`: a model that cannot be made.
+    pub fn from_model(
         packed: &PackedModel,
         config: &DistillConfig,
         tokenizer: &Tokenizer,
         student: &DuckConfig,
         device: &Device,
-    ) -> Result<(DuckQuantized, Option<[usize; 2]>), TrainError> {
-        let origin = config.origin();
-        let misfit = |message: String| TrainError::Experiment { origin: origin.clone(), message };
-        if let Some(difference) = packed.tokenizer.as_ref().and_then(|own| difference(own, tokenizer)) {
-            return Err(misfit(format!(
-                "{difference}; expected the tokenizer of this run, as data.tokenizer = \"PATH OF THE TEACHER\" gives it"
-            )));
+    ) -> Result<Self, TeacherError> {
+        let model = teacher_model(packed, config, tokenizer, student, device)?;
+        let blocks = config.blocks(student.n_layers, packed.spec.n_layers);
+        Ok(Self { source: Source::Model(Box::new(model), blocks), config: config.clone() })
+    }
+
+    /// A teacher whose logits on `text` were cached.
+    ///
+    /// # Errors
+    /// `Mismatch`: logits of another text, of more tokens than the student has, or settings that need a model.
+    pub fn from_logits(
+        logits: CachedLogits,
+        config: &DistillConfig,
+        text: &TokenFile,
+        student: &DuckConfig,
+    ) -> Result<Self, TeacherError> {
+        if !logits.is_of(text) {
+            return Err(TeacherError::Mismatch(
+                "the cached teacher logits are of another text or tokenizer; expected those of this run (data.train, data.tokenizer)"
+                    .into(),
+            ));
         }
-        let ModelSpec { vocab_size, context, d_model, n_layers, n_heads, n_kv_heads, .. } = packed.spec;
-        if vocab_size > student.vocab_size {
-            return Err(misfit(format!(
-                "found {vocab_size} tokens, expected at most model.vocab_size = {}",
+        if config.temperature != 1.0 || config.hidden_weight > 0.0 || config.relation_weight > 0.0 {
+            return Err(TeacherError::Mismatch(
+                "found cached teacher logits, which have probabilities at temperature 1 only; expected \
+                 distill.temperature = 1.0, hidden_weight = 0.0 and relation_weight = 0.0, or a model"
+                    .into(),
+            ));
+        }
+        if logits.vocab_size() > student.vocab_size {
+            return Err(TeacherError::Mismatch(format!(
+                "found {} tokens, expected at most model.vocab_size = {}",
+                logits.vocab_size(),
                 student.vocab_size
             )));
         }
-        if context < student.context {
-            return Err(misfit(format!(
-                "found a context of {context}, expected at least model.context = {}",
-                student.context
-            )));
-        }
-        if config.hidden_weight > 0.0 && d_model != student.d_model {
-            return Err(misfit(format!(
-                "found a width of {d_model}, expected model.d_model = {} for distill.hidden_weight above 0 (relations do \
-                 without)",
-                student.d_model
-            )));
-        }
-        let head_dim = d_model / n_heads;
-        let heads = config.relation_heads;
-        let divides = |n: usize| (n * head_dim).is_multiple_of(heads);
-        if config.relation_weight > 0.0 && !(divides(n_heads) && divides(n_kv_heads)) {
-            return Err(misfit(format!(
-                "found queries of {} and keys of {}, expected widths that distill.relation_heads = {heads} divides",
-                n_heads * head_dim,
-                n_kv_heads * head_dim
-            )));
-        }
-        // The special tokens of a run are new to most models of others; the teacher thinks nothing of them.
-        let device = device.clone().without_autodiff();
-        if device::is_cpu(&device) {
-            let parameters: usize = packed.tensors.values().map(|tensor| tensor.rows() * tensor.cols()).sum();
-            memory::check((size_of::<f32>() * parameters) as u64)?;
-        }
-        let model = DuckQuantized::from_packed_with(packed, student.vocab_size, &device)?;
-        Ok((model, config.blocks(student.n_layers, n_layers)))
+        Ok(Self { source: Source::Logits(Arc::new(logits)), config: config.clone() })
     }
 
-    /// The student's block whose states [`Self::compare`] wants, from 0.
+    /// The student's block whose states [`Self::compare`] requires, from 0.
     pub fn block(&self) -> Option<usize> {
         match self.source {
             Source::Model(_, Some([student, _])) => Some(student),
@@ -285,9 +188,9 @@ impl Teacher {
         let constant = |tensor: Tensor<3>| if logits.is_autodiff() { tensor.autodiff() } else { tensor };
         let (teacher, blocks) = match &self.source {
             Source::Model(teacher, blocks) => (teacher, blocks),
-            Source::Recording(recording) => {
+            Source::Logits(cached) => {
                 let device = logits.device().without_autodiff();
-                let (ids, log_p) = recording.rows(&batch.starts, inputs.dims()[1], &device);
+                let (ids, log_p) = cached.rows(&batch.starts, inputs.dims()[1], &device);
                 let ids = if logits.is_autodiff() { ids.autodiff() } else { ids };
                 let log_p = constant(log_p);
                 let divergence = recorded_divergence(kind, ids, log_p, logits, mask, tokens);
@@ -310,7 +213,8 @@ impl Teacher {
         }
     }
 
-    /// The loss of a student that has the cross entropy `loss` and is so far from its teacher.
+    /// The loss of a student with the cross entropy `loss` and these distances from its teacher:
+    /// `(1 - weight) loss + weight divergence + hidden_weight hidden + relation_weight relation`.
     pub fn blend(&self, loss: Tensor<1>, distances: &Distances) -> Tensor<1> {
         let DistillConfig { weight, hidden_weight, relation_weight, .. } = self.config;
         let mut total = loss.mul_scalar(1.0 - weight) + distances.divergence.clone().mul_scalar(weight);
@@ -324,50 +228,59 @@ impl Teacher {
     }
 }
 
-/// Writes what the teacher of an experiment thinks of its training text to `path`: the `kept` likeliest next tokens at
-/// every position. `distill.teacher` may then name that file, and no step waits for the teacher.
-///
-/// Leaves the prepared texts in the run folder, as the run itself does, and locks it meanwhile. `advance` is told how many positions are done
-/// more, and how many there are.
+/// The model of a teacher, on `device` and without autodiff.
 ///
 /// # Errors
-/// `Lock`; those of [`Texts::prepare`], [`packed_model`] and [`record`]; `Experiment`: no teacher, one that is a recording, or
-/// one that does not fit the experiment.
-pub fn record_teacher(
-    mut experiment: Experiment,
-    kept: usize,
-    path: &Path,
-    mut advance: impl FnMut(usize, usize),
-) -> Result<(), TrainError> {
-    let run_dir = experiment.run_dir();
-    let _lock = RunLock::acquire(&run_dir)?;
-    let _other = if disk::is_in(path, &run_dir) { None } else { RunLock::of_file(path)? };
-    let device = device::device(&experiment.run.device)?;
-    let seq_len = experiment.model.context;
-    // The folder may hold a run, whose tokenizer and tokens are not replaced by others.
-    let loaded = last_checkpoint(&run_dir)?;
-    let texts = Texts::read(&experiment.data, &run_dir, loaded.is_some())?;
-    if let Some(loaded) = loaded {
-        Identity::expect_texts(&loaded, &texts, &run_dir)?;
+/// As [`Teacher::from_model`].
+pub(crate) fn teacher_model(
+    packed: &PackedModel,
+    config: &DistillConfig,
+    tokenizer: &Tokenizer,
+    student: &DuckConfig,
+    device: &Device,
+) -> Result<DuckQuantized, TeacherError> {
+    if let Some(difference) = packed.tokenizer.as_ref().and_then(|own| difference(own, tokenizer)) {
+        return Err(TeacherError::Mismatch(format!(
+            "{difference}; expected the tokenizer of this run, as data.tokenizer = \"PATH OF THE TEACHER\" gives it"
+        )));
     }
-    resolve_vocabulary(&mut experiment, &texts.tokenizer)?;
-    // What a recording does not have is not asked for while it is made.
-    let config = DistillConfig { hidden_weight: 0.0, relation_weight: 0.0, ..experiment.distill };
-    let file = TeacherFile::open(&config)?;
-    memory::check(file.as_ref().map_or(0, TeacherFile::bytes))?;
-    let Some(TeacherFile::Model(teacher)) = file else {
-        let message = "expected a run folder or a model file, whose thoughts are to be recorded".into();
-        return Err(TrainError::Experiment { origin: config.origin(), message });
-    };
-    for warning in &teacher.warnings {
-        say(format_args!("warning: {}: {warning}", config.teacher));
+    let ModelSpec { vocab_size, context, d_model, n_heads, n_kv_heads, .. } = packed.spec;
+    if vocab_size > student.vocab_size {
+        return Err(TeacherError::Mismatch(format!(
+            "found {vocab_size} tokens, expected at most model.vocab_size = {}",
+            student.vocab_size
+        )));
     }
-    let (teacher, _) = Teacher::model(&teacher, &config, &texts.tokenizer, &experiment.model, &device)?;
-    // From here on files are written.
-    let data = texts.prepare(seq_len, experiment.run.seed, &run_dir)?;
-    let tokens = data.train.tokens();
-    let total = tokens.len();
-    record(&teacher, tokens, seq_len, kept, path, |done| advance(done, total))
+    if context < student.context {
+        return Err(TeacherError::Mismatch(format!(
+            "found a context of {context}, expected at least model.context = {}",
+            student.context
+        )));
+    }
+    if config.hidden_weight > 0.0 && d_model != student.d_model {
+        return Err(TeacherError::Mismatch(format!(
+            "found a width of {d_model}, expected model.d_model = {} for distill.hidden_weight above 0 (relations do \
+             without)",
+            student.d_model
+        )));
+    }
+    let head_dim = d_model / n_heads;
+    let heads = config.relation_heads;
+    let divides = |n: usize| (n * head_dim).is_multiple_of(heads);
+    if config.relation_weight > 0.0 && !(divides(n_heads) && divides(n_kv_heads)) {
+        return Err(TeacherError::Mismatch(format!(
+            "found queries of {} and keys of {}, expected widths that distill.relation_heads = {heads} divides",
+            n_heads * head_dim,
+            n_kv_heads * head_dim
+        )));
+    }
+    // The special tokens of a run are unknown to most teachers, whose probabilities of them are 0.
+    let device = device.clone().without_autodiff();
+    if device::is_cpu(&device) {
+        let parameters: usize = packed.tensors.values().map(|tensor| tensor.rows() * tensor.cols()).sum();
+        memory::check((size_of::<f32>() * parameters) as u64)?;
+    }
+    Ok(DuckQuantized::from_packed_with(packed, student.vocab_size, &device)?)
 }
 
 /// The first id of the teacher's that the run's tokenizer reads differently.
