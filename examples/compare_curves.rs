@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release --example compare_curves -- OUT.svg TITLE LABEL=RUN_FOLDER LABEL=RUN_FOLDER`
 
-use burn_ternary::train::{plot, report};
+use burn_ternary::report::{History, plot};
 use std::{error::Error, path::Path};
 
 const USAGE: &str = "expected arguments OUT.svg TITLE LABEL=RUN_FOLDER ..., with one to three runs";
@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut curves = Vec::new();
     for run in runs {
         let (label, folder) = run.split_once('=').ok_or(USAGE)?;
-        curves.push((label.to_string(), report::read(&Path::new(folder).join("metrics.jsonl"))?.valid));
+        curves.push((label.to_string(), History::read(&Path::new(folder).join("metrics.jsonl"))?.valid));
     }
     plot::compared_losses(Path::new(path), &curves, title)?;
     Ok(())
