@@ -7,7 +7,7 @@ use burn::tensor::{Device, Distribution, Tensor};
 use burn_ternary::data::{LmBatch, LmBatcher, window::Window};
 use burn_ternary::device::{describe, device, peak_rss_bytes};
 use burn_ternary::nn::DuckConfig;
-use burn_ternary::quant::{ActivationPrecision, Products, QuantConfig, Sparsity};
+use burn_ternary::quant::{ActivationPrecision, MatmulPrecision, QuantConfig, Sparsity};
 use burn_ternary::run::Experiment;
 use burn_ternary::train::{
     QuantizationTrainer,
@@ -69,16 +69,16 @@ enum Variant {
 impl Variant {
     fn quant(self) -> QuantConfig {
         let ternary = QuantConfig::default();
-        let bitlinear = QuantConfig { activations: ActivationPrecision::Int8, ..ternary.clone() };
+        let bitlinear = ternary.clone().with_activations(ActivationPrecision::Int8);
         match self {
             Self::Float => ternary.float(),
             Self::Ternary => ternary,
-            Self::Sparse => QuantConfig { sparsity: Sparsity::ZeroFraction(0.9), ..ternary },
-            Self::TwoOfEight => QuantConfig { sparsity: Sparsity::NOfM([2, 8]), ..ternary },
+            Self::Sparse => ternary.with_sparsity(Sparsity::ZeroFraction(0.9)),
+            Self::TwoOfEight => ternary.with_sparsity(Sparsity::NOfM([2, 8])),
             Self::Bitlinear => bitlinear,
-            Self::Bf16 => QuantConfig { compute: Products::Bf16, ..ternary },
-            Self::Int8Bf16 => QuantConfig { compute: Products::Int8Bf16, ..bitlinear },
-            Self::Int8 => QuantConfig { compute: Products::Int8, ..bitlinear },
+            Self::Bf16 => ternary.with_matmul_precision(MatmulPrecision::Bf16),
+            Self::Int8Bf16 => bitlinear.with_matmul_precision(MatmulPrecision::Int8Bf16),
+            Self::Int8 => bitlinear.with_matmul_precision(MatmulPrecision::Int8),
         }
     }
 }
@@ -88,23 +88,22 @@ fn main() {
     let Command { width, layers, heads, ff, vocab, seq, batch, rounds, .. } = command;
     let device = device("flex").expect("flex is compiled in");
     // GPT-2's layers, in the size of the reference model unless it is told otherwise.
-    let model = DuckConfig {
-        vocab_size: vocab,
-        context: seq,
-        d_model: width,
-        n_layers: layers,
-        n_heads: heads,
-        n_kv_heads: heads,
-        d_ff: ff,
-        dropout: 0.0,
-        ..DuckConfig::duck()
-    };
+    let model = DuckConfig::duck()
+        .with_vocab_size(vocab)
+        .with_context(seq)
+        .with_d_model(width)
+        .with_n_layers(layers)
+        .with_n_heads(heads)
+        .with_n_kv_heads(heads)
+        .with_d_ff(ff)
+        .with_dropout(0.0);
     let mut experiment = Experiment::load("experiments/10-shakespeare-float.toml").expect("it loads");
     experiment.optim.lr = 1e-4;
     if command.int8_moments {
         experiment.optim.moments = Moments::Int8;
     }
-    experiment.optim.matrices = if command.muon { MatrixOptimizer::Muon } else { MatrixOptimizer::Adamw };
+    experiment.optim.matrix_optimizer =
+        if command.muon { MatrixOptimizer::Muon } else { MatrixOptimizer::Adamw };
     let autodiff = device.clone().autodiff();
     let trainer = |variant: &Variant| {
         let model = model.init(&variant.quant(), 1, &autodiff);

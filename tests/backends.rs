@@ -14,7 +14,7 @@ use burn_ternary::ops::{
     ternary_linear, ternary_quantize,
 };
 use burn_ternary::quant::{
-    ActivationPrecision, Dials, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity,
+    ActivationPrecision, Dials, Estimator, Granularity, MatmulPrecision, QuantConfig, ScaleRule, Sparsity,
     TernaryQuantizerConfig, compute_optimal_scale,
 };
 use burn_ternary::train::QuantizationTrainer;
@@ -204,13 +204,11 @@ fn quantizers_agree() {
             let sparsities = [Sparsity::None, Sparsity::ZeroFraction(0.8), Sparsity::NOfM([5, 13])];
             for (granularity, sparsity) in granularities.into_iter().flat_map(|g| sparsities.map(|s| (g, s)))
             {
-                let config = QuantConfig {
-                    scale: rule,
-                    granularity,
-                    sparsity,
-                    estimator: Estimator::Masked,
-                    ..Default::default()
-                };
+                let config = QuantConfig::default()
+                    .with_scale(rule)
+                    .with_granularity(granularity)
+                    .with_sparsity(sparsity)
+                    .with_estimator(Estimator::Masked);
                 let run = |device: &Device| {
                     let weight = tensor(&values, [26, 7], device);
                     let quantizer = quantizer(&config, &weight);
@@ -231,7 +229,7 @@ fn soft_weights_agree() {
     let values = normal(&mut ChaCha8Rng::seed_from_u64(9), 26 * 7, 0.02);
     for (name, device) in others() {
         for sparsity in [Sparsity::None, Sparsity::NOfM([5, 13])] {
-            let config = QuantConfig { sparsity, estimator: Estimator::Annealed, ..Default::default() };
+            let config = QuantConfig::default().with_sparsity(sparsity).with_estimator(Estimator::Annealed);
             let dials = Dials::default();
             dials.lambda.set(0.5);
             let run = |device: &Device| {
@@ -260,7 +258,7 @@ struct ModelRun {
 impl ModelRun {
     fn new(family: Family, device: &Device) -> Self {
         let device = device.clone().autodiff();
-        let quant = QuantConfig { scale: ScaleRule::Learned, input_norm: true, ..Default::default() };
+        let quant = QuantConfig::default().with_scale(ScaleRule::Learned).with_input_norm(true);
         let model = tiny(family).init(&quant, 5, &device);
         let loss = loss(&model, &device);
         let grads = GradientsParams::from_grads(loss.backward(), &model);
@@ -298,29 +296,27 @@ fn a_ternary_model_agrees_forward_and_backward() {
 
 /// The losses of the first five steps on batches that all backends see.
 fn train(matrices: MatrixOptimizer, device: &Device) -> Vec<f64> {
-    let optim = OptimConfig {
-        matrices,
-        lr: 3e-3,
-        muon_lr: 0.02,
-        muon_momentum: 0.95,
-        beta1: 0.9,
-        beta2: 0.95,
-        epsilon: 1e-8,
-        moments: Moments::Float,
-        weight_decay: 0.1,
-        clip_norm: 1.0,
-        z_loss: 1e-4,
-    };
-    let schedule = ScheduleConfig {
-        shape: Shape::Cosine,
-        warmup_steps: 2,
-        decay_fraction: 0.2,
-        min_lr_ratio: 0.1,
-        weight_decay_until: 1.0,
-        float_until: 0.0,
-        ramp_until: 0.0,
-        sparse_until: 0.0,
-    };
+    let optim = OptimConfig::default()
+        .with_matrix_optimizer(matrices)
+        .with_lr(3e-3)
+        .with_muon_lr(0.02)
+        .with_muon_momentum(0.95)
+        .with_beta1(0.9)
+        .with_beta2(0.95)
+        .with_epsilon(1e-8)
+        .with_moments(Moments::Float)
+        .with_weight_decay(0.1)
+        .with_clip_norm(1.0)
+        .with_z_loss(1e-4);
+    let schedule = ScheduleConfig::default()
+        .with_shape(Shape::Cosine)
+        .with_warmup_steps(2)
+        .with_decay_fraction(0.2)
+        .with_min_lr_ratio(0.1)
+        .with_weight_decay_until(1.0)
+        .with_float_until(0.0)
+        .with_ramp_until(0.0)
+        .with_sparse_until(0.0);
     let device = device.clone().autodiff();
     let model = tiny(Family::Llama).init(&QuantConfig::default(), 6, &device);
     let mut trainer = QuantizationTrainer::new(model, &optim, &schedule, 5, 6);
@@ -647,17 +643,15 @@ fn results_do_not_depend_on_the_number_of_threads() {
         let weight = || tensor(&values, [1000, 777], &device);
         let mut results = Vec::new();
         for granularity in [Granularity::PerTensor, Granularity::PerChannel, Granularity::PerGroup(8)] {
-            let config = QuantConfig { granularity, ..Default::default() };
+            let config = QuantConfig::default().with_granularity(granularity);
             results.push(floats(mean_abs(granularity.view(weight()))));
             results.push(floats(quantizer(&config, &weight()).fake_quantize(weight())));
         }
         results.push(floats(absmax_quantize(weight(), 127.0, RowScale::F32)));
         results.extend(training_ops(&device).into_iter().flat_map(|(_, results)| results));
-        let integer = QuantConfig {
-            activations: ActivationPrecision::Int8,
-            compute: Products::Int8,
-            ..QuantConfig::default()
-        };
+        let integer = QuantConfig::default()
+            .with_activations(ActivationPrecision::Int8)
+            .with_matmul_precision(MatmulPrecision::Int8);
         let autodiff = device.clone().autodiff();
         let model = tiny(Family::Gpt2).init(&integer, 5, &autodiff);
         let grads = GradientsParams::from_grads(loss(&model, &autodiff).backward(), &model);

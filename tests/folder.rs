@@ -125,13 +125,13 @@ fn a_folder_of_a_running_training_has_no_other_writer() {
         assert!(child.try_wait().unwrap().is_none(), "it ended before it was looked at");
         thread::sleep(Duration::from_millis(10));
     }
-    let quiet = RunOptions { quiet: true, ..RunOptions::default() };
+    let quiet = RunOptions::default().with_quiet(true);
     let refusals = [
         command(out.path(), &[&steps[..], &["--resume"]].concat()).run().map(drop),
         command(out.path(), &[&steps[..], &["--overwrite"]].concat()).run().map(drop),
         command(out.path(), &steps).run().map(drop),
         run(experiment.clone(), &quiet).map(drop),
-        run(experiment.clone(), &RunOptions { resume: true, ..quiet }).map(drop),
+        run(experiment.clone(), &quiet.with_resume(true)).map(drop),
         cache_teacher_logits(experiment.clone(), 4, &out.path().join("teacher.logits"), |_, _| ()),
     ];
     // Readers need no lock.
@@ -239,7 +239,7 @@ fn readers_change_nothing() {
     let out = tempfile::tempdir().unwrap();
     let experiment = experiment(out.path(), &["--steps", "1"]);
     let run_dir = experiment.run_dir();
-    run(experiment, &RunOptions { quiet: true, ..RunOptions::default() }).unwrap();
+    run(experiment, &RunOptions::default().with_quiet(true)).unwrap();
     fs::remove_dir_all(run_dir.join("checkpoints")).unwrap();
     let names = || {
         let mut names: Vec<_> =

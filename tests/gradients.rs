@@ -4,7 +4,9 @@ use crate::oracle::{cpu, floats, granularities, normal, owners, quantizer, tenso
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
-use burn_ternary::nn::{Activation, Compute, DuckConfig, DuckQuantized, Family, QuantizedLinearConfig};
+use burn_ternary::nn::{
+    Activation, DuckConfig, DuckQuantized, Family, MixedPrecision, QuantizedLinearConfig,
+};
 use burn_ternary::ops::{RowScale, StraightThrough, absmax_quantize, round_scale, ternary_quantize};
 use burn_ternary::quant::{
     Dials, Estimator, Granularity, QuantConfig, ScaleRule, Sparsity, TernaryQuantizerConfig,
@@ -234,7 +236,8 @@ fn check_learned(
     let weight: Vec<f32> =
         ratios.iter().zip(&owners).map(|(ratio, owner)| (ratio * scales[*owner]) as f32).collect();
     let upstream = normal(rng, weight.len(), 1.0);
-    let config = QuantConfig { scale: rule, granularity, estimator, ..Default::default() };
+    let config =
+        QuantConfig::default().with_scale(rule).with_granularity(granularity).with_estimator(estimator);
     let parameter = scales.iter().map(|scale| (scale * factor) as f32).collect();
     let (dw, da) = quantizer_grads(&config, &weight, dims, Some(parameter), &upstream, lambda as f32);
     let (dw, da) = (dw, da.unwrap());
@@ -268,7 +271,7 @@ fn computed_scales_pass_the_gradient_straight_through() {
     for rule in [ScaleRule::Absmean, ScaleRule::Absmedian, ScaleRule::Twn] {
         for granularity in granularities(dims) {
             let (weight, upstream) = (normal(rng, 182, 0.02), normal(rng, 182, 1.0));
-            let config = QuantConfig { scale: rule, granularity, ..Default::default() };
+            let config = QuantConfig::default().with_scale(rule).with_granularity(granularity);
             for lambda in [0.0, 0.25, 1.0] {
                 let (dw, scale) = quantizer_grads(&config, &weight, dims, None, &upstream, lambda);
                 assert!(scale.is_none());
@@ -293,7 +296,10 @@ fn two_scales_have_the_gradients_of_the_forward_pass() {
         for sparsity in [Sparsity::None, Sparsity::ZeroFraction(0.8)] {
             let case = format!("{granularity:?} {sparsity:?}");
             let (values, upstream) = (normal(rng, 182, 1.0), normal(rng, 182, 1.0));
-            let config = QuantConfig { scale: ScaleRule::Ttq, granularity, sparsity, ..Default::default() };
+            let config = QuantConfig::default()
+                .with_scale(ScaleRule::Ttq)
+                .with_granularity(granularity)
+                .with_sparsity(sparsity);
             let count = owners(granularity, dims).iter().max().unwrap() + 1;
             // These scales, and those one step away, are f16 values.
             let step = 1.0 / 64.0;
@@ -332,7 +338,7 @@ fn two_scales_have_the_gradients_of_the_forward_pass() {
 #[test]
 fn two_scales_are_initialized_to_the_means_of_their_weights() {
     let weight = tensor(&[0.8, -0.05, 1.0, -3.0, 0.1, -1.0], [6, 1], &cpu());
-    let config = QuantConfig { scale: ScaleRule::Ttq, ..Default::default() };
+    let config = QuantConfig::default().with_scale(ScaleRule::Ttq);
     let quantizer = quantizer(&config, &weight);
     assert_eq!(floats(quantizer.codes(weight.clone())), [1.0, 0.0, 1.0, -1.0, 0.0, -1.0]);
     let [positive, negative] = [half::f16::from_f32(0.9).to_f32(), 2.0];
@@ -347,8 +353,10 @@ fn soft_weights_have_their_own_gradient_and_end_hard() {
     let dims = [26, 7];
     for (granularity, threshold) in granularities(dims).into_iter().flat_map(|g| [(g, 0.5), (g, 0.3)]) {
         let (values, upstream) = (normal(rng, 182, 0.1), normal(rng, 182, 1.0));
-        let config =
-            QuantConfig { granularity, threshold, estimator: Estimator::Annealed, ..Default::default() };
+        let config = QuantConfig::default()
+            .with_granularity(granularity)
+            .with_threshold(threshold)
+            .with_estimator(Estimator::Annealed);
         let dials = Dials::default();
         let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&tensor(&values, dims, &cpu()));
         let scales = floats(quantizer.scales(tensor(&values, dims, &cpu())));
@@ -406,8 +414,8 @@ fn dead_weights_have_the_gradient_of_the_bias_that_they_feed() {
             d_output,
             bias: true,
             std: 0.3,
-            compute: Compute::F32,
-            quant: QuantConfig { scale, dead_bias: 0.125, ..Default::default() },
+            mixed_precision: MixedPrecision::F32,
+            quant: QuantConfig::default().with_scale(scale).with_dead_bias(0.125),
             dials,
         };
         let device = cpu().autodiff();
@@ -481,7 +489,7 @@ fn a_quantizer_has_the_same_values_with_and_without_autodiff() {
         ScaleRule::Seq,
         ScaleRule::Ttq,
     ] {
-        let config = QuantConfig { scale: rule, ..Default::default() };
+        let config = QuantConfig::default().with_scale(rule);
         let [plain, tracked] = [cpu(), cpu().autodiff()].map(|device| {
             let weight = tensor(&values, [26, 5], &device);
             let weight = if device.is_autodiff() { weight.require_grad() } else { weight };
@@ -494,26 +502,25 @@ fn a_quantizer_has_the_same_values_with_and_without_autodiff() {
 /// A model small enough for finite differences.
 pub fn tiny(family: Family) -> DuckConfig {
     let gpt2 = family == Family::Gpt2;
-    DuckConfig {
-        family,
-        vocab_size: 11,
-        context: 6,
-        d_model: 8,
-        n_layers: 2,
-        n_heads: 2,
-        n_kv_heads: if gpt2 { 2 } else { 1 },
-        d_ff: 12,
-        activation: match family {
+    DuckConfig::default()
+        .with_family(family)
+        .with_vocab_size(11)
+        .with_context(6)
+        .with_d_model(8)
+        .with_n_layers(2)
+        .with_n_heads(2)
+        .with_n_kv_heads(if gpt2 { 2 } else { 1 })
+        .with_d_ff(12)
+        .with_activation(match family {
             Family::Gpt2 => Activation::Gelu,
             Family::Llama => Activation::Swiglu,
             Family::Bitnet => Activation::SquaredRelu,
-        },
-        dropout: 0.0,
-        tied: family != Family::Llama,
-        norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        compute: Compute::F32,
-    }
+        })
+        .with_dropout(0.0)
+        .with_tied(family != Family::Llama)
+        .with_norm_eps(1e-5)
+        .with_rope_theta(10_000.0)
+        .with_mixed_precision(MixedPrecision::F32)
 }
 
 /// Draws every parameter again, large enough that each affects the loss.

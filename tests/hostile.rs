@@ -62,8 +62,8 @@ fn what_only_flex_has_is_refused_on_other_devices() {
     }
     let out = tempfile::tempdir().unwrap();
     for (key, assignments) in [
-        ("quant.compute", &["quant.activations=int8", "quant.compute=int8"][..]),
-        ("quant.compute", &["quant.compute=bf16"]),
+        ("quant.matmul_precision", &["quant.activations=int8", "quant.matmul_precision=int8"][..]),
+        ("quant.matmul_precision", &["quant.matmul_precision=bf16"]),
         ("optim.moments", &["optim.moments=int8"]),
     ] {
         let mut experiment = Experiment::load("experiments/00-default.toml").unwrap();
@@ -71,7 +71,7 @@ fn what_only_flex_has_is_refused_on_other_devices() {
         for assignment in [place.as_str(), "run.device=ndarray"].iter().chain(assignments) {
             experiment.set(assignment).unwrap();
         }
-        let error = run(experiment, &RunOptions { quiet: true, ..RunOptions::default() }).unwrap_err();
+        let error = run(experiment, &RunOptions::default().with_quiet(true)).unwrap_err();
         let message = error.to_string();
         assert!(message.contains(key) && message.contains("run.device = \"flex\""), "{message}");
         assert_eq!(error.exit_code(), 2);
@@ -106,7 +106,7 @@ fn a_file_that_cannot_be_written_is_named_before_the_first_step() {
     let run_dir = experiment.run_dir();
     fs::create_dir_all(&run_dir).unwrap();
     fs::create_dir(run_dir.join("samples.txt")).unwrap();
-    let error = run(experiment, &RunOptions { quiet: true, ..RunOptions::default() }).unwrap_err();
+    let error = run(experiment, &RunOptions::default().with_quiet(true)).unwrap_err();
     assert_eq!(error.exit_code(), 5);
     assert!(error.to_string().contains("samples.txt"), "{error}");
     assert_eq!(fs::read(run_dir.join("metrics.jsonl")).unwrap(), b"");
@@ -155,14 +155,14 @@ fn a_diverging_run_skips_steps_rolls_back_and_stops() {
         "run.max_bad_steps=2",
         "run.max_rollbacks=2",
         // Grows without bound: every norm and logit overflows after some steps.
-        "optim.matrices=adamw",
+        "optim.matrix_optimizer=adamw",
         "optim.lr=1e18",
         "schedule.warmup_steps=0",
         "optim.clip_norm=0.0",
     ] {
         experiment.set(assignment).unwrap();
     }
-    let error = run(experiment.clone(), &RunOptions { quiet: true, ..RunOptions::default() }).unwrap_err();
+    let error = run(experiment.clone(), &RunOptions::default().with_quiet(true)).unwrap_err();
     assert_eq!(error.exit_code(), 6, "{error}");
     let TrainError::Diverged { checkpoint, rollbacks, .. } = error else { panic!("{error}") };
     let result = fs::read_to_string(experiment.run_dir().join("result.json")).unwrap();

@@ -9,9 +9,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const QUIET: RunOptions =
-    RunOptions { resume: false, quiet: true, plain: false, epochs: None, signals: false };
-const RESUME: RunOptions = RunOptions { resume: true, ..QUIET };
+fn quiet() -> RunOptions {
+    RunOptions::default().with_quiet(true)
+}
+
+fn resume() -> RunOptions {
+    quiet().with_resume(true)
+}
 
 /// A run of eight steps on its own text, with checkpoints after four and eight.
 fn experiment(home: &Path, name: &str, assignments: &[&str]) -> Experiment {
@@ -29,7 +33,7 @@ fn experiment(home: &Path, name: &str, assignments: &[&str]) -> Experiment {
 
 /// The run, as after a kill between its two checkpoints.
 fn killed(experiment: &Experiment) {
-    run(experiment.clone(), &QUIET).unwrap();
+    run(experiment.clone(), &quiet()).unwrap();
     let run_dir = experiment.run_dir();
     fs::remove_dir_all(checkpoint(&run_dir, 8)).unwrap();
     fs::remove_file(run_dir.join("result.json")).unwrap();
@@ -69,7 +73,7 @@ fn hashes_below(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 
 /// Asserts that a resume is refused with these words and leaves the folder unchanged.
 fn refused(experiment: Experiment, words: &[&str]) {
-    refused_with(experiment, &RESUME, words);
+    refused_with(experiment, &resume(), words);
 }
 
 fn refused_with(experiment: Experiment, options: &RunOptions, words: &[&str]) {
@@ -103,13 +107,13 @@ fn a_resume_with_other_settings_names_each_and_changes_nothing() {
     ] {
         let changed = with(&made, changes);
         refused(changed.clone(), words);
-        let error = run(changed, &RESUME).unwrap_err();
+        let error = run(changed, &resume()).unwrap_err();
         assert!(matches!(error, TrainError::OtherRun { .. }) && error.exit_code() == 2, "{error}");
     }
     // Epochs of another text are not counted.
-    let epochs = RunOptions { epochs: Some(2.0), ..RESUME };
+    let epochs = resume().with_epochs(Some(2.0));
     refused_with(with(&made, &["data.valid_fraction=0.3"]), &epochs, &["the training text"]);
-    run(made, &RESUME).unwrap();
+    run(made, &resume()).unwrap();
 }
 
 #[test]
@@ -129,7 +133,7 @@ fn a_changed_text_or_tokenizer_is_refused() {
         // The same text elsewhere is the same text.
         let moved = home.path().join("moved.txt");
         fs::write(&moved, &original).unwrap();
-        run(with(&made, &[&format!("data.train=[{:?}]", moved.display().to_string())]), &RESUME).unwrap();
+        run(with(&made, &[&format!("data.train=[{:?}]", moved.display().to_string())]), &resume()).unwrap();
         fs::write(&text, &original).unwrap();
     }
 
@@ -140,7 +144,7 @@ fn a_changed_text_or_tokenizer_is_refused() {
     fs::copy(home.path().join("char-1/tokenizer.json"), &file).unwrap();
     refused(made.clone(), &["the tokenizer (data.tokenizer)"]);
     let own = with(&made, &[&format!("data.tokenizer={}", made.run_dir().join("tokenizer.json").display())]);
-    run(own, &RESUME).unwrap();
+    run(own, &resume()).unwrap();
 
     // The tokenizer of a run is not trained again, even on its own text.
     let bpe = experiment(home.path(), "bpe", &["data.tokenizer=bpe", "data.bpe_vocab_size=300"]);
@@ -192,19 +196,19 @@ fn a_changed_teacher_or_initial_model_is_refused() {
     let [moved, moved_recording] = ["moved.gguf", "moved.logits"].map(|name| home.path().join(name));
     fs::write(&moved, kept).unwrap();
     fs::write(&moved_recording, kept_recording).unwrap();
-    run(with(&of_run, &[&names(&home.path().join("aside"))]), &RESUME).unwrap();
-    run(with(&of_file, &[&names(&moved)]), &RESUME).unwrap();
-    run(with(&of_recording, &[&names(&moved_recording)]), &RESUME).unwrap();
+    run(with(&of_run, &[&names(&home.path().join("aside"))]), &resume()).unwrap();
+    run(with(&of_file, &[&names(&moved)]), &resume()).unwrap();
+    run(with(&of_recording, &[&names(&moved_recording)]), &resume()).unwrap();
     // The checkpoint has all weights.
     fs::remove_file(&file).unwrap();
-    run(started, &RESUME).unwrap();
+    run(started, &resume()).unwrap();
 }
 
 #[test]
 fn a_run_with_a_new_path_or_reporting_interval_is_resumed() {
     let home = tempfile::tempdir().unwrap();
     let made = experiment(home.path(), "run", &[]);
-    run(made.clone(), &QUIET).unwrap();
+    run(made.clone(), &quiet()).unwrap();
     let expected = tensors(&checkpoint(&made.run_dir(), 8));
     let elsewhere = tempfile::tempdir().unwrap();
     let mut dir = made.run_dir();
@@ -217,7 +221,7 @@ fn a_run_with_a_new_path_or_reporting_interval_is_resumed() {
         }
         dir = changed.run_dir();
         fs::remove_dir_all(checkpoint(&dir, 8)).unwrap();
-        run(changed, &RESUME).unwrap();
+        run(changed, &resume()).unwrap();
         assert!(tensors(&checkpoint(&dir, 8)) == expected, "{changes:?}");
     };
     let respelled = home.path().join("x/..");
@@ -248,16 +252,16 @@ fn a_run_can_be_extended_if_its_schedule_allows() {
             refused(with(&made, &["run.steps=2"]), &["run.steps is 2, but 4 of 8 are done"]);
             continue;
         }
-        run(longer.clone(), &RESUME).unwrap();
+        run(longer.clone(), &resume()).unwrap();
         let whole = with(&longer, &[&format!("run.name={name}-whole")]);
-        run(whole.clone(), &QUIET).unwrap();
+        run(whole.clone(), &quiet()).unwrap();
         let [resumed, whole] = [longer, whole].map(|run| tensors(&checkpoint(&run.run_dir(), 12)));
         assert!(resumed == whole, "{name}: not the longer run");
     }
     // A finished run, and by epochs.
     let made = experiment(home.path(), "finished", &["schedule.shape=constant"]);
-    let result = run(made.clone(), &QUIET).unwrap();
-    let epochs = RunOptions { epochs: Some(2.0), ..RESUME };
+    let result = run(made.clone(), &quiet()).unwrap();
+    let epochs = resume().with_epochs(Some(2.0));
     assert!(run(made, &epochs).unwrap().steps > result.steps);
 }
 
@@ -290,20 +294,20 @@ fn checkpoints_of_version_0_1_0_are_resumed() {
     fs::write(&toml, "quack").unwrap();
     refused(made.clone(), &["another experiment"]);
     fs::write(&toml, text).unwrap();
-    run(with(&made, &["run.log_every=2"]), &RESUME).unwrap();
+    run(with(&made, &["run.log_every=2"]), &resume()).unwrap();
 }
 
 #[test]
 fn an_unfinished_run_without_a_checkpoint_starts_again() {
     let home = tempfile::tempdir().unwrap();
     let made = experiment(home.path(), "run", &["data.tokenizer=bpe", "data.bpe_vocab_size=300"]);
-    run(made.clone(), &QUIET).unwrap();
+    run(made.clone(), &quiet()).unwrap();
     let run_dir = made.run_dir();
     let expected = tensors(&checkpoint(&run_dir, 8));
     fs::remove_dir_all(run_dir.join("checkpoints")).unwrap();
     refused(made.clone(), &["a run that has ended, without a checkpoint"]);
     fs::remove_file(run_dir.join("result.json")).unwrap();
-    run(made.clone(), &RESUME).unwrap();
+    run(made.clone(), &resume()).unwrap();
     assert!(tensors(&checkpoint(&run_dir, 8)) == expected, "not the same run");
     // Recording a teacher must not replace the tokenizer of a run that has one either.
     fs::write(home.path().join("text.txt"), "The drake dives into the lake. ".repeat(60)).unwrap();

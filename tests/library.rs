@@ -197,9 +197,9 @@ fn prepare_refuses_what_it_cannot_make_ternary() {
     assert_eq!(report.matrices.len(), 1);
 
     for (config, key, size) in [
-        (QuantConfig { granularity: Granularity::PerGroup(9), ..default.clone() }, "granularity", 9),
-        (QuantConfig { granularity: Granularity::PerGroup(0), ..default.clone() }, "granularity", 0),
-        (QuantConfig { sparsity: Sparsity::NOfM([1, 6]), ..default.clone() }, "sparsity", 6),
+        (default.clone().with_granularity(Granularity::PerGroup(9)), "granularity", 9),
+        (default.clone().with_granularity(Granularity::PerGroup(0)), "granularity", 0),
+        (default.clone().with_sparsity(Sparsity::NOfM([1, 6])), "sparsity", 6),
     ] {
         let error = prepare(model(), &config, hidden_weights).unwrap_err();
         // 18 inputs are a multiple of 9 and of 6, 7 are not.
@@ -208,15 +208,15 @@ fn prepare_refuses_what_it_cannot_make_ternary() {
     }
     for (config, key) in [
         (default.clone().float(), "quant.enabled"),
-        (QuantConfig { activations: ActivationPrecision::Int8, ..default.clone() }, "quant.activations"),
-        (QuantConfig { dead_bias: 1e-3, ..default.clone() }, "quant.dead_bias"),
-        (QuantConfig { input_norm: true, ..default.clone() }, "quant.input_norm"),
-        (QuantConfig { scale_penalty: 0.1, ..default.clone() }, "quant.scale_penalty"),
-        (QuantConfig { threshold: 1.0, ..default.clone() }, "quant.threshold"),
-        (QuantConfig { sparsity: Sparsity::ZeroFraction(f64::NAN), ..default.clone() }, "quant.sparsity"),
-        (QuantConfig { sparsity: Sparsity::NOfM([2, 2]), ..default.clone() }, "quant.sparsity"),
-        (QuantConfig { estimator: Estimator::Masked, ..default.clone() }, "quant.estimator"),
-        (QuantConfig { estimator: Estimator::Annealed, ..default.clone() }, "quant.estimator"),
+        (default.clone().with_activations(ActivationPrecision::Int8), "quant.activations"),
+        (default.clone().with_dead_bias(1e-3), "quant.dead_bias"),
+        (default.clone().with_input_norm(true), "quant.input_norm"),
+        (default.clone().with_scale_penalty(0.1), "quant.scale_penalty"),
+        (default.clone().with_threshold(1.0), "quant.threshold"),
+        (default.clone().with_sparsity(Sparsity::ZeroFraction(f64::NAN)), "quant.sparsity"),
+        (default.clone().with_sparsity(Sparsity::NOfM([2, 2])), "quant.sparsity"),
+        (default.clone().with_estimator(Estimator::Masked), "quant.estimator"),
+        (default.clone().with_estimator(Estimator::Annealed), "quant.estimator"),
     ] {
         let error = prepare(model(), &config, hidden_weights).unwrap_err();
         assert!(matches!(&error, PrepareError::Setting(setting) if setting.key == key), "{error}");
@@ -234,7 +234,8 @@ fn a_prepared_model_comes_back_from_its_file_bit_for_bit() {
     let granularities = [Granularity::PerTensor, Granularity::PerChannel, Granularity::PerGroup(3)];
     for (scale, granularity) in rules.into_iter().flat_map(|rule| granularities.map(|g| (rule, g))) {
         let sparsity = if scale == ScaleRule::Twn { Sparsity::ZeroFraction(0.7) } else { Sparsity::None };
-        let config = QuantConfig { scale, granularity, sparsity, ..QuantConfig::default() };
+        let config =
+            QuantConfig::default().with_scale(scale).with_granularity(granularity).with_sparsity(sparsity);
         let widths = [21, 15];
         let (model, report) = prepare(Picture::new(&widths, &device()), &config, hidden_weights).unwrap();
         let model = model.valid();
@@ -278,7 +279,7 @@ fn files_and_models_that_do_not_fit_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("picture.safetensors");
     let model = |widths: &[usize]| Picture::new(widths, &device());
-    let config = QuantConfig { scale: ScaleRule::Ttq, ..QuantConfig::default() };
+    let config = QuantConfig::default().with_scale(ScaleRule::Ttq);
     let (two_scales, _) = prepare(model(&[7]), &config, hidden_weights).unwrap();
     assert!(matches!(prepared::save(&two_scales, &path), Err(ExportError::TwoScales)));
     let count = Param::initialized(ParamId::new(), Tensor::<1, Int>::from_data([3], &device()));
@@ -471,7 +472,7 @@ fn a_prepared_llama_has_the_same_logits_in_the_engine() {
         .flat_map(|pairs| granularities.map(|granularity| (pairs, granularity)))
     {
         let training = device().autodiff();
-        let config = QuantConfig { granularity, ..QuantConfig::default() };
+        let config = QuantConfig::default().with_granularity(granularity);
         let (mut model, report) = prepare(Llama::new(&spec, pairs, &training), &config, in_blocks).unwrap();
         assert!(report.to_string().starts_with(
             "14 ternary matrices, 73728 of 76480 parameters: blocks.0.query.weight [64, 64], blocks.0.key"

@@ -79,7 +79,7 @@ fn base(out: &Path, assignments: &[&str]) -> std::path::PathBuf {
 fn adapters_learn_on_ternary_weights_that_keep_every_bit() {
     let _alone = crate::alone_with_the_generator();
     let out = tempfile::tempdir().unwrap();
-    let integer = ["quant.activations=int8", "quant.compute=int8"];
+    let integer = ["quant.activations=int8", "quant.matmul_precision=int8"];
     let base = base(out.path(), &integer);
     // From the run and from its model file, with a teacher and dropout; killed and resumed.
     let teacher = format!("distill.teacher={}", base.display());
@@ -150,8 +150,7 @@ fn adapters_learn_on_ternary_weights_that_keep_every_bit() {
         // Killed after its twentieth step.
         let losses = fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap().lines().count();
         fs::remove_dir_all(checkpoint(30)).unwrap();
-        let resumed =
-            run(experiment, &RunOptions { resume: true, quiet: true, ..RunOptions::default() }).unwrap();
+        let resumed = run(experiment, &RunOptions::default().with_resume(true).with_quiet(true)).unwrap();
         assert_eq!(resumed.valid_loss, result.valid_loss);
         assert_eq!(tensors(&checkpoint(30)), last);
         assert_eq!(fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap().lines().count(), losses);
@@ -246,8 +245,8 @@ fn the_engine_with_an_adapter_has_the_logits_of_the_module() {
             (false, ActivationPrecision::Float),
         ] {
             let config: DuckConfig = crate::shape(family);
-            let quant = QuantConfig { enabled, activations, ..QuantConfig::default() };
-            let lora = LoraConfig { rank: 5, alpha: 7.0, targets: vec!["all".into()] };
+            let quant = QuantConfig::default().with_enabled(enabled).with_activations(activations);
+            let lora = LoraConfig::default().with_rank(5).with_alpha(7.0).with_targets(vec!["all".into()]);
             let model = config.init(&quant, 2, &device()).with_lora(&lora, 3);
             // As after some training.
             let fill = |name: &str, pair: &LowRank| {

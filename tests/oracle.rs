@@ -149,8 +149,10 @@ fn every_rule_and_granularity_gives_the_scales_codes_and_weights_of_float64() {
                     let groups = groups(&values, &owners);
                     for rule in RULES {
                         let threshold = if seed == 1 { 0.5 } else { 0.3 };
-                        let config =
-                            QuantConfig { scale: rule, granularity, threshold, ..Default::default() };
+                        let config = QuantConfig::default()
+                            .with_scale(rule)
+                            .with_granularity(granularity)
+                            .with_threshold(threshold);
                         let case = format!("{kind} {dims:?} {rule:?} {granularity:?} seed {seed}");
                         check(&case, &config, &weight, &values, &owners, &groups);
                     }
@@ -229,7 +231,7 @@ fn latent_weights_may_have_any_float_type() {
         }
         for rule in RULES {
             let weight = tensor(&values, [26, 9], &device).cast(dtype);
-            let quantizer = quantizer(&QuantConfig { scale: rule, ..Default::default() }, &weight);
+            let quantizer = quantizer(&QuantConfig::default().with_scale(rule), &weight);
             let quantized = quantizer.fake_quantize(weight.clone());
             assert_eq!(quantized.dtype(), dtype.into());
             let quantized = floats(quantized.cast(FloatDType::F32));
@@ -262,7 +264,7 @@ fn a_learned_scale_does_not_follow_the_weight() {
     let [start, later] = [0.02, 0.5].map(|std| tensor(&normal(rng, 15, std), [5, 3], &device));
     for (rule, follows) in [(ScaleRule::Absmean, true), (ScaleRule::Learned, false), (ScaleRule::Seq, false)]
     {
-        let quantizer = quantizer(&QuantConfig { scale: rule, ..Default::default() }, &start);
+        let quantizer = quantizer(&QuantConfig::default().with_scale(rule), &start);
         let [before, after] = [&start, &later].map(|weight| floats(quantizer.scales(weight.clone())));
         assert_eq!(before != after, follows, "{rule:?}");
     }
@@ -274,7 +276,7 @@ fn a_gaussian_has_31_percent_zeros_and_is_not_binary() {
     for seed in 10..13 {
         let values = normal(&mut ChaCha8Rng::seed_from_u64(seed), 100_000, 0.02);
         let weight = tensor(&values, [250, 400], &device);
-        let config = QuantConfig { granularity: Granularity::PerTensor, ..Default::default() };
+        let config = QuantConfig::default().with_granularity(Granularity::PerTensor);
         let quantized = floats(quantizer(&config, &weight).fake_quantize(weight));
         let share = |level: fn(f32) -> bool| quantized.iter().filter(|w| level(**w)).count() as f64 / 1e5;
         let zeros = share(|w| w == 0.0);
@@ -350,7 +352,7 @@ fn burn_agrees_bit_for_bit_where_the_mean_is_exact() {
         let values: Vec<f32> = steps.iter().map(|k| *k as f32 / 1024.0).collect();
         let weight = tensor(&values, [32, 128], &device);
 
-        let config = QuantConfig { granularity: Granularity::PerTensor, ..Default::default() };
+        let config = QuantConfig::default().with_granularity(Granularity::PerTensor);
         let ours = quantizer(&config, &weight);
         let (scale, theirs) = burn_quantize(weight.clone(), None);
         assert_eq!(floats(ours.scales(weight.clone()))[0].to_bits(), scale.to_bits());
@@ -369,7 +371,7 @@ fn burn_agrees_on_any_weight_at_the_same_scale() {
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
         for (kind, values) in kinds(rng, dims[0] * dims[1]).into_iter().take(2) {
             let weight = tensor(&values, dims, &device);
-            let config = QuantConfig { granularity: Granularity::PerTensor, ..Default::default() };
+            let config = QuantConfig::default().with_granularity(Granularity::PerTensor);
             let ours = quantizer(&config, &weight);
             let scale = floats(ours.scales(weight.clone()))[0];
             let codes = floats(ours.codes(weight.clone()));
@@ -467,7 +469,7 @@ fn learned_scales_start_at_the_least_error_of_a_gaussian() {
     let weight = tensor(&values, [1000, 100], &cpu());
     let best = floats(compute_optimal_scale(weight.clone(), Granularity::PerTensor, None))[0];
     let config =
-        QuantConfig { scale: ScaleRule::Learned, granularity: Granularity::PerTensor, ..Default::default() };
+        QuantConfig::default().with_scale(ScaleRule::Learned).with_granularity(Granularity::PerTensor);
     let start = floats(quantizer(&config, &weight).scales(weight))[0];
     assert!((start / best - 1.0).abs() < 0.01, "{start}, best is {best}");
 }
@@ -598,7 +600,7 @@ fn lambda_blends_latent_and_ternary_weights() {
     for rule in RULES {
         let dials = Dials::default();
         let lambda = &dials.lambda;
-        let config = QuantConfig { scale: rule, ..Default::default() };
+        let config = QuantConfig::default().with_scale(rule);
         let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&weight);
         let scale = quantizer.scales(weight.clone()).reshape([1, 20]);
         let ternary = floats(quantizer.codes(weight.clone()) * scale);
@@ -625,7 +627,7 @@ fn a_materialized_linear_layer_has_exactly_the_ternary_values() {
     let values = normal(&mut ChaCha8Rng::seed_from_u64(12), 26 * 9, 0.1);
     for rule in RULES {
         for granularity in granularities([26, 9]) {
-            let config = QuantConfig { scale: rule, granularity, ..Default::default() };
+            let config = QuantConfig::default().with_scale(rule).with_granularity(granularity);
             let mut linear = LinearConfig::new(26, 9).init(&device);
             linear.weight = Param::from_tensor(tensor(&values, [26, 9], &device));
             let weight = linear.weight.val();

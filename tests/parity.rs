@@ -197,20 +197,18 @@ fn a_quantized_gguf_has_its_reference_logits_and_perplexity() {
 fn gpt_nano_sort(reference: &Reference) -> DuckQuantized {
     let json = reference.json("config.json");
     let d_model = size(&json, "n_embd");
-    let config = DuckConfig {
-        family: Family::Gpt2,
-        activation: Activation::Gelu,
-        vocab_size: size(&json, "vocab_size"),
-        context: size(&json, "n_positions"),
-        d_model,
-        n_layers: size(&json, "n_layer"),
-        n_heads: size(&json, "n_head"),
-        n_kv_heads: size(&json, "n_head"),
-        d_ff: 4 * d_model,
-        tied: false,
-        norm_eps: json["layer_norm_epsilon"].as_f64().unwrap(),
-        ..DuckConfig::duck_tiny()
-    };
+    let config = DuckConfig::duck_tiny()
+        .with_family(Family::Gpt2)
+        .with_activation(Activation::Gelu)
+        .with_vocab_size(size(&json, "vocab_size"))
+        .with_context(size(&json, "n_positions"))
+        .with_d_model(d_model)
+        .with_n_layers(size(&json, "n_layer"))
+        .with_n_heads(size(&json, "n_head"))
+        .with_n_kv_heads(size(&json, "n_head"))
+        .with_d_ff(4 * d_model)
+        .with_tied(false)
+        .with_norm_eps(json["layer_norm_epsilon"].as_f64().unwrap());
     let mut model = config.init(&QuantConfig::default().float(), 0, &device());
     let bytes = reference.bytes("model.safetensors");
     let weights = Weights::read(&bytes);
@@ -330,29 +328,27 @@ fn a_trained_gpt2_sorts_nearly_every_input_when_it_has_become_ternary() {
     let Some(reference) = Reference::open("gpt_nano_sort") else { return };
     let float = gpt_nano_sort(&reference);
     let packed = export_for_inference(&float, None, "sort").unwrap();
-    let optim = OptimConfig {
-        matrices: MatrixOptimizer::Muon,
-        lr: 0.001,
-        muon_lr: 0.01,
-        muon_momentum: 0.95,
-        beta1: 0.9,
-        beta2: 0.95,
-        epsilon: 1e-8,
-        moments: Moments::Float,
-        weight_decay: 0.0,
-        clip_norm: 1.0,
-        z_loss: 0.0,
-    };
-    let schedule = ScheduleConfig {
-        shape: Shape::Cosine,
-        warmup_steps: 20,
-        decay_fraction: 0.2,
-        min_lr_ratio: 0.0,
-        weight_decay_until: 1.0,
-        float_until: 0.0,
-        ramp_until: 0.0,
-        sparse_until: 0.0,
-    };
+    let optim = OptimConfig::default()
+        .with_matrix_optimizer(MatrixOptimizer::Muon)
+        .with_lr(0.001)
+        .with_muon_lr(0.01)
+        .with_muon_momentum(0.95)
+        .with_beta1(0.9)
+        .with_beta2(0.95)
+        .with_epsilon(1e-8)
+        .with_moments(Moments::Float)
+        .with_weight_decay(0.0)
+        .with_clip_norm(1.0)
+        .with_z_loss(0.0);
+    let schedule = ScheduleConfig::default()
+        .with_shape(Shape::Cosine)
+        .with_warmup_steps(20)
+        .with_decay_fraction(0.2)
+        .with_min_lr_ratio(0.0)
+        .with_weight_decay_until(1.0)
+        .with_float_until(0.0)
+        .with_ramp_until(0.0)
+        .with_sparse_until(0.0);
     let device = device().autodiff();
     let inputs = unsorted();
     let (steps, batch) = (300, 64);
@@ -578,21 +574,19 @@ fn random(config: &DuckConfig, quant: &QuantConfig, seed: u64) -> DuckQuantized 
 }
 
 fn tiny(family: Family, activation: Activation) -> DuckConfig {
-    DuckConfig {
-        family,
-        activation,
-        vocab_size: 13,
-        context: 11,
-        d_model: 24,
-        n_layers: 2,
-        n_heads: 4,
-        n_kv_heads: if family == Family::Gpt2 { 4 } else { 2 },
-        d_ff: 35,
-        tied: activation == Activation::SquaredRelu,
-        norm_eps: 1e-3,
-        rope_theta: 100.0,
-        ..DuckConfig::duck_tiny()
-    }
+    DuckConfig::duck_tiny()
+        .with_family(family)
+        .with_activation(activation)
+        .with_vocab_size(13)
+        .with_context(11)
+        .with_d_model(24)
+        .with_n_layers(2)
+        .with_n_heads(4)
+        .with_n_kv_heads(if family == Family::Gpt2 { 4 } else { 2 })
+        .with_d_ff(35)
+        .with_tied(activation == Activation::SquaredRelu)
+        .with_norm_eps(1e-3)
+        .with_rope_theta(100.0)
 }
 
 #[test]
@@ -601,8 +595,8 @@ fn every_family_agrees_with_a_float64_forward_pass() {
     let quants = [
         plain.clone().float(),
         plain.clone(),
-        QuantConfig { input_norm: true, ..plain.clone() },
-        QuantConfig { input_norm: true, ..plain.float() },
+        plain.clone().with_input_norm(true),
+        plain.float().with_input_norm(true),
     ];
     let models = [
         (Family::Gpt2, Activation::Gelu),
@@ -632,9 +626,9 @@ fn every_family_agrees_with_a_float64_forward_pass() {
 fn grouped_heads_equal_repeated_heads() {
     for quant in [QuantConfig::default().float(), QuantConfig::default()] {
         for n_kv_heads in [1, 2] {
-            let config = DuckConfig { n_kv_heads, ..tiny(Family::Llama, Activation::Swiglu) };
+            let config = tiny(Family::Llama, Activation::Swiglu).with_n_kv_heads(n_kv_heads);
             let grouped = random(&config, &quant, 5);
-            let mut full = DuckConfig { n_kv_heads: 4, ..config.clone() }.init(&quant, 6, &device());
+            let mut full = config.clone().with_n_kv_heads(4).init(&quant, 6, &device());
             full.embedding = grouped.embedding.clone();
             full.head = grouped.head.clone();
             full.transformer.norm = grouped.transformer.norm.clone();

@@ -21,7 +21,7 @@ fn experiment(out: &Path) -> Experiment {
         format!("run.steps={STEPS}"),
         "run.device=flex".into(),
         "run.batch_size=2".into(),
-        "run.accumulation=2".into(),
+        "run.gradient_accumulation=2".into(),
         "run.log_every=1".into(),
         "run.eval_every=12".into(),
         "run.eval_windows=4".into(),
@@ -35,8 +35,8 @@ fn experiment(out: &Path) -> Experiment {
         "model.dropout=0.1".into(),
         "quant.scale=learned".into(),
         "quant.activations=int8".into(),
-        "quant.compute=int8".into(),
-        "optim.matrices=muon".into(),
+        "quant.matmul_precision=int8".into(),
+        "optim.matrix_optimizer=muon".into(),
         // Of the embedding.
         "optim.moments=int8".into(),
         "schedule.weight_decay_until=0.5".into(),
@@ -87,8 +87,7 @@ pub(crate) fn tensors(checkpoint: &Path) -> Vec<(String, Vec<u8>)> {
 #[test]
 fn child_process_of_the_kill_test() {
     let Ok(out) = std::env::var(CHILD) else { return };
-    run(experiment(Path::new(&out)), &RunOptions { resume: true, quiet: true, ..RunOptions::default() })
-        .unwrap();
+    run(experiment(Path::new(&out)), &RunOptions::default().with_resume(true).with_quiet(true)).unwrap();
 }
 
 #[test]
@@ -151,7 +150,7 @@ fn resuming_skips_damaged_checkpoints() {
     let out = tempfile::tempdir().unwrap();
     let mut short = experiment(out.path());
     // Moments of matrices at eight bits, and a ramp.
-    for assignment in ["optim.matrices=adamw", "schedule.ramp_until=0.5"] {
+    for assignment in ["optim.matrix_optimizer=adamw", "schedule.ramp_until=0.5"] {
         short.set(assignment).unwrap();
     }
     comes_back(short.clone());
@@ -159,8 +158,8 @@ fn resuming_skips_damaged_checkpoints() {
     let mut other = short;
     for assignment in [
         "run.name=two-scales",
-        "quant.compute=float",
-        "optim.matrices=muon",
+        "quant.matmul_precision=float",
+        "optim.matrix_optimizer=muon",
         "optim.moments=float",
         "quant.scale=ttq",
         "quant.sparsity={zero_fraction=0.8}",
@@ -174,7 +173,7 @@ fn resuming_skips_damaged_checkpoints() {
 /// Trains, damages the last checkpoint, and resumes from the one before.
 fn comes_back(short: Experiment) {
     short.validate("").unwrap();
-    run(short.clone(), &RunOptions { quiet: true, ..RunOptions::default() }).unwrap();
+    run(short.clone(), &RunOptions::default().with_quiet(true)).unwrap();
     let run_dir = short.run_dir();
     let results = || (losses(&run_dir), tensors(&last_checkpoint(&run_dir)), of_the_run(&run_dir));
     let before = results();
@@ -183,6 +182,6 @@ fn comes_back(short: Experiment) {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(&model, bytes).unwrap();
-    run(short, &RunOptions { resume: true, quiet: true, ..RunOptions::default() }).unwrap();
+    run(short, &RunOptions::default().with_resume(true).with_quiet(true)).unwrap();
     assert!(before == results(), "the run was not repeated exactly");
 }

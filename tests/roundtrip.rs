@@ -71,18 +71,16 @@ fn models() -> impl Iterator<Item = (String, DuckQuantized)> {
         let sparsity = [Sparsity::None, Sparsity::ZeroFraction(0.9), Sparsity::NOfM([2, 8])][i % 7 % 3];
         // Only the gpt2 family has biases.
         let dead_bias = if family == Family::Gpt2 && i % 3 > 0 { 0.1 } else { 0.0 };
-        let quant = QuantConfig {
-            scale,
-            granularity,
-            sparsity,
-            dead_bias,
-            embedding,
-            head,
-            ..QuantConfig::default()
-        };
+        let quant = QuantConfig::default()
+            .with_scale(scale)
+            .with_granularity(granularity)
+            .with_sparsity(sparsity)
+            .with_dead_bias(dead_bias)
+            .with_embedding(embedding)
+            .with_head(head);
         let name =
             format!("{family:?} {scale:?} {granularity:?} {sparsity:?} {embedding:?} tied {tied} {head:?}");
-        (name, trained(&DuckConfig { tied, ..shape(family) }, &quant, i as u64))
+        (name, trained(&shape(family).with_tied(tied), &quant, i as u64))
     })
 }
 
@@ -147,7 +145,7 @@ fn an_exported_matrix_has_the_codes_and_scales_of_the_forward_pass() {
 
 #[test]
 fn the_bias_of_the_file_includes_the_dead_weights() {
-    let quant = QuantConfig { dead_bias: 0.1, ..QuantConfig::default() };
+    let quant = QuantConfig::default().with_dead_bias(0.1);
     let model = trained(&shape(Family::Gpt2), &quant, 3);
     let packed = export_for_inference(&model, None, "duck").unwrap();
     for (path, linear) in model.linears() {
@@ -220,7 +218,7 @@ fn a_loaded_module_computes_what_the_exported_one_does_bit_for_bit() {
 #[test]
 fn a_model_that_no_file_can_express_is_refused_with_the_setting_to_change() {
     let config = shape(Family::Llama);
-    let normed = QuantConfig { input_norm: true, ..QuantConfig::default() };
+    let normed = QuantConfig::default().with_input_norm(true);
     for quant in [normed.clone(), normed.float()] {
         let error = export_for_inference(&trained(&config, &quant, 0), None, "duck").unwrap_err();
         assert!(matches!(error, ExportError::InputNorm), "{error}");
@@ -233,22 +231,22 @@ fn a_model_that_no_file_can_express_is_refused_with_the_setting_to_change() {
         error.to_string().contains("lambda = 0.5") && error.to_string().contains("ramp_until"),
         "{error}"
     );
-    let two = QuantConfig { scale: ScaleRule::Ttq, ..QuantConfig::default() };
+    let two = QuantConfig::default().with_scale(ScaleRule::Ttq);
     let error = export_for_inference(&trained(&config, &two, 0), None, "duck").unwrap_err();
     assert!(
         matches!(error, ExportError::TwoScales) && error.to_string().contains("\"ttq\" in [quant]"),
         "{error}"
     );
     export_for_inference(&trained(&config, &two.float(), 0), None, "duck").unwrap();
-    let dead = QuantConfig { dead_bias: 1e-3, ..QuantConfig::default() };
+    let dead = QuantConfig::default().with_dead_bias(1e-3);
     let error = export_for_inference(&trained(&config, &dead, 0), None, "duck").unwrap_err();
     assert!(
         matches!(error, ExportError::DeadBias) && error.to_string().contains("`dead_bias = 0.0`"),
         "{error}"
     );
     // A row that does not fit the blocks of its precision.
-    let narrow = DuckConfig { d_model: 24, ..config };
-    let quant = QuantConfig { embedding: TablePrecision::Int8, ..QuantConfig::default() };
+    let narrow = config.with_d_model(24);
+    let quant = QuantConfig::default().with_embedding(TablePrecision::Int8);
     let error = export_for_inference(&trained(&narrow, &quant, 0), None, "duck").unwrap_err();
     assert!(error.to_string().contains("token_embd.weight") && error.to_string().contains("32"), "{error}");
 }
@@ -314,7 +312,7 @@ fn through_gguf(packed: &PackedModel, weights: Encoding) -> PackedModel {
 
 /// The shape of a model whose rows fit every ternary type.
 fn wide(family: Family) -> DuckConfig {
-    DuckConfig { d_model: 256, n_layers: 1, d_ff: 512, ..shape(family) }
+    shape(family).with_d_model(256).with_n_layers(1).with_d_ff(512)
 }
 
 #[test]
@@ -336,7 +334,7 @@ fn a_gguf_file_keeps_codes_scales_and_tables() {
                 continue;
             }
             let name = format!("{family:?} {granularity:?} {weights} {embedding:?}");
-            let quant = QuantConfig { granularity, embedding, ..QuantConfig::default() };
+            let quant = QuantConfig::default().with_granularity(granularity).with_embedding(embedding);
             let model = trained(&wide(family), &quant, 7);
             let packed = export_for_inference(&model, None, "duck").unwrap();
             let read = through_gguf(&packed, weights);
@@ -408,12 +406,10 @@ fn the_engine_has_the_logits_of_the_training_forward() {
 #[test]
 fn the_int8_engine_is_close_to_a_model_trained_with_int8_activations() {
     for (family, granularity) in FAMILIES.into_iter().flat_map(|f| GRANULARITIES.map(|g| (f, g))) {
-        let quant = QuantConfig {
-            granularity,
-            activations: ActivationPrecision::Int8,
-            embedding: TablePrecision::Int8,
-            ..QuantConfig::default()
-        };
+        let quant = QuantConfig::default()
+            .with_granularity(granularity)
+            .with_activations(ActivationPrecision::Int8)
+            .with_embedding(TablePrecision::Int8);
         let model = trained(&shape(family), &quant, 5);
         let packed = export_for_inference(&model, None, "duck").unwrap();
         let ids = some_ids(&model);

@@ -61,7 +61,10 @@ fn exactly_the_smallest_weights_are_zero() {
                     let expected = reference_codes(&values, &rivals(sparsity, granularity, dims), zeros);
                     for scale in RULES {
                         let case = format!("{dims:?} {granularity:?} {sparsity:?} {scale:?}");
-                        let config = QuantConfig { scale, granularity, sparsity, ..Default::default() };
+                        let config = QuantConfig::default()
+                            .with_scale(scale)
+                            .with_granularity(granularity)
+                            .with_sparsity(sparsity);
                         let quantizer = quantizer(&config, &weight);
                         let codes = floats(quantizer.codes(weight.clone()));
                         assert_eq!(codes, expected, "{case}");
@@ -119,7 +122,7 @@ fn weights_that_tie_are_zero_together_and_a_zero_has_no_code() {
     {
         // Few different magnitudes, zero among them.
         let values: Vec<f32> = (0..168).map(|_| 0.25 * rng.random_range(-3i32..=3) as f32).collect();
-        let config = QuantConfig { sparsity, ..Default::default() };
+        let config = QuantConfig::default().with_sparsity(sparsity);
         let weight = tensor(&values, dims, &cpu());
         let codes = floats(quantizer(&config, &weight).codes(weight));
         let rivals = rivals(sparsity, Granularity::PerChannel, dims);
@@ -153,7 +156,10 @@ fn a_learned_scale_has_the_gradient_of_the_forward_pass() {
             for (rule, factor) in [(ScaleRule::Learned, 1.0), (ScaleRule::Seq, 1.5)] {
                 let case = format!("{granularity:?} {sparsity:?} {rule:?}");
                 let (values, upstream) = (normal(rng, 168, 1.0), normal(rng, 168, 1.0));
-                let config = QuantConfig { scale: rule, granularity, sparsity, ..Default::default() };
+                let config = QuantConfig::default()
+                    .with_scale(rule)
+                    .with_granularity(granularity)
+                    .with_sparsity(sparsity);
                 let owners = owners(granularity, dims);
                 let count = owners.iter().max().unwrap() + 1;
                 let step = 1.0 / 64.0;
@@ -193,7 +199,7 @@ fn the_dial_lets_the_zeros_grow_from_those_of_a_dense_model() {
         [(Sparsity::ZeroFraction(0.9), [0.31, 0.605, 0.9]), (Sparsity::NOfM([2, 8]), [0.25, 0.5, 0.75])]
     {
         let dials = Dials::default();
-        let config = QuantConfig { sparsity, ..Default::default() };
+        let config = QuantConfig::default().with_sparsity(sparsity);
         let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&weight);
         for (progress, expected) in [0.0, 0.5, 1.0].into_iter().zip(ends) {
             dials.sparsity.set(progress);

@@ -35,15 +35,15 @@ fn logits(model: &DuckQuantized) -> Vec<Vec<f32>> {
 fn a_model_starts_with_the_weights_of_another() {
     for family in FAMILIES {
         for tied in [true, false] {
-            let config = DuckConfig { tied, ..shape(family) };
+            let config = shape(family).with_tied(tied);
             let packed = float(&config);
             let expected = logits(&DuckQuantized::from_packed(&packed, &device()).unwrap());
             for scale in [ScaleRule::Absmean, ScaleRule::Learned, ScaleRule::Seq] {
                 let quant =
-                    QuantConfig { scale, granularity: Granularity::PerGroup(32), ..QuantConfig::default() };
+                    QuantConfig::default().with_scale(scale).with_granularity(Granularity::PerGroup(32));
                 // Neither the seed nor the rotary context affects the result.
                 let longer = if family == Family::Gpt2 { 10 } else { 20 };
-                let config = DuckConfig { context: longer, ..config.clone() };
+                let config = config.clone().with_context(longer);
                 let model = config.init_from(&packed, &quant, 77, &device()).unwrap();
                 model.dials().lambda.set(0.0);
                 assert_eq!(logits(&model), expected, "{family:?} {tied}");
@@ -66,10 +66,10 @@ fn a_model_starts_with_the_weights_of_another() {
 #[test]
 fn new_ids_are_the_mean_of_the_others() {
     for tied in [true, false] {
-        let config = DuckConfig { tied, ..shape(Family::Llama) };
+        let config = shape(Family::Llama).with_tied(tied);
         let packed = float(&config);
         let known = logits(&DuckQuantized::from_packed(&packed, &device()).unwrap());
-        let config = DuckConfig { vocab_size: 16, ..config };
+        let config = config.with_vocab_size(16);
         let more = logits(&config.init_from(&packed, &QuantConfig::default().float(), 0, &device()).unwrap());
         for (known, more) in known.iter().zip(&more) {
             assert!(known.iter().zip(more).all(|(a, b)| (a - b).abs() < 1e-6), "{known:?} {more:?}");
@@ -82,7 +82,7 @@ fn new_ids_are_the_mean_of_the_others() {
 #[test]
 fn a_llama_becomes_a_bitnet_and_a_tied_head_a_head_of_its_own() {
     let packed = float(&shape(Family::Llama));
-    let config = DuckConfig { tied: false, ..shape(Family::Bitnet) };
+    let config = shape(Family::Bitnet).with_tied(false);
     let model = config.init_from(&packed, &QuantConfig::default(), 0, &device()).unwrap();
     let values = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
     assert_eq!(values(model.head.as_ref().unwrap().val()), values(model.embedding.val()));
@@ -115,7 +115,7 @@ fn another_shape_is_refused_by_its_key() {
         let error = other.init_from(&packed, &quant, 0, &device()).unwrap_err();
         assert!(matches!(&error, ImportError::Shape { key: found, .. } if *found == key), "{key}: {error}");
     }
-    let untied = float(&DuckConfig { tied: false, ..config.clone() });
+    let untied = float(&config.clone().with_tied(false));
     let error = config.init_from(&untied, &quant, 0, &device()).unwrap_err();
     assert!(error.to_string().starts_with("model.tied: found true, expected the false"), "{error}");
 }
@@ -125,13 +125,13 @@ fn ternary_weights_are_trained_further_with_their_own_scales_only() {
     let config = shape(Family::Llama);
     let ternary = config.init(&QuantConfig::default(), 3, &device());
     let packed = export_for_inference(&ternary, None, "duck").unwrap();
-    let learned = QuantConfig { scale: ScaleRule::Learned, ..QuantConfig::default() };
+    let learned = QuantConfig::default().with_scale(ScaleRule::Learned);
     let error = config.init_from(&packed, &QuantConfig::default(), 0, &device()).unwrap_err();
     assert!(matches!(error, ImportError::Requantized { .. }), "{error}");
     assert!(error.to_string().contains("quant.granularity = \"per_channel\""), "{error}");
-    let other = QuantConfig { granularity: Granularity::PerTensor, ..learned.clone() };
+    let other = learned.clone().with_granularity(Granularity::PerTensor);
     assert!(config.init_from(&packed, &other, 0, &device()).is_err());
-    let sparse = QuantConfig { sparsity: Sparsity::ZeroFraction(0.9), ..learned.clone() };
+    let sparse = learned.clone().with_sparsity(Sparsity::ZeroFraction(0.9));
     let error = config.init_from(&packed, &sparse, 0, &device()).unwrap_err();
     assert!(error.to_string().contains("quant.sparsity = \"none\""), "{error}");
     for quant in [learned.clone(), learned.float()] {
@@ -164,7 +164,7 @@ fn a_run_reports_its_initial_loss_before_and_after_rounding() {
         // A later session of the run still reports the initial losses.
         let path = experiment.run_dir().join("result.json");
         std::fs::remove_dir_all(experiment.run_dir().join("checkpoints/step-00000030")).unwrap();
-        let resumed = run(experiment, &RunOptions { resume: true, ..RunOptions::default() }).unwrap();
+        let resumed = run(experiment, &RunOptions::default().with_resume(true)).unwrap();
         assert_eq!((resumed.start_float_loss, resumed.valid_loss), (Some(float), Some(after)));
         let read = RunResult::read(&path).unwrap().start_rounded_loss.unwrap();
         assert!((read - rounded).abs() < 1e-12, "{read} {rounded}");

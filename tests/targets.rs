@@ -57,7 +57,7 @@ fn most_steps_without_a_learned_token_end_as_without_a_guard() {
         (
             "accumulated",
             text,
-            &["run.accumulation=3", "run.steps=120", "run.batch_size=1", "model.context=32"],
+            &["run.gradient_accumulation=3", "run.steps=120", "run.batch_size=1", "model.context=32"],
         ),
         ("taught", text, &[&teacher, "distill.weight=0.5", "distill.hidden_weight=1.0"]),
     ];
@@ -195,7 +195,7 @@ fn a_run_resumes_after_a_step_without_a_learned_token() {
     let every = ["run.steps=40", "run.eval_every=8", "run.checkpoint_every=1", "run.keep_checkpoints=99"];
     let more = ["model.dropout=0.1", "schedule.float_until=0.5", "schedule.ramp_until=0.8"];
     let experiment = experiment(home.path(), "empty", &text, &[&every[..], &more].concat());
-    let quiet = RunOptions { quiet: true, ..RunOptions::default() };
+    let quiet = RunOptions::default().with_quiet(true);
     run(experiment.clone(), &quiet).unwrap();
     let run_dir = experiment.run_dir();
     let checkpoint = |step: usize| run_dir.join(format!("checkpoints/step-{step:08}"));
@@ -212,7 +212,7 @@ fn a_run_resumes_after_a_step_without_a_learned_token() {
         for later in step + 1..=40 {
             fs::remove_dir_all(checkpoint(later)).unwrap();
         }
-        run(experiment.clone(), &RunOptions { resume: true, ..quiet }).unwrap();
+        run(experiment.clone(), &quiet.with_resume(true)).unwrap();
         let resumed = (losses(), crate::resume::tensors(&checkpoint(40)), of_the_run(&run_dir));
         assert!(whole == resumed, "resumed at step {step}: {:?} {:?}", whole.2, resumed.2);
     }

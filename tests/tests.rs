@@ -56,16 +56,14 @@ fn alone_with_the_generator() -> MutexGuard<'static, ()> {
 /// A small shape that uses every feature of its family.
 fn shape(family: Family) -> DuckConfig {
     let gpt2 = family == Family::Gpt2;
-    DuckConfig {
-        family,
-        activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
-        vocab_size: 13,
-        context: 11,
-        d_model: 64,
-        n_layers: 2,
-        n_heads: 4,
-        n_kv_heads: if gpt2 { 4 } else { 2 },
-        d_ff: 96,
-        ..DuckConfig::duck_tiny()
-    }
+    DuckConfig::duck_tiny()
+        .with_family(family)
+        .with_activation(if gpt2 { Activation::Gelu } else { Activation::Swiglu })
+        .with_vocab_size(13)
+        .with_context(11)
+        .with_d_model(64)
+        .with_n_layers(2)
+        .with_n_heads(4)
+        .with_n_kv_heads(if gpt2 { 4 } else { 2 })
+        .with_d_ff(96)
 }

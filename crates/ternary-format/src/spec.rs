@@ -8,6 +8,7 @@ pub(crate) const LARGEST_SIZE: usize = 1 << 20;
 
 /// The architecture family. It determines norms, position encoding, biases and sub-norms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
     /// LayerNorm, learned positions, biases.
@@ -20,6 +21,7 @@ pub enum Family {
 
 /// The activation function of the feed-forward network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schemars", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
     /// GELU in its tanh approximation, as in GPT-2 (`gelu_new` in transformers).

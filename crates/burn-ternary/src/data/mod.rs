@@ -13,6 +13,8 @@ pub use error::DataError;
 
 use chat::Special;
 use corpus::Document;
+use getset::WithSetters;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{path::Path, sync::Arc};
 use ternary_format::{FormatError, Tokenizer};
@@ -27,20 +29,22 @@ const TOKENIZER: &str = "tokenizer.json";
 const TRAIN: &str = "train.tokens";
 const VALID: &str = "valid.tokens";
 
-/// The `[data]` section of an experiment: which texts, and how they become tokens.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// The `[data]` section of an experiment: the texts, and how they become tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
 #[serde(default, deny_unknown_fields)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct DataConfig {
-    /// Files or folders of `.txt` and `.jsonl`, or `embedded` for the corpus that comes with the crate.
+    /// Training texts: `.txt` and `.jsonl` files, or folders of them; `"embedded"` is the corpus that comes with the program.
     pub train: Vec<String>,
-    /// The validation texts; empty: the share `valid_fraction` of the training documents is held out.
+    /// Validation texts, as for `train`. Empty: the share `valid_fraction` of the training documents is held out.
     pub valid: Vec<String>,
-    /// Share of the training text that is held out when `valid` is empty, in (0, 0.5].
+    /// Share of the training documents that is held out for validation if `valid` is empty; above 0, at most 0.5.
     pub valid_fraction: f64,
-    /// `byte`, `char`, `bpe` (trained on the training text), or the path of a `tokenizer.json`, of a folder that has
-    /// one, or of a model file.
+    /// Tokenizer: `"byte"`, `"char"`, `"bpe"` (byte-pair encoding, trained on the training texts), or the path of a
+    /// `tokenizer.json`, of a folder that contains one, or of a model file.
     pub tokenizer: String,
-    /// Largest vocabulary of a trained `bpe` tokenizer, special tokens included; ignored by the others.
+    /// Maximum vocabulary size of a trained `bpe` tokenizer, special tokens included; other tokenizers ignore it. 257 to 1048576.
     pub bpe_vocab_size: usize,
 }
 

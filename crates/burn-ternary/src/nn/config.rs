@@ -1,50 +1,58 @@
 //! The shape of a model: the `[model]` section of an experiment, and the named presets.
 
+use getset::WithSetters;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use ternary_format::ModelSpec;
 pub use ternary_format::{Activation, Family};
 
-/// Type of all computations except norms, loss and latent weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Floating-point type of all computations except norms, the loss and latent weights, which are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Compute {
+pub enum MixedPrecision {
+    /// 32 bits: no mixed precision.
     F32,
+    /// bfloat16.
     Bf16,
+    /// Half precision.
     F16,
 }
 
-/// The `[model]` section of an experiment: one description for three families.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// The `[model]` section of an experiment: the architecture of a Duck, a decoder-only transformer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
 #[serde(default, deny_unknown_fields)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct DuckConfig {
-    /// Norms, positions, biases and sub-norms.
+    /// Architecture family. It determines norms, position encoding, biases and sub-norms.
     pub family: Family,
-    /// Number of token ids. 0: as many as the tokenizer has; otherwise at least that many (the rest are unused).
+    /// Number of token ids; 0: as many as the tokenizer has. A larger number than the tokenizer's leaves the rest unused.
     pub vocab_size: usize,
-    /// Longest sequence, in tokens.
+    /// Context length: the maximum sequence length, in tokens.
     pub context: usize,
-    /// Width of the hidden states.
+    /// Width of the hidden states. GGUF's ternary types need a multiple of 256 (TQ2_0, TQ1_0) or 64 (Q2_0).
     pub d_model: usize,
-    /// Number of blocks.
+    /// Number of transformer blocks.
     pub n_layers: usize,
-    /// Attention heads; they divide `d_model`.
+    /// Number of attention heads; a divisor of `d_model`.
     pub n_heads: usize,
-    /// Heads that share keys and values; `n_heads` for ordinary attention.
+    /// Number of key and value heads, a divisor of `n_heads`: fewer are grouped-query attention, `n_heads` are multi-head attention.
     pub n_kv_heads: usize,
-    /// Width of the feed-forward block.
+    /// Width of the feed-forward layers; the same multiples as for `d_model`.
     pub d_ff: usize,
-    /// Non-linearity of the feed-forward block.
+    /// Activation function of the feed-forward layers. The gpt2 family has `"gelu"` or `"squared_relu"`, the others `"swiglu"` or
+    /// `"squared_relu"`.
     pub activation: Activation,
-    /// Dropout probability on embeddings, attention output and feed-forward output.
+    /// Dropout probability on embeddings and on the outputs of attention and feed-forward layers; at least 0, below 1.
     pub dropout: f64,
-    /// The head is the token embedding.
+    /// Whether the output head shares the weights of the token embedding (`tie_word_embeddings` in transformers).
     pub tied: bool,
-    /// Epsilon of the norms.
+    /// Epsilon of the norms, added to the variance; above 0, below 1.
     pub norm_eps: f64,
-    /// Base of the rotary frequencies; ignored by gpt2.
+    /// Base of the rotary position embedding (RoPE); the gpt2 family ignores it. At least 1.
     pub rope_theta: f64,
-    /// Type of the matrix products.
-    pub compute: Compute,
+    /// Mixed precision: the floating-point type of all computations except norms, the loss and latent weights, which are f32.
+    pub mixed_precision: MixedPrecision,
 }
 
 impl Default for DuckConfig {
@@ -121,7 +129,7 @@ impl DuckConfig {
             tied: true,
             norm_eps: 1e-5,
             rope_theta: 10_000.0,
-            compute: Compute::F32,
+            mixed_precision: MixedPrecision::F32,
         }
     }
 
@@ -228,7 +236,7 @@ impl DuckConfig {
             tied: spec.tied,
             norm_eps: spec.norm_eps.into(),
             rope_theta: spec.rope_theta.into(),
-            compute: Compute::F32,
+            mixed_precision: MixedPrecision::F32,
         }
     }
 

@@ -1,7 +1,7 @@
 //! [`DuckQuantized`]: the language model, from token ids to logits.
 
 use super::transformer::{BlockStates, INIT_STD, LayerFactory, QuantizedTransformer};
-use super::{Compute, DuckConfig, Family, QuantizedLinear, linear::normal};
+use super::{DuckConfig, Family, MixedPrecision, QuantizedLinear, linear::normal};
 use crate::ops::{Factors, embed, project};
 use crate::quant::{Dials, QuantConfig, TablePrecision};
 use burn::module::{Module, Param};
@@ -10,7 +10,7 @@ use burn::tensor::{Device, FloatDType, Int, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-impl Compute {
+impl MixedPrecision {
     /// Casts to the type in which the model computes.
     pub(super) fn cast<const D: usize>(self, tensor: Tensor<D>) -> Tensor<D> {
         tensor.cast(match self {
@@ -108,15 +108,15 @@ impl DuckQuantized {
         if let Some(positions) = &self.positions {
             hidden = hidden + positions.val().narrow(0, 0, seq).unsqueeze();
         }
-        let hidden = self.config.compute.cast(self.dropout.forward(hidden));
+        let hidden = self.config.mixed_precision.cast(self.dropout.forward(hidden));
         let (hidden, states) = self.transformer.forward(hidden, shown);
         let head = match &self.head {
             Some(head) => self.table(head, self.quant.head),
             None => table,
         };
         let hidden: Tensor<2> = hidden.reshape([batch * seq, self.config.d_model]);
-        let factors = if self.quant.enabled { self.quant.compute.factors() } else { Factors::Whole };
-        let logits = project(hidden, self.config.compute.cast(head), factors);
+        let factors = if self.quant.enabled { self.quant.matmul_precision.factors() } else { Factors::Whole };
+        let logits = project(hidden, self.config.mixed_precision.cast(head), factors);
         (logits.cast(FloatDType::F32).reshape([batch, seq, self.config.vocab_size]), states)
     }
 
@@ -363,20 +363,20 @@ pub(super) mod tests {
         for family in FAMILIES {
             for quant in quants() {
                 let quant = QuantConfig { embedding: TablePrecision::Int8, ..quant };
-                let of = |compute| {
-                    let model = DuckConfig { compute, ..tiny(family) }.init(&quant, 4, &device());
+                let of = |mixed_precision| {
+                    let model = DuckConfig { mixed_precision, ..tiny(family) }.init(&quant, 4, &device());
                     logits(&model, &[&[1, 2, 3, 4, 5, 6, 7, 8, 9], &[0, 10, 0, 10, 5, 5, 5, 1, 2]])
                 };
-                let full = of(Compute::F32);
+                let full = of(MixedPrecision::F32);
                 let largest = full.iter().fold(0f32, |max, x| max.max(x.abs()));
-                for compute in [Compute::Bf16, Compute::F16] {
-                    let error = distance(&of(compute), &full) / largest;
+                for precision in [MixedPrecision::Bf16, MixedPrecision::F16] {
+                    let error = distance(&of(precision), &full) / largest;
                     println!(
-                        "{family:?} {compute:?} ternary {}: {error:.1e} of the largest logit",
+                        "{family:?} {precision:?} ternary {}: {error:.1e} of the largest logit",
                         quant.enabled
                     );
                     // Exactly equal would mean that it was not computed in half precision.
-                    assert!(error > 0.0 && error < 3e-2, "{family:?} {compute:?}: {error}");
+                    assert!(error > 0.0 && error < 3e-2, "{family:?} {precision:?}: {error}");
                 }
             }
         }

@@ -1,11 +1,12 @@
 //! [`QuantizedLinear`]: a linear layer whose latent weight is quantized to ternary in the forward pass.
 
-use super::{Compute, LowRank, norm::rms_normalize};
+use super::{LowRank, MixedPrecision, norm::rms_normalize};
 use crate::ops::{
     Factors, GradientFactors, RowScale, absmax_quantize, float_linear, latent_linear, ternary_linear,
 };
 use crate::quant::{
-    ActivationPrecision, Dials, Products, QuantConfig, ScaleRule, TernaryQuantizer, TernaryQuantizerConfig,
+    ActivationPrecision, Dials, MatmulPrecision, QuantConfig, ScaleRule, TernaryQuantizer,
+    TernaryQuantizerConfig,
 };
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Tensor};
@@ -27,7 +28,7 @@ pub struct QuantizedLinearConfig {
     /// Standard deviation of the initial weights.
     pub std: f64,
     /// Type of the matrix product.
-    pub compute: Compute,
+    pub mixed_precision: MixedPrecision,
     /// How the weight is quantized; `enabled = false` gives the float twin.
     pub quant: QuantConfig,
     /// What a schedule turns in the quantizer.
@@ -39,12 +40,12 @@ pub struct QuantizedLinearConfig {
 ///
 /// # Example
 /// ```
-/// # use burn_ternary::{nn::{Compute, QuantizedLinearConfig}, quant::{Dials, QuantConfig}};
+/// # use burn_ternary::{nn::{MixedPrecision, QuantizedLinearConfig}, quant::{Dials, QuantConfig}};
 /// # use burn::tensor::{Device, Tensor};
 /// # use rand::SeedableRng;
 /// let config = QuantizedLinearConfig {
 ///     d_input: 64, d_output: 32, bias: true, std: 0.02,
-///     compute: Compute::F32, quant: QuantConfig::default(), dials: Dials::default(),
+///     mixed_precision: MixedPrecision::F32, quant: QuantConfig::default(), dials: Dials::default(),
 /// };
 /// let device = Device::default();
 /// let layer = config.init(&mut rand_chacha::ChaCha8Rng::seed_from_u64(0), &device);
@@ -93,16 +94,16 @@ impl QuantizedLinear {
         // One matrix product for all tokens: [tokens, d_input] x [d_input, d_output].
         let input: Tensor<2> = input.reshape([tokens, self.config.d_input]);
         shape[D - 1] = self.config.d_output;
-        let compute = self.config.compute;
-        let bias = self.effective_bias().map(|bias| compute.cast(bias));
+        let precision = self.config.mixed_precision;
+        let bias = self.effective_bias().map(|bias| precision.cast(bias));
         let ternary = self.quantizer.is_some();
-        let integer = quant.compute.is_integer() && ternary && self.config.dials.lambda.get() >= 1.0;
+        let integer = quant.matmul_precision.is_integer() && ternary && self.config.dials.lambda.get() >= 1.0;
         let (output, multiplied) = if integer {
             // The op quantizes its input itself; only an adapter needs the quantized input here.
             let multiplied = self.adapter.is_some().then(|| self.multiplied(input.clone()));
             let shared = self.quantizer.as_ref().and_then(|quantizer| quantizer.shared(&self.weight.val()));
-            let factors = match quant.compute {
-                Products::Int8 => GradientFactors::Int8,
+            let factors = match quant.matmul_precision {
+                MatmulPrecision::Int8 => GradientFactors::Int8,
                 _ => GradientFactors::Half,
             };
             let output = match shared {
@@ -112,12 +113,12 @@ impl QuantizedLinear {
             (output, multiplied)
         } else {
             let input = self.multiplied(input);
-            let factors = if ternary { quant.compute.factors() } else { Factors::Whole };
-            let output = float_linear(input.clone(), compute.cast(self.effective_weight()), bias, factors);
+            let factors = if ternary { quant.matmul_precision.factors() } else { Factors::Whole };
+            let output = float_linear(input.clone(), precision.cast(self.effective_weight()), bias, factors);
             (output, Some(input))
         };
         let output = match (&self.adapter, multiplied) {
-            (Some(adapter), Some(input)) => output + adapter.forward(input, compute),
+            (Some(adapter), Some(input)) => output + adapter.forward(input, precision),
             _ => output,
         };
         output.reshape(shape)
@@ -132,7 +133,7 @@ impl QuantizedLinear {
             }
             _ => input,
         };
-        self.config.compute.cast(input)
+        self.config.mixed_precision.cast(input)
     }
 
     /// The weight that the forward pass multiplies, `[d_input, d_output]`.
@@ -224,13 +225,13 @@ pub(super) mod tests {
 
     fn layer(dims: [usize; 2], quant: QuantConfig, dials: &Dials) -> QuantizedLinear {
         let [d_input, d_output] = dims;
-        let compute = Compute::F32;
+        let mixed_precision = MixedPrecision::F32;
         let config = QuantizedLinearConfig {
             d_input,
             d_output,
             bias: true,
             std: 0.3,
-            compute,
+            mixed_precision,
             quant,
             dials: dials.clone(),
         };

@@ -3,25 +3,29 @@
 //! Burn has `Lora` too, but composes `base + AB` into one weight. Here the product stays separate, because its sum with
 //! a ternary weight would not be ternary.
 
-use super::{Compute, DuckConfig, DuckQuantized, InvalidValue, linear::normal, require};
+use super::{DuckConfig, DuckQuantized, InvalidValue, MixedPrecision, linear::normal, require};
 use crate::ops::{Factors, float_linear};
 use crate::seed::mix;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
+use getset::WithSetters;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use ternary_format::{Adapter, FormatError};
 
-/// The `[lora]` section of an experiment.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// The `[lora]` section of an experiment: low-rank adapters (LoRA) for a frozen model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
 #[serde(default, deny_unknown_fields)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct LoraConfig {
-    /// Rank of the adapters; 0: no adapters, the model itself is trained.
+    /// Rank of the adapters, which are trained instead of the weights of the model in `run.start_from`; 0: no adapters.
     pub rank: usize,
-    /// Strength: the product of the two matrices is multiplied by `alpha / rank`.
+    /// Strength: the output of an adapter is multiplied by `alpha / rank`.
     pub alpha: f64,
-    /// The layers with an adapter, by the last part of their path, or `all`.
+    /// Linear layers that get an adapter: `"query"`, `"key"`, `"value"`, `"output"`, `"gate"`, `"up"`, `"down"`, or `"all"`.
     pub targets: Vec<String>,
 }
 
@@ -98,9 +102,9 @@ impl LowRank {
 
     /// # Shapes
     /// `[tokens, d_input]` to `[tokens, d_output]`
-    pub(super) fn forward(&self, input: Tensor<2>, compute: Compute) -> Tensor<2> {
-        let inner = float_linear(compute.cast(input), compute.cast(self.a.val()), None, Factors::Whole);
-        float_linear(inner, compute.cast(self.b.val()), None, Factors::Whole).mul_scalar(self.scale())
+    pub(super) fn forward(&self, input: Tensor<2>, precision: MixedPrecision) -> Tensor<2> {
+        let inner = float_linear(precision.cast(input), precision.cast(self.a.val()), None, Factors::Whole);
+        float_linear(inner, precision.cast(self.b.val()), None, Factors::Whole).mul_scalar(self.scale())
     }
 
     fn rank(&self) -> usize {
@@ -181,7 +185,7 @@ mod tests {
     use crate::nn::{
         Family, QuantizedLinear, QuantizedLinearConfig, duck::tests::tiny, linear::tests::prepared,
     };
-    use crate::quant::{ActivationPrecision, Dials, Products, QuantConfig, ScaleRule};
+    use crate::quant::{ActivationPrecision, Dials, MatmulPrecision, QuantConfig, ScaleRule};
     use burn::module::ModuleVisitor;
     use burn::tensor::Int;
 
@@ -209,13 +213,18 @@ mod tests {
     fn quants() -> Vec<QuantConfig> {
         let mut quants = vec![QuantConfig::default().float()];
         for input_norm in [false, true] {
-            for (activations, compute) in [
-                (ActivationPrecision::Float, Products::Float),
-                (ActivationPrecision::Int8, Products::Float),
-                (ActivationPrecision::Int8, Products::Int8Bf16),
-                (ActivationPrecision::Int8, Products::Int8),
+            for (activations, matmul_precision) in [
+                (ActivationPrecision::Float, MatmulPrecision::Float),
+                (ActivationPrecision::Int8, MatmulPrecision::Float),
+                (ActivationPrecision::Int8, MatmulPrecision::Int8Bf16),
+                (ActivationPrecision::Int8, MatmulPrecision::Int8),
             ] {
-                quants.push(QuantConfig { input_norm, activations, compute, ..QuantConfig::default() });
+                quants.push(QuantConfig {
+                    input_norm,
+                    activations,
+                    matmul_precision,
+                    ..QuantConfig::default()
+                });
             }
         }
         quants
@@ -228,7 +237,7 @@ mod tests {
             d_output,
             bias: true,
             std: 0.3,
-            compute: Compute::F32,
+            mixed_precision: MixedPrecision::F32,
             quant: quant.clone(),
             dials: Dials::default(),
         };
@@ -303,7 +312,7 @@ mod tests {
                 assert!((found - expected).abs() < 2e-4 * expected.abs().max(1.0), "b: {found} {expected}");
             }
             // Rounding passes straight through; a norm does not. Integer products round the gradient of the base.
-            let bound = if quant.compute.is_integer() { 0.05 } else { 2e-4 };
+            let bound = if quant.matmul_precision.is_integer() { 0.05 } else { 2e-4 };
             if !quant.input_norm {
                 for (index, found) in values(input.grad(&grads).unwrap()).iter().enumerate() {
                     let expected = slope(&x, &|x: &[f64]| loss(x, &a, &b), index);

@@ -30,7 +30,7 @@ impl LayerFactory<'_> {
             d_output,
             bias: self.config.family == Family::Gpt2,
             std: INIT_STD,
-            compute: self.config.compute,
+            mixed_precision: self.config.mixed_precision,
             quant: self.quant.clone(),
             dials: self.dials.clone(),
         }

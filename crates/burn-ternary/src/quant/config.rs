@@ -1,10 +1,12 @@
 //! The `[quant]` section of an experiment: what is quantized, and how.
 
 use crate::ops::Factors;
+use getset::WithSetters;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Which weights share a scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The weights that share a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Granularity {
     /// One scale for the whole matrix.
@@ -16,7 +18,7 @@ pub enum Granularity {
 }
 
 /// The rule that determines the scale of the weights that share one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScaleRule {
     /// `mean |w|` (BitNet b1.58).
@@ -38,7 +40,7 @@ pub enum ScaleRule {
 ///
 /// The weights with the smallest magnitudes are zero, including all that tie with the largest of them. All others have the
 /// code of their sign, so codes do not depend on the scale; computed scales are those of the kept weights.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Sparsity {
     /// The threshold decides.
@@ -50,7 +52,7 @@ pub enum Sparsity {
 }
 
 /// Gradient estimator: the gradient of the weight, since rounding has none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Estimator {
     /// `dw = G` everywhere.
@@ -64,7 +66,7 @@ pub enum Estimator {
 }
 
 /// Precision of the activations that a quantized linear layer multiplies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ActivationPrecision {
     /// Not quantized.
@@ -85,9 +87,9 @@ pub enum ActivationPrecision {
 /// | `int8` | int8 | int8 | int8 |
 ///
 /// Factors are rounded to bfloat16 on CPUs with AMX, which multiplies them; on other CPUs they stay f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Products {
+pub enum MatmulPrecision {
     /// In the model's float type, on fake quantized factors.
     Float,
     /// Of fake quantized factors rounded to bfloat16.
@@ -99,7 +101,7 @@ pub enum Products {
     Int8,
 }
 
-impl Products {
+impl MatmulPrecision {
     /// Whether activations and weights are multiplied as codes.
     pub fn is_integer(self) -> bool {
         matches!(self, Self::Int8 | Self::Int8Bf16)
@@ -115,48 +117,57 @@ impl Products {
 }
 
 /// Precision of a table (token embedding, output head), with one scale per row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TablePrecision {
+    /// Not quantized.
     Float,
+    /// 8 bits per weight.
     Int8,
+    /// 4 bits per weight.
     Int4,
+    /// 2 bits per weight.
     Ternary,
 }
 
-/// The `[quant]` section of an experiment.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// The `[quant]` section of an experiment: which weights are quantized, and how.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
 #[serde(default, deny_unknown_fields)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct QuantConfig {
-    /// `false` gives the float twin: the same model, the same norms, no quantizer.
+    /// Whether weights are quantized; `false` trains the float twin: the same model without quantizers.
     pub enabled: bool,
-    /// How the scale of a group of weights is found.
+    /// Rule that determines the scale of the weights that share one.
     pub scale: ScaleRule,
     /// Which weights share a scale.
     pub granularity: Granularity,
-    /// Dead zone in units of the scale: `|w| <= threshold * scale` becomes 0. Ignored by `twn` and under sparsity. In (0, 1).
+    /// Rounding threshold in units of the scale: the code of a weight is 0 where `|w| <= threshold * scale`. Ignored by `twn` and
+    /// where `sparsity` selects the zeros. Above 0, below 1.
     pub threshold: f64,
-    /// Which weights are zero, where the threshold does not decide.
+    /// Zeros by rank instead of by threshold: a share of the weights that share a scale, or N:M, which keeps N of each M consecutive
+    /// inputs.
     pub sparsity: Sparsity,
-    /// Gradient of the rounding.
+    /// Gradient estimator for the rounding (straight-through estimator).
     pub estimator: Estimator,
-    /// Precision of the activations that a ternary layer multiplies.
+    /// Precision of the activations that ternary layers multiply.
     pub activations: ActivationPrecision,
-    /// All but `float` require the device flex and `model.compute = "f32"`; `int8` and `int8_bf16` also `activations = "int8"` and
-    /// one scale per tensor or channel.
-    pub compute: Products,
-    /// Adds this multiple of the sum of the weights of code 0 to the bias of each output channel, so that they have a
-    /// gradient of their own (Tequila, 1e-3 there); 0: off. Exported as the bias.
+    /// Precision of the matrix products of ternary layers in training. All but `"float"` require the device flex and
+    /// `model.mixed_precision = "f32"`; `"int8"` and `"int8_bf16"` also require `activations = "int8"` and one scale per tensor or
+    /// channel.
+    pub matmul_precision: MatmulPrecision,
+    /// Weight with which the sum of the zeroed weights of an output channel is added to its bias (Tequila, there 0.001), so that
+    /// zeroed weights get a gradient; 0: off. Requires the gpt2 family, whose files have biases.
     pub dead_bias: f64,
-    /// An RMS norm without parameters right before every quantized linear layer.
+    /// Adds an RMS norm without parameters before each ternary layer. No model file format can express it.
     pub input_norm: bool,
-    /// Precision of the token embedding (and of the head when they are tied).
+    /// Precision of the token embedding, and of a tied head.
     pub embedding: TablePrecision,
-    /// Precision of an untied head.
+    /// Precision of an untied output head.
     pub head: TablePrecision,
-    /// Weight of the mean squared distance between latent and fake quantized weights in the loss.
+    /// Weight in the loss of the mean squared distance between latent and quantized weights; 0: off.
     pub quantization_penalty: f64,
-    /// Weight of the mean squared log distance of learned scales from their least-squares value in the loss.
+    /// Weight in the loss of the mean squared log distance between learned scales and their least-squares values; 0: off.
     pub scale_penalty: f64,
 }
 
@@ -171,7 +182,7 @@ impl Default for QuantConfig {
             sparsity: Sparsity::None,
             estimator: Estimator::Identity,
             activations: ActivationPrecision::Float,
-            compute: Products::Float,
+            matmul_precision: MatmulPrecision::Float,
             dead_bias: 0.0,
             input_norm: false,
             embedding: TablePrecision::Float,

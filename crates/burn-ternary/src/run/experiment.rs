@@ -1,84 +1,105 @@
 //! An experiment: everything that a run depends on, as strict TOML.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     data::DataConfig,
-    nn::Compute,
+    nn::MixedPrecision,
     nn::{DuckConfig, Family, InvalidValue, LoraConfig, require},
-    quant::{ActivationPrecision, Estimator, Granularity, Products, QuantConfig, ScaleRule, Sparsity},
-    run::TrainError,
+    quant::{ActivationPrecision, Estimator, Granularity, MatmulPrecision, QuantConfig, ScaleRule, Sparsity},
+    run::{
+        TrainError,
+        version::{self, VERSION},
+    },
     train::{distill::DistillConfig, optim::OptimConfig, schedule::ScheduleConfig},
 };
+use getset::WithSetters;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use ternary_format::disk;
-use toml::Value;
+use toml::{
+    Value,
+    de::{DeTable, Deserializer},
+};
 
-/// One run, complete and explicit. In a file a missing key means its default, and an unknown one is an error; what has no default
-/// that could be trained (`data.train`, `run.name`) is refused by [`Experiment::validate`].
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// All settings of one run.
+///
+/// In a file, a missing key has its default, and an unknown key is an error. [`Experiment::validate`] refuses an experiment without
+/// `data.train` or `run.name`, which have no default that could be trained. Files of older versions of the format are read too; see
+/// [`VERSION`](super::version::VERSION).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
 #[serde(default, deny_unknown_fields)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct Experiment {
-    /// Texts and tokenizer.
+    /// The texts, and how they become tokens.
     pub data: DataConfig,
-    /// Shape of the model.
+    /// The architecture of a Duck, a decoder-only transformer.
     pub model: DuckConfig,
-    /// How weights are quantized.
+    /// Which weights are quantized, and how.
     pub quant: QuantConfig,
-    /// The teacher, if there is one.
+    /// Knowledge distillation from a teacher.
     pub distill: DistillConfig,
-    /// Low-rank adapters, if there are any.
+    /// Low-rank adapters (LoRA) for a frozen model.
     pub lora: LoraConfig,
-    /// Optimizers.
+    /// Optimizers and loss terms.
     pub optim: OptimConfig,
-    /// What changes with the step.
+    /// What changes during a run. Fractions are shares of `run.steps`, from 0 to 1.
     pub schedule: ScheduleConfig,
-    /// How long, where, how often.
+    /// Name, device, length, batch size, logging and checkpoints.
     pub run: RunConfig,
 }
 
-/// What is trained when no file is named.
+/// The experiment that is trained if no file is named.
 pub(super) const DEFAULT: &str =
     include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/experiments/00-default.toml"));
 
-/// The `[run]` section: how long, where, how often.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// The `[run]` section of an experiment: name, device, length, batch size, logging and checkpoints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
 #[serde(default, deny_unknown_fields)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct RunConfig {
-    /// The run folder is `<out_dir>/<name>-<seed>`.
+    /// Name of the run. The run folder is `<out_dir>/<name>-<seed>`.
     pub name: String,
+    /// Folder that contains the run folders.
     pub out_dir: String,
-    /// A run folder or a model file whose weights are the first; empty: they are drawn from `seed`.
+    /// A run folder or model file whose weights initialize the model; empty: random weights.
     pub start_from: String,
+    /// Seed of weights, data order and dropout.
     pub seed: u64,
-    /// `auto`, `flex`, `ndarray`, `wgpu`, `tch` or `cuda`; `auto` takes the fastest that was compiled in.
+    /// Device: `"auto"` (the fastest of those that were compiled in), `"flex"`, `"ndarray"`, `"wgpu"`, `"tch"` or `"cuda"`.
     pub device: String,
-    /// Optimizer steps.
+    /// Number of optimizer steps.
     pub steps: usize,
-    /// Windows a forward pass.
+    /// Batch size of a forward pass: windows of `model.context` tokens.
     pub batch_size: usize,
-    /// Forward passes an optimizer step; the gradient is their mean over tokens.
-    pub accumulation: usize,
-    /// Steps between two metric lines.
+    /// Gradient accumulation: forward passes per optimizer step. The gradient is their mean over tokens.
+    pub gradient_accumulation: usize,
+    /// Steps between two lines of training metrics.
     pub log_every: usize,
-    /// Steps between two evaluations (validation loss and a text sample); the last step is always evaluated.
+    /// Steps between two evaluations: validation loss and text samples. The last step is always evaluated.
     pub eval_every: usize,
-    /// Windows of the validation text an evaluation looks at; 0: all.
+    /// Number of validation windows per evaluation; 0: all.
     pub eval_windows: usize,
-    /// Steps between two checkpoints; the last step is always saved.
+    /// Steps between two checkpoints. The last step always has one.
     pub checkpoint_every: usize,
-    /// How many checkpoints of multiples of `checkpoint_every` are kept; the newest is kept in any case.
+    /// Number of checkpoints to keep, of those at multiples of `checkpoint_every`. The newest checkpoint is always kept.
     pub keep_checkpoints: usize,
-    /// What the text samples start with: plain text, or `<|user|>question` to be answered. Empty: the first words of held-out
-    /// texts, and a question where the text has dialogues.
+    /// Prompts of the text samples: plain text, or `<|user|>question` for an answer. Empty: the first words of held-out texts, and a
+    /// question if the texts contain dialogues.
     pub sample_prompts: Vec<String>,
-    /// Tokens of a text sample; 0: no samples.
+    /// Maximum length of a text sample, in tokens; 0: no samples.
     pub sample_tokens: usize,
-    /// A step whose loss exceeds this multiple of its running mean, and that mean by a nat or more, is skipped; 0: never.
+    /// Spike guard: a step is skipped if its loss exceeds this multiple of its running mean, and the mean by at least a nat; 0: no
+    /// step is skipped.
     pub spike_factor: f64,
-    /// After so many skipped steps in a row the run goes back to its last checkpoint.
+    /// Number of consecutive skipped steps after which the run rolls back to its last checkpoint.
     pub max_bad_steps: usize,
-    /// After so many returns the run stops with an error, the last good checkpoint kept.
+    /// Number of rollbacks after which the run stops with an error. The last good checkpoint is kept.
     pub max_rollbacks: usize,
 }
 
@@ -93,7 +114,7 @@ impl Default for RunConfig {
             device: "auto".into(),
             steps: 640,
             batch_size: 8,
-            accumulation: 1,
+            gradient_accumulation: 1,
             log_every: 16,
             eval_every: 128,
             eval_windows: 0,
@@ -108,18 +129,18 @@ impl Default for RunConfig {
     }
 }
 
-/// What `run.device` may say.
+/// The values of `run.device`.
 pub const DEVICES: [&str; 6] = ["auto", "flex", "ndarray", "wgpu", "tch", "cuda"];
 
-/// The largest number of steps, windows and the like.
+/// The largest count: of steps, windows, tokens.
 pub(super) const LARGEST_COUNT: usize = 1_000_000_000;
 
-/// The most tokens of one optimizer step; times `LARGEST_COUNT` it still fits 64 bits.
+/// The maximum number of tokens per optimizer step; times `LARGEST_COUNT` it fits 64 bits.
 const LARGEST_STEP: usize = 1 << 32;
 
 impl Experiment {
     /// `experiments/00-default.toml`, which is trained if no file is named: a Duck of a million parameters, trained in minutes
-    /// on the texts that come with the crate.
+    /// on the embedded texts.
     pub fn embedded() -> Self {
         Self::parse(DEFAULT, "the embedded experiment").expect("it is part of this crate")
     }
@@ -136,19 +157,24 @@ impl Experiment {
         Ok(experiment)
     }
 
-    /// The experiment that `text` spells, its values not yet validated. Errors name `origin` and the line.
+    /// The experiment in `text`, of this or an older version; its values are not validated. Errors name `origin` and the line.
     ///
     /// # Errors
-    /// [`TrainError::Experiment`] when it is not TOML, or a key is unknown or of the wrong type.
+    /// [`TrainError::Experiment`] when it is not TOML or of a newer version, or a key is unknown or of the wrong type.
     pub fn parse(text: &str, origin: &str) -> Result<Self, TrainError> {
-        toml::from_str(text).map_err(|error| {
-            let before = error.span().and_then(|span| text.get(..span.start));
-            let origin = match before {
-                Some(before) => format!("{origin}:{}", 1 + before.matches('\n').count()),
-                None => origin.into(),
-            };
-            TrainError::Experiment { origin, message: describe(error) }
-        })
+        let fail = |span: Option<Range<usize>>, message| {
+            let before = span.and_then(|span| text.get(..span.start));
+            match before {
+                Some(before) => {
+                    experiment_error(&format!("{origin}:{}", 1 + before.matches('\n').count()), message)
+                }
+                None => experiment_error(origin, message),
+            }
+        };
+        let invalid = |error: toml::de::Error| fail(error.span(), describe(error));
+        let mut table = DeTable::parse(text).map_err(invalid)?;
+        version::migrate(table.get_mut()).map_err(|error| fail(Some(error.span), error.message))?;
+        Self::deserialize(Deserializer::from(table)).map_err(invalid)
     }
 
     /// Check every value once; what passes can be trained, given its files, device and memory. Errors name `origin`.
@@ -176,6 +202,9 @@ impl Experiment {
         let Some(Value::Table(table)) = whole.get_mut(section) else {
             return Err(fail(format!("unknown section `{section}`, expected one of {sections}")));
         };
+        if let Some(message) = version::renamed(section, key) {
+            return Err(fail(message));
+        }
         let keys = names(table);
         let Some(slot) = table.get_mut(key) else {
             return Err(fail(format!("unknown key `{section}.{key}`, expected one of {keys}")));
@@ -185,9 +214,11 @@ impl Experiment {
         Ok(())
     }
 
-    /// The experiment as TOML; [`Self::parse`] gives it back.
+    /// The experiment as TOML, with its version and every key. [`Self::parse`] is the inverse.
     pub fn to_toml(&self) -> String {
-        toml::to_string(self).expect("an experiment is made of tables, lists, strings and numbers")
+        let sections =
+            toml::to_string(self).expect("an experiment is made of tables, lists, strings and numbers");
+        format!("version = {VERSION}\n\n{sections}")
     }
 
     /// The folder of the run: `<out_dir>/<name>-<seed>`.
@@ -211,7 +242,7 @@ impl Experiment {
 }
 
 impl Experiment {
-    /// What the frozen model beside adapters has to be.
+    /// Checks the settings of adapters, whose model stays frozen.
     fn check_frozen(&self) -> Result<(), InvalidValue> {
         let rank = self.lora.rank;
         require(
@@ -261,13 +292,13 @@ fn names(table: &toml::Table) -> String {
     table.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
 }
 
-/// 1 to a thousand millions.
+/// 1 to a billion.
 fn count(key: &str, n: usize) -> Result<(), InvalidValue> {
     let holds = (1..=LARGEST_COUNT).contains(&n);
     require(holds, key, n, format!("1 to {LARGEST_COUNT}"))
 }
 
-/// 0, which has a meaning of its own, to a thousand millions.
+/// 0, which has its own meaning, to a billion.
 fn count_or_zero(key: &str, n: usize) -> Result<(), InvalidValue> {
     require(n <= LARGEST_COUNT, key, n, format!("0 to {LARGEST_COUNT}"))
 }
@@ -335,36 +366,43 @@ fn check_quant(
     let learned = matches!(quant.scale, ScaleRule::Learned | ScaleRule::Seq);
     let (holds, expected) = match quant.estimator {
         Estimator::Identity => (true, ""),
-        Estimator::Masked => (learned, "identity, for only the scales learned and seq have a clipping range"),
+        Estimator::Masked => {
+            (learned, "identity, because only the scales learned and seq have a clipping range")
+        }
         Estimator::Annealed if schedule.ramp_until <= schedule.float_until => (
             false,
-            "identity, unless schedule.ramp_until is above float_until and weights can harden between them",
+            "identity, unless schedule.ramp_until is above float_until, so that weights can harden in between",
         ),
         Estimator::Annealed => {
             let computed = !learned && quant.scale != ScaleRule::Ttq;
-            (computed, "identity, for soft weights want a computed scale: absmean, absmedian or twn")
+            (computed, "identity, because soft weights require a computed scale: absmean, absmedian or twn")
         }
     };
     require(holds, "quant.estimator", quant.estimator, expected)?;
     not_negative("quant.dead_bias", quant.dead_bias)?;
     if quant.dead_bias > 0.0 {
-        let expected = "0 (off), as the zeros of quant.sparsity are wanted";
+        let expected = "0 (off), because quant.sparsity selects zeros";
         require(quant.sparsity == Sparsity::None, "quant.dead_bias", quant.dead_bias, expected)?;
-        let expected = "0 (off), for only layers of model.family = \"gpt2\" have biases in files";
+        let expected = "0 (off), because only model.family = \"gpt2\" has biases in files";
         require(model.family == Family::Gpt2, "quant.dead_bias", quant.dead_bias, expected)?;
     }
-    let wanted = |holds: bool, what: &str| {
-        require(holds, "quant.compute", quant.compute, format!("float, for this wants {what}"))
+    let required = |holds: bool, what: &str| {
+        require(
+            holds,
+            "quant.matmul_precision",
+            quant.matmul_precision,
+            format!("float, because this value requires {what}"),
+        )
     };
-    if quant.compute.is_integer() {
+    if quant.matmul_precision.is_integer() {
         let activations = quant.activations == ActivationPrecision::Int8;
-        wanted(activations, "quant.activations = \"int8\"")?;
+        required(activations, "quant.activations = \"int8\"")?;
         let whole = !matches!(quant.granularity, Granularity::PerGroup(_));
-        wanted(whole, "a scale a tensor or a channel")?;
-        wanted(quant.scale != ScaleRule::Ttq, "another scale than ttq, which has two")?;
+        required(whole, "one scale per tensor or per channel")?;
+        required(quant.scale != ScaleRule::Ttq, "another scale than ttq, which has two")?;
     }
-    if quant.compute != Products::Float {
-        wanted(model.compute == Compute::F32, "model.compute = \"f32\"")?;
+    if quant.matmul_precision != MatmulPrecision::Float {
+        required(model.mixed_precision == MixedPrecision::F32, "model.mixed_precision = \"f32\"")?;
     }
     not_negative("quant.quantization_penalty", quant.quantization_penalty)?;
     not_negative("quant.scale_penalty", quant.scale_penalty)
@@ -390,7 +428,7 @@ fn check_sparsity(quant: &QuantConfig, model: &DuckConfig) -> Result<(), Invalid
         quant.estimator != Estimator::Masked,
         "quant.estimator",
         quant.estimator,
-        "identity, for under quant.sparsity no code depends on a clipping range",
+        "identity, because under quant.sparsity no code depends on a clipping range",
     )
 }
 
@@ -469,13 +507,13 @@ fn check_run(run: &RunConfig, context: usize) -> Result<(), InvalidValue> {
     )?;
     count("run.steps", run.steps)?;
     count("run.batch_size", run.batch_size)?;
-    count("run.accumulation", run.accumulation)?;
-    let tokens = run.batch_size.checked_mul(run.accumulation).and_then(|n| n.checked_mul(context));
+    count("run.gradient_accumulation", run.gradient_accumulation)?;
+    let tokens = run.batch_size.checked_mul(run.gradient_accumulation).and_then(|n| n.checked_mul(context));
     require(
         tokens.is_some_and(|n| n <= LARGEST_STEP),
         "run.batch_size",
         run.batch_size,
-        format!("at most {LARGEST_STEP} tokens a step (batch_size * accumulation * context)"),
+        format!("at most {LARGEST_STEP} tokens per step (batch_size * gradient_accumulation * context)"),
     )?;
     count("run.log_every", run.log_every)?;
     count("run.eval_every", run.eval_every)?;

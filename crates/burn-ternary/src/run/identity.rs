@@ -14,6 +14,7 @@
 //! | all others | value |
 
 use super::checkpoint::{Identity, Inputs, Loaded, sha256};
+use super::version::{self, VERSION};
 use super::{Experiment, TrainError};
 use crate::data::Texts;
 use crate::train::schedule::{Schedule, ScheduleConfig};
@@ -45,11 +46,35 @@ const CONTENTS: [&str; 4] = ["data.train", "data.valid", "distill.teacher", "run
 /// Keys that mean something in some experiments only.
 const OPTIONAL: [&str; 2] = ["data.bpe_vocab_size", "data.valid_fraction"];
 
+/// Compared by kind: `byte`, `char`, `bpe` or a file.
+const TOKENIZER: &str = "data.tokenizer";
+
 impl Identity {
     /// The identity of a run of `experiment`, whose vocabulary and steps are resolved.
     pub fn new(experiment: &Experiment, inputs: Inputs) -> Self {
         let table = Table::try_from(experiment).expect("an experiment is tables, lists, strings and numbers");
         Self { settings: settings(&table), steps: experiment.run.steps, inputs }
+    }
+
+    /// The identity with the keys of the current version of experiments, from that of a checkpoint of `version`.
+    ///
+    /// # Errors
+    /// As [`version::migrated`].
+    pub(super) fn migrated(self, version: u32) -> Result<Self, String> {
+        if version == VERSION {
+            return Ok(self);
+        }
+        let text: String = self
+            .settings
+            .iter()
+            // The only setting that is not written as TOML.
+            .map(|(key, value)| match key == TOKENIZER {
+                true => format!("{key} = {value:?}\n"),
+                false => format!("{key} = {value}\n"),
+            })
+            .collect();
+        let table = version::migrated(&format!("version = {version}\n{text}"))?;
+        Ok(Self { settings: settings(&table), ..self })
     }
 
     /// Compares this run with that of a checkpoint. `steps` returns its steps and is told whether all else is the same: the steps
@@ -96,7 +121,7 @@ impl Identity {
     /// The identity that a checkpoint without one has if its inputs are these; its settings are those of the run folder.
     fn of_old(&self, loaded: &Loaded, run_dir: &Path) -> Result<Self, TrainError> {
         let text = fs::read_to_string(run_dir.join("experiment.toml")).unwrap_or_default();
-        let table = toml::from_str::<Table>(&text).ok();
+        let table = version::migrated(&text).ok();
         let table = table.filter(|_| loaded.experiment_sha256.as_ref() == Some(&sha256(text.as_bytes())));
         let steps = table.as_ref().and_then(|table| table.get("run")?.get("steps")?.as_integer());
         let (Some(table), Some(steps)) = (table, steps.and_then(|steps| steps.try_into().ok())) else {
@@ -161,7 +186,7 @@ fn settings(experiment: &Table) -> BTreeMap<String, String> {
     let data = |key: &str| experiment.get("data").and_then(|data| data.get(key));
     let kind =
         data("tokenizer").and_then(Value::as_str).filter(|kind| ["byte", "char", "bpe"].contains(kind));
-    settings.insert("data.tokenizer".into(), kind.unwrap_or("a file").into());
+    settings.insert(TOKENIZER.into(), kind.unwrap_or("a file").into());
     if kind != Some("bpe") {
         settings.remove("data.bpe_vocab_size");
     }

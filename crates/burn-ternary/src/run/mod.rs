@@ -14,11 +14,13 @@ mod memory;
 mod outputs;
 mod phases;
 mod proposal;
+pub mod reference;
 mod resolve;
 mod run_folder;
 mod signals;
 mod teacher;
 mod training_loop;
+pub mod version;
 mod warnings;
 
 pub use cache_teacher::cache_teacher_logits;

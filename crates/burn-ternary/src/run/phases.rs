@@ -26,6 +26,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::logger::InMemoryMetricLogger;
 use burn::train::{SupervisedTraining, TrainingStrategy};
+use getset::WithSetters;
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
@@ -34,7 +35,9 @@ use std::time::Instant;
 use ternary_format::{PackedModel, disk::RunLock, say};
 
 /// How a run is executed; what it computes depends on the experiment alone.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, WithSetters)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct RunOptions {
     /// Continue from the last good checkpoint of the run folder, if it has one.
     pub resume: bool,
@@ -190,7 +193,7 @@ fn prepare(
     let teacher =
         teacher.map(|source| source.load(distill, &data.tokenizer, text, model, &device)).transpose()?;
 
-    let epochs_per_step = (run.batch_size * run.accumulation) as f64 / data.train.per_epoch() as f64;
+    let epochs_per_step = (run.batch_size * run.gradient_accumulation) as f64 / data.train.per_epoch() as f64;
     let display = match terminal::can_draw() && !options.quiet && !options.plain {
         true => Display::open(format!("{}-{}", run.name, run.seed), run.steps, epochs_per_step),
         false => None,
@@ -280,9 +283,10 @@ fn train(
 ) -> Result<Trained, TrainError> {
     let RunContext { experiment, run_dir, data, device, display, .. } = &**context;
     let run = &experiment.run;
-    let batches = run.steps * run.accumulation;
+    let batches = run.steps * run.gradient_accumulation;
     let autodiff = device.clone().autodiff();
-    let train = LmLoader::training(data.train.clone(), run.batch_size, run.accumulation, batches, &autodiff);
+    let train =
+        LmLoader::training(data.train.clone(), run.batch_size, run.gradient_accumulation, batches, &autodiff);
     let valid = LmLoader::evaluation(data.valid.clone(), run.batch_size, run.eval_windows, device);
     let TrainState { step, elapsed_s: earlier, .. } = *training_loop.trainer().state();
     let learner = training_loop.trainer().learner();
@@ -399,7 +403,7 @@ fn preflight(
 ) -> Result<(), TrainError> {
     let needed = memory_estimate(experiment, device);
     let run = &experiment.run;
-    let tokens = run.steps * run.batch_size * run.accumulation * experiment.model.context;
+    let tokens = run.steps * run.batch_size * run.gradient_accumulation * experiment.model.context;
     let (windows, empty) = (data.train.per_epoch(), data.train.without_targets(usize::MAX));
     if empty == windows {
         return Err(DataError::NothingLearned { windows, context: experiment.model.context }.into());

@@ -3,7 +3,7 @@
 use super::experiment::LARGEST_COUNT;
 use super::{Experiment, TrainError};
 use crate::device;
-use crate::quant::Products;
+use crate::quant::MatmulPrecision;
 use crate::train::optim::Moments;
 use burn::tensor::Device;
 use ternary_format::Tokenizer;
@@ -13,8 +13,8 @@ pub(super) fn check_device(experiment: &Experiment, device: &Device) -> Result<(
     if is_flex(device) {
         return Ok(());
     }
-    let key = if experiment.quant.compute != Products::Float {
-        "quant.compute"
+    let key = if experiment.quant.matmul_precision != MatmulPrecision::Float {
+        "quant.matmul_precision"
     } else if experiment.optim.moments != Moments::Float {
         "optim.moments"
     } else {
@@ -59,7 +59,7 @@ pub(super) fn resolve_steps(
     windows: usize,
 ) -> Result<(), TrainError> {
     if let Some(epochs) = epochs {
-        let windows_per_step = experiment.run.batch_size * experiment.run.accumulation;
+        let windows_per_step = experiment.run.batch_size * experiment.run.gradient_accumulation;
         let steps = (epochs * windows as f64 / windows_per_step as f64).ceil().max(1.0);
         if steps > LARGEST_COUNT as f64 {
             let message = format!("{epochs} are {steps} steps; expected at most {LARGEST_COUNT} steps");

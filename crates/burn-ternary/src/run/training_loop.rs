@@ -163,7 +163,7 @@ impl TrainingLoop {
         let run = self.run.experiment.run.clone();
         let (steps, first) = (run.steps, self.trainer.state().step);
         let train = train
-            .slice(first * run.accumulation, steps * run.accumulation)
+            .slice(first * run.gradient_accumulation, steps * run.gradient_accumulation)
             .to_device(&self.run.device.clone().autodiff());
         let valid = valid.to_device(&self.run.device);
         let mut batches = train.iter();
@@ -187,8 +187,8 @@ impl TrainingLoop {
             self.evaluate(events, &valid, false)?;
         }
         for step in first + 1..=steps {
-            let mut micro_batches: Vec<LmBatch> = Vec::with_capacity(run.accumulation);
-            for _ in 0..run.accumulation {
+            let mut micro_batches: Vec<LmBatch> = Vec::with_capacity(run.gradient_accumulation);
+            for _ in 0..run.gradient_accumulation {
                 let batch = batches.next().expect("the loader holds every step of the run");
                 micro_batches.push(batch.map_err(|error| TrainError::Burn(error.into()))?);
             }
@@ -250,7 +250,7 @@ impl TrainingLoop {
     fn complete(&self, report: StepReport) -> StepReport {
         let run = &self.run.experiment.run;
         let ternary = self.codes.is_some().then_some(self.size);
-        let windows_per_step = run.batch_size * run.accumulation;
+        let windows_per_step = run.batch_size * run.gradient_accumulation;
         let shares = self.stats.as_ref().map(|stats| stats.shares);
         StepReport {
             epoch: (report.step * windows_per_step) as f64 / self.run.data.train.per_epoch() as f64,

@@ -9,39 +9,47 @@ use burn::{
     lr_scheduler::{LrScheduler, LrSchedulerRecord},
     optim::LearningRate,
 };
+use getset::WithSetters;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How the learning rate goes from its peak to its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Learning rate schedule after the warm-up, from the peak learning rate to the final one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Shape {
+    /// The peak learning rate.
     Constant,
+    /// Half a cosine wave.
     Cosine,
+    /// A straight line.
     Linear,
     /// Constant, then linear over the last `decay_fraction` of the steps.
     WarmupStableDecay,
 }
 
-/// The `[schedule]` section of an experiment. Fractions are of the run's steps, in [0, 1].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// The `[schedule]` section of an experiment: what changes during a run. Fractions are shares of `run.steps`, from 0 to 1.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
 #[serde(default, deny_unknown_fields)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct ScheduleConfig {
-    /// How the learning rate falls.
+    /// Learning rate schedule after the warm-up.
     pub shape: Shape,
-    /// Steps over which the rate rises linearly from 0.
+    /// Warm-up: number of steps over which the learning rate rises linearly from 0.
     pub warmup_steps: usize,
-    /// Share of the steps that decays, for `warmup_stable_decay`.
+    /// Fraction of the steps over which `"warmup_stable_decay"` decays; the other shapes ignore it.
     pub decay_fraction: f64,
-    /// The last rate over the peak rate.
+    /// Final learning rate as a fraction of the peak learning rate.
     pub min_lr_ratio: f64,
-    /// Weight decay acts until here; 1: to the end.
+    /// Fraction of the steps with weight decay; 1: all.
     pub weight_decay_until: f64,
-    /// Weights are float until here; 0: ternary from the start.
+    /// Fraction of the steps that train in float before weights are quantized; 0: quantized from the start.
     pub float_until: f64,
-    /// The share of the ternary weight (lambda) rises linearly from `float_until` to here; at most
-    /// `float_until` means a switch.
+    /// Quantization ramp: from `float_until` to this fraction of the steps, weights blend linearly from float to ternary. At most
+    /// `float_until`: a switch.
     pub ramp_until: f64,
-    /// `quant.sparsity` grows from `float_until` to here, below 1; at most `float_until`: it is there at once.
+    /// Sparsity ramp: from `float_until` to this fraction of the steps, the share of zeros grows to `quant.sparsity`. At most
+    /// `float_until`: at once. Below 1.
     pub sparse_until: f64,
 }
 

@@ -11,6 +11,9 @@ pub(super) struct Manifest {
     /// Of the experiment, in place of an identity: manifests of version 0.1.0 of this crate have it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experiment_sha256: Option<String>,
+    /// Version of the keys in `identity`. Manifests without it have those of version 0.
+    #[serde(default)]
+    pub experiment_version: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<Identity>,
     pub state: TrainState,

@@ -18,6 +18,7 @@
 
 mod manifest;
 
+use super::version;
 use crate::train::TrainState;
 use manifest::{FileEntry, Manifest};
 pub use manifest::{Identity, Inputs};
@@ -366,6 +367,7 @@ fn write_folder(
     let manifest = Manifest {
         version: VERSION,
         experiment_sha256: None,
+        experiment_version: version::VERSION,
         identity: Some(identity.clone()),
         state: state.clone(),
         model: file_entry(folder.join(MODEL))?,
@@ -431,10 +433,12 @@ fn read_manifest(folder: &Path, step: usize) -> Result<Manifest, RefusalReason> 
     if version != VERSION {
         return Err(RefusalReason::Version { found: version });
     }
-    let manifest: Manifest = serde_json::from_slice(&text).map_err(bad_manifest)?;
+    let mut manifest: Manifest = serde_json::from_slice(&text).map_err(bad_manifest)?;
     if manifest.state.step != step {
         return Err(bad_manifest(format!("step {} in a folder of step {step}", manifest.state.step)));
     }
+    let identity = manifest.identity.map(|identity| identity.migrated(manifest.experiment_version));
+    manifest.identity = identity.transpose().map_err(bad_manifest)?;
     Ok(manifest)
 }
 

@@ -10,6 +10,8 @@ use crate::nn::{BlockStates, DuckConfig, DuckQuantized};
 use burn::tensor::{Device, Tensor};
 pub use cached_logits::CachedLogits;
 use distance::{divergence, hidden_distance, recorded_divergence, relation_divergence};
+use getset::WithSetters;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use ternary_format::{
@@ -17,38 +19,43 @@ use ternary_format::{
     memory::{self, OutOfMemory},
 };
 
-/// Which way the divergence of teacher `p` and student `q` is taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Direction of the Kullback-Leibler divergence between teacher `p` and student `q`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Divergence {
-    /// `KL(p || q)`: the student covers all that the teacher thinks possible.
+    /// `KL(p || q)`: the student covers every token that the teacher considers possible.
     Forward,
-    /// `KL(q || p)`: the student keeps to what the teacher thinks likely.
+    /// `KL(q || p)`: the student concentrates on the tokens that the teacher considers likely.
     Reverse,
     /// The mean of both.
     Mean,
 }
 
-/// The `[distill]` section of an experiment.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// The `[distill]` section of an experiment: knowledge distillation from a teacher.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
 #[serde(default, deny_unknown_fields)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct DistillConfig {
-    /// A run folder, a model file of any kind, or what `duck distill-logits` wrote of one; with the tokenizer of the run.
-    /// Empty: no teacher.
+    /// Teacher: a run folder, a model file, or cached teacher logits (`duck distill-logits`), with the tokenizer of the run. Empty:
+    /// no distillation.
     pub teacher: String,
-    /// Share of the divergence in the loss; cross entropy has the rest.
+    /// Weight of the divergence from the teacher in the loss; cross entropy has the weight `1 - weight`. 0 to 1.
     pub weight: f64,
-    /// Both distributions are softened by it, and their divergence is multiplied by its square.
+    /// Temperature of both distributions; their divergence is multiplied by its square. Above 0.
     pub temperature: f64,
+    /// Direction of the Kullback-Leibler divergence between teacher and student.
     pub divergence: Divergence,
-    /// Weight in the loss of the squared distance between hidden states, which wants a teacher as wide as the student.
+    /// Weight in the loss of the mean squared distance between the hidden states of student and teacher; requires equal widths. 0:
+    /// off.
     pub hidden_weight: f64,
-    /// Weight in the loss of the divergence between the relations of queries, of keys and of values.
+    /// Weight in the loss of the divergence between the attention relations (of queries, keys and values) of student and teacher, for
+    /// any widths; 0: off.
     pub relation_weight: f64,
-    /// Parts into which queries, keys and values are cut for their relations; divides their widths in both models.
+    /// Number of heads into which queries, keys and values are split for their relations; a divisor of their widths in both models.
     pub relation_heads: usize,
-    /// The student's block that hidden states and relations are taken from, from 1; 0: the last. The teacher's is the one
-    /// at the same share of its depth.
+    /// Block of the student whose hidden states and relations are compared, from 1; 0: the last. The teacher's block is the one at
+    /// the same relative depth.
     pub layer: usize,
 }
 

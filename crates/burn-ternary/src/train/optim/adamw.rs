@@ -151,7 +151,7 @@ mod tests {
 
     fn optimizer(moments: Moments) -> ModuleOptimizer {
         let config = OptimConfig {
-            matrices: MatrixOptimizer::Adamw,
+            matrix_optimizer: MatrixOptimizer::Adamw,
             lr: 0.01,
             muon_lr: 0.0,
             muon_momentum: 0.0,

@@ -13,50 +13,58 @@ use burn::{
 
 use super::schedule::{PeakSchedule, Schedule};
 use crate::quant::Dial;
+use getset::WithSetters;
 use muon::Muon;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Which optimizer has the matrices of quantized layers; everything else is AdamW's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Optimizer of the weight matrices of the blocks; AdamW has all other parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MatrixOptimizer {
+    /// AdamW for all parameters.
     Adamw,
+    /// Muon for the matrices.
     Muon,
 }
 
-/// How AdamW keeps its two moments.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Precision of the two moments of AdamW.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Moments {
-    /// Eight bytes a weight.
+    /// 8 bytes per weight.
     Float,
-    /// Two bytes a weight, in blocks with scales of their own, for parameters of 4096 numbers or more; on flex only.
+    /// 2 bytes per weight, in blocks with scales of their own, for parameters of at least 4096 numbers; on flex only.
     Int8,
 }
 
-/// The `[optim]` section of an experiment.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// The `[optim]` section of an experiment: optimizers and loss terms.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
 #[serde(default, deny_unknown_fields)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct OptimConfig {
-    /// Optimizer of the ternary matrices.
-    pub matrices: MatrixOptimizer,
+    /// Optimizer of the weight matrices of the blocks; AdamW has all other parameters.
+    pub matrix_optimizer: MatrixOptimizer,
     /// Peak learning rate of AdamW.
     pub lr: f64,
-    /// Peak learning rate of Muon; ignored where `matrices = "adamw"`.
+    /// Peak learning rate of Muon; ignored if `matrix_optimizer` is `"adamw"`.
     pub muon_lr: f64,
-    /// Momentum of Muon.
+    /// Momentum of Muon; at least 0, below 1.
     pub muon_momentum: f64,
+    /// Decay rate of AdamW's first moment; at least 0, below 1.
     pub beta1: f64,
+    /// Decay rate of AdamW's second moment; at least 0, below 1.
     pub beta2: f64,
-    /// Added to the root of the second moment of AdamW.
+    /// Epsilon of AdamW, added to the square root of the second moment; above 0.
     pub epsilon: f64,
-    /// Precision in which AdamW keeps its moments.
+    /// Precision of AdamW's moments. `"int8"` stores 2 bytes per weight instead of 8; it requires the device flex.
     pub moments: Moments,
-    /// Decoupled; on matrices only (never on norms, biases, scales).
+    /// Decoupled weight decay of the matrices. Norms, biases and scales have none.
     pub weight_decay: f64,
-    /// Global gradient norm above which the gradient is scaled down; 0: never.
+    /// Maximum norm of the whole gradient (gradient clipping); 0: no limit.
     pub clip_norm: f64,
-    /// Weight of the mean squared log partition function in the loss (z-loss).
+    /// Weight in the loss of the mean squared log partition function (z-loss); 0: off.
     pub z_loss: f64,
 }
 
@@ -64,7 +72,7 @@ impl Default for OptimConfig {
     /// Muon for the matrices, AdamW for the rest.
     fn default() -> Self {
         Self {
-            matrices: MatrixOptimizer::Muon,
+            matrix_optimizer: MatrixOptimizer::Muon,
             lr: 0.003,
             muon_lr: 0.02,
             muon_momentum: 0.95,
@@ -81,7 +89,7 @@ impl Default for OptimConfig {
 
 impl OptimConfig {
     /// AdamW for all parameters, with weight decay for the group `decayed`, and for the group `matrices` the
-    /// optimizer of [`OptimConfig::matrices`] with weight decay; where both groups match, `matrices` wins.
+    /// optimizer of [`OptimConfig::matrix_optimizer`] with weight decay; where both groups match, `matrices` wins.
     ///
     /// A weight loses `lr * weight_decay * decay.get()` of itself at each step, before its update (decoupled); `lr`
     /// is that of its group. Turning the dial changes no optimizer state, so a record fits before and after.
@@ -108,7 +116,7 @@ impl OptimConfig {
         let decay = Decay { strength: self.weight_decay, dial: decay };
         let decayed_adamw = AdamW { decay: decay.clone(), ..adamw.clone() };
         let optimizer = ModuleOptimizer::from(adamw).with_group(decayed, decayed_adamw.clone(), None);
-        match self.matrices {
+        match self.matrix_optimizer {
             MatrixOptimizer::Adamw => optimizer.with_group(matrices, decayed_adamw, None),
             MatrixOptimizer::Muon => {
                 let muon = Muon { momentum: self.muon_momentum as f32, decay, clip };
@@ -122,7 +130,7 @@ impl OptimConfig {
     pub fn lr_scheduler(&self, matrices: ParamGroup, schedule: &Schedule, step: usize) -> ModuleLrScheduler {
         let with_peak = |peak| PeakSchedule { peak, schedule: schedule.clone(), step };
         let base = ModuleLrScheduler::new(with_peak(self.lr));
-        match self.matrices {
+        match self.matrix_optimizer {
             MatrixOptimizer::Adamw => base,
             MatrixOptimizer::Muon => base.with_group(matrices, with_peak(self.muon_lr)),
         }
@@ -264,7 +272,7 @@ pub(super) mod tests {
 
     fn config(matrices: MatrixOptimizer) -> OptimConfig {
         OptimConfig {
-            matrices,
+            matrix_optimizer: matrices,
             lr: LR,
             muon_lr: MUON_LR,
             muon_momentum: 0.95,
