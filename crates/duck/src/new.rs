@@ -80,6 +80,7 @@ fn summary(proposal: &Proposal) -> String {
     let dialogues = match text.dialogues {
         0 => "no dialogues".into(),
         n if n == text.documents => "all of them dialogues".into(),
+        n if !text.make_chat_model() => format!("{n} of them dialogues, too few for a chat model (1 %)"),
         n => format!("{n} of them dialogues"),
     };
     let documents = if text.documents == 1 { "document" } else { "documents" };

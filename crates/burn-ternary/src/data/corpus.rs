@@ -44,6 +44,12 @@ impl Document {
     }
 }
 
+/// Whether a model that is trained on these documents learns to chat: at least 1 % of them are dialogues. A few dialogues in a large
+/// text teach nothing, and would make every program that loads the model present it as a chat model.
+pub fn make_chat_model(dialogues: usize, documents: usize) -> bool {
+    dialogues > 0 && dialogues >= documents.div_ceil(100)
+}
+
 /// Reads documents from `sources`, the value of the key `data.{key}`, in their order.
 ///
 /// A source is a `.txt` file (documents are separated by lines that are exactly `<|endoftext|>`), a `.jsonl` file
@@ -312,6 +318,13 @@ mod tests {
 
     fn read_one(path: &Path) -> Result<Vec<Document>, DataError> {
         read("train", &[path.to_str().unwrap().to_owned()])
+    }
+
+    #[test]
+    fn a_chat_model_needs_one_dialogue_in_a_hundred_documents() {
+        let counts = [(0, 0), (0, 50), (1, 100), (1, 101), (2, 200), (2, 201), (7, 7)];
+        let chat = counts.map(|(dialogues, documents)| make_chat_model(dialogues, documents));
+        assert_eq!(chat, [false, false, true, false, true, false, true]);
     }
 
     #[test]

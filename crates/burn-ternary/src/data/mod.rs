@@ -144,15 +144,16 @@ impl Texts {
         Ok(Self { tokenizer, recipe, train, valid })
     }
 
-    /// Whether some training documents are dialogues.
-    pub fn has_dialogues(&self) -> bool {
-        self.train.iter().any(Document::is_dialogue)
+    /// Whether enough training documents are dialogues for a chat model; see [`corpus::make_chat_model`].
+    pub fn make_chat_model(&self) -> bool {
+        let dialogues = self.train.iter().filter(|document| document.is_dialogue()).count();
+        corpus::make_chat_model(dialogues, self.train.len())
     }
 
     /// How text samples may begin: with the first words of two held-out texts, or, where the training text has dialogues, with
     /// a held-out question besides (`<|user|>question`), or two where no text is held out.
     pub fn sample_prompts(&self) -> Vec<String> {
-        let dialogues = self.has_dialogues();
+        let dialogues = self.make_chat_model();
         let prompt = |document: &Document| match document {
             Document::Text(text) => corpus::opening(text).into(),
             Document::Dialogue { question, .. } => format!("{}{question}", Special::User.text()),
@@ -217,9 +218,9 @@ impl DataConfig {
     }
 }
 
-/// Whether the run in `cache_dir` was trained on dialogues, by the files that [`Dataset::prepare`] left.
-pub(crate) fn has_dialogues(cache_dir: &Path) -> bool {
-    tokens::has_dialogues(&cache_dir.join(TRAIN))
+/// Whether the run in `cache_dir` was trained on enough dialogues for a chat model, by the files that [`Dataset::prepare`] left.
+pub(crate) fn makes_chat_model(cache_dir: &Path) -> bool {
+    tokens::makes_chat_model(&cache_dir.join(TRAIN))
 }
 
 fn is_made_from(path: &Path, tokenizer: &Tokenizer, recipe: &str, documents: &[Document]) -> bool {

@@ -15,7 +15,7 @@
 use super::{
     DataError,
     chat::{self, Part},
-    corpus::Document,
+    corpus::{self, Document},
 };
 use memmap2::Mmap;
 use rayon::prelude::*;
@@ -66,17 +66,34 @@ impl Counts {
         Some(Self { tokens: next()?, target_tokens: next()?, text_bytes: next()?, target_bytes: next()? })
     }
 
+    /// Of texts every token is learned, of dialogues only the answers.
     fn have_dialogues(&self) -> bool {
         self.target_tokens < self.tokens
     }
 }
 
-/// [`TokenFile::has_dialogues`] of the file at `path`, whatever it was made from; `false` where there is none.
-pub fn has_dialogues(path: &Path) -> bool {
+/// [`TokenFile::makes_chat_model`] of the file at `path`, whatever it was made from; `false` if there is none.
+pub fn makes_chat_model(path: &Path) -> bool {
     let mut header = [0; HEADER];
     let read = disk::open(path).and_then(|mut file| file.read_exact(&mut header));
     let counts = Counts::from_bytes(&header[MAGIC.len()..SEAL.start]);
-    read.is_ok() && header.starts_with(&MAGIC) && counts.is_some_and(|counts| counts.have_dialogues())
+    let dialogues =
+        read.is_ok() && header.starts_with(&MAGIC) && counts.is_some_and(|counts| counts.have_dialogues());
+    dialogues && disk::read(path).is_ok_and(|bytes| are_of_chat_model(&bytes[HEADER.min(bytes.len())..]))
+}
+
+/// [`corpus::make_chat_model`] of the documents that `words` are the tokens of. Each ends with the same token, which is the last, and
+/// a dialogue begins with tokens that are not learned.
+fn are_of_chat_model(words: &[u8]) -> bool {
+    let words = words.chunks_exact(WORD).map(|word| u32::from_le_bytes(word.try_into().expect("four bytes")));
+    let Some(end) = words.clone().next_back() else { return false };
+    let (mut documents, mut dialogues, mut begins) = (0, 0, true);
+    for word in words {
+        dialogues += usize::from(begins && word & LEARNED == 0);
+        begins = word == end;
+        documents += usize::from(begins);
+    }
+    corpus::make_chat_model(dialogues, documents)
 }
 
 impl TokenFile {
@@ -129,9 +146,9 @@ impl TokenFile {
         self.counts.target_tokens
     }
 
-    /// Whether some documents are dialogues: of texts every token is learned, of dialogues the answers only.
-    pub fn has_dialogues(&self) -> bool {
-        self.counts.have_dialogues()
+    /// Whether enough documents are dialogues for a chat model; see [`corpus::make_chat_model`].
+    pub fn makes_chat_model(&self) -> bool {
+        self.counts.have_dialogues() && are_of_chat_model(&self.map[HEADER..])
     }
 
     /// Bytes of all texts; special tokens have none.
@@ -337,10 +354,20 @@ pub(crate) mod tests {
         let found: Vec<_> = (0..file.len()).map(|i| (file.id(i), file.target(i))).collect();
         assert_eq!(found, expected);
         assert_eq!((file.text_bytes(), file.target_bytes()), (7 + 4 + 5, 7 + 5));
-        assert!(file.has_dialogues() && !byte_tokens(&[Document::Text("pond".into())]).has_dialogues());
+        assert!(file.makes_chat_model() && !byte_tokens(&[Document::Text("pond".into())]).makes_chat_model());
         assert_eq!(file.target_tokens(), expected.iter().filter(|(_, learned)| *learned).count());
         // 14 learned tokens for 12 learned bytes, at one bit a token.
         assert!((file.bits_per_byte(2f64.ln()) - 14.0 / 12.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_dialogue_in_a_hundred_documents_makes_a_chat_model() {
+        for (texts, expected) in [(98, true), (99, true), (100, false), (300, false)] {
+            let mut documents = vec![Document::Text("pond".into()); texts];
+            let dialogue = Document::Dialogue { question: "who?".into(), answer: "Duck.".into() };
+            documents.insert(texts / 2, dialogue);
+            assert_eq!(byte_tokens(&documents).makes_chat_model(), expected, "{texts}");
+        }
     }
 
     #[test]

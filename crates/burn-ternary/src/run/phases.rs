@@ -184,7 +184,7 @@ fn prepare(
     resolve_steps(&mut experiment, options.epochs, data.train.per_epoch())?;
     identity.steps = experiment.run.steps;
     preflight(&experiment, &data, &device, options)?;
-    let chats = data.train.tokens().has_dialogues();
+    let chats = data.train.tokens().makes_chat_model();
     let chat_template = chat_template(chats, &experiment, initial.as_ref(), &run_dir)?;
     let prompts = sample_prompts(&experiment.run, &data.tokenizer);
     let example_prompt = prompts.first().map(|(prompt, _)| prompt).or(automatic.first()).cloned();
@@ -387,7 +387,7 @@ fn summarize(run: &RunContext, trained: Trained, exported: Exported) -> Result<R
     drawn?;
     result.place = Some(Place {
         run_dir: run.run_dir.clone(),
-        chats: run.data.train.tokens().has_dialogues(),
+        chats: run.data.train.tokens().makes_chat_model(),
         prompt: run.example_prompt.clone(),
         archive: exported.archive,
     });

@@ -92,6 +92,11 @@ pub struct TextCounts {
 }
 
 impl TextCounts {
+    /// Whether enough documents are dialogues for a chat model; see [`corpus::make_chat_model`].
+    pub fn make_chat_model(&self) -> bool {
+        corpus::make_chat_model(self.dialogues, self.documents)
+    }
+
     fn of(documents: &[Document]) -> Self {
         let characters: HashSet<char> =
             documents.iter().flat_map(Document::texts).flat_map(str::chars).collect();

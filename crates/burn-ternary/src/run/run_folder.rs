@@ -1,6 +1,6 @@
 use super::checkpoint::{CheckpointError, Checkpoints, Loaded};
 use super::{Experiment, TrainError};
-use crate::data::{has_dialogues, tokenizer};
+use crate::data::{makes_chat_model, tokenizer};
 use crate::device::device;
 use crate::export::{ExportError, export_for_inference};
 use crate::import::ImportError;
@@ -90,7 +90,7 @@ pub(super) fn read_template(run_dir: &Path) -> Result<Option<String>, TrainError
         Ok(template) => Ok(Some(template)),
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
             let exported = || read_model(&run_dir.join("model.gguf")).ok()?.chat_template;
-            Ok(if has_dialogues(run_dir) { Some(chat::TEMPLATE.into()) } else { exported() })
+            Ok(if makes_chat_model(run_dir) { Some(chat::TEMPLATE.into()) } else { exported() })
         }
         Err(source) => Err(TrainError::Read { path, source }),
     }

@@ -117,8 +117,8 @@ fn section_mut<'t, 'i>(experiment: &'t mut DeTable<'i>, section: &str) -> Option
 
 #[cfg(test)]
 mod tests {
-    use crate::run::Experiment;
     use super::*;
+    use crate::run::Experiment;
 
     const OLD: &str = "model.compute = \"bf16\"\nquant.compute = \"int8\"\noptim.matrices = \"adamw\"\nrun.accumulation = 3\n";
     const NEW: &str = "version = 1\nmodel.mixed_precision = \"bf16\"\nquant.matmul_precision = \"int8\"\n\
