@@ -16,6 +16,7 @@ mod roundtrip;
 mod sparsity;
 mod start;
 mod targets;
+mod versions;
 
 use burn_ternary::nn::{Activation, DuckConfig, Family};
 use burn_ternary::run::Experiment;
