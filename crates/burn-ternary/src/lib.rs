@@ -6,7 +6,7 @@
 //! ```toml
 //! [dependencies]
 //! burn = { version = "=0.22.1", default-features = false }
-//! burn-ternary = { path = "../burn-ternary" }
+//! burn-ternary = { path = "../burn-ternary", default-features = false, features = ["flex", "infer"] }
 //! ```
 //!
 //! # Train, export, generate
@@ -52,6 +52,9 @@
 //! |---|---|---|
 //! | `flex` | yes | the CPU backend, with fused passes |
 //! | `infer` | yes | the engine as `burn_ternary::infer`; one small crate |
+//! | `cli` | yes | the command line of training, `run::TrainCommand` |
+//! | `plot` | yes | plots of a run, `report::plot` |
+//! | `tui` | yes | the full-screen display of a run |
 //! | `wgpu`, `cuda`, `tch`, `ndarray` | | a further backend; enable them here, never in Burn itself |
 //!
 //! Programs that only run models need neither Burn nor this crate: `ternary-infer` builds in a minute.

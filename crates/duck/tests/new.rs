@@ -100,6 +100,11 @@ fn a_model_of_dialogues_chats_and_keeps_doing_so_when_it_is_trained_on() {
     // A folder of an earlier version has no template beside its checkpoint; its texts tell.
     fs::remove_file(home.path().join("runs/talk-1/chat_template.jinja")).unwrap();
     assert!(has_template(&home, "runs/talk-1"));
+    // Without its token files, its sample prompts show it.
+    for tokens in ["train.tokens", "valid.tokens"] {
+        fs::remove_file(home.path().join("runs/talk-1").join(tokens)).unwrap();
+    }
+    assert!(has_template(&home, "runs/talk-1"));
 }
 
 #[test]

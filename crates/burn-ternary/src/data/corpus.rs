@@ -170,7 +170,7 @@ fn cut(text: &str, tail: usize) -> usize {
     text[start..limit].find('\n').map_or(start, |line_end| start + line_end + 1)
 }
 
-/// The first words of a text, of at most 24 characters; so many characters where it has no spaces.
+/// The first words of a text, of at most 24 characters; exactly 24 where it has no spaces.
 pub fn opening(text: &str) -> &str {
     const LONGEST: usize = 24;
     let line = text.trim_start().lines().next().unwrap_or_default().trim_end();

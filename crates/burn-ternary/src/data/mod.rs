@@ -218,6 +218,11 @@ impl DataConfig {
     }
 }
 
+/// Whether [`Dataset::prepare`] left its files in `cache_dir`.
+pub(crate) fn has_token_files(cache_dir: &Path) -> bool {
+    cache_dir.join(TRAIN).exists()
+}
+
 /// Whether the run in `cache_dir` was trained on enough dialogues for a chat model, by the files that [`Dataset::prepare`] left.
 pub(crate) fn makes_chat_model(cache_dir: &Path) -> bool {
     tokens::makes_chat_model(&cache_dir.join(TRAIN))

@@ -207,7 +207,7 @@ pub fn text_digest(documents: &[Document]) -> [u8; 32] {
 
 fn add_documents(digest: &mut Sha256, documents: &[Document]) {
     for document in documents {
-        // How many texts a document has tells its kind.
+        // The number of texts of a document shows its kind.
         document.texts().for_each(|text| add(digest, text));
         add(digest, if matches!(document, Document::Text(_)) { "text" } else { "dialogue" });
     }

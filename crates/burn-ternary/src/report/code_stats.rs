@@ -1,11 +1,12 @@
-//! What the ternary codes of a model do over a run.
+//! Statistics of the ternary codes of a model over a run.
 
 use crate::nn::DuckQuantized;
 
 /// Codes and scales of a model, compared with those seen before.
 pub struct CodeStats {
+    /// Means over all layers.
     pub shares: CodeShares,
-    /// Counts of -1, 0, +1 by layer.
+    /// Counts of the codes -1, 0 and +1 per layer.
     pub counts: Vec<(String, [u64; 3])>,
 }
 
@@ -14,21 +15,21 @@ pub struct CodeStats {
 pub struct CodeShares {
     /// Share of zero codes over all linear layers.
     pub zero_fraction: f64,
-    /// Share of codes that changed since the last look; none at the first.
+    /// Code flip rate: share of codes that changed since the last evaluation; none at the first.
     pub flipped: Option<f64>,
-    /// `mean |ln(scale / scale at the start)|` over all scales.
+    /// Scale drift: `mean |ln(scale / initial scale)|` over all scales.
     pub scale_drift: f64,
 }
 
-/// Remembers the scales of the start, and the last look.
+/// Keeps the initial scales, and the codes of the last evaluation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CodeTracker {
     initial_scales: Vec<f32>,
-    last: Option<Look>,
+    last: Option<Evaluation>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-struct Look {
+struct Evaluation {
     shares: CodeShares,
     codes: Vec<i8>,
 }
@@ -40,8 +41,8 @@ impl CodeTracker {
         (!initial_scales.is_empty()).then_some(Self { initial_scales, last: None })
     }
 
-    /// Looks at a model of the same shape.
-    pub fn look(&mut self, model: &DuckQuantized) -> CodeStats {
+    /// Statistics of a model of the same shape.
+    pub fn update(&mut self, model: &DuckQuantized) -> CodeStats {
         let (codes, counts) = codes(model);
         let zeros: u64 = counts.iter().map(|(_, count)| count[1]).sum();
         let flipped = self.last.as_ref().map(|last| {
@@ -58,22 +59,22 @@ impl CodeTracker {
             flipped,
             scale_drift: drift / self.initial_scales.len() as f64,
         };
-        self.last = Some(Look { shares, codes });
+        self.last = Some(Evaluation { shares, codes });
         CodeStats { shares, counts }
     }
 
-    /// What the last look of an earlier session saw, if there was one, with the counts of `model` as it is.
+    /// The last shares of an earlier session, if there are any, with the counts of `model`.
     pub fn recall(&self, model: &DuckQuantized) -> Option<CodeStats> {
         let shares = self.last.as_ref()?.shares;
         Some(CodeStats { shares, counts: codes(model).1 })
     }
 
-    /// For a checkpoint, little-endian: the number of initial scales as `u64`, these as `f32`; where there was a look, the number of
+    /// For a checkpoint, little-endian: the number of initial scales as `u64`, these as `f32`; after an evaluation, the number of
     /// codes as `u64`, the three shares as `f64` (NaN: none), and the codes plus one, four to a byte from the lowest bits on.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = (self.initial_scales.len() as u64).to_le_bytes().to_vec();
         bytes.extend(self.initial_scales.iter().flat_map(|scale| scale.to_le_bytes()));
-        if let Some(Look { shares, codes }) = &self.last {
+        if let Some(Evaluation { shares, codes }) = &self.last {
             let CodeShares { zero_fraction, flipped, scale_drift } = *shares;
             bytes.extend((codes.len() as u64).to_le_bytes());
             bytes.extend(
@@ -109,8 +110,8 @@ impl CodeTracker {
             return None;
         }
         let unpacked = rest.iter().flat_map(|byte| [0, 2, 4, 6].map(|shift| (byte >> shift & 3) as i8 - 1));
-        let look = Look { shares, codes: unpacked.take(number).collect() };
-        Some(Self { initial_scales, last: Some(look) })
+        let evaluation = Evaluation { shares, codes: unpacked.take(number).collect() };
+        Some(Self { initial_scales, last: Some(evaluation) })
     }
 }
 
@@ -120,7 +121,7 @@ fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
     Some(*first)
 }
 
-/// All codes, and how many of each a layer has.
+/// All codes, and the counts of each layer.
 fn codes(model: &DuckQuantized) -> (Vec<i8>, Vec<(String, [u64; 3])>) {
     let mut codes = Vec::new();
     let mut counts = Vec::new();
@@ -162,15 +163,15 @@ mod tests {
     fn a_tracker_comes_back_from_its_bytes() {
         let (first, second) = (model(1, 90), model(2, 90));
         let mut tracker = CodeTracker::new(&first).unwrap();
-        for looks in 0..3 {
+        for updates in 0..3 {
             let bytes = tracker.to_bytes();
             let mut loaded = CodeTracker::from_bytes(&bytes, &first).unwrap();
             assert_eq!(loaded, tracker);
             assert_eq!(
                 loaded.recall(&first).map(|stats| stats.shares.flipped.is_some()),
-                [None, Some(false), Some(true)][looks]
+                [None, Some(false), Some(true)][updates]
             );
-            let [expected, found] = [&mut tracker, &mut loaded].map(|tracker| tracker.look(&second));
+            let [expected, found] = [&mut tracker, &mut loaded].map(|tracker| tracker.update(&second));
             assert_eq!(found.shares, expected.shares);
             assert_eq!(found.counts, expected.counts);
             for wrong in [&bytes[..bytes.len() - 1], &[&bytes[..], &[0]].concat(), &bytes[..7], &[]] {

@@ -8,7 +8,7 @@ pub(super) fn at(path: &Path) -> impl Fn(io::Error) -> io::Error {
     move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// Replaces the file as a whole: whoever reads it, and whenever the process dies, finds the old bytes or the new.
+/// Replaces the file atomically: a reader, or a process that dies at any time, finds the old bytes or the new ones.
 ///
 /// # Errors
 /// What the file system says, with the path.

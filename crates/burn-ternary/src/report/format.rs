@@ -1,6 +1,6 @@
 //! Numbers as people read them.
 
-/// `value` with so many significant digits, in scientific notation outside [1e-3, 1e6).
+/// `value` with `digits` significant digits, in scientific notation outside [1e-3, 1e6).
 pub(super) fn significant(value: f64, digits: usize) -> String {
     // The exponent is that of the rounded number: 0.9996 in three digits is 1.00.
     let scientific = format!("{value:.*e}", digits - 1);

@@ -53,7 +53,7 @@ fn lines<'a>(path: &Path, bytes: &'a [u8]) -> io::Result<Vec<(&'a [u8], Line)>> 
     Ok(lines)
 }
 
-/// The writer of `metrics.jsonl`: a line `{"split":"train"|"valid", ...}` a report, on disk when [`append`] returns.
+/// The writer of `metrics.jsonl`: a line `{"split":"train"|"valid", ...}` per report, on disk when [`append`] returns.
 ///
 /// [`append`]: MetricsFile::append
 pub struct MetricsFile {
@@ -126,7 +126,9 @@ pub(crate) fn keep_samples(path: &Path, resume_step: Option<usize>) -> io::Resul
 /// The reports of a run, in the order in which they were written.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
+    /// Reports of training steps.
     pub train: Vec<StepReport>,
+    /// Reports of validations.
     pub valid: Vec<StepReport>,
 }
 

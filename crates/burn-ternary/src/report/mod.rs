@@ -1,4 +1,4 @@
-//! What a run reports: metrics, progress lines, the full-screen display, plots and `result.json`.
+//! Reports of a run: metrics, progress lines, the full-screen display, plots and `result.json`.
 
 pub mod burn_metrics;
 pub mod code_stats;

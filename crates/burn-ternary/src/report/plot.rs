@@ -330,7 +330,7 @@ mod tests {
         (every..=steps).step_by(every).map(step).collect()
     }
 
-    /// Pictures stay where `PLOT_FOLDER` says, for whoever wants to look at them.
+    /// Plots are kept in the folder that `PLOT_FOLDER` names, if any.
     fn draw(name: &str, draw: impl Fn(&Path) -> io::Result<()>) -> String {
         let folder = tempfile::tempdir().unwrap();
         let path = match std::env::var_os("PLOT_FOLDER") {

@@ -10,27 +10,32 @@ use std::{
 };
 use ternary_format::disk;
 
-/// The folder of a run that has just ended, and what its model can do.
+/// The folder of a run that has just ended, for the commands that the summary suggests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
+    /// The run folder.
     pub run_dir: PathBuf,
-    /// Whether it was trained on dialogues.
+    /// Whether the model was trained on dialogues.
     pub chats: bool,
-    /// A text that it can go on with.
+    /// A prompt that the model can continue.
     pub prompt: Option<String>,
     /// Name of an archive for a model that fits no GGUF file.
     pub archive: Option<String>,
 }
 
-/// What `result.json` says of a run. Losses are in nats a token; an `Option` is null where the run has no such number.
+/// The contents of `result.json`. Losses are in nats per token; an `Option` is null where the run has no such number.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunResult {
+    /// Name of the run.
     pub name: String,
+    /// Seed of the run.
     pub seed: u64,
     /// The run folder and what its model can do; not in the file, which may move with its folder.
     #[serde(skip)]
     pub place: Option<Place>,
+    /// The device, with the name of its hardware.
     pub device: String,
+    /// CPU threads.
     pub threads: usize,
     /// Commit that this crate was built from; `None` where there was no repository.
     pub git: Option<String>,
@@ -38,6 +43,7 @@ pub struct RunResult {
     pub git_dirty: Option<bool>,
     /// Version of this crate.
     pub version: String,
+    /// Optimizer steps done.
     pub steps: usize,
     /// Learned tokens trained on: positions of the windows whose target carries loss.
     pub tokens: u64,
@@ -48,12 +54,14 @@ pub struct RunResult {
     /// `tokens` over the wall time of all sessions between their first step and their last.
     #[serde(with = "real")]
     pub tokens_per_s: f64,
+    /// Largest resident set of the process.
     pub peak_rss_bytes: Option<u64>,
+    /// Parameters of the model.
     pub parameters: u64,
-    /// Validation loss of the weights that the run started from, where it started from a model: in float, and rounded
-    /// to what the experiment asks for, before the first step.
+    /// Validation loss of the initial weights in float, where the run started from a model.
     #[serde(default, with = "real::option")]
     pub start_float_loss: Option<f64>,
+    /// The same after quantization.
     #[serde(default, with = "real::option")]
     pub start_rounded_loss: Option<f64>,
     /// Loss of the last logged step with a learned token.
@@ -63,15 +71,21 @@ pub struct RunResult {
     /// document by itself.
     #[serde(with = "real::option")]
     pub valid_loss: Option<f64>,
+    /// Validation loss in bits per byte of text.
     #[serde(with = "real::option")]
     pub valid_bits_per_byte: Option<f64>,
+    /// `exp(valid_loss)`.
     #[serde(with = "real::option")]
     pub valid_perplexity: Option<f64>,
+    /// The lowest validation loss.
     #[serde(with = "real::option")]
     pub best_valid_loss: Option<f64>,
+    /// The step of the lowest validation loss.
     pub best_valid_step: Option<usize>,
+    /// Share of ternary codes that are 0.
     #[serde(with = "real::option")]
     pub zero_fraction: Option<f64>,
+    /// Bits per weight of the quantized layers, scales included.
     #[serde(with = "real::option")]
     pub bits_per_weight: Option<f64>,
     /// Size of `model.gguf`, the exported model.
@@ -93,18 +107,18 @@ pub struct RunResult {
     /// Steps without a learned token, which changed nothing.
     #[serde(default)]
     pub empty_steps: usize,
-    /// Returns to the last checkpoint.
+    /// Times that the run returned to an earlier checkpoint.
     pub rollbacks: usize,
     /// Whether all steps were done.
     pub finished: bool,
     /// Whether a signal or the terminal interface ended the run before that; `--resume` continues it.
     #[serde(default)]
     pub interrupted: bool,
-    /// Why not, otherwise.
+    /// The error that ended the run.
     pub error: Option<String>,
 }
 
-/// What `build.rs` found out; it is empty where that is nothing.
+/// A value that `build.rs` has found; it is empty where there is none.
 fn known(text: &'static str) -> Option<&'static str> {
     Some(text).filter(|text| !text.is_empty())
 }
@@ -141,7 +155,7 @@ impl RunResult {
         serde_json::from_slice(&bytes).map_err(|error| at(path)(error.into()))
     }
 
-    /// The end of a run as a table of plain text, one fact a line; what the run does not have is left out.
+    /// The end of a run as a table of plain text, one fact per line; missing numbers are left out.
     pub fn summary(&self) -> String {
         let mib = |bytes: u64| significant(bytes as f64 / (1 << 20) as f64, 3) + " MiB";
         let mut rows = vec![("run", format!("{}, seed {}", self.name, self.seed))];
@@ -215,7 +229,7 @@ fn quoted(text: &str) -> String {
 }
 
 impl Place {
-    /// What there is to see, and what may be done with it.
+    /// The files of the run, and commands that use its model.
     fn rows(&self) -> Vec<(&'static str, String)> {
         const FILES: [&str; 6] =
             ["model.gguf", "adapter", "loss.svg", "codes.svg", "samples.txt", "metrics.jsonl"];

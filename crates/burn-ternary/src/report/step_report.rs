@@ -3,11 +3,13 @@
 use super::real;
 use serde::{Deserialize, Serialize};
 
-/// Which text a report is about.
+/// The text that a report is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Split {
+    /// The training text.
     Train,
+    /// The validation text.
     Valid,
 }
 
@@ -23,29 +25,31 @@ pub struct StepReport {
     /// Learned tokens that `loss` and `accuracy` are means over: the weight of this report in an average. Where there
     /// is none, both are NaN.
     pub tokens: usize,
-    /// Cross entropy in nats a token, regularizers left out.
+    /// Cross entropy in nats per token, without regularizers.
     #[serde(with = "real")]
     pub loss: f64,
     /// Mean squared log partition function.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub z_loss: Option<f64>,
-    /// Divergence from the teacher, in nats a token.
+    /// Divergence from the teacher, in nats per token.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub divergence: Option<f64>,
     /// Mean squared distance of normalized hidden states from the teacher's.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub hidden: Option<f64>,
-    /// Divergence of the relations between positions from the teacher's, in nats a position.
+    /// Divergence of the relations between positions from the teacher's, in nats per position.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub relation: Option<f64>,
-    /// Cross entropy in bits a byte of text, which does not depend on the tokenizer.
+    /// Cross entropy in bits per byte of text, which does not depend on the tokenizer.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,
     /// Share of target tokens whose logit is the largest, in [0, 1].
     #[serde(with = "real")]
     pub accuracy: f64,
+    /// Learned tokens per second.
     #[serde(with = "real")]
     pub tokens_per_s: f64,
+    /// Learning rate.
     #[serde(with = "real")]
     pub lr: f64,
     /// Global gradient norm before clipping.
@@ -54,6 +58,7 @@ pub struct StepReport {
     /// Share of ternary codes that are 0.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub zero_fraction: Option<f64>,
+    /// Bits per weight of the quantized layers, scales included.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub bits_per_weight: Option<f64>,
     /// FP32 bytes over packed bytes of the whole model.

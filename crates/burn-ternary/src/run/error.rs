@@ -4,7 +4,7 @@ use crate::report::terminal::INTERRUPTED;
 use std::{io, path::PathBuf};
 use ternary_format::{disk::LockError, memory, threads::ThreadError};
 
-/// Why a run could not start or go on.
+/// Why a run could not start or continue.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
@@ -38,18 +38,25 @@ pub enum TrainError {
         path.display()
     )]
     Moved { path: PathBuf },
+    /// Texts, tokenizer or token files.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// The device is not there.
     #[error(transparent)]
     Device(#[from] crate::device::DeviceError),
+    /// The run does not fit into memory.
     #[error("{0}; a smaller batch_size, context or model fits")]
     MemoryTooSmall(#[from] memory::OutOfMemory),
+    /// CPU threads cannot be started.
     #[error(transparent)]
     Threads(#[from] ThreadError),
+    /// A file cannot be read.
     #[error("{}: cannot read: {source}", path.display())]
     Read { path: PathBuf, source: io::Error },
+    /// A file cannot be written.
     #[error("{}: cannot write: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
+    /// A checkpoint cannot be read or written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// No model file of this model, or one that cannot be written.

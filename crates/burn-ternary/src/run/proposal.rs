@@ -17,9 +17,9 @@ use ternary_format::Tokenizer;
 
 /// Bytes of text that a tokenizer is tried on.
 const SAMPLE: usize = 1 << 20;
-/// Alphabets of at most so many characters (DNA, digits) are read by characters: there are no words to be found.
+/// Texts whose alphabet has at most this many characters (DNA, digits) have no words: each character is a token.
 const SMALL_ALPHABET: usize = 16;
-/// Windows a step.
+/// Windows per step.
 const BATCH_SIZE: usize = 16;
 /// Windows that the held-out share has at least.
 const FEWEST_WINDOWS: usize = 2;
@@ -45,7 +45,7 @@ pub enum Size {
 }
 
 impl Size {
-    /// The size for a text of so many bytes.
+    /// The size for a text of `bytes` bytes.
     fn of_text(bytes: usize) -> Self {
         match bytes {
             0..3_000_000 => Self::Tiny,
@@ -81,11 +81,14 @@ impl Size {
     }
 }
 
-/// What a text consists of.
+/// Counts of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TextCounts {
+    /// UTF-8 bytes.
     pub bytes: usize,
+    /// Documents, dialogues included.
     pub documents: usize,
+    /// Documents that are dialogues.
     pub dialogues: usize,
     /// Different characters.
     pub alphabet: usize,
@@ -109,15 +112,18 @@ impl TextCounts {
     }
 }
 
-/// An experiment for a text, and what it is likely to take.
+/// An experiment for a text, with estimates of its time and memory.
 #[derive(Clone, Debug)]
 pub struct Proposal {
+    /// The size of the model.
     pub size: Size,
+    /// Counts of the text.
     pub text: TextCounts,
     /// Training tokens, about.
     pub tokens: usize,
     /// Passes over them.
     pub passes: f64,
+    /// Parameters of the model.
     pub parameters: usize,
     /// Its name is for the caller to give.
     pub experiment: Experiment,

@@ -1,6 +1,6 @@
 use super::checkpoint::{CheckpointError, Checkpoints, Loaded};
 use super::{Experiment, TrainError};
-use crate::data::{makes_chat_model, tokenizer};
+use crate::data::{chat::Special, has_token_files, makes_chat_model, tokenizer};
 use crate::device::device;
 use crate::export::{ExportError, export_for_inference};
 use crate::import::ImportError;
@@ -36,7 +36,7 @@ impl SavedRun {
     pub fn open(run_dir: &Path, device: &Device) -> Result<Self, TrainError> {
         let experiment = Experiment::load(run_dir.join("experiment.toml"))?;
         let tokenizer = tokenizer::load(&run_dir.join("tokenizer.json"))?;
-        let chat_template = read_template(run_dir)?;
+        let chat_template = read_template(run_dir, &experiment)?;
         let checkpoints = run_dir.join("checkpoints");
         let loaded = Checkpoints::existing(&checkpoints).latest_good()?;
         let loaded = loaded.ok_or_else(|| TrainError::Experiment {
@@ -83,14 +83,18 @@ pub(super) fn write_template(run_dir: &Path, template: Option<&str>) -> Result<(
 }
 
 /// The template that [`write_template`] wrote. Folders of earlier versions have no such file: theirs is our own template if their
-/// token files have dialogues, otherwise that of the exported model, since token files may have been removed.
-pub(super) fn read_template(run_dir: &Path) -> Result<Option<String>, TrainError> {
+/// texts have dialogues, as their token files show, or their sample prompts where the token files were removed.
+fn read_template(run_dir: &Path, experiment: &Experiment) -> Result<Option<String>, TrainError> {
     let path = run_dir.join(TEMPLATE);
     match disk::read_to_string(&path) {
         Ok(template) => Ok(Some(template)),
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
-            let exported = || read_model(&run_dir.join("model.gguf")).ok()?.chat_template;
-            Ok(if makes_chat_model(run_dir) { Some(chat::TEMPLATE.into()) } else { exported() })
+            let asks = |prompt: &String| prompt.starts_with(Special::User.text());
+            let dialogues = match has_token_files(run_dir) {
+                true => makes_chat_model(run_dir),
+                false => experiment.run.sample_prompts.iter().any(asks),
+            };
+            Ok(dialogues.then(|| chat::TEMPLATE.into()))
         }
         Err(source) => Err(TrainError::Read { path, source }),
     }
@@ -193,7 +197,7 @@ pub(super) fn chat_template(
         _ if chats => Ok(Some(chat::TEMPLATE.into())),
         Some(start) => Ok(start.chat_template.clone()),
         None if experiment.run.start_from.is_empty() => Ok(None),
-        None => read_template(run_dir),
+        None => read_template(run_dir, experiment),
     }
 }
 

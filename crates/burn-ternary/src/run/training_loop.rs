@@ -35,7 +35,8 @@ const SAMPLE_TEMPERATURE: f64 = 0.7;
 pub(super) struct Outcome {
     pub history: History,
     pub state: TrainState,
-    /// Counts of the codes -1, 0 and +1 per layer.
+    /// Counts of the codes -1, 0 and +1 per layer, for a plot.
+    #[cfg_attr(not(feature = "plot"), expect(dead_code))]
     pub counts: Vec<(String, [u64; 3])>,
     /// The last text samples of this session.
     pub samples: Vec<(String, String)>,
@@ -365,7 +366,7 @@ impl TrainingLoop {
 
     fn update_code_stats(&mut self) {
         let model = self.trainer.model();
-        self.stats = self.codes.as_mut().map(|codes| codes.look(&model.valid()));
+        self.stats = self.codes.as_mut().map(|codes| codes.update(&model.valid()));
     }
 
     fn log(&mut self, split: Split, report: StepReport) -> Result<(), TrainError> {

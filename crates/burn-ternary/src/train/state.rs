@@ -1,13 +1,14 @@
-//! [`TrainState`]: where a run stands.
+//! [`TrainState`]: the position of a run.
 
 use serde::{Deserialize, Serialize};
 
-/// Where a run stands, apart from its tensors; floats come back bit for bit.
+/// The position and running means of a run, apart from its tensors; floats come back bit for bit.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainState {
     /// Optimizer steps done, skipped ones included; names the checkpoint.
     pub step: usize,
+    /// Seed of the run.
     pub seed: u64,
     /// Training windows consumed: the position in the data order, which is a pure function of (seed, index).
     pub windows_seen: u64,
@@ -45,12 +46,14 @@ pub struct TrainState {
     pub elapsed_s: f64,
 }
 
-/// What rounding alone does to a model, in nats a token.
+/// Validation loss of the initial weights before and after quantization, in nats per token.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StartLoss {
+    /// In float.
     #[serde(with = "exact")]
     pub float: f64,
+    /// Quantized.
     #[serde(with = "exact")]
     pub rounded: f64,
 }

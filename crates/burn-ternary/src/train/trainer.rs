@@ -1,4 +1,4 @@
-//! One optimizer step: forward, backward, guard, clip, update.
+//! One optimizer step: forward, backward, spike guard, clipping, update.
 
 use super::TrainState;
 use super::distill::Teacher;
@@ -30,9 +30,10 @@ const TOKEN_NOISE: f64 = 10.0;
 /// has them in a row, and goes back to its last checkpoint.
 const SPIKE_SHARE: f64 = 0.05;
 
-/// A model with what its training needs.
+/// A model with the terms of its training loss.
 #[derive(Module, Debug)]
 pub struct LanguageModel {
+    /// The model.
     pub model: DuckQuantized,
     #[module(skip)]
     objective: Objective,
@@ -152,7 +153,7 @@ impl InferenceStep for LanguageModel {
 /// Only an update takes the model out, and puts it back.
 const BETWEEN_STEPS: &str = "a trainer has a model between steps";
 
-/// When a step is not taken.
+/// When a step is skipped.
 ///
 /// The loss of a step with `n` learned tokens is a spike if it exceeds its running mean both by the factor and by
 /// `max(1, 10 / sqrt(n))` nats per token. The ratio alone would call every step of a text that is learned by heart a spike,
@@ -177,7 +178,7 @@ impl SpikeGuard {
         self.factor > 0.0 && loss > average * self.factor && loss > average + floor
     }
 
-    /// Whether to take a step, after so many with learned tokens; counts bad steps.
+    /// Whether to take a step, after `learned_steps` steps with learned tokens; counts bad steps.
     fn admits(
         self,
         state: &mut TrainState,
@@ -199,7 +200,7 @@ impl SpikeGuard {
     }
 }
 
-/// Trains a [`DuckQuantized`], an optimizer step at a time, for people with a loop of their own.
+/// Trains a [`DuckQuantized`], one optimizer step per call, for training loops of your own.
 ///
 /// # Example
 /// ```
@@ -216,7 +217,7 @@ impl SpikeGuard {
 /// # }
 /// ```
 pub struct QuantizationTrainer {
-    /// Nobody else's while a step updates it: weights that are shared would be copied.
+    /// Taken out while a step updates it: weights that are shared would be copied.
     model: Option<LanguageModel>,
     optimizer: ModuleOptimizer,
     rates: ModuleLrScheduler,
@@ -339,7 +340,7 @@ impl QuantizationTrainer {
         self.model.as_ref().expect(BETWEEN_STEPS)
     }
 
-    /// What Burn's training wants to be launched with.
+    /// The model, optimizer and rates that Burn's training is launched with.
     pub(crate) fn learner(&self) -> Learner<LanguageModel> {
         Learner::new(self.language_model().clone(), self.optimizer.clone(), self.rates.clone())
     }

@@ -38,7 +38,9 @@ pub(super) struct FileEntry {
 pub struct Identity {
     /// Value, as TOML, of each `section.key` that is compared by value.
     pub settings: BTreeMap<String, String>,
+    /// Optimizer steps of the whole run.
     pub steps: usize,
+    /// Digests of the inputs.
     pub inputs: Inputs,
 }
 
@@ -46,9 +48,14 @@ pub struct Identity {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Inputs {
+    /// The training documents.
     pub train: String,
+    /// The validation documents.
     pub valid: String,
+    /// The tokenizer.
     pub tokenizer: String,
+    /// The teacher.
     pub teacher: Option<String>,
+    /// The initial model.
     pub start: Option<String>,
 }

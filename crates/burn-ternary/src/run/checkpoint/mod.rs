@@ -61,10 +61,13 @@ const ASIDE: &str = ".old-";
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
+    /// A file or folder that cannot be written.
     #[error("cannot write {path}: {source}")]
     Write { path: PathBuf, source: io::Error },
+    /// A file or folder that cannot be read.
     #[error("cannot read {path}: {source}")]
     Read { path: PathBuf, source: io::Error },
+    /// Checkpoints, each of which was refused.
     #[error("no good checkpoint in {path}: {}", join(refused))]
     NoneGood { path: PathBuf, refused: Vec<Refusal> },
     /// A checkpoint that cannot be read here.
@@ -94,6 +97,7 @@ impl CheckpointError {
 pub struct Refusal {
     /// The checkpoint's folder.
     pub path: PathBuf,
+    /// Why it is not used.
     pub reason: RefusalReason,
 }
 
@@ -101,18 +105,25 @@ pub struct Refusal {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RefusalReason {
+    /// A file is missing.
     #[error("{file} is missing")]
     Missing { file: &'static str },
+    /// A file cannot be read.
     #[error("{file} cannot be read: {detail}")]
     Unreadable { file: &'static str, detail: String },
+    /// A file has another length than the manifest records.
     #[error("{file} holds {found} bytes, expected {expected}")]
     Length { file: &'static str, expected: u64, found: u64 },
+    /// A file has other contents than the manifest records.
     #[error("{file} was altered: its sha256 is not the recorded one")]
     Altered { file: &'static str },
+    /// The manifest cannot be parsed.
     #[error("{MANIFEST} is not valid: {detail}")]
     Manifest { detail: String },
+    /// The checkpoint has another format.
     #[error("format version {found}, expected {VERSION}")]
     Version { found: u64 },
+    /// A record does not fit the model.
     #[error("{file} does not hold the expected tensors: {detail}")]
     Tensors { file: &'static str, detail: String },
 }
@@ -120,13 +131,17 @@ pub enum RefusalReason {
 /// A checkpoint that was read and verified.
 #[derive(Debug)]
 pub struct Loaded {
+    /// The checkpoint's folder.
     pub path: PathBuf,
+    /// The weights.
     pub model: ModuleRecord,
-    /// Of its file.
+    /// Length of the file of the weights.
     pub model_bytes: u64,
     /// Of all files, which are in memory.
     pub bytes: u64,
+    /// The optimizer state.
     pub optimizer: OptimizerRecord,
+    /// Position and running means of the run.
     pub state: TrainState,
     /// What is known of the ternary codes; none of a float model, and of earlier versions of this crate.
     pub codes: Option<Vec<u8>>,

@@ -222,7 +222,7 @@ mod tests {
             at = step(&mut whole, at, &random_grads());
         }
         let record = whole.to_record().into_bytes().expect("it is written");
-        // Two bytes a weight and eight a block; eight bytes a bias; names, numbers, padding.
+        // Two bytes per weight and eight per block; eight bytes per bias; names, numbers, padding.
         let size = 21 * (512 + 8) + 85 * 8;
         assert!((size..size + 4096).contains(&record.len()), "{} bytes", record.len());
         let record = OptimizerRecord::from_bytes(record).expect("it is read");
