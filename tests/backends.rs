@@ -8,10 +8,10 @@ use burn_ternary::data::LmBatch;
 use burn_ternary::device;
 use burn_ternary::nn::{DuckQuantized, Family};
 use burn_ternary::ops::{
-    AdamWStep, Factors, GradientFactors, Heads, RowScale, StraightThrough, absmax_quantize, adamw,
-    causal_attention, divergences, embed, float_linear, gelu, kth_magnitude, latent_linear, layer_norm,
-    log_likelihood, mean_abs, project, rms_norm, round_scale, silu_mul, square_sum, ternary_codes,
-    ternary_linear, ternary_quantize,
+    AdamWStep, FactorPrecision, Heads, RowScale, StraightThrough, WeightGradientPrecision, absmax_quantize,
+    adamw, causal_attention, divergences, embed, float_linear, gelu, kth_magnitude, latent_linear,
+    layer_norm, lm_head, log_likelihood, mean_abs, rms_norm, round_scale, silu_mul, square_sum,
+    ternary_codes, ternary_linear, ternary_quantize,
 };
 use burn_ternary::quant::{
     ActivationPrecision, Dials, Estimator, Granularity, MatmulPrecision, QuantConfig, ScaleRule, Sparsity,
@@ -484,13 +484,13 @@ fn training_ops(device: &Device) -> Vec<(String, Vec<Vec<f32>>)> {
         add(
             "float_linear",
             with_gradients(rng, [x.clone(), matrix.clone(), small], device, |[x, w, b]| {
-                float_linear(x.reshape([rows, d]), w.reshape([d, 9]), Some(b), Factors::Whole)
+                float_linear(x.reshape([rows, d]), w.reshape([d, 9]), Some(b), FactorPrecision::F32)
             }),
         );
         add(
             "float_linear without bias",
             with_gradients(rng, [x.clone(), matrix], device, |[x, w]| {
-                float_linear(x.reshape([rows, d]), w.reshape([d, 9]), None, Factors::Whole)
+                float_linear(x.reshape([rows, d]), w.reshape([d, 9]), None, FactorPrecision::F32)
             }),
         );
         let rows_of: Vec<i32> = (0..2 * rows).map(|row| (row * row * 31 % 13) as i32).collect();
@@ -501,9 +501,9 @@ fn training_ops(device: &Device) -> Vec<(String, Vec<Vec<f32>>)> {
             }),
         );
         add(
-            "project",
+            "lm_head",
             with_gradients(rng, [x.clone(), table], device, |[x, table]| {
-                project(x.reshape([rows, d]), table.reshape([13, d]), Factors::Whole)
+                lm_head(x.reshape([rows, d]), table.reshape([13, d]), FactorPrecision::F32)
             }),
         );
         let targets: Vec<i32> = (0..rows).map(|row| (row * 31 % d) as i32).collect();
@@ -593,22 +593,24 @@ fn integer_products_agree_with_fake_quantization() {
             })
         };
         let rounded = |x| absmax_quantize(x, 127.0, RowScale::F32);
-        let float = run(&|[x, w], b| float_linear(rounded(x), w, Some(b), Factors::Whole));
-        let integer = run(&|[x, w], b| ternary_linear(x, w, Some(b), GradientFactors::Int8));
-        let mixed = run(&|[x, w], b| ternary_linear(x, w, Some(b), GradientFactors::Half));
-        let half = run(&|[x, w], b| float_linear(rounded(x), w, Some(b), Factors::Half));
+        let float = run(&|[x, w], b| float_linear(rounded(x), w, Some(b), FactorPrecision::F32));
+        let integer = run(&|[x, w], b| ternary_linear(x, w, Some(b), WeightGradientPrecision::Int8));
+        let mixed = run(&|[x, w], b| ternary_linear(x, w, Some(b), WeightGradientPrecision::Bf16));
+        let half = run(&|[x, w], b| float_linear(rounded(x), w, Some(b), FactorPrecision::Bf16));
         let case = format!("{tokens} {d_input} {d_output}");
         // A latent weight that quantizes to this one has the same product, to the bit.
         let latent = values[1].0.iter().enumerate();
         let latent: Vec<f32> =
             latent.map(|(i, w)| if *w == 0.0 { 0.4 * scales[i % d_output] } else { 0.7 * w }).collect();
         let of_latent = [values[0].clone(), (latent, vec![]), values[2].clone()];
-        for (factors, expected) in [(GradientFactors::Int8, &integer), (GradientFactors::Half, &mixed)] {
+        for (precision, expected) in
+            [(WeightGradientPrecision::Int8, &integer), (WeightGradientPrecision::Bf16, &mixed)]
+        {
             let rng = &mut ChaCha8Rng::seed_from_u64(14);
             let found = with_gradients(rng, of_latent.clone(), &device, |[x, w, b]| {
                 let (x, w) = (x.reshape([tokens, d_input]), w.reshape([d_input, d_output]));
                 let scale = tensor(&scales, [1, 1, d_output], &device);
-                latent_linear(x, w, [scale.clone(), scale.mul_scalar(0.5)], Some(b), factors)
+                latent_linear(x, w, [scale.clone(), scale.mul_scalar(0.5)], Some(b), precision)
             });
             assert_eq!(found, *expected, "{case}");
         }

@@ -2,7 +2,7 @@
 
 use super::transformer::{BlockStates, INIT_STD, LayerFactory, QuantizedTransformer};
 use super::{DuckConfig, Family, MixedPrecision, QuantizedLinear, linear::normal};
-use crate::ops::{Factors, embed, project};
+use crate::ops::{FactorPrecision, embed, lm_head};
 use crate::quant::{Dials, QuantConfig, TablePrecision};
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
@@ -115,8 +115,12 @@ impl DuckQuantized {
             None => table,
         };
         let hidden: Tensor<2> = hidden.reshape([batch * seq, self.config.d_model]);
-        let factors = if self.quant.enabled { self.quant.matmul_precision.factors() } else { Factors::Whole };
-        let logits = project(hidden, self.config.mixed_precision.cast(head), factors);
+        let precision = if self.quant.enabled {
+            self.quant.matmul_precision.factor_precision()
+        } else {
+            FactorPrecision::F32
+        };
+        let logits = lm_head(hidden, self.config.mixed_precision.cast(head), precision);
         (logits.cast(FloatDType::F32).reshape([batch, seq, self.config.vocab_size]), states)
     }
 

@@ -2,7 +2,8 @@
 
 use super::{LowRank, MixedPrecision, norm::rms_normalize};
 use crate::ops::{
-    Factors, GradientFactors, RowScale, absmax_quantize, float_linear, latent_linear, ternary_linear,
+    FactorPrecision, RowScale, WeightGradientPrecision, absmax_quantize, float_linear, latent_linear,
+    ternary_linear,
 };
 use crate::quant::{
     ActivationPrecision, Dials, MatmulPrecision, QuantConfig, ScaleRule, TernaryQuantizer,
@@ -103,8 +104,8 @@ impl QuantizedLinear {
             let multiplied = self.adapter.is_some().then(|| self.multiplied(input.clone()));
             let shared = self.quantizer.as_ref().and_then(|quantizer| quantizer.shared(&self.weight.val()));
             let factors = match quant.matmul_precision {
-                MatmulPrecision::Int8 => GradientFactors::Int8,
-                _ => GradientFactors::Half,
+                MatmulPrecision::Int8 => WeightGradientPrecision::Int8,
+                _ => WeightGradientPrecision::Bf16,
             };
             let output = match shared {
                 Some(shared) => latent_linear(input, self.weight.val(), shared, bias, factors),
@@ -113,7 +114,8 @@ impl QuantizedLinear {
             (output, multiplied)
         } else {
             let input = self.multiplied(input);
-            let factors = if ternary { quant.matmul_precision.factors() } else { Factors::Whole };
+            let factors =
+                if ternary { quant.matmul_precision.factor_precision() } else { FactorPrecision::F32 };
             let output = float_linear(input.clone(), precision.cast(self.effective_weight()), bias, factors);
             (output, Some(input))
         };

@@ -4,7 +4,7 @@
 //! a ternary weight would not be ternary.
 
 use super::{DuckConfig, DuckQuantized, InvalidValue, MixedPrecision, linear::normal, require};
-use crate::ops::{Factors, float_linear};
+use crate::ops::{FactorPrecision, float_linear};
 use crate::seed::mix;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -103,8 +103,9 @@ impl LowRank {
     /// # Shapes
     /// `[tokens, d_input]` to `[tokens, d_output]`
     pub(super) fn forward(&self, input: Tensor<2>, precision: MixedPrecision) -> Tensor<2> {
-        let inner = float_linear(precision.cast(input), precision.cast(self.a.val()), None, Factors::Whole);
-        float_linear(inner, precision.cast(self.b.val()), None, Factors::Whole).mul_scalar(self.scale())
+        let inner =
+            float_linear(precision.cast(input), precision.cast(self.a.val()), None, FactorPrecision::F32);
+        float_linear(inner, precision.cast(self.b.val()), None, FactorPrecision::F32).mul_scalar(self.scale())
     }
 
     fn rank(&self) -> usize {

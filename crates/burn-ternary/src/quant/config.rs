@@ -1,6 +1,6 @@
 //! The `[quant]` section of an experiment: what is quantized, and how.
 
-use crate::ops::Factors;
+use crate::ops::FactorPrecision;
 use getset::WithSetters;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -108,10 +108,10 @@ impl MatmulPrecision {
     }
 
     /// The factors of products of floats.
-    pub(crate) fn factors(self) -> Factors {
+    pub(crate) fn factor_precision(self) -> FactorPrecision {
         match self {
-            Self::Float => Factors::Whole,
-            Self::Bf16 | Self::Int8Bf16 | Self::Int8 => Factors::Half,
+            Self::Float => FactorPrecision::F32,
+            Self::Bf16 | Self::Int8Bf16 | Self::Int8 => FactorPrecision::Bf16,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! A [`TensorBuffer`] as the memory of a tensor.
 
-#![allow(unsafe_code)] // Burn's interface for owners of memory asks for it.
+#![allow(unsafe_code)] // Burn's allocator interface requires it.
 
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{FlexTensor, Layout};
@@ -8,20 +8,20 @@ use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProper
 use std::mem::MaybeUninit;
 use ternary_kernels::TensorBuffer;
 
-/// The numbers of a buffer as a tensor. Dropping the tensor returns the buffer to the cache.
-pub(super) fn filled(buffer: TensorBuffer, shape: Shape) -> FlexTensor {
+/// A tensor of the values of a buffer. Dropping the tensor returns the buffer to the cache.
+pub(crate) fn from_buffer(buffer: TensorBuffer, shape: Shape) -> FlexTensor {
     let len = size_of_val::<[f32]>(&buffer);
     FlexTensor::new(owned(buffer, len), Layout::contiguous(shape), DType::F32)
 }
 
-/// The first `len` of its bytes, in one row.
-pub(super) fn bytes(buffer: TensorBuffer, len: usize) -> FlexTensor {
+/// A tensor of the first `len` bytes of a buffer, `[len]`.
+pub(crate) fn bytes_from_buffer(buffer: TensorBuffer, len: usize) -> FlexTensor {
     FlexTensor::new(owned(buffer, len), Layout::contiguous(Shape::new([len])), DType::I8)
 }
 
 fn owned(buffer: TensorBuffer, len: usize) -> Bytes {
-    assert!(len <= size_of_val::<[f32]>(&buffer), "bytes of a buffer");
-    // SAFETY: that many bytes are there, and floats, whichever, are initialized.
+    assert!(len <= size_of_val::<[f32]>(&buffer), "{len} bytes of a shorter buffer");
+    // SAFETY: the buffer has that many bytes, and every f32 of it is initialized.
     unsafe { Bytes::from_controller(Box::new(Owner(buffer)), len) }
 }
 
@@ -44,7 +44,7 @@ impl AllocationController for Owner {
 
     fn memory(&self, _policy: AccessPolicy) -> Result<&[MaybeUninit<u8>], AccessError> {
         let bytes: &[u8] = bytemuck::cast_slice(&self.0);
-        // SAFETY: the same bytes; initialized ones may be called uninitialized.
+        // SAFETY: the same bytes; `MaybeUninit` also allows initialized bytes.
         Ok(unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len()) })
     }
 }
@@ -58,7 +58,7 @@ mod tests {
         for n in [3, 100_000] {
             let mut buffer = TensorBuffer::new(2 * n);
             buffer.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);
-            let tensor = filled(buffer, Shape::new([2, n]));
+            let tensor = from_buffer(buffer, Shape::new([2, n]));
             let mut copy = tensor.clone();
             copy.storage_mut::<f32>()[1] = -1.0;
             assert_eq!((tensor.storage::<f32>()[1], copy.storage::<f32>()[1]), (1.0, -1.0));

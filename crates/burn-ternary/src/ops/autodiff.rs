@@ -18,12 +18,13 @@ type Backpropagate<B, const N: usize> =
     dyn Fn(FloatTensor<B>, [bool; N]) -> [Option<FloatTensor<B>>; N] + Send + Sync;
 
 impl<B: Backend, const N: usize> Gradient<B, N> {
+    /// A gradient function that computes the gradients of all inputs.
     pub fn new(gradient: impl Fn(FloatTensor<B>) -> [FloatTensor<B>; N] + Send + Sync + 'static) -> Self {
-        Self::of_wanted(move |grad, _| gradient(grad).map(Some))
+        Self::of_required(move |grad, _| gradient(grad).map(Some))
     }
 
     /// A gradient function that skips the work for frozen inputs.
-    pub fn of_wanted(
+    pub fn of_required(
         gradient: impl Fn(FloatTensor<B>, [bool; N]) -> [Option<FloatTensor<B>>; N] + Send + Sync + 'static,
     ) -> Self {
         Self(Arc::new(gradient))
@@ -50,8 +51,8 @@ impl<B: Backend, const N: usize> Backward<B, N> for Node<N> {
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let wanted = ops.parents.each_ref().map(Option::is_some);
-        for (node, grad) in ops.parents.into_iter().zip((ops.state.0)(grad, wanted)) {
+        let required = ops.parents.each_ref().map(Option::is_some);
+        for (node, grad) in ops.parents.into_iter().zip((ops.state.0)(grad, required)) {
             if let (Some(node), Some(grad)) = (node, grad) {
                 grads.register::<B>(node.id, grad);
             }
@@ -62,16 +63,16 @@ impl<B: Backend, const N: usize> Backward<B, N> for Node<N> {
 /// Runs `forward(inputs)`, which returns its output and the gradient function. Tensors captured by that function live until
 /// the backward pass; if no input needs a gradient, they are dropped at once.
 pub(super) fn track<B: Backend, C: CheckpointStrategy, const N: usize>(
-    inputs: [FloatTensor<Autodiff<B, C>>; N],
+    inputs: [Tracked<B, C>; N],
     forward: impl FnOnce([FloatTensor<B>; N]) -> (FloatTensor<B>, Gradient<B, N>),
-) -> FloatTensor<Autodiff<B, C>> {
+) -> Tracked<B, C> {
     let mut nodes = Vec::with_capacity(N);
     let inputs = inputs.map(|input| {
         let (input, node) = input.into_parts();
         nodes.push(node);
         input
     });
-    let nodes = nodes.try_into().unwrap_or_else(|_| unreachable!("a node an input"));
+    let nodes = nodes.try_into().unwrap_or_else(|_| unreachable!("one node per input"));
     match Node::<N>.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let (output, gradient) = forward(inputs);
@@ -79,4 +80,12 @@ pub(super) fn track<B: Backend, C: CheckpointStrategy, const N: usize>(
         }
         OpsKind::UnTracked(prep) => prep.finish(forward(inputs).0),
     }
+}
+
+/// `forward(input)` with the plain straight-through estimator: the gradient passes unchanged.
+pub(super) fn straight_through<B: Backend, C: CheckpointStrategy>(
+    input: Tracked<B, C>,
+    forward: impl FnOnce(FloatTensor<B>) -> FloatTensor<B>,
+) -> Tracked<B, C> {
+    track::<B, C, 1>([input], |[input]| (forward(input), Gradient::new(|grad| [grad])))
 }

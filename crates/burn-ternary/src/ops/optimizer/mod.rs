@@ -1,15 +1,19 @@
 //! Optimizer steps, and the squared norm of gradients.
+//!
+//! # Overriding
+//! Every method must agree with its default body within f32 rounding. `adamw_int8_step` has none: only flex has it.
 
-use super::TernaryBackend;
-use burn::backend::{Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
-use burn::tensor::{Scalar, Shape, Tensor};
+mod autodiff;
+#[cfg(feature = "flex")]
+mod flex;
+mod reference;
+
+use super::backend::backend_ops;
+use burn::backend::{Backend, Dispatch, tensor::FloatTensor};
+use burn::tensor::Tensor;
 
 /// Elements of a block of 8-bit moments, and its length in 32-bit words: two scales, and two bytes per element.
-pub(super) const MOMENTS: [usize; 2] = [256, 2 + 2 * 256 / 4];
-
-/// Coefficients of the quintic `a x + b x^3 + c x^5` that each Newton-Schulz step applies to the singular values.
-pub(super) const NEWTON_SCHULZ: [f32; 3] = [3.4445, -4.7750, 2.0315];
-pub(super) const NEWTON_SCHULZ_STEPS: usize = 5;
+const MOMENT_BLOCK: [usize; 2] = [256, 2 + 2 * 256 / 4];
 
 /// Parameters of an AdamW step.
 ///
@@ -17,9 +21,13 @@ pub(super) const NEWTON_SCHULZ_STEPS: usize = 5;
 /// Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWStep {
+    /// Learning rate.
     pub lr: f32,
+    /// Decay of the first moment.
     pub beta1: f32,
+    /// Decay of the second moment.
     pub beta2: f32,
+    /// Added to the root of the second moment.
     pub epsilon: f32,
     /// Factor of weight decay, `1 - lr * weight_decay`.
     pub keep: f32,
@@ -64,7 +72,7 @@ pub fn adamw_int8<const D: usize>(
 /// 8-bit moments of zero for a parameter of the shape of `of`: bytes and scales in blocks of 256 elements, stored as the bits of
 /// an f32 tensor. The tensor is opaque: only copies and the optimizer op may touch it.
 pub fn int8_moments<const D: usize>(of: &Tensor<D>) -> Tensor<1> {
-    let [numbers, words] = MOMENTS;
+    let [numbers, words] = MOMENT_BLOCK;
     Tensor::zeros([of.shape().num_elements().div_ceil(numbers) * words], &of.device())
 }
 
@@ -75,6 +83,7 @@ pub struct MuonStep {
     pub rate: f32,
     /// Factor of weight decay, `1 - lr * weight_decay`.
     pub keep: f32,
+    /// Momentum of the velocity.
     pub momentum: f32,
     /// Factor of the gradients, for clipping.
     pub grad_factor: f32,
@@ -104,66 +113,47 @@ pub fn square_sum<const D: usize>(input: Tensor<D>) -> Tensor<1> {
     Tensor::from_dispatch(Dispatch::square_sum(input.into_dispatch()))
 }
 
-pub(super) fn adamw_step<B: Backend>(
-    weight: FloatTensor<B>,
-    grad: FloatTensor<B>,
-    m: FloatTensor<B>,
-    v: FloatTensor<B>,
-    step: AdamWStep,
-) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections: [first, second], grad_factor } = step;
-    let grad = scaled::<B>(grad, grad_factor);
-    let mix = |old, new, beta: f32| {
-        let new = B::float_mul_scalar(new, (1.0 - beta).into());
-        B::float_add(B::float_mul_scalar(old, beta.into()), new)
-    };
-    let m = mix(m, grad.clone(), beta1);
-    let v = mix(v, B::float_mul(grad.clone(), grad), beta2);
-    let root = B::float_sqrt(B::float_div_scalar(v.clone(), second.into()));
-    let direction = B::float_div(m.clone(), B::float_add_scalar(root, epsilon.into()));
-    let update = B::float_mul_scalar(direction, (lr / first).into());
-    (B::float_sub(scaled::<B>(weight, keep), update), m, v)
-}
+backend_ops! {
+    /// Optimizer steps. They have no gradient.
+    pub trait OptimizerOps: Backend {
+        /// See [`adamw`].
+        #[fusion(default)]
+        fn adamw_step(
+            weight: FloatTensor<Self>,
+            grad: FloatTensor<Self>,
+            m: FloatTensor<Self>,
+            v: FloatTensor<Self>,
+            step: AdamWStep,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+            reference::adamw_step::<Self>(weight, grad, m, v, step)
+        }
 
-pub(super) fn muon_step<B: Backend>(
-    weight: FloatTensor<B>,
-    grad: FloatTensor<B>,
-    velocity: FloatTensor<B>,
-    step: MuonStep,
-) -> (FloatTensor<B>, FloatTensor<B>) {
-    let MuonStep { rate, keep, momentum, grad_factor } = step;
-    let grad = scaled::<B>(grad, grad_factor);
-    let push = |velocity, grad| B::float_add(B::float_mul_scalar(velocity, momentum.into()), grad);
-    let velocity = push(velocity, grad.clone());
-    let update = orthogonal::<B>(push(velocity.clone(), grad));
-    let update = B::float_mul_scalar(update, rate.into());
-    (B::float_sub(scaled::<B>(weight, keep), update), velocity)
-}
+        /// See [`adamw_int8`].
+        #[fusion(default)]
+        fn adamw_int8_step(
+            _weight: FloatTensor<Self>,
+            _grad: FloatTensor<Self>,
+            _moments: FloatTensor<Self>,
+            _step: AdamWStep,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+            panic!("8-bit moments need the device flex")
+        }
 
-fn scaled<B: Backend>(x: FloatTensor<B>, factor: f32) -> FloatTensor<B> {
-    if factor == 1.0 { x } else { B::float_mul_scalar(x, factor.into()) }
-}
+        /// See [`muon`].
+        #[fusion(default)]
+        fn muon_step(
+            weight: FloatTensor<Self>,
+            grad: FloatTensor<Self>,
+            velocity: FloatTensor<Self>,
+            step: MuonStep,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+            reference::muon_step::<Self>(weight, grad, velocity, step)
+        }
 
-fn orthogonal<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
-    let [a, b, c] = NEWTON_SCHULZ.map(Scalar::from);
-    let [rows, cols] = x.shape().dims();
-    let turn = |x| if rows > cols { B::float_transpose(x) } else { x };
-    let norm = B::float_sqrt(B::float_sum(B::float_mul(x.clone(), x.clone())));
-    let norm = B::float_reshape(B::float_clamp_min(norm, 1e-7.into()), Shape::new([1, 1]));
-    let mut x = turn(B::float_div(x, norm));
-    for _ in 0..NEWTON_SCHULZ_STEPS {
-        let gram = B::float_matmul(x.clone(), B::float_transpose(x.clone()));
-        let square = B::float_matmul(gram.clone(), gram.clone());
-        let both = B::float_add(B::float_mul_scalar(gram, b), B::float_mul_scalar(square, c));
-        let more = B::float_matmul(both, x.clone());
-        x = B::float_add(B::float_mul_scalar(x, a), more);
+        /// See [`square_sum`].
+        #[fusion(default)]
+        fn square_sum(input: FloatTensor<Self>) -> FloatTensor<Self> {
+            reference::square_sum::<Self>(input)
+        }
     }
-    turn(x)
-}
-
-pub(super) fn square_sum_default<B: Backend>(input: FloatTensor<B>) -> FloatTensor<B> {
-    // Summed by rows first, which rounds less.
-    let last = input.shape().num_dims() - 1;
-    let rows = B::float_sum_dim(B::float_mul(input.clone(), input), last);
-    B::float_reshape(B::float_sum(rows), Shape::new([1]))
 }

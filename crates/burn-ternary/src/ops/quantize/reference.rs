@@ -1,48 +1,32 @@
-//! Scales: the mean magnitude, and rounding to values that f16 can hold.
+//! The quantizers in float ops: the default bodies, and the oracle of faster ones.
 
-use super::TernaryBackend;
-use burn::backend::{Backend, Dispatch, TensorMetadata, tensor::FloatTensor};
-use burn::tensor::{DType, FloatDType, Shape, Tensor, TensorData};
+use super::{ABSMAX_MIN, RowScale, SCALE_MAX, SCALE_MIN};
+use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::tensor::{DType, FloatDType, Shape, TensorData};
 
-/// Smallest scale: the smallest normal f16, `2^-14`.
-pub const SCALE_MIN: f32 = 1.0 / 16384.0;
-/// Largest scale: the largest f16.
-pub const SCALE_MAX: f32 = 65504.0;
-
-/// `mean |w|` along dimension 1. No gradient.
-///
-/// # Shapes
-/// `[groups, n, channels]` to `[groups, 1, channels]`
-pub fn mean_abs(weight: Tensor<3>) -> Tensor<3> {
-    Tensor::from_dispatch(Dispatch::mean_abs(weight.into_dispatch()))
+/// 1 where `|value| > bound`, else 0.
+pub(super) fn beyond<B: Backend>(value: FloatTensor<B>, bound: FloatTensor<B>) -> FloatTensor<B> {
+    let sign = B::float_sign(B::float_sub(B::float_abs(value), bound));
+    B::float_clamp_min(sign, 0f32.into())
 }
 
-/// The `k`-th smallest `|w|` along dimension 1, counted from 1; 0 for `k = 0`. No gradient.
-///
-/// A selection without arithmetic: the same bits on every backend.
-///
-/// # Shapes
-/// `[groups, n, channels]` to `[groups, 1, channels]`
-///
-/// # Panics
-/// If `k` exceeds `n`.
-pub fn kth_magnitude(weight: Tensor<3>, k: usize) -> Tensor<3> {
-    let n = weight.dims()[1];
-    assert!(k <= n, "the {k}-th of {n} weights");
-    Tensor::from_dispatch(Dispatch::kth_magnitude(weight.into_dispatch(), k))
+pub(super) fn codes<B: Backend>(weight: FloatTensor<B>, threshold: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_mul(B::float_sign(weight.clone()), beyond::<B>(weight, threshold))
 }
 
-/// The nearest f16 in [[`SCALE_MIN`], [`SCALE_MAX`]], ties to even, as f32. The gradient passes straight through.
-///
-/// A file with f16 scales then reproduces the training forward pass exactly.
-///
-/// # Shapes
-/// `[groups, 1, channels]` to the same
-pub fn round_scale(scale: Tensor<3>) -> Tensor<3> {
-    Tensor::from_dispatch(Dispatch::round_scale(scale.into_dispatch()))
+pub(super) fn ternary_quantize<B: Backend>(
+    weight: FloatTensor<B>,
+    scale: FloatTensor<B>,
+    threshold: FloatTensor<B>,
+) -> FloatTensor<B> {
+    B::float_mul(codes::<B>(weight, threshold), scale)
 }
 
-pub(super) fn kth<B: Backend>(weight: FloatTensor<B>, k: usize) -> FloatTensor<B> {
+pub(super) fn mean_abs<B: Backend>(weight: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_mean_dim(B::float_abs(weight), 1)
+}
+
+pub(super) fn kth_magnitude<B: Backend>(weight: FloatTensor<B>, k: usize) -> FloatTensor<B> {
     let [groups, _, channels] = weight.shape().dims();
     if k == 0 {
         let dtype = weight.dtype();
@@ -52,15 +36,19 @@ pub(super) fn kth<B: Backend>(weight: FloatTensor<B>, k: usize) -> FloatTensor<B
     B::float_slice(sorted, &[(0..groups).into(), (k - 1..k).into(), (0..channels).into()])
 }
 
+/// Exponents of the normal f16 numbers.
+const MIN_EXPONENT: i32 = -14;
+const MAX_EXPONENT: i32 = 15;
+
 /// Rounds in float ops that no compiler's rearrangement changes: with `2^e <= x < 2^(e+1)`, found by comparing with a
 /// table, `round(x * 2^(10-e)) * 2^(e-10)`. The products with powers of two are exact and rounding is an instruction
 /// of its own; shader compilers simplify the shorter `(x + m) - m` to `x`. A cast to f16 would do on devices that have
 /// f16, which not all have.
-pub(super) fn round<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
+pub(super) fn round_scale<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
     let dtype = scale.dtype();
     if dtype != DType::F32 {
         // The last places below are those of f32.
-        let rounded = round::<B>(B::float_cast(scale, FloatDType::F32));
+        let rounded = round_scale::<B>(B::float_cast(scale, FloatDType::F32));
         return B::float_cast(rounded, dtype.into());
     }
     let device = scale.device();
@@ -84,6 +72,19 @@ pub(super) fn round<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
     B::float_reshape(B::float_mul(units, of_binade(|e| 2f32.powi(e - 10))), shape)
 }
 
-/// Exponents of the normal f16 numbers.
-const MIN_EXPONENT: i32 = -14;
-const MAX_EXPONENT: i32 = 15;
+pub(super) fn absmax_quantize<B: Backend>(
+    input: FloatTensor<B>,
+    levels: f32,
+    scale: RowScale,
+) -> FloatTensor<B> {
+    let last = input.shape().num_dims() - 1;
+    let absmax = B::float_clamp_min(B::float_max_abs_dim(input.clone(), last), ABSMAX_MIN.into());
+    let exact = B::float_div_scalar(absmax, levels.into());
+    let scale = match scale {
+        RowScale::F32 => exact,
+        RowScale::F16 => round_scale::<B>(exact),
+    };
+    // The largest f16 may be too small for the scale of a row.
+    let codes = B::float_clamp(B::float_div(input, scale.clone()), (-levels).into(), levels.into());
+    B::float_mul(B::float_round(codes), scale)
+}
