@@ -2,6 +2,7 @@
 
 use crate::nn::{DuckQuantized, QuantizedLinear};
 use crate::quant::{ScaleRule, TablePrecision, TernaryQuantizer};
+use crate::tensor_name::tensor_name;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use half::f16;
@@ -171,34 +172,6 @@ fn write_down(
         adapter: model.adapter()?,
         warnings: Vec::new(),
     })
-}
-
-/// Parts of the paths of parameters, and what they are in model files.
-const NAMES: [(&str, &str); 18] = [
-    ("embedding", "token_embd.weight"),
-    ("positions", "position_embd.weight"),
-    ("head", "output.weight"),
-    ("transformer.blocks.", "blk."),
-    ("transformer.norm.", "output_norm."),
-    ("attention_norm.", "attn_norm."),
-    ("attention.query.", "attn_q."),
-    ("attention.key.", "attn_k."),
-    ("attention.value.", "attn_v."),
-    ("attention.sub_norm.", "attn_sub_norm."),
-    ("attention.output.", "attn_output."),
-    ("feed_forward_norm.", "ffn_norm."),
-    ("feed_forward.gate.", "ffn_gate."),
-    ("feed_forward.up.", "ffn_up."),
-    ("feed_forward.sub_norm.", "ffn_sub_norm."),
-    ("feed_forward.down.", "ffn_down."),
-    // The variants of a norm.
-    ("Layer.", ""),
-    ("Rms.", ""),
-];
-
-/// The name in model files of the parameter at `path`.
-pub(crate) fn tensor_name(path: &str) -> String {
-    NAMES.iter().fold(path.into(), |name: String, (ours, theirs)| name.replace(ours, theirs))
 }
 
 /// Writes down the parameters that no quantizer has: biases, norms and positions.

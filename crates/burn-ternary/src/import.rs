@@ -1,9 +1,9 @@
 //! Loads a model file into Burn modules, to run or train it on any backend.
 
-use crate::export::tensor_name;
 use crate::nn::{DuckConfig, DuckQuantized};
 use crate::ops::SCALE_MIN;
 use crate::quant::{Dials, Granularity, QuantConfig, ScaleRule, Sparsity, TernaryQuantizerConfig};
+use crate::tensor_name::tensor_name;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use half::f16;

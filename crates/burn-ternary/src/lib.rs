@@ -63,6 +63,7 @@ pub mod data;
 pub mod device;
 mod export;
 mod import;
+mod invalid_value;
 pub mod nn;
 pub mod ops;
 pub mod prepared;
@@ -70,6 +71,7 @@ pub mod quant;
 pub mod report;
 pub mod run;
 mod seed;
+mod tensor_name;
 pub mod train;
 
 pub use export::{ExportError, export_for_inference};

@@ -1,12 +1,10 @@
 //! Causal self-attention with grouped key and value heads.
 
-use super::{DuckConfig, Family, QuantizedLinear, norm::RmsNorm, position::Rotary};
+use super::{DuckConfig, Family, QuantizedLinear, factory::LayerFactory, norm::RmsNorm, position::Rotary};
 use crate::ops::{Heads, causal_attention};
 use burn::module::Module;
 use burn::tensor::{Bool, Device, Tensor};
 use rand::Rng;
-
-use super::transformer::LayerFactory;
 
 /// Queries, keys and values before rotary embedding, with heads concatenated.
 #[derive(Clone, Debug)]

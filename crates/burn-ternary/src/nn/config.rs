@@ -1,5 +1,6 @@
 //! The shape of a model: the `[model]` section of an experiment, and the named presets.
 
+use crate::invalid_value::{InvalidValue, require};
 use getset::WithSetters;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -60,33 +61,6 @@ impl Default for DuckConfig {
     fn default() -> Self {
         Self { vocab_size: 0, ..Self::duck_tiny() }
     }
-}
-
-/// A setting outside of its range.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{key}` is {found}, expected {expected}")]
-pub struct InvalidValue {
-    /// The key, as experiments name it.
-    pub key: String,
-    /// Its value, as TOML writes it.
-    pub found: String,
-    /// The values that are allowed.
-    pub expected: String,
-}
-
-/// Returns `InvalidValue` for `key` unless `holds`.
-pub(crate) fn require(
-    holds: bool,
-    key: &str,
-    found: impl Serialize,
-    expected: impl Into<String>,
-) -> Result<(), InvalidValue> {
-    if holds {
-        return Ok(());
-    }
-    // Formatted as TOML, so that an enum reads as the user spelled it.
-    let found = toml::Value::try_from(found).map_or_else(|e| e.to_string(), |v| v.to_string());
-    Err(InvalidValue { key: key.into(), found, expected: expected.into() })
 }
 
 /// The largest width, context or vocabulary: far above any model, low enough that no product of sizes overflows.

@@ -1,14 +1,21 @@
 //! [`DuckQuantized`]: the language model, from token ids to logits.
 
-use super::transformer::{BlockStates, INIT_STD, LayerFactory, QuantizedTransformer};
-use super::{DuckConfig, Family, MixedPrecision, QuantizedLinear, linear::normal};
+use super::{
+    DuckConfig, Family, LoraConfig, LowRank, MixedPrecision, QuantizedLinear,
+    factory::LayerFactory,
+    init::{INIT_STD, normal},
+    transformer::{BlockStates, QuantizedTransformer},
+};
 use crate::ops::{FactorPrecision, embed, lm_head};
 use crate::quant::{Dials, QuantConfig, TablePrecision};
+use crate::seed::mix;
+use crate::tensor_name::tensor_name;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Device, FloatDType, Int, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use ternary_format::{Adapter, FormatError};
 
 impl MixedPrecision {
     /// Casts to the type in which the model computes.
@@ -206,6 +213,48 @@ impl DuckQuantized {
             other_bytes: (parameters - matrices - table_weights) * 4,
             adapter_bytes: adapters * 4,
         }
+    }
+
+    /// Freezes the model and adds adapters, drawn from `seed`, to the layers that `lora` targets. Returns it unchanged if
+    /// `lora` is off.
+    pub fn with_lora(self, lora: &LoraConfig, seed: u64) -> Self {
+        if !lora.is_on() {
+            return self;
+        }
+        let mut model = self.no_grad();
+        let device = model.embedding.val().device();
+        for (index, (path, linear)) in model.linears_mut().into_iter().enumerate() {
+            linear.adapter = lora.targets(&path).then(|| {
+                // Distinct from the seeds of steps, which count from 0.
+                LowRank::init(linear.weight.dims(), lora, mix(seed, u64::MAX - index as u64), &device)
+            });
+        }
+        model
+    }
+
+    /// The model with the pairs of an adapter file, whose shapes must match.
+    pub(crate) fn with_adapter(mut self, adapter: &Adapter) -> Self {
+        let device = self.embedding.val().device();
+        for (path, linear) in self.linears_mut() {
+            let pair = adapter.pairs.get(&tensor_name(&format!("{path}.weight")));
+            linear.adapter = pair.map(|pair| LowRank::from_file(pair, &device));
+        }
+        self
+    }
+
+    /// The adapters in the layout of files; `None` if no layer has one.
+    ///
+    /// # Errors
+    /// `Value`: a factor that is not finite.
+    pub fn adapter(&self) -> Result<Option<Adapter>, FormatError> {
+        let mut adapter = Adapter::default();
+        for (path, linear) in self.linears() {
+            if let Some(pair) = &linear.adapter {
+                let name = tensor_name(&format!("{path}.weight"));
+                adapter.pairs.insert(name, pair.write_down()?);
+            }
+        }
+        Ok(Some(adapter).filter(|adapter| !adapter.pairs.is_empty()))
     }
 
     fn table(&self, table: &Param<Tensor<2>>, precision: TablePrecision) -> Tensor<2> {

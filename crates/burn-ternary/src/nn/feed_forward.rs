@@ -1,6 +1,6 @@
 //! The feed-forward block, plain or gated.
 
-use super::{Activation, Family, QuantizedLinear, norm::RmsNorm, transformer::LayerFactory};
+use super::{Activation, Family, QuantizedLinear, factory::LayerFactory, norm::RmsNorm};
 use crate::ops::{gelu, silu_mul};
 use burn::module::Module;
 use burn::tensor::{

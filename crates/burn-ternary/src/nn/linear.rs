@@ -1,6 +1,6 @@
 //! [`QuantizedLinear`]: a linear layer whose latent weight is quantized to ternary in the forward pass.
 
-use super::{LowRank, MixedPrecision, norm::rms_normalize};
+use super::{LowRank, MixedPrecision, init::normal, norm::rms_normalize};
 use crate::ops::{
     FactorPrecision, RowScale, WeightGradientPrecision, absmax_quantize, float_linear, latent_linear,
     ternary_linear,
@@ -12,7 +12,6 @@ use crate::quant::{
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Tensor};
 use rand::Rng;
-use rand_distr::{Distribution, Normal};
 
 /// Epsilon of the norm before a quantized linear layer (`quant.input_norm`).
 const INPUT_NORM_EPS: f64 = 1e-6;
@@ -196,18 +195,6 @@ impl QuantizedLinear {
     fn is_ternary(&self) -> bool {
         self.quantizer.is_some() && self.config.dials.lambda.get() > 0.0
     }
-}
-
-/// `[rows, columns]` of normal deviates from a seeded host generator.
-pub(super) fn normal(
-    rng: &mut impl Rng,
-    [rows, columns]: [usize; 2],
-    std: f64,
-    device: &Device,
-) -> Tensor<2> {
-    let normal = Normal::new(0.0f32, std as f32).expect("a finite standard deviation");
-    let values: Vec<f32> = (0..rows * columns).map(|_| normal.sample(rng)).collect();
-    Tensor::from_data(burn::tensor::TensorData::new(values, [rows, columns]), device)
 }
 
 #[cfg(test)]

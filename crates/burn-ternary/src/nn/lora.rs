@@ -3,9 +3,9 @@
 //! Burn has `Lora` too, but composes `base + AB` into one weight. Here the product stays separate, because its sum with
 //! a ternary weight would not be ternary.
 
-use super::{DuckConfig, DuckQuantized, InvalidValue, MixedPrecision, linear::normal, require};
+use super::{DuckConfig, MixedPrecision, init::normal};
+use crate::invalid_value::{InvalidValue, require};
 use crate::ops::{FactorPrecision, float_linear};
-use crate::seed::mix;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use getset::WithSetters;
@@ -13,7 +13,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use ternary_format::{Adapter, FormatError};
+use ternary_format::FormatError;
 
 /// The `[lora]` section of an experiment: low-rank adapters (LoRA) for a frozen model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
@@ -90,7 +90,12 @@ pub struct LowRank {
 impl LowRank {
     /// A is drawn on the host, with the standard deviation that gives `x A` the magnitude of `x`. B is zero, so that
     /// the layer initially computes what it did before.
-    fn init([d_input, d_output]: [usize; 2], lora: &LoraConfig, seed: u64, device: &Device) -> Self {
+    pub(super) fn init(
+        [d_input, d_output]: [usize; 2],
+        lora: &LoraConfig,
+        seed: u64,
+        device: &Device,
+    ) -> Self {
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
         let std = 1.0 / (d_input as f64).sqrt();
         Self {
@@ -122,7 +127,7 @@ impl LowRank {
         ternary_format::LowRank::new(self.rank(), self.alpha, values(&self.a), values(&self.b))
     }
 
-    fn from_file(pair: &ternary_format::LowRank, device: &Device) -> Self {
+    pub(super) fn from_file(pair: &ternary_format::LowRank, device: &Device) -> Self {
         let ([d_output, d_input], rank) = (pair.shape(), pair.rank());
         let factor = |values: &[f32], [rows, cols]: [usize; 2]| {
             let data = TensorData::new(values.to_vec(), [rows, cols]);
@@ -136,55 +141,12 @@ impl LowRank {
     }
 }
 
-impl DuckQuantized {
-    /// Freezes the model and adds adapters, drawn from `seed`, to the layers that `lora` targets. Returns it unchanged if
-    /// `lora` is off.
-    pub fn with_lora(self, lora: &LoraConfig, seed: u64) -> Self {
-        if !lora.is_on() {
-            return self;
-        }
-        let mut model = self.no_grad();
-        let device = model.embedding.val().device();
-        for (index, (path, linear)) in model.linears_mut().into_iter().enumerate() {
-            linear.adapter = lora.targets(&path).then(|| {
-                // Distinct from the seeds of steps, which count from 0.
-                LowRank::init(linear.weight.dims(), lora, mix(seed, u64::MAX - index as u64), &device)
-            });
-        }
-        model
-    }
-
-    /// The model with the pairs of an adapter file, whose shapes must match.
-    pub(crate) fn with_adapter(mut self, adapter: &Adapter) -> Self {
-        let device = self.embedding.val().device();
-        for (path, linear) in self.linears_mut() {
-            let pair = adapter.pairs.get(&crate::export::tensor_name(&format!("{path}.weight")));
-            linear.adapter = pair.map(|pair| LowRank::from_file(pair, &device));
-        }
-        self
-    }
-
-    /// The adapters in the layout of files; `None` if no layer has one.
-    ///
-    /// # Errors
-    /// `Value`: a factor that is not finite.
-    pub fn adapter(&self) -> Result<Option<Adapter>, FormatError> {
-        let mut adapter = Adapter::default();
-        for (path, linear) in self.linears() {
-            if let Some(pair) = &linear.adapter {
-                let name = crate::export::tensor_name(&format!("{path}.weight"));
-                adapter.pairs.insert(name, pair.write_down()?);
-            }
-        }
-        Ok(Some(adapter).filter(|adapter| !adapter.pairs.is_empty()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::nn::{
-        Family, QuantizedLinear, QuantizedLinearConfig, duck::tests::tiny, linear::tests::prepared,
+        DuckQuantized, Family, QuantizedLinear, QuantizedLinearConfig, duck::tests::tiny,
+        linear::tests::prepared,
     };
     use crate::quant::{ActivationPrecision, Dials, MatmulPrecision, QuantConfig, ScaleRule};
     use burn::module::ModuleVisitor;

@@ -3,7 +3,9 @@
 mod attention;
 mod config;
 mod duck;
+mod factory;
 mod feed_forward;
+mod init;
 mod linear;
 mod lora;
 mod norm;
@@ -11,6 +13,7 @@ mod position;
 mod sample;
 mod transformer;
 
+pub use crate::invalid_value::InvalidValue;
 pub use attention::{CausalAttention, Projections};
 pub use config::*;
 pub use duck::{DuckQuantized, ModelSize};

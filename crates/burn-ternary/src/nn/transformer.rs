@@ -1,55 +1,17 @@
 //! [`QuantizedTransformer`]: the stack of blocks between embedding and head.
 
 use super::{
-    DuckConfig, Family,
+    Family,
     attention::{CausalAttention, Projections},
+    factory::LayerFactory,
     feed_forward::FeedForward,
-    linear::QuantizedLinearConfig,
+    norm::Norm,
+    position::Rotary,
 };
-use super::{MixedLayerNorm, Norm, RmsNorm, position::Rotary};
-use crate::quant::{Dials, QuantConfig};
 use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Bool, Device, Tensor};
 use rand::Rng;
-
-/// Standard deviation of initial weights, GPT-2's.
-pub(super) const INIT_STD: f64 = 0.02;
-
-/// Settings shared by the layers of a model, and the generator of their initial weights.
-pub(super) struct LayerFactory<'a> {
-    pub config: &'a DuckConfig,
-    pub quant: &'a QuantConfig,
-    pub dials: &'a Dials,
-}
-
-impl LayerFactory<'_> {
-    pub fn linear(&self, d_input: usize, d_output: usize) -> QuantizedLinearConfig {
-        QuantizedLinearConfig {
-            d_input,
-            d_output,
-            bias: self.config.family == Family::Gpt2,
-            std: INIT_STD,
-            mixed_precision: self.config.mixed_precision,
-            quant: self.quant.clone(),
-            dials: self.dials.clone(),
-        }
-    }
-
-    /// A linear layer at the end of a residual branch: its initial weights are smaller the more branches add up (GPT-2).
-    pub fn residual_linear(&self, d_input: usize, d_output: usize) -> QuantizedLinearConfig {
-        let std = INIT_STD / (2.0 * self.config.n_layers as f64).sqrt();
-        QuantizedLinearConfig { std, ..self.linear(d_input, d_output) }
-    }
-
-    pub fn norm(&self, device: &Device) -> Norm {
-        let (d, eps) = (self.config.d_model, self.config.norm_eps);
-        match self.config.family {
-            Family::Gpt2 => Norm::Layer(MixedLayerNorm::new(d, eps, device)),
-            Family::Llama | Family::Bitnet => Norm::Rms(RmsNorm::new(d, eps, device)),
-        }
-    }
-}
 
 /// `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 #[derive(Module, Debug)]

@@ -3,7 +3,7 @@
 use super::{
     Dials, Estimator, Granularity, QuantConfig, ScaleRule, Sparsity, TernaryQuantizer, TernaryQuantizerConfig,
 };
-use crate::nn::{InvalidValue, require};
+use crate::invalid_value::{InvalidValue, require};
 use burn::module::{Module, ModuleVisitor, Param, Reparameterization, Reparameterizer};
 use burn::tensor::Tensor;
 use std::{collections::BTreeSet, fmt};

@@ -7,8 +7,8 @@ use std::{
 
 use crate::{
     data::DataConfig,
-    nn::MixedPrecision,
-    nn::{DuckConfig, Family, InvalidValue, LoraConfig, require},
+    invalid_value::{InvalidValue, require},
+    nn::{DuckConfig, Family, LoraConfig, MixedPrecision},
     quant::{ActivationPrecision, Estimator, Granularity, MatmulPrecision, QuantConfig, ScaleRule, Sparsity},
     run::{
         TrainError,
