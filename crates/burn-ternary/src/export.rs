@@ -1,7 +1,7 @@
 //! A trained model as the container of model files: codes and scales exactly as the training forward has them.
 
 use crate::nn::{DuckQuantized, QuantizedLinear};
-use crate::quant::{ScaleRule, TablePrecision, TernaryQuantizer};
+use crate::quant::{TablePrecision, TernaryQuantizer};
 use crate::tensor_name::tensor_name;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
@@ -126,7 +126,7 @@ pub(crate) fn export_frozen(
     if quant.enabled && lambda < 1.0 {
         return Err(ExportError::Blend { lambda });
     }
-    if quant.enabled && quant.scale == ScaleRule::Ttq {
+    if quant.enabled && quant.scale.rule().scales_per_group() > 1 {
         return Err(ExportError::TwoScales);
     }
     if quant.enabled && quant.dead_bias > 0.0 && model.config().family != Family::Gpt2 {

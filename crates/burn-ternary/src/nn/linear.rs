@@ -6,8 +6,7 @@ use crate::ops::{
     ternary_linear,
 };
 use crate::quant::{
-    ActivationPrecision, Dials, MatmulPrecision, QuantConfig, ScaleRule, TernaryQuantizer,
-    TernaryQuantizerConfig,
+    ActivationPrecision, Dials, MatmulPrecision, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig,
 };
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Tensor};
@@ -174,8 +173,8 @@ impl QuantizedLinear {
         match &self.quantizer {
             Some(quantizer) => {
                 let scales = quantizer.granularity().scales([self.config.d_input, self.config.d_output]);
-                let signs = if self.config.quant.scale == ScaleRule::Ttq { 2 } else { 1 };
-                weights.div_ceil(5) + 2 * signs * scales
+                let per_group = self.config.quant.scale.rule().scales_per_group();
+                weights.div_ceil(5) + 2 * per_group * scales
             }
             None => weights * 4,
         }

@@ -5,6 +5,8 @@ mod dial;
 mod granularity;
 mod prepare;
 mod quantizer;
+mod rule;
+mod scale_rule;
 mod sparsity;
 mod table;
 
@@ -12,4 +14,5 @@ pub use config::*;
 pub use dial::{Dial, Dials};
 pub(crate) use prepare::REPARAMETERIZATION;
 pub use prepare::{PrepareError, PrepareReport, PreparedMatrix, TernaryReparameterization, prepare};
-pub use quantizer::{GAUSSIAN_SCALE, TernaryQuantizer, TernaryQuantizerConfig, compute_optimal_scale};
+pub use quantizer::{TernaryQuantizer, TernaryQuantizerConfig, compute_optimal_scale};
+pub use scale_rule::GAUSSIAN_SCALE;

@@ -1,8 +1,6 @@
 //! Makes anybody's Burn model ternary: installs a [`TernaryQuantizer`] on chosen parameters.
 
-use super::{
-    Dials, Estimator, Granularity, QuantConfig, ScaleRule, Sparsity, TernaryQuantizer, TernaryQuantizerConfig,
-};
+use super::{Dials, Estimator, Granularity, QuantConfig, Sparsity, TernaryQuantizer, TernaryQuantizerConfig};
 use crate::invalid_value::{InvalidValue, require};
 use burn::module::{Module, ModuleVisitor, Param, Reparameterization, Reparameterizer};
 use burn::tensor::Tensor;
@@ -254,7 +252,7 @@ fn check(config: &QuantConfig) -> Result<(), InvalidValue> {
         Sparsity::NOfM([n, m]) => (0 < n && n < m, "n_of_m = [N, M] with 0 < N < M"),
     };
     require(holds, "quant.sparsity", sparsity, expected)?;
-    let clips = matches!(scale, ScaleRule::Learned | ScaleRule::Seq) && sparsity == Sparsity::None;
+    let clips = scale.rule().clip().is_some() && sparsity == Sparsity::None;
     let (holds, expected) = match estimator {
         Estimator::Identity => (true, ""),
         Estimator::Masked => (clips, "identity, as only the scales learned and seq have a clipping range"),

@@ -1,18 +1,12 @@
 //! [`TernaryQuantizer`]: computes codes, scales and the fake-quantized weight from a latent weight.
 
 use super::{Dials, Estimator, Granularity, QuantConfig, ScaleRule, Sparsity};
-use crate::ops::{StraightThrough, mean_abs, round_scale, ternary_codes, ternary_quantize};
+use crate::ops::{StraightThrough, round_scale, ternary_codes};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-/// Least-squares scale of a Gaussian / its mean magnitude: the initial value of a learned scale.
-pub const GAUSSIAN_SCALE: f32 = 1.534;
-/// Zero where `|w| <= TWN_THRESHOLD * mean |w|`. Li et al., Ternary Weight Networks, equation 6.
-const TWN_THRESHOLD: f32 = 0.7;
 /// Initial temperature of an annealed weight, in units of the scale; the final one is a tenth of it.
-const HOTTEST: f32 = 0.5;
-/// SEQ clips at `0.99 a`, which is `1.485` scales, since its outer levels are at `2a / 3`.
-const SEQ_CLIP: f32 = 1.485;
+const INITIAL_TEMPERATURE: f32 = 0.5;
 
 /// Configuration of a [`TernaryQuantizer`]; makes one for each weight.
 #[derive(Clone, Debug)]
@@ -52,44 +46,22 @@ impl TernaryQuantizerConfig {
     /// # Shapes
     /// weight: `[d_input, d_output]`
     pub fn init(&self, weight: &Tensor<2>) -> TernaryQuantizer {
-        let weight = weight.clone().detach();
-        let start = || match self.own_threshold(&weight) {
-            Some(threshold) => self.least_squares(weight.clone(), threshold),
-            None => mean_abs(self.granularity.view(weight.clone())).mul_scalar(GAUSSIAN_SCALE),
-        };
-        let scale = match self.rule {
-            ScaleRule::Learned | ScaleRule::Ttq => Some(start()),
-            // The parameter is a; its levels are at 2a / 3.
-            ScaleRule::Seq => Some(start().mul_scalar(1.5)),
-            _ => None,
-        };
-        // A parameter must be a leaf.
-        let scale = scale.map(|scale| Param::from_tensor(scale.detach()));
+        let rule = self.rule.rule();
+        let scale = rule.is_trained().then(|| {
+            let weight = weight.clone().detach();
+            let threshold = self.own_threshold(&weight);
+            // A parameter must be a leaf.
+            Param::from_tensor(rule.init(self.granularity.view(weight), threshold).detach())
+        });
         TernaryQuantizer { scale, config: self.clone() }
     }
 
-    /// The threshold of rules whose codes do not depend on the scale; see [`Sparsity::threshold`] for its shape.
+    /// The threshold of codes that do not depend on the scale, by sparsity or by the rule; see [`Sparsity::threshold`] for
+    /// its shape.
     fn own_threshold(&self, weight: &Tensor<2>) -> Option<Tensor<3>> {
         let view = self.granularity.shape(weight.dims());
         let sparse = self.sparsity.threshold(weight.clone(), view, self.dials.sparsity.get());
-        sparse.or_else(|| match self.rule {
-            ScaleRule::Twn => Some(mean_abs(weight.clone().reshape(view)).mul_scalar(TWN_THRESHOLD)),
-            ScaleRule::Ttq => Some(mean_abs(weight.clone().reshape(view)).mul_scalar(self.threshold)),
-            _ => None,
-        })
-    }
-
-    /// The scale with the least squared error for the codes of a threshold: `mean |w|` of the kept, for `ttq` by sign.
-    fn least_squares(&self, weight: Tensor<2>, threshold: Tensor<3>) -> Tensor<3> {
-        let weight = self.granularity.view(weight);
-        let codes = ternary_codes(weight.clone(), threshold, None);
-        match self.rule {
-            ScaleRule::Ttq => {
-                let signs = [codes.clone().clamp_min(0.0), codes.clamp_max(0.0)];
-                Tensor::cat(signs.map(|codes| mean_kept(weight.clone(), codes)).into(), 1)
-            }
-            _ => mean_kept(weight, codes),
-        }
+        sparse.or_else(|| self.rule.rule().threshold(&weight.clone().reshape(view), self.threshold))
     }
 }
 
@@ -128,8 +100,7 @@ impl TernaryQuantizer {
 
     /// The trained scale before rounding, in units of the codes, with its gradient: shape of [`scales`](Self::scales).
     pub fn learned_scale(&self) -> Option<Tensor<3>> {
-        let scale = self.scale.as_ref()?.val();
-        Some(if self.config.rule == ScaleRule::Seq { scale.mul_scalar(2.0 / 3.0) } else { scale })
+        Some(self.config.rule.rule().trained_scale(self.scale.as_ref()?.val()))
     }
 
     /// The codes -1, 0, +1 of the weight, as floats. No gradient.
@@ -156,13 +127,11 @@ impl TernaryQuantizer {
         let latent = self.config.granularity.view(weight);
         let annealed = self.config.estimator == Estimator::Annealed;
         if annealed && lambda < 1.0 && latent.is_autodiff() {
-            let temperature = HOTTEST * 0.1f32.powf(lambda);
+            let temperature = INITIAL_TEMPERATURE * 0.1f32.powf(lambda);
             return soften(latent, scale, threshold, temperature).reshape(dims);
         }
-        let ternary = match self.config.rule {
-            ScaleRule::Ttq => two_scales(latent.clone(), scale, threshold),
-            _ => ternary_quantize(latent.clone(), scale, threshold, None, self.estimator()),
-        };
+        let rule = self.config.rule.rule();
+        let ternary = rule.fake_quantize(latent.clone(), scale, threshold, self.estimator());
         let blended = match lambda < 1.0 && !annealed {
             true => latent.clone() + (ternary - latent).mul_scalar(lambda),
             false => ternary,
@@ -191,7 +160,9 @@ impl TernaryQuantizer {
     /// As [`scales`](Self::scales).
     pub fn optimal_scale(&self, weight: Tensor<2>) -> Tensor<3> {
         match self.config.own_threshold(&weight) {
-            Some(threshold) => self.config.least_squares(weight, threshold),
+            Some(threshold) => {
+                self.config.rule.rule().least_squares(self.config.granularity.view(weight), threshold)
+            }
             None => compute_optimal_scale(weight, self.config.granularity, None),
         }
     }
@@ -213,75 +184,28 @@ impl TernaryQuantizer {
     }
 
     /// Scale (with the gradient of a learned one), see [`scales`](Self::scales), and threshold (without),
-    /// `[groups, 1, channels]` or one a weight.
+    /// `[groups, 1, channels]` or one per weight.
     fn scale_and_threshold(&self, weight: &Tensor<2>) -> (Tensor<3>, Tensor<3>) {
         let weight = weight.clone().detach();
         let own = self.config.own_threshold(&weight);
-        let scale = match (self.learned_scale(), self.config.rule, own.clone()) {
-            (Some(scale), _, _) => scale,
-            (None, ScaleRule::Absmedian, threshold) => self.median_kept(weight, threshold),
-            (None, _, Some(threshold)) => self.config.least_squares(weight, threshold),
-            (None, _, None) => mean_abs(self.config.granularity.view(weight)),
-        };
+        let scale = self.learned_scale().unwrap_or_else(|| {
+            let weight = self.config.granularity.view(weight);
+            let zeros = self.config.sparsity.zeros(weight.dims()[1], self.config.dials.sparsity.get());
+            self.config.rule.rule().scale(weight, own.clone(), zeros)
+        });
         let scale = round_scale(scale);
         let threshold = own.unwrap_or_else(|| scale.clone().detach().mul_scalar(self.config.threshold));
         (scale, threshold)
     }
 
-    /// `median |w|` along dimension 1 of the weights beyond a threshold; of an even number, the mean of the middle two.
-    fn median_kept(&self, weight: Tensor<2>, threshold: Option<Tensor<3>>) -> Tensor<3> {
-        let weight = self.config.granularity.view(weight);
-        let n = weight.dims()[1];
-        let zeros = self.config.sparsity.zeros(n, self.config.dials.sparsity.get());
-        let kept = match threshold {
-            // The others come first when sorted.
-            Some(threshold) => ternary_codes(weight.clone(), threshold, None) * weight,
-            None => weight.abs(),
-        };
-        let sorted = kept.sort(1);
-        let [lower, upper] =
-            [n - zeros - 1, n - zeros].map(|twice| sorted.clone().narrow(1, zeros + twice / 2, 1));
-        (lower + upper).mul_scalar(0.5)
-    }
-
     fn estimator(&self) -> StraightThrough {
-        let clip = match (self.config.sparsity, self.config.rule) {
-            (Sparsity::None, ScaleRule::Seq) => SEQ_CLIP,
-            (Sparsity::None, _) => 1.0,
+        let clip = match self.config.sparsity {
+            Sparsity::None => self.config.rule.rule().clip().unwrap_or(1.0),
             // Codes by rank do not depend on the scale, which then has the exact gradient.
-            _ => 0.0,
+            Sparsity::ZeroFraction(_) | Sparsity::NOfM(_) => 0.0,
         };
         StraightThrough { clip, masked: self.config.estimator == Estimator::Masked }
     }
-}
-
-/// `mean |w|` along dimension 1 of the weights that have a code, 0 where none has.
-fn mean_kept(weight: Tensor<3>, codes: Tensor<3>) -> Tensor<3> {
-    let count = codes.clone().abs().sum_dim(1).clamp_min(1.0);
-    (codes * weight).sum_dim(1) / count
-}
-
-/// `s+` where the code is 1, `-s-` where it is -1.
-///
-/// With `G` the gradient of the output: `dw = G`, `ds+ = 1/sqrt(n) sum G` over the positive codes and
-/// `ds- = -1/sqrt(n) sum G` over the negative ones. The factor is that of learned scales; the paper has none, and
-/// multiplies `dw` by the scale of its code, which suits latent weights that are normalized to 1, as ours are not.
-///
-/// # Shapes
-/// - latent: `[groups, n, channels]`
-/// - scale: `[groups, 2, channels]`, of positive and of negative codes
-///
-/// # Source
-/// Zhu et al., Trained Ternary Quantization, 2017, equations 6 to 8.
-fn two_scales(latent: Tensor<3>, scale: Tensor<3>, threshold: Tensor<3>) -> Tensor<3> {
-    let codes = ternary_codes(latent.clone().detach(), threshold, None);
-    let share = (latent.dims()[1] as f64).sqrt().recip();
-    // A difference of equals is 0: it has no value, only a gradient.
-    let value = scale.clone().detach();
-    let scale = value.clone() + (scale - value).mul_scalar(share);
-    let [positive, negative] = [0, 1].map(|sign| scale.clone().narrow(1, sign, 1));
-    let ternary = codes.clone().clamp_min(0.0) * positive + codes.clamp_max(0.0) * negative;
-    ternary + (latent.clone() - latent.detach())
 }
 
 /// The ternary weight at a temperature; see [`Estimator::Annealed`]. Neither scale nor threshold has a gradient.

@@ -9,7 +9,7 @@ use crate::{
     data::DataConfig,
     invalid_value::{InvalidValue, require},
     nn::{DuckConfig, Family, LoraConfig, MixedPrecision},
-    quant::{ActivationPrecision, Estimator, Granularity, MatmulPrecision, QuantConfig, ScaleRule, Sparsity},
+    quant::{ActivationPrecision, Estimator, Granularity, MatmulPrecision, QuantConfig, Sparsity},
     run::{
         TrainError,
         version::{self, VERSION},
@@ -363,20 +363,20 @@ fn check_quant(
     check_sparsity(quant, model)?;
     let open = quant.threshold > 0.0 && quant.threshold < 1.0;
     require(open, "quant.threshold", quant.threshold, "above 0 and below 1")?;
-    let learned = matches!(quant.scale, ScaleRule::Learned | ScaleRule::Seq);
+    let rule = quant.scale.rule();
     let (holds, expected) = match quant.estimator {
         Estimator::Identity => (true, ""),
         Estimator::Masked => {
-            (learned, "identity, because only the scales learned and seq have a clipping range")
+            (rule.clip().is_some(), "identity, because only the scales learned and seq have a clipping range")
         }
         Estimator::Annealed if schedule.ramp_until <= schedule.float_until => (
             false,
             "identity, unless schedule.ramp_until is above float_until, so that weights can harden in between",
         ),
-        Estimator::Annealed => {
-            let computed = !learned && quant.scale != ScaleRule::Ttq;
-            (computed, "identity, because soft weights require a computed scale: absmean, absmedian or twn")
-        }
+        Estimator::Annealed => (
+            !rule.is_trained(),
+            "identity, because soft weights require a computed scale: absmean, absmedian or twn",
+        ),
     };
     require(holds, "quant.estimator", quant.estimator, expected)?;
     not_negative("quant.dead_bias", quant.dead_bias)?;
@@ -399,7 +399,7 @@ fn check_quant(
         required(activations, "quant.activations = \"int8\"")?;
         let whole = !matches!(quant.granularity, Granularity::PerGroup(_));
         required(whole, "one scale per tensor or per channel")?;
-        required(quant.scale != ScaleRule::Ttq, "another scale than ttq, which has two")?;
+        required(rule.scales_per_group() == 1, "another scale than ttq, which has two")?;
     }
     if quant.matmul_precision != MatmulPrecision::Float {
         required(model.mixed_precision == MixedPrecision::F32, "model.mixed_precision = \"f32\"")?;
