@@ -14,8 +14,8 @@ use burn_ternary::ops::{
     ternary_codes, ternary_linear, ternary_quantize,
 };
 use burn_ternary::quant::{
-    ActivationPrecision, Dials, Estimator, Granularity, MatmulPrecision, QuantConfig, ScaleRule, Sparsity,
-    TernaryQuantizerConfig, compute_optimal_scale,
+    ActivationPrecision, Estimator, Granularity, MatmulPrecision, QuantConfig, ScaleRule, ScheduleHandle,
+    Sparsity, TernaryQuantizerConfig, compute_optimal_scale,
 };
 use burn_ternary::train::QuantizationTrainer;
 use burn_ternary::train::optim::{MatrixOptimizer, Moments, OptimConfig};
@@ -230,11 +230,11 @@ fn soft_weights_agree() {
     for (name, device) in others() {
         for sparsity in [Sparsity::None, Sparsity::NOfM([5, 13])] {
             let config = QuantConfig::default().with_sparsity(sparsity).with_estimator(Estimator::Annealed);
-            let dials = Dials::default();
-            dials.lambda.set(0.5);
+            let schedule = ScheduleHandle::default();
+            schedule.lambda.set(0.5);
             let run = |device: &Device| {
                 let weight = tensor(&values, [26, 7], &device.clone().autodiff()).require_grad();
-                let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&weight);
+                let quantizer = TernaryQuantizerConfig::new(&config, &schedule).init(&weight);
                 let output = quantizer.fake_quantize(weight.clone());
                 let grads = output.clone().square().sum().backward();
                 [floats(output), floats(weight.grad(&grads).unwrap())]

@@ -9,7 +9,7 @@ use burn_ternary::nn::{
 };
 use burn_ternary::ops::{RowScale, StraightThrough, absmax_quantize, round_scale, ternary_quantize};
 use burn_ternary::quant::{
-    Dials, Estimator, Granularity, QuantConfig, ScaleRule, Sparsity, TernaryQuantizerConfig,
+    Estimator, Granularity, QuantConfig, ScaleRule, ScheduleHandle, Sparsity, TernaryQuantizerConfig,
 };
 use burn_ternary::train::loss::language_model_loss;
 use rand::{Rng, SeedableRng};
@@ -175,9 +175,9 @@ fn quantizer_grads(
 ) -> (Vec<f32>, Option<Vec<f32>>) {
     let device = cpu().autodiff();
     let weight = tensor(weight, dims, &device).require_grad();
-    let dials = Dials::default();
-    dials.lambda.set(lambda);
-    let mut quantizer = TernaryQuantizerConfig::new(config, &dials).init(&weight);
+    let schedule = ScheduleHandle::default();
+    schedule.lambda.set(lambda);
+    let mut quantizer = TernaryQuantizerConfig::new(config, &schedule).init(&weight);
     if let Some(parameter) = parameter {
         let dims = quantizer.scale.as_ref().unwrap().dims();
         quantizer.scale = Some(Param::from_tensor(tensor(&parameter, dims, &device)));
@@ -357,8 +357,8 @@ fn soft_weights_have_their_own_gradient_and_end_hard() {
             .with_granularity(granularity)
             .with_threshold(threshold)
             .with_estimator(Estimator::Annealed);
-        let dials = Dials::default();
-        let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&tensor(&values, dims, &cpu()));
+        let schedule = ScheduleHandle::default();
+        let quantizer = TernaryQuantizerConfig::new(&config, &schedule).init(&tensor(&values, dims, &cpu()));
         let scales = floats(quantizer.scales(tensor(&values, dims, &cpu())));
         let hard: Vec<f32> = floats(quantizer.codes(tensor(&values, dims, &cpu())))
             .iter()
@@ -366,7 +366,7 @@ fn soft_weights_have_their_own_gradient_and_end_hard() {
             .map(|(code, owner)| code * scales[owner])
             .collect();
         for lambda in [0.05f32, 0.5, 0.95, 1.0] {
-            dials.lambda.set(lambda);
+            schedule.lambda.set(lambda);
             // Outside of training, codes are always hard.
             assert_eq!(floats(quantizer.fake_quantize(tensor(&values, dims, &cpu()))), hard, "{lambda}");
             let device = cpu().autodiff();
@@ -407,8 +407,8 @@ fn dead_weights_have_the_gradient_of_the_bias_that_they_feed() {
     let rng = &mut ChaCha8Rng::seed_from_u64(26);
     let (tokens, [d_input, d_output]) = (5, [26, 7]);
     for (scale, lambda) in [(ScaleRule::Absmean, 1.0), (ScaleRule::Twn, 1.0), (ScaleRule::Absmean, 0.25)] {
-        let dials = Dials::default();
-        dials.lambda.set(lambda);
+        let schedule = ScheduleHandle::default();
+        schedule.lambda.set(lambda);
         let config = QuantizedLinearConfig {
             d_input,
             d_output,
@@ -416,7 +416,7 @@ fn dead_weights_have_the_gradient_of_the_bias_that_they_feed() {
             std: 0.3,
             mixed_precision: MixedPrecision::F32,
             quant: QuantConfig::default().with_scale(scale).with_dead_bias(0.125),
-            dials,
+            schedule,
         };
         let device = cpu().autodiff();
         let layer = config.init(rng, &device);

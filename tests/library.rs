@@ -175,7 +175,7 @@ fn prepare_refuses_what_it_cannot_make_ternary() {
     let default = QuantConfig::default();
     let error = prepare(model(), &default, |path| path.contains("hiden")).unwrap_err();
     let expected = ["hidden.0.weight", "hidden.1.weight", "output.weight"];
-    assert!(matches!(&error, PrepareError::NothingChosen { matrices } if *matrices == expected), "{error}");
+    assert!(matches!(&error, PrepareError::NothingSelected { matrices } if *matrices == expected), "{error}");
     assert!(error.to_string().contains("hidden.0.weight, hidden.1.weight, output.weight"), "{error}");
     // A convolution kernel, a bias, a norm: errors, whatever else is selected.
     for (chosen, at, shape) in [
@@ -286,7 +286,7 @@ fn files_and_models_that_do_not_fit_are_refused() {
     let error = prepared::save(&Counted { count }, &path).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "parameter `count` is of integers: expected f32, f16 or bf16, which is what the file holds"
+        "parameter `count` has type integers: expected f32, f16 or bf16, the types of the file"
     );
     assert!(!path.exists());
 

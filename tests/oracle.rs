@@ -15,8 +15,8 @@ use burn_ternary::ops::{
     ternary_codes, ternary_quantize,
 };
 use burn_ternary::quant::{
-    Dials, Granularity, QuantConfig, ScaleRule, TablePrecision, TernaryQuantizer, TernaryQuantizerConfig,
-    compute_optimal_scale, prepare,
+    Granularity, QuantConfig, ScaleRule, ScheduleHandle, TablePrecision, TernaryQuantizer,
+    TernaryQuantizerConfig, compute_optimal_scale, prepare,
 };
 use half::f16;
 use rand::{Rng, SeedableRng};
@@ -65,7 +65,7 @@ pub fn granularities([d_input, _]: [usize; 2]) -> Vec<Granularity> {
 }
 
 pub fn quantizer(config: &QuantConfig, weight: &Tensor<2>) -> TernaryQuantizer {
-    TernaryQuantizerConfig::new(config, &Dials::default()).init(weight)
+    TernaryQuantizerConfig::new(config, &ScheduleHandle::default()).init(weight)
 }
 
 /// Weights of many kinds: those of training, and those that should never occur.
@@ -598,10 +598,10 @@ fn lambda_blends_latent_and_ternary_weights() {
     let values = normal(&mut ChaCha8Rng::seed_from_u64(11), 33 * 20, 0.02);
     let weight = tensor(&values, [33, 20], &device);
     for rule in RULES {
-        let dials = Dials::default();
-        let lambda = &dials.lambda;
+        let schedule = ScheduleHandle::default();
+        let lambda = &schedule.lambda;
         let config = QuantConfig::default().with_scale(rule);
-        let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&weight);
+        let quantizer = TernaryQuantizerConfig::new(&config, &schedule).init(&weight);
         let scale = quantizer.scales(weight.clone()).reshape([1, 20]);
         let ternary = floats(quantizer.codes(weight.clone()) * scale);
         for share in [0.0, 0.25, 1.0] {

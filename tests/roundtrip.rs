@@ -225,7 +225,7 @@ fn a_model_that_no_file_can_express_is_refused_with_the_setting_to_change() {
         assert!(error.to_string().contains("`input_norm = false` in [quant]"), "{error}");
     }
     let blended = trained(&config, &QuantConfig::default(), 0);
-    blended.dials().lambda.set(0.5);
+    blended.schedule_handle().lambda.set(0.5);
     let error = export_for_inference(&blended, None, "duck").unwrap_err();
     assert!(
         error.to_string().contains("lambda = 0.5") && error.to_string().contains("ramp_until"),

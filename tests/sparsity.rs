@@ -5,7 +5,7 @@ use crate::small_experiment;
 use burn::module::Param;
 use burn::tensor::Tensor;
 use burn_ternary::quant::{
-    Dials, Granularity, QuantConfig, ScaleRule, Sparsity, TernaryQuantizer, TernaryQuantizerConfig,
+    Granularity, QuantConfig, ScaleRule, ScheduleHandle, Sparsity, TernaryQuantizer, TernaryQuantizerConfig,
 };
 use burn_ternary::run::{SavedRun, train_duck_quantized};
 use rand::{Rng, SeedableRng};
@@ -198,11 +198,11 @@ fn the_dial_lets_the_zeros_grow_from_those_of_a_dense_model() {
     for (sparsity, ends) in
         [(Sparsity::ZeroFraction(0.9), [0.31, 0.605, 0.9]), (Sparsity::NOfM([2, 8]), [0.25, 0.5, 0.75])]
     {
-        let dials = Dials::default();
+        let schedule = ScheduleHandle::default();
         let config = QuantConfig::default().with_sparsity(sparsity);
-        let quantizer = TernaryQuantizerConfig::new(&config, &dials).init(&weight);
+        let quantizer = TernaryQuantizerConfig::new(&config, &schedule).init(&weight);
         for (progress, expected) in [0.0, 0.5, 1.0].into_iter().zip(ends) {
-            dials.sparsity.set(progress);
+            schedule.sparsity.set(progress);
             let zeros = floats(quantizer.codes(weight.clone())).iter().filter(|code| **code == 0.0).count();
             assert_eq!(zeros as f64 / 8000.0, expected, "{sparsity:?} {progress}");
         }

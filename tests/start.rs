@@ -45,9 +45,9 @@ fn a_model_starts_with_the_weights_of_another() {
                 let longer = if family == Family::Gpt2 { 10 } else { 20 };
                 let config = config.clone().with_context(longer);
                 let model = config.init_from(&packed, &quant, 77, &device()).unwrap();
-                model.dials().lambda.set(0.0);
+                model.schedule_handle().lambda.set(0.0);
                 assert_eq!(logits(&model), expected, "{family:?} {tied}");
-                model.dials().lambda.set(1.0);
+                model.schedule_handle().lambda.set(1.0);
                 assert_ne!(logits(&model), expected);
                 // Quantized, it equals the same rule applied to the same weights.
                 let twin = config.init_from(&packed, &quant.clone().float(), 1, &device()).unwrap();

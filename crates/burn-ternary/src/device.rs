@@ -1,6 +1,6 @@
-//! Devices by name, and what the machine has.
+//! Devices by name, and properties of the machine.
 //!
-//! ndarray and libtorch are deprecated in Burn and still offered here; this file is the one that says so.
+//! ndarray and libtorch are deprecated in Burn and still supported here.
 #![allow(deprecated)]
 
 use std::fs;
@@ -8,29 +8,42 @@ use std::fs;
 use burn::tensor::Device;
 use ternary_format::threads::{self, ThreadError};
 
-/// Every backend by its Cargo feature, in the order in which `auto` looks.
+/// Every backend by its Cargo feature, in the order of `auto`.
 const NAMES: [&str; 5] = ["cuda", "wgpu", "tch", "ndarray", "flex"];
 
-/// Why there is no such device.
+/// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
+    /// No such name.
     #[error(
         "unknown device `{name}`: expected auto, {}; compiled in: {}",
         NAMES.join(", "),
         compiled().join(", ")
     )]
-    Unknown { name: String },
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// Its Cargo feature is off.
     #[error(
         "device `{name}` was not compiled in: build with `--features {name}`; compiled in: {}",
         compiled().join(", ")
     )]
-    NotCompiled { name: String },
+    NotCompiled {
+        /// The name.
+        name: String,
+    },
+    /// The machine has no such hardware.
     #[error(
         "device `{name}` was not found on this machine (no graphics card or no driver); compiled in: {}",
         compiled().join(", ")
     )]
-    Missing { name: String },
+    Missing {
+        /// The name.
+        name: String,
+    },
+    /// The Cargo features of all backends are off.
     #[error(
         "no device was compiled in: build with `--features NAME`, one of {}",
         NAMES.join(", ")
@@ -38,17 +51,17 @@ pub enum DeviceError {
     NoneCompiled,
 }
 
-/// The backends of this build, in the order in which `auto` looks.
+/// The backends of this build, in the order of `auto`.
 pub fn compiled() -> Vec<&'static str> {
     NAMES.into_iter().filter(|name| construct(name).is_some()).collect()
 }
 
-/// The device called `auto`, `flex`, `ndarray`, `wgpu`, `tch` or `cuda`; `auto` takes the first compiled in of
-/// cuda, wgpu, tch, ndarray, flex.
+/// The device of a name: `auto`, `flex`, `ndarray`, `wgpu`, `tch` or `cuda`. `auto` is the first of cuda, wgpu, tch, ndarray and
+/// flex that is compiled in.
 ///
 /// # Errors
 /// `Unknown`: no such name. `NotCompiled`, `NoneCompiled`: a Cargo feature is off. `Missing`: the machine has no
-/// such hardware; `auto` does not fall back either, since a run on the wrong device only looks like a slow one.
+/// such hardware. `auto` does not fall back to another device, since such a run would only look slow.
 pub fn device(name: &str) -> Result<Device, DeviceError> {
     let name = match name {
         "auto" => compiled().first().copied().ok_or(DeviceError::NoneCompiled)?,
@@ -62,7 +75,7 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
     if present(name) { Ok(device) } else { Err(DeviceError::Missing { name: owned() }) }
 }
 
-/// The device's name and hardware, as in `flex (AMD EPYC 7B13)`, for `result.json`.
+/// Name and hardware of a device, as in `flex (AMD EPYC 7B13)`, for `result.json`.
 pub fn describe(device: &Device) -> String {
     let Some(name) = compiled().into_iter().find(|name| construct(name).as_ref() == Some(device)) else {
         return format!("{device:?}");
@@ -89,7 +102,7 @@ pub fn peak_rss_bytes() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM")
 }
 
-/// Starts the threads that training computes on, so that one that cannot be started is an error and no panic later.
+/// Starts the threads that training computes on, so that a failure is an error instead of a panic later.
 ///
 /// # Errors
 /// Those of [`threads::start`].
@@ -101,7 +114,7 @@ pub fn start_threads() -> Result<(), ThreadError> {
     Ok(())
 }
 
-/// `None` where the backend's feature is off. Opens no hardware.
+/// `None` if the feature of the backend is off. Opens no hardware.
 fn construct(name: &str) -> Option<Device> {
     match name {
         #[cfg(feature = "flex")]
@@ -118,7 +131,7 @@ fn construct(name: &str) -> Option<Device> {
     }
 }
 
-/// Whether the hardware is there; Burn panics at the first tensor where it is not.
+/// Whether the machine has the hardware; without it, Burn panics at the first tensor.
 fn present(name: &str) -> bool {
     match name {
         #[cfg(feature = "wgpu")]
@@ -144,7 +157,7 @@ fn kibibytes(file: &str, key: &str) -> Option<u64> {
     Some(number * 1024)
 }
 
-/// The first `key: value` of a file of such lines.
+/// The first value of `key` in a file of `key: value` lines.
 fn field(file: &str, key: &str) -> Option<String> {
     let text = fs::read_to_string(file).ok()?;
     text.lines().find_map(|line| {
@@ -199,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_cannot_be_says_what_can() {
+    fn an_unknown_name_is_refused_with_the_known_ones() {
         for name in ["", "gpu", "Flex", "cuda:0"] {
             let error = device(name).unwrap_err().to_string();
             assert!(error.contains(&format!("unknown device `{name}`")), "{error}");
@@ -218,9 +231,9 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_told_in_bytes() {
+    fn peak_memory_is_in_bytes() {
         let Some(before) = peak_rss_bytes() else {
-            println!("skipped: the system does not tell the peak memory");
+            println!("skipped: the system does not report the peak memory");
             return;
         };
         let size = 64 << 20;

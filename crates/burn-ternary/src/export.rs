@@ -1,4 +1,4 @@
-//! A trained model as the container of model files: codes and scales exactly as the training forward has them.
+//! Converts a trained model to a [`PackedModel`], with exactly the codes and scales of its forward pass.
 
 use crate::nn::{DuckQuantized, QuantizedLinear};
 use crate::quant::{TablePrecision, TernaryQuantizer};
@@ -9,7 +9,7 @@ use half::f16;
 use std::collections::BTreeMap;
 use ternary_format::{Encoding, Family, FormatError, PackedModel, Tokenizer};
 
-/// Why a model cannot become a model file.
+/// Why a model cannot be exported.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExportError {
@@ -19,59 +19,73 @@ pub enum ExportError {
          train with `input_norm = false` in [quant]"
     )]
     InputNorm,
-    /// A float-first schedule that has not ended.
+    /// The float-first schedule has not ended.
     #[error(
-        "the weights are still a blend of float and ternary (lambda = {lambda}): train on, until `ramp_until` of \
-         [schedule] has passed"
+        "the weights are still a blend of float and ternary (lambda = {lambda}): continue training until `ramp_until` of \
+         [schedule]"
     )]
-    Blend { lambda: f32 },
+    Blend {
+        /// The share of the ternary weight.
+        lambda: f32,
+    },
     /// The scale `ttq`.
     #[error(
         "the matrices have one scale for positive and one for negative weights, which no file type can express: train \
-         with another `scale` than \"ttq\" in [quant]"
+         with a `scale` other than \"ttq\" in [quant]"
     )]
     TwoScales,
     /// `dead_bias` in a family without biases.
     #[error(
-        "the weights of code 0 add to a bias, which only layers of the gpt2 family have in files: train with \
+        "the weights of code 0 add to a bias, which files have for layers of the gpt2 family only: train with \
          `dead_bias = 0.0` in [quant], or with `family = \"gpt2\"` in [model]"
     )]
     DeadBias,
     /// A parameter of integers, booleans, f64 or quantized numbers.
-    #[error("parameter `{path}` is of {found}: expected f32, f16 or bf16, which is what the file holds")]
-    NotFloat { path: String, found: String },
+    #[error("parameter `{path}` has type {found}: expected f32, f16 or bf16, the types of the file")]
+    NotFloat {
+        /// Its parameter path.
+        path: String,
+        /// Its type.
+        found: String,
+    },
     /// A prepared matrix whose latent weights are not in f32.
     #[error(
-        "parameter `{path}` was prepared, but its values are no f16 scale times -1, 0 or +1: expected latent weights in f32"
+        "parameter `{path}` was prepared, but its values are not an f16 scale times -1, 0 or +1: expected latent weights in f32"
     )]
-    NotTernary { path: String },
-    /// A parameter of one's own model without a name in model files.
+    NotTernary {
+        /// Its parameter path.
+        path: String,
+    },
+    /// A parameter of a custom model without a name in model files.
     #[error(
-        "parameter `{path}` has no name in model files: expected one for each parameter, as an engine would compute \
-         without the others"
+        "parameter `{path}` has no name in model files: expected one for each parameter, as an engine would ignore \
+         the parameter"
     )]
-    Unnamed { path: String },
-    /// The file, or a tensor that it cannot hold.
+    Unnamed {
+        /// Its parameter path.
+        path: String,
+    },
+    /// The file cannot be written, or cannot store a tensor.
     #[error(transparent)]
     Format(#[from] FormatError),
 }
 
 impl ExportError {
-    /// Whether the disk is at fault, not the model.
+    /// Whether the cause is the disk, not the model.
     pub fn is_io(&self) -> bool {
         matches!(self, Self::Format(error) if matches!(error.kind(), FormatError::Io { .. }))
     }
 }
 
 /// The model as a [`PackedModel`]: ternary matrices and tables with the codes and scales of the forward pass,
-/// everything else in f32, and adapters beside them. A float twin is f32 throughout.
+/// everything else in f32, adapters separately. A float twin is f32 throughout.
 ///
-/// The chat template is left `None`: a model that was trained on dialogues gets that of its texts
-/// ([`ternary_format::chat::TEMPLATE`]) from the caller, who knows them.
+/// The chat template is `None`. For a model that was trained on dialogues, set that of its texts
+/// ([`ternary_format::chat::TEMPLATE`]).
 ///
 /// # Errors
-/// `InputNorm`, `Blend`, `TwoScales`, `DeadBias`: the model is not one that a file can hold. `Format`: rows of a table
-/// that do not fit the blocks of its precision.
+/// `InputNorm`, `Blend`, `TwoScales`, `DeadBias`: no file can express the model. `Format`: the rows of a table do not fit the
+/// blocks of its precision.
 ///
 /// # Example
 /// ```
@@ -97,32 +111,33 @@ pub fn export_for_inference(
     if model.quant().input_norm {
         return Err(ExportError::InputNorm);
     }
-    export_frozen(model, tokenizer, name)
+    export_quantized(model, tokenizer, name)
 }
 
-/// The weights that are trained, in f32; what they are rounded to is left out.
+/// The latent weights, in f32.
 ///
 /// # Errors
-/// `Format`: none is known.
+/// `Format`: a value that is not finite.
 pub(crate) fn export_latent(
     model: &DuckQuantized,
     tokenizer: Option<&Tokenizer>,
     name: &str,
 ) -> Result<PackedModel, ExportError> {
-    write_down(model, false, tokenizer, name)
+    pack(model, Weights::Latent, tokenizer, name)
 }
 
-/// What the forward pass multiplies, whether or not a norm that no file can express stands before it.
+/// The weights that the forward pass multiplies. A parameterless norm before them (`input_norm`), which no file can express,
+/// is ignored.
 ///
 /// # Errors
-/// As [`export_for_inference`], but for `InputNorm`.
-pub(crate) fn export_frozen(
+/// As [`export_for_inference`], except `InputNorm`.
+pub(crate) fn export_quantized(
     model: &DuckQuantized,
     tokenizer: Option<&Tokenizer>,
     name: &str,
 ) -> Result<PackedModel, ExportError> {
     let quant = model.quant();
-    let lambda = model.dials().lambda.get();
+    let lambda = model.schedule_handle().lambda.get();
     if quant.enabled && lambda < 1.0 {
         return Err(ExportError::Blend { lambda });
     }
@@ -132,16 +147,27 @@ pub(crate) fn export_frozen(
     if quant.enabled && quant.dead_bias > 0.0 && model.config().family != Family::Gpt2 {
         return Err(ExportError::DeadBias);
     }
-    write_down(model, quant.enabled, tokenizer, name)
+    let weights = if quant.enabled { Weights::Quantized } else { Weights::Latent };
+    pack(model, weights, tokenizer, name)
 }
 
-fn write_down(
+/// The weights of an export.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Weights {
+    /// The trained floats.
+    Latent,
+    /// Codes and scales.
+    Quantized,
+}
+
+fn pack(
     model: &DuckQuantized,
-    rounded: bool,
+    weights: Weights,
     tokenizer: Option<&Tokenizer>,
     name: &str,
 ) -> Result<PackedModel, ExportError> {
-    let precision = |precision| if rounded { precision } else { TablePrecision::Float };
+    let quantized = weights == Weights::Quantized;
+    let precision = |precision| if quantized { precision } else { TablePrecision::Float };
     let quant = model.quant();
     let mut tensors = BTreeMap::new();
     let mut add = |path: &str, tensor: Result<ternary_format::Tensor, FormatError>| {
@@ -151,8 +177,8 @@ fn write_down(
         Ok::<_, FormatError>(())
     };
     for (path, linear) in model.linears() {
-        add(&format!("{path}.weight"), matrix(linear, rounded))?;
-        if let (true, Some(bias)) = (rounded, linear.effective_bias()) {
+        add(&format!("{path}.weight"), matrix(linear, weights))?;
+        if let (true, Some(bias)) = (quantized, linear.effective_bias()) {
             add(&format!("{path}.bias"), ternary_format::Tensor::f32(&bias.dims(), &host(bias)))?;
         }
     }
@@ -174,7 +200,7 @@ fn write_down(
     })
 }
 
-/// Writes down the parameters that no quantizer has: biases, norms and positions.
+/// Collects the parameters without a quantizer: biases, norms and positions.
 struct Floats {
     path: Vec<String>,
     tensors: BTreeMap<String, ternary_format::Tensor>,
@@ -192,10 +218,10 @@ impl ModuleVisitor for Floats {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let name = tensor_name(&self.path.join("."));
-        // Scales are part of their matrix, adapters a part of their own; a bias may have been written with more than its
-        // parameter.
-        let apart = name.ends_with(".quantizer.scale") || self.path.iter().any(|part| part == "adapter");
-        if apart || self.tensors.contains_key(&name) {
+        // Scales belong to their matrix, and adapters are exported separately. A bias that is already in `tensors` includes the
+        // dead weights.
+        let separate = name.ends_with(".quantizer.scale") || self.path.iter().any(|part| part == "adapter");
+        if separate || self.tensors.contains_key(&name) {
             return;
         }
         let value = param.val();
@@ -207,11 +233,11 @@ impl ModuleVisitor for Floats {
 }
 
 /// Burn's `[d_input, d_output]` as the `[out, in]` of model files.
-fn matrix(linear: &QuantizedLinear, rounded: bool) -> Result<ternary_format::Tensor, FormatError> {
+fn matrix(linear: &QuantizedLinear, weights: Weights) -> Result<ternary_format::Tensor, FormatError> {
     let weight = linear.weight.val();
     let [cols, rows] = weight.dims();
     match &linear.quantizer {
-        Some(quantizer) if rounded => ternary(quantizer, weight),
+        Some(quantizer) if weights == Weights::Quantized => ternary(quantizer, weight),
         _ => ternary_format::Tensor::f32(&[rows, cols], &host(weight.transpose())),
     }
 }
@@ -221,7 +247,7 @@ fn ternary(quantizer: &TernaryQuantizer, weight: Tensor<2>) -> Result<ternary_fo
     let codes = host(quantizer.codes(weight.clone()).transpose());
     let scales = quantizer.scales(weight);
     let groups = scales.dims()[0];
-    // One scale a tensor is repeated for every row.
+    // One scale per tensor is repeated for every row.
     let scales = host(scales.swap_dims(0, 2).expand([rows, 1, groups]));
     ternary_format::Tensor::ternary(rows, cols, cols / groups, |row, row_codes, row_scales| {
         row_codes.iter_mut().zip(&codes[row * cols..]).for_each(|(to, code)| *to = *code as i8);
@@ -245,12 +271,13 @@ fn table(table: &Param<Tensor<2>>, precision: TablePrecision) -> Result<ternary_
     let scales = host(precision.scales(table).expect("a table that is not float has scales"));
     ternary_format::Tensor::from_codes(encoding, rows, cols, |row, row_codes, row_scales| {
         let values = &values[row * cols..(row + 1) * cols];
-        // A value is scale times code, both of few bits: the quotient is exact.
+        // The value is a scale times a code, both with few bits, so the quotient is exact.
         row_codes.iter_mut().zip(values).for_each(|(to, value)| *to = (value / scales[row]).round() as i8);
         row_scales.fill(f16::from_f32(scales[row]));
     })
 }
 
+/// The values of a tensor, copied to the host.
 pub(crate) fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }

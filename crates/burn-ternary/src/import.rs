@@ -2,7 +2,7 @@
 
 use crate::nn::{DuckConfig, DuckQuantized};
 use crate::ops::SCALE_MIN;
-use crate::quant::{Dials, Granularity, QuantConfig, ScaleRule, Sparsity, TernaryQuantizerConfig};
+use crate::quant::{Granularity, QuantConfig, ScaleRule, ScheduleHandle, Sparsity, TernaryQuantizerConfig};
 use crate::tensor_name::tensor_name;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -10,60 +10,96 @@ use half::f16;
 use std::path::Path;
 use ternary_format::{Family, FormatError, ModelSpec, PackedModel};
 
-/// Why a model file cannot become a module.
+/// Why a model file cannot be loaded into a module.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImportError {
-    /// Matrices of which only some are ternary.
-    #[error("tensor `{tensor}`: found {found}, expected all matrices of the blocks to be ternary, or none")]
-    Mixed { tensor: String, found: ternary_format::Encoding },
-    /// A scale that the forward pass cannot have.
-    #[error("tensor `{tensor}`, row {row}: found a scale of {scale}, expected 0 or a normal f16 number")]
-    Scale { tensor: String, row: usize, scale: f32 },
-    /// Another shape than the model to start from.
-    #[error("model.{key}: found {found}, expected {expected} of the model to start from")]
-    Shape { key: &'static str, found: String, expected: String },
-    /// A rule that would take the scales of ternary weights again.
+    /// Only some of the matrices are ternary.
     #[error(
-        "the model to start from is ternary, and any other rule would shrink its scales again: expected quant.scale = \
+        "tensor `{tensor}`: found {found}, expected all matrices of the blocks to be ternary, or none of them"
+    )]
+    Mixed {
+        /// A matrix that is not ternary.
+        tensor: String,
+        /// Its encoding.
+        found: ternary_format::Encoding,
+    },
+    /// A scale that the forward pass cannot represent.
+    #[error("tensor `{tensor}`, row {row}: found a scale of {scale}, expected 0 or a normal f16 number")]
+    Scale {
+        /// The matrix.
+        tensor: String,
+        /// Its row.
+        row: usize,
+        /// The scale.
+        scale: f32,
+    },
+    /// The configured shape is not that of the model to start from.
+    #[error("model.{key}: found {found}, expected {expected} of the model to start from")]
+    Shape {
+        /// The key of `[model]`.
+        key: &'static str,
+        /// Its value.
+        found: String,
+        /// The values that fit the model.
+        expected: String,
+    },
+    /// A scale rule that would recompute the scales of ternary weights.
+    #[error(
+        "the model to start from is ternary, and other scale rules would shrink its scales: expected quant.scale = \
          \"learned\" with quant.granularity = {granularity} and quant.sparsity = \"none\", or quant.enabled = false"
     )]
-    Requantized { granularity: String },
-    /// Logits that are NaN or infinite.
+    Requantized {
+        /// That of the file, as TOML.
+        granularity: String,
+    },
+    /// The logits are NaN or infinite.
     #[error(
         "the teacher computes logits that are not finite (NaN or infinite): it is damaged, or its weights are too large"
     )]
     NotFinite,
-    /// A prepared model, where the plain one is expected.
+    /// A prepared model in place of the plain one.
     #[error(
-        "parameter `{path}` is reparameterized: expected the plain model, as before `prepare`, since the file has the \
+        "parameter `{path}` is reparameterized: expected the plain model, as before `prepare`, since the file stores the \
          ternary values"
     )]
-    Prepared { path: String },
+    Prepared {
+        /// Its parameter path.
+        path: String,
+    },
     /// A parameter of integers or booleans.
-    #[error("parameter `{path}` is of {found}: expected floats, which is what the file holds")]
-    NotFloat { path: String, found: String },
-    /// A tensor of the file that no parameter has.
+    #[error("parameter `{path}` has type {found}: expected floats, the type of the file")]
+    NotFloat {
+        /// Its parameter path.
+        path: String,
+        /// Its type.
+        found: String,
+    },
+    /// A tensor of the file without a parameter.
     #[error(
         "tensor `{tensor}`: the model has no such parameter; expected the file of a model of the same type and sizes"
     )]
-    Unused { tensor: String },
-    /// A file that cannot be read, or tensors that are not those of its shape.
+    Unused {
+        /// Its name.
+        tensor: String,
+    },
+    /// The file cannot be read, or its tensors do not fit its shape.
     #[error(transparent)]
     Format(#[from] FormatError),
 }
 
 impl DuckConfig {
-    /// A model of this shape with the weights of `model`, where those of the file can be had; see
-    /// [`DuckQuantized::from_packed`] for the file's own shape.
+    /// A model of this shape, initialized with the weights of `model`. [`DuckQuantized::from_packed`] takes the shape of the
+    /// file.
     ///
-    /// The matrices become latent weights; learned scales start from them, or from the scales of a ternary file. What
-    /// the file lacks starts as in a new model: the sub-norms of a bitnet that begins as a llama. An untied head begins
-    /// as the embedding. New ids get the mean of the rows that are there; learned positions may be fewer.
+    /// The matrices become latent weights. Learned scales are initialized from them, or from the scales of a ternary file.
+    /// Parameters that the file lacks (the sub-norms of a bitnet that starts from a llama) are those of a new model. An untied
+    /// head starts as the embedding, and new ids as the mean of the known rows. There may be fewer learned positions.
     ///
     /// # Errors
-    /// `Shape`: another shape than the file's. `Requantized`: a rule that spoils ternary weights. `Format`: an adapter
-    /// that cannot be merged, or a weight that is not finite. `Format`, `Mixed`, `Scale`: see [`from_packed`](DuckQuantized::from_packed).
+    /// `Shape`: the shape does not fit the file. `Requantized`: a rule that would change ternary weights. `Format`: an adapter
+    /// that cannot be merged, or a weight that is not finite. `Format`, `Mixed`, `Scale`: see
+    /// [`from_packed`](DuckQuantized::from_packed).
     pub fn init_from(
         &self,
         model: &PackedModel,
@@ -89,7 +125,7 @@ impl DuckConfig {
         Ok(self.init(quant, seed, device).map(&mut fill))
     }
 
-    /// Whether a model of this shape can begin as one of `spec`.
+    /// Checks that a model of this shape can start from one of `spec`.
     fn check_start(&self, spec: &ModelSpec) -> Result<(), ImportError> {
         let own = self.spec();
         let grows = own.family == Family::Bitnet && spec.family == Family::Llama;
@@ -155,26 +191,26 @@ impl DuckQuantized {
     /// The model of a file, on `device`; see [`from_packed`](Self::from_packed).
     ///
     /// # Errors
-    /// As [`from_packed`](Self::from_packed), and whatever makes the file unreadable.
+    /// `Format`: the file cannot be read. Those of [`from_packed`](Self::from_packed).
     pub fn load(path: &Path, device: &Device) -> Result<Self, ImportError> {
         Self::from_packed(&ternary_format::read_model(path)?, device)
     }
 
-    /// The model of a container, on `device`: its forward pass is that of the exported module, bit for bit.
+    /// The model of a file in memory, on `device`: its forward pass is that of the exported module, bit for bit.
     ///
-    /// A ternary matrix has more zeros than its latent weight had, so no rule finds its scales again: they become
-    /// the parameters of `scale = "learned"`, from which the forward pass takes codes and scales as the file has
-    /// them, and which may be trained on. Tables become the floats that they stand for. A file does not say how
-    /// activations were quantized in training; here they are float.
+    /// A ternary matrix has more zeros than its latent weight had, so no rule can recompute its scales. They become the
+    /// parameters of `scale = "learned"`, with which the forward pass computes the codes and scales of the file, and which can
+    /// be trained. Tables become floats. A file does not store how activations were quantized in training; here they are
+    /// float.
     ///
     /// # Errors
-    /// `Format`: tensors that are not those of the spec. `Mixed`: matrices of which only some are ternary. `Scale`: a
-    /// scale that the forward pass cannot have.
+    /// `Format`: the tensors are not those of the spec. `Mixed`: only some of the matrices are ternary. `Scale`: a scale that
+    /// the forward pass cannot represent.
     pub fn from_packed(model: &PackedModel, device: &Device) -> Result<Self, ImportError> {
         Self::from_packed_with(model, model.spec.vocab_size, device)
     }
 
-    /// The same, with more ids than the file has.
+    /// [`Self::from_packed`] with a larger vocabulary.
     pub(crate) fn from_packed_with(
         model: &PackedModel,
         vocab_size: usize,
@@ -195,26 +231,26 @@ impl DuckQuantized {
     }
 }
 
-/// The coarsest granularity that has all scales of a model; `None` for a float model.
+/// The coarsest granularity that represents all scales of a model; `None` for a float model.
 fn granularity(model: &PackedModel) -> Result<Option<Granularity>, ImportError> {
     let is_matrix = |name: &str, shape: &[usize]| name.starts_with("blk.") && shape.len() == 2;
     let matrices = || model.tensors.iter().filter(|(name, tensor)| is_matrix(name, tensor.shape()));
-    let (mut a_tensor, mut a_row, mut group) = (true, true, None);
+    let (mut per_tensor, mut per_row, mut group) = (true, true, None);
     for (name, tensor) in matrices() {
         let Some(own_group) = tensor.ternary_group() else {
             continue;
         };
         let scales = scales(tensor);
-        let a_row_has = tensor.cols() / own_group;
-        for (row, scales) in scales.chunks_exact(a_row_has).enumerate() {
+        let groups_per_row = tensor.cols() / own_group;
+        for (row, scales) in scales.chunks_exact(groups_per_row).enumerate() {
             let bad = scales.iter().map(|scale| scale.to_f32()).find(|scale| !is_scale(*scale));
             if let Some(scale) = bad {
                 return Err(ImportError::Scale { tensor: name.clone(), row, scale });
             }
         }
-        a_tensor &= scales.iter().all(|scale| *scale == scales[0]);
-        a_row &= scales.chunks_exact(a_row_has).all(|row| row.iter().all(|scale| *scale == row[0]));
-        group = Some(group.map_or(own_group, |group| divisor(group, own_group)));
+        per_tensor &= scales.iter().all(|scale| *scale == scales[0]);
+        per_row &= scales.chunks_exact(groups_per_row).all(|row| row.iter().all(|scale| *scale == row[0]));
+        group = Some(group.map_or(own_group, |group| greatest_common_divisor(group, own_group)));
     }
     let float = matrices().find(|(_, tensor)| tensor.ternary_group().is_none());
     match (group, float) {
@@ -222,18 +258,17 @@ fn granularity(model: &PackedModel) -> Result<Option<Granularity>, ImportError> 
         (Some(_), Some((name, tensor))) => {
             Err(ImportError::Mixed { tensor: name.clone(), found: tensor.encoding() })
         }
-        (Some(_), None) if a_tensor => Ok(Some(Granularity::PerTensor)),
-        (Some(_), None) if a_row => Ok(Some(Granularity::PerChannel)),
+        (Some(_), None) if per_tensor => Ok(Some(Granularity::PerTensor)),
+        (Some(_), None) if per_row => Ok(Some(Granularity::PerChannel)),
         (Some(group), None) => Ok(Some(Granularity::PerGroup(group))),
     }
 }
 
-/// The greatest number that divides both.
-fn divisor(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { divisor(b, a % b) }
+fn greatest_common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
 }
 
-/// Of a negative scale the codes take the sign.
+/// Whether the forward pass can represent a scale; of a negative one, the codes take the sign.
 fn is_scale(scale: f32) -> bool {
     scale == 0.0 || (scale.abs() >= SCALE_MIN && scale.is_finite())
 }
@@ -241,21 +276,21 @@ fn is_scale(scale: f32) -> bool {
 /// All scales of a ternary matrix, `[rows, cols / group]`.
 fn scales(tensor: &ternary_format::Tensor) -> Vec<f16> {
     let group = tensor.ternary_group().expect("a ternary tensor");
-    let a_row_has = tensor.cols() / group;
+    let groups_per_row = tensor.cols() / group;
     let mut codes = vec![0; tensor.cols()];
-    let mut scales = vec![f16::ZERO; tensor.rows() * a_row_has];
-    for (row, scales) in scales.chunks_exact_mut(a_row_has).enumerate() {
+    let mut scales = vec![f16::ZERO; tensor.rows() * groups_per_row];
+    for (row, scales) in scales.chunks_exact_mut(groups_per_row).enumerate() {
         tensor.read_ternary_row(row, &mut codes, scales);
     }
     scales
 }
 
-/// Replaces the value of every parameter by that of a model file.
+/// Replaces the values of all parameters with those of a model file.
 struct Fill<'a> {
     model: &'a PackedModel,
     quant: &'a QuantConfig,
     path: Vec<String>,
-    /// The matrix that was filled last; its quantizer is next.
+    /// The matrix that was filled last, whose quantizer is visited next.
     weight: Option<Tensor<2>>,
 }
 
@@ -276,7 +311,8 @@ impl ModuleMapper for Fill<'_> {
             let matrix = tensor(&format!("{linear}.weight")).expect("the matrix was filled");
             match (matrix.ternary_group(), self.weight.take()) {
                 (None, Some(weight)) => {
-                    let quantizer = TernaryQuantizerConfig::new(self.quant, &Dials::default()).init(&weight);
+                    let quantizer =
+                        TernaryQuantizerConfig::new(self.quant, &ScheduleHandle::default()).init(&weight);
                     let scale = quantizer.scale.expect("the rule has a scale").val();
                     scale.into_data().iter::<f32>().collect()
                 }
@@ -289,7 +325,7 @@ impl ModuleMapper for Fill<'_> {
                 Some(tensor) if path.starts_with("transformer.") && D == 2 => transposed(tensor),
                 Some(tensor) if D == 2 => rows(tensor, shape[0]),
                 Some(tensor) => values(tensor),
-                // A norm that this model has and the file has not.
+                // A norm of this model that the file lacks.
                 None => return param,
             }
         };
@@ -304,7 +340,7 @@ impl ModuleMapper for Fill<'_> {
     }
 }
 
-/// The first `count` rows of a table; those beyond its end are their mean.
+/// The first `count` rows of a table. Rows past its end are the mean of the known ones.
 fn rows(tensor: &ternary_format::Tensor, count: usize) -> Vec<f32> {
     let (known, width) = (tensor.rows(), tensor.cols());
     let mut all = values(tensor);
@@ -317,11 +353,12 @@ fn rows(tensor: &ternary_format::Tensor, count: usize) -> Vec<f32> {
     all
 }
 
-/// The scales as a quantizer has them, `[groups, 1, channels]`.
+/// The scales in the layout of a quantizer, `[groups, 1, channels]`.
 fn scale_parameter(tensor: &ternary_format::Tensor, [groups, channels]: [usize; 2]) -> Vec<f32> {
     let scales = scales(tensor);
-    let a_row_has = scales.len() / tensor.rows();
-    let scale = |group: usize, channel: usize| scales[channel * a_row_has + group * a_row_has / groups];
+    let groups_per_row = scales.len() / tensor.rows();
+    let scale =
+        |group: usize, channel: usize| scales[channel * groups_per_row + group * groups_per_row / groups];
     let order = (0..groups).flat_map(|group| (0..channels).map(move |channel| (group, channel)));
     order.map(|(group, channel)| scale(group, channel).to_f32().abs()).collect()
 }

@@ -1,14 +1,14 @@
 //! Files of your own models: what [`prepare`](crate::quant::prepare) made ternary, packed into two bits per weight.
 //!
-//! | to | call | runs in |
+//! | purpose | call | runs in |
 //! |---|---|---|
-//! | keep a prepared model of any architecture | [`save`], [`load`] | Burn, on any backend |
-//! | ship one that computes what a gpt2, llama or bitnet does | [`export`] | `ternary-infer`, llama.cpp and others |
-//! | go on training | Burn's records (`Module::save_file`) | Burn; they keep the latent weights |
+//! | store a prepared model of any architecture | [`save`], [`load`] | Burn, on any backend |
+//! | export one with the architecture of gpt2, llama or bitnet | [`export`] | `ternary-infer`, llama.cpp and others |
+//! | continue training | Burn's records (`Module::save_file`) | Burn; they contain the latent weights |
 //!
-//! The engine has three [families](crate::format::Family) and no others: a model with convolutions, recurrence, other norms
-//! or another attention runs in Burn. There a loaded model computes in float with the ternary values; packing makes the
-//! file small, not the forward pass fast.
+//! The engine runs three [families](crate::format::Family) only: a model with convolutions, recurrence, other norms or
+//! another attention runs in Burn. There a loaded model computes in float with the ternary values: packing makes the file
+//! small, not the forward pass fast.
 //!
 //! # Example
 //! ```
@@ -60,7 +60,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use ternary_format::{Encoding, Family, FormatError, ModelSpec, PackedModel, tensors};
 
-/// Which components of a query or key a rotary embedding turns together.
+/// Which components of a query or key a rotary embedding rotates together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RotaryPairs {
     /// `2i` and `2i + 1`, as Burn's [`RotaryEncoding`](burn::nn::RotaryEncoding).
@@ -69,14 +69,14 @@ pub enum RotaryPairs {
     Halves,
 }
 
-/// Writes a model to a safetensors file: prepared matrices as codes of two bits and scales in f16, everything else as it
-/// is. What a LoRA adapter adds to a parameter is merged.
+/// Writes a model to a safetensors file: prepared matrices as 2-bit codes and f16 scales, everything else unchanged. LoRA
+/// adapters are merged.
 ///
 /// [`format::tensors`](crate::format::tensors) describes the file.
 ///
 /// # Errors
 /// `TwoScales`: matrices prepared with the scale `ttq`. `NotFloat`: a parameter of integers, booleans, f64 or quantized
-/// numbers. `NotTernary`: a prepared matrix whose latent weights are not in f32. `Format`: the disk.
+/// values. `NotTernary`: a prepared matrix whose latent weights are not f32. `Format`: the file cannot be written.
 pub fn save<M: Module>(model: &M, path: impl AsRef<Path>) -> Result<(), ExportError> {
     let parameters = collect(model)?;
     let packed = parameters.into_iter().map(|(name, parameter)| {
@@ -89,15 +89,15 @@ pub fn save<M: Module>(model: &M, path: impl AsRef<Path>) -> Result<(), ExportEr
     Ok(tensors::write(&packed.collect::<Result<_, ExportError>>()?, path.as_ref())?)
 }
 
-/// The model with the values of a file that [`save`] wrote: its outputs are those of the saved model, bit for bit.
+/// Loads a file that [`save`] wrote: the outputs of the model are those of the saved one, bit for bit.
 ///
-/// `model` is the plain one, as before `prepare`, on the device where it is to run. Its parameters become the values that
-/// the forward pass multiplied; the latent weights are not in the file, so to train on, keep a record of the prepared
-/// model. The result is plain: saved or exported again, its matrices are floats of the same values.
+/// `model` is the plain one, as before `prepare`, on the device where it will run. Its parameters become the values that the
+/// forward pass multiplied. The file has no latent weights: to continue training, keep a record of the prepared model. The
+/// result is plain: saved or exported again, its matrices are floats with the same values.
 ///
 /// # Errors
-/// `Prepared`: the model is reparameterized. `Unused`, `NotFloat`: a tensor or a parameter without the other.
-/// `Format`: a file that cannot be read, a tensor that is missing or has another shape.
+/// `Prepared`: the model is reparameterized. `Unused`: a tensor without a parameter. `NotFloat`: a parameter of integers or
+/// booleans. `Format`: the file cannot be read, or a tensor is missing or has another shape.
 pub fn load<M: Module>(model: M, path: impl AsRef<Path>) -> Result<M, ImportError> {
     let mut fill = Fill { tensors: tensors::read(path.as_ref())?, path: Vec::new(), error: None };
     let mut check = Collect::default();
@@ -115,18 +115,18 @@ pub fn load<M: Module>(model: M, path: impl AsRef<Path>) -> Result<M, ImportErro
     }
 }
 
-/// A model of your own as one that the engine runs: a [`PackedModel`], for
+/// Converts a model of your own to one that the engine runs: a [`PackedModel`], for
 /// [`write_model`](crate::format::write_model) and `Engine::from_model`.
 ///
-/// The model must compute what one of `spec` computes: the family's norms, positions, attention and feed-forward block, in
-/// its order. `name` gives for each parameter path the name in model files, which [`PackedModel`] lists. A
+/// The model must have the architecture of `spec`: the norms, positions, attention and feed-forward block of the family, in
+/// its order. `name` returns the name of a parameter path in model files; [`PackedModel`] lists the names. A
 /// `[d_input, d_output]` matrix, as of Burn's `Linear`, is transposed; the tables `token_embd.weight` and
-/// `position_embd.weight` are `[rows, d_model]`, as of Burn's `Embedding`. `pairs` says how queries and keys are turned
-/// (gpt2 turns none). The result has no tokenizer: set its field.
+/// `position_embd.weight` are `[rows, d_model]`, as of Burn's `Embedding`. `pairs` is the convention of its rotary
+/// embedding (ignored for gpt2). The result has no tokenizer: set its field.
 ///
 /// # Errors
-/// `Unnamed`: a parameter without a name, which the engine would compute without. Those of [`save`]. `Format`: sizes that
-/// do not fit together, tensors that are missing, unknown to the family, named twice or of another shape.
+/// `Unnamed`: a parameter without a name, which the engine would ignore. Those of [`save`]. `Format`: sizes that do not fit
+/// together, or tensors that are missing, unknown to the family, named twice or of another shape.
 ///
 /// # Example
 /// ```no_run
@@ -184,15 +184,15 @@ pub fn export<M: Module>(
     };
     packed.validate()?;
     if pairs == RotaryPairs::Interleaved && spec.family != Family::Gpt2 {
-        let is_turned = |name: &str| name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight");
-        for (_, tensor) in packed.tensors.iter_mut().filter(|(name, _)| is_turned(name)) {
+        let is_rotated = |name: &str| name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight");
+        for (_, tensor) in packed.tensors.iter_mut().filter(|(name, _)| is_rotated(name)) {
             *tensor = tensor.half_rotation(spec.head_dim());
         }
     }
     Ok(packed)
 }
 
-/// A parameter as the forward pass multiplies it.
+/// A parameter with the values that the forward pass multiplies.
 struct Parameter {
     shape: Vec<usize>,
     dtype: DType,
@@ -202,7 +202,7 @@ struct Parameter {
 }
 
 impl Parameter {
-    /// In its own type.
+    /// The parameter as a tensor of its own type.
     fn float(&self, path: &str) -> Result<ternary_format::Tensor, FormatError> {
         let tensor = match self.dtype {
             DType::F16 => {
@@ -221,7 +221,7 @@ impl Parameter {
     }
 }
 
-/// The parameters of a model by path, reparameterizations folded in.
+/// The parameters of a model by path, with reparameterizations applied.
 fn collect<M: Module>(model: &M) -> Result<BTreeMap<String, Parameter>, ExportError> {
     let mut own = Collect::default();
     model.visit(&mut own);
@@ -237,7 +237,7 @@ fn collect<M: Module>(model: &M) -> Result<BTreeMap<String, Parameter>, ExportEr
     Ok(folded.parameters)
 }
 
-/// Looks at every parameter of a model.
+/// Visits every parameter of a model.
 #[derive(Default)]
 struct Collect {
     path: Vec<String>,
@@ -307,8 +307,8 @@ fn transpose(inputs: usize, outputs: usize, values: &[f32]) -> Vec<f32> {
 
 /// Codes and scales of a prepared matrix `[inputs, outputs]`, as `[outputs, inputs]`.
 ///
-/// The values are a scale times -1, 0 or +1, and the scale is the magnitude that the weights of a group have in common;
-/// so the file has the coarsest groups that share one, which are at least as wide as those of the quantizer.
+/// The values are a scale times -1, 0 or +1, so the scale is the common magnitude of the weights of a group. The file gets the
+/// coarsest groups that share one, which are at least as wide as those of the quantizer.
 fn pack(
     path: &str,
     inputs: usize,
@@ -330,14 +330,14 @@ fn pack(
     let group = group.ok_or_else(|| ExportError::NotTernary { path: path.into() })?;
     let tensor = ternary_format::Tensor::ternary(outputs, inputs, group, |row, codes, scales| {
         let row = &values[row * inputs..(row + 1) * inputs];
-        // A comparison with zero: signum has a sign for zero too.
+        // Comparisons, because `signum` of zero is not zero.
         codes.iter_mut().zip(row).for_each(|(code, w)| *code = i8::from(*w > 0.0) - i8::from(*w < 0.0));
         scales.iter_mut().zip(row.chunks_exact(group)).for_each(|(to, w)| *to = f16::from_f32(scale(w)));
     });
     Ok(tensor.map_err(|error| error.in_tensor(path))?)
 }
 
-/// Puts tensors in the place of the parameters at their names; takes out what it has used.
+/// Replaces parameters with the tensors of their paths, and removes the used tensors.
 struct Fill {
     tensors: BTreeMap<String, ternary_format::Tensor>,
     path: Vec<String>,

@@ -18,13 +18,13 @@ pub struct Projections {
 }
 
 impl Projections {
-    /// Applies `f` to each.
+    /// Applies `f` to queries, keys and values.
     pub fn map(self, f: impl Fn(Tensor<3>) -> Tensor<3>) -> Self {
         Self { query: f(self.query), key: f(self.key), value: f(self.value) }
     }
 }
 
-/// Queries, keys, values and output are quantized linear layers.
+/// Causal self-attention, whose four projections are quantized linear layers.
 #[derive(Module, Debug)]
 pub struct CausalAttention {
     /// `[d_model, d_model]`
@@ -56,6 +56,8 @@ impl CausalAttention {
         }
     }
 
+    /// The query, key and value projections of the input.
+    ///
     /// # Shapes
     /// input: `[batch, seq, d_model]`
     pub fn project(&self, input: Tensor<3>) -> Projections {
@@ -70,7 +72,7 @@ impl CausalAttention {
     ///
     /// # Shapes
     /// - future: `[seq, seq]`, true where attention is masked
-    /// - output: `[batch, seq, d_model]`
+    /// - result: `[batch, seq, d_model]`
     pub fn attend(
         &self,
         projections: Projections,
@@ -79,8 +81,8 @@ impl CausalAttention {
     ) -> Tensor<3> {
         let Projections { mut query, mut key, value } = projections;
         if let Some(rotary) = rotary {
-            query = turn(rotary, query, self.heads.queries);
-            key = turn(rotary, key, self.heads.keys);
+            query = rotate(rotary, query, self.heads.queries);
+            key = rotate(rotary, key, self.heads.keys);
         }
         let mixed = causal_attention(query, key, value, future, self.heads);
         self.output.forward(match &self.sub_norm {
@@ -91,7 +93,7 @@ impl CausalAttention {
 }
 
 /// Applies rotary embedding to each of the concatenated heads of `[batch, seq, heads * head_dim]`.
-fn turn(rotary: &Rotary, input: Tensor<3>, heads: usize) -> Tensor<3> {
+fn rotate(rotary: &Rotary, input: Tensor<3>, heads: usize) -> Tensor<3> {
     let [batch, seq, width] = input.dims();
     rotary.forward(input.reshape([batch, seq, heads, width / heads])).reshape([batch, seq, width])
 }

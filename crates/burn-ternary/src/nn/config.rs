@@ -63,7 +63,7 @@ impl Default for DuckConfig {
     }
 }
 
-/// The largest width, context or vocabulary: far above any model, low enough that no product of sizes overflows.
+/// Maximum width, context or vocabulary: far above any model, and low enough that no product of sizes overflows.
 const LARGEST_SIZE: usize = 1 << 20;
 
 /// Number of parameters by kind, without the scales of learned quantizers.
@@ -246,12 +246,12 @@ impl DuckConfig {
         }
     }
 
-    /// All parameters; see [`Self::count`].
+    /// Number of all parameters; see [`Self::count`].
     pub fn num_params(&self) -> usize {
         self.count().total()
     }
 
-    /// Check that a model of this shape can be built.
+    /// Checks that a model of this shape can be built.
     ///
     /// # Errors
     /// The first setting that is out of range or does not fit the others.
@@ -285,7 +285,7 @@ impl DuckConfig {
                     n_kv_heads == n_heads,
                     "n_kv_heads",
                     n_kv_heads,
-                    format!("n_heads = {n_heads}, for gpt2 has ordinary attention"),
+                    format!("n_heads = {n_heads}, as gpt2 has no grouped-query attention"),
                 )?;
                 (&[Activation::Gelu, Activation::SquaredRelu], "gelu or squared_relu in the gpt2 family")
             }

@@ -7,7 +7,7 @@ use super::{
     transformer::{BlockStates, QuantizedTransformer},
 };
 use crate::ops::{FactorPrecision, embed, lm_head};
-use crate::quant::{Dials, QuantConfig, TablePrecision};
+use crate::quant::{QuantConfig, ScheduleHandle, TablePrecision};
 use crate::seed::mix;
 use crate::tensor_name::tensor_name;
 use burn::module::{Module, Param};
@@ -57,21 +57,21 @@ pub struct DuckQuantized {
     #[module(skip)]
     quant: QuantConfig,
     #[module(skip)]
-    dials: Dials,
+    schedule: ScheduleHandle,
 }
 
 impl DuckConfig {
     /// A model with weights drawn from `seed`, the same on every backend.
     ///
-    /// `quant.enabled = false` gives the float twin: same seed, same start.
+    /// `quant.enabled = false` gives the float twin, with the same initial weights.
     ///
     /// # Panics
     /// If `vocab_size` is 0 (not yet set from a tokenizer).
     pub fn init(&self, quant: &QuantConfig, seed: u64, device: &Device) -> DuckQuantized {
-        assert!(self.vocab_size > 0, "the vocabulary size must be known before the model is made");
+        assert!(self.vocab_size > 0, "vocab_size is 0: set it to that of the tokenizer first");
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
-        let dials = Dials::default();
-        let factory = LayerFactory { config: self, quant, dials: &dials };
+        let schedule = ScheduleHandle::default();
+        let factory = LayerFactory { config: self, quant, schedule: &schedule };
         let table = [self.vocab_size, self.d_model];
         DuckQuantized {
             embedding: Param::from_tensor(normal(rng, table, INIT_STD, device)),
@@ -82,7 +82,7 @@ impl DuckConfig {
             dropout: DropoutConfig::new(self.dropout).init(),
             config: self.clone(),
             quant: quant.clone(),
-            dials,
+            schedule,
         }
     }
 }
@@ -94,19 +94,19 @@ impl DuckQuantized {
     /// ids `[batch, seq]` to `[batch, seq, vocab]`
     ///
     /// # Panics
-    /// When `seq` exceeds the context.
+    /// If `seq` exceeds the context.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-        self.forward_showing(ids, None).0
+        self.forward_with_states(ids, None).0
     }
 
-    /// [`Self::forward`], and the intermediate values of block `shown` (counted from 0).
+    /// [`Self::forward`], and the hidden states of block `states_of` (counted from 0).
     ///
     /// # Panics
-    /// When `seq` exceeds the context.
-    pub fn forward_showing(
+    /// If `seq` exceeds the context.
+    pub fn forward_with_states(
         &self,
         ids: Tensor<2, Int>,
-        shown: Option<usize>,
+        states_of: Option<usize>,
     ) -> (Tensor<3>, Option<BlockStates>) {
         let [batch, seq] = ids.dims();
         assert!(seq <= self.config.context, "{seq} tokens exceed the context of {}", self.config.context);
@@ -116,7 +116,7 @@ impl DuckQuantized {
             hidden = hidden + positions.val().narrow(0, 0, seq).unsqueeze();
         }
         let hidden = self.config.mixed_precision.cast(self.dropout.forward(hidden));
-        let (hidden, states) = self.transformer.forward(hidden, shown);
+        let (hidden, states) = self.transformer.forward(hidden, states_of);
         let head = match &self.head {
             Some(head) => self.table(head, self.quant.head),
             None => table,
@@ -131,19 +131,19 @@ impl DuckQuantized {
         (logits.cast(FloatDType::F32).reshape([batch, seq, self.config.vocab_size]), states)
     }
 
-    /// The shape of the model.
+    /// The configuration of the model.
     pub fn config(&self) -> &DuckConfig {
         &self.config
     }
 
-    /// How its weights are quantized.
+    /// The configuration of its quantizers.
     pub fn quant(&self) -> &QuantConfig {
         &self.quant
     }
 
-    /// The numbers that a schedule sets at each step.
-    pub fn dials(&self) -> &Dials {
-        &self.dials
+    /// The values that a schedule sets at each step.
+    pub fn schedule_handle(&self) -> &ScheduleHandle {
+        &self.schedule
     }
 
     /// The linear layers with their parameter paths, in the order of the forward pass.
@@ -251,7 +251,7 @@ impl DuckQuantized {
         for (path, linear) in self.linears() {
             if let Some(pair) = &linear.adapter {
                 let name = tensor_name(&format!("{path}.weight"));
-                adapter.pairs.insert(name, pair.write_down()?);
+                adapter.pairs.insert(name, pair.to_file()?);
             }
         }
         Ok(Some(adapter).filter(|adapter| !adapter.pairs.is_empty()))

@@ -6,14 +6,14 @@ use super::{
     linear::QuantizedLinearConfig,
     norm::{MixedLayerNorm, Norm, RmsNorm},
 };
-use crate::quant::{Dials, QuantConfig};
+use crate::quant::{QuantConfig, ScheduleHandle};
 use burn::tensor::Device;
 
 /// Settings shared by the layers of a model, and the generator of their initial weights.
 pub(super) struct LayerFactory<'a> {
     pub config: &'a DuckConfig,
     pub quant: &'a QuantConfig,
-    pub dials: &'a Dials,
+    pub schedule: &'a ScheduleHandle,
 }
 
 impl LayerFactory<'_> {
@@ -25,7 +25,7 @@ impl LayerFactory<'_> {
             std: INIT_STD,
             mixed_precision: self.config.mixed_precision,
             quant: self.quant.clone(),
-            dials: self.dials.clone(),
+            schedule: self.schedule.clone(),
         }
     }
 

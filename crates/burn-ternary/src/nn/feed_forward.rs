@@ -12,7 +12,7 @@ use rand::Rng;
 /// `down(f(up(x)))`, or `down(f(gate(x)) * up(x))` if gated.
 #[derive(Module, Debug)]
 pub struct FeedForward {
-    /// `[d_model, d_ff]`; none in the gpt2 family.
+    /// `[d_model, d_ff]`; `None` in the gpt2 family.
     pub gate: Option<QuantizedLinear>,
     /// `[d_model, d_ff]`
     pub up: QuantizedLinear,
@@ -37,6 +37,8 @@ impl FeedForward {
         }
     }
 
+    /// `down(f(up(x)))`, or `down(f(gate(x)) * up(x))`.
+    ///
     /// # Shapes
     /// `[batch, seq, d_model]` to the same
     pub fn forward(&self, input: Tensor<3>) -> Tensor<3> {

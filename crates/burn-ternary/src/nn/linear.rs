@@ -6,7 +6,8 @@ use crate::ops::{
     ternary_linear,
 };
 use crate::quant::{
-    ActivationPrecision, Dials, MatmulPrecision, QuantConfig, TernaryQuantizer, TernaryQuantizerConfig,
+    ActivationPrecision, MatmulPrecision, QuantConfig, ScheduleHandle, TernaryQuantizer,
+    TernaryQuantizerConfig,
 };
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Tensor};
@@ -30,8 +31,8 @@ pub struct QuantizedLinearConfig {
     pub mixed_precision: MixedPrecision,
     /// How the weight is quantized; `enabled = false` gives the float twin.
     pub quant: QuantConfig,
-    /// What a schedule turns in the quantizer.
-    pub dials: Dials,
+    /// The scheduled values of the quantizer.
+    pub schedule: ScheduleHandle,
 }
 
 /// `y = x~ W~ + b`, with ternary `W~` if quantization is enabled and float `W` otherwise, plus `alpha / rank x~ A B` if it
@@ -39,12 +40,12 @@ pub struct QuantizedLinearConfig {
 ///
 /// # Example
 /// ```
-/// # use burn_ternary::{nn::{MixedPrecision, QuantizedLinearConfig}, quant::{Dials, QuantConfig}};
+/// # use burn_ternary::{nn::{MixedPrecision, QuantizedLinearConfig}, quant::{ScheduleHandle, QuantConfig}};
 /// # use burn::tensor::{Device, Tensor};
 /// # use rand::SeedableRng;
 /// let config = QuantizedLinearConfig {
 ///     d_input: 64, d_output: 32, bias: true, std: 0.02,
-///     mixed_precision: MixedPrecision::F32, quant: QuantConfig::default(), dials: Dials::default(),
+///     mixed_precision: MixedPrecision::F32, quant: QuantConfig::default(), schedule: ScheduleHandle::default(),
 /// };
 /// let device = Device::default();
 /// let layer = config.init(&mut rand_chacha::ChaCha8Rng::seed_from_u64(0), &device);
@@ -67,11 +68,13 @@ pub struct QuantizedLinear {
 }
 
 impl QuantizedLinearConfig {
-    /// Weights are drawn on the host, so that every backend starts from the same bits. `rng` is a generator of `rand` 0.9.
+    /// A layer with weights drawn on the host, the same bits on every backend. `rng` is a generator of `rand` 0.9.
     pub fn init(&self, rng: &mut impl Rng, device: &Device) -> QuantizedLinear {
         let weight = normal(rng, [self.d_input, self.d_output], self.std, device);
-        let quantizer =
-            self.quant.enabled.then(|| TernaryQuantizerConfig::new(&self.quant, &self.dials).init(&weight));
+        let quantizer = self
+            .quant
+            .enabled
+            .then(|| TernaryQuantizerConfig::new(&self.quant, &self.schedule).init(&weight));
         QuantizedLinear {
             weight: Param::from_tensor(weight),
             bias: self.bias.then(|| Param::from_tensor(Tensor::zeros([self.d_output], device))),
@@ -83,6 +86,8 @@ impl QuantizedLinearConfig {
 }
 
 impl QuantizedLinear {
+    /// `x~ W~ + b`, plus the output of the adapter.
+    ///
     /// # Shapes
     /// `[..., d_input]` to `[..., d_output]`
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
@@ -96,36 +101,40 @@ impl QuantizedLinear {
         let precision = self.config.mixed_precision;
         let bias = self.effective_bias().map(|bias| precision.cast(bias));
         let ternary = self.quantizer.is_some();
-        let integer = quant.matmul_precision.is_integer() && ternary && self.config.dials.lambda.get() >= 1.0;
-        let (output, multiplied) = if integer {
+        let integer =
+            quant.matmul_precision.is_integer() && ternary && self.config.schedule.lambda.get() >= 1.0;
+        let (output, adapter_input) = if integer {
             // The op quantizes its input itself; only an adapter needs the quantized input here.
-            let multiplied = self.adapter.is_some().then(|| self.multiplied(input.clone()));
-            let shared = self.quantizer.as_ref().and_then(|quantizer| quantizer.shared(&self.weight.val()));
+            let adapter_input = self.adapter.is_some().then(|| self.quantized_input(input.clone()));
+            let channels = self
+                .quantizer
+                .as_ref()
+                .and_then(|quantizer| quantizer.channel_scale_and_threshold(&self.weight.val()));
             let factors = match quant.matmul_precision {
                 MatmulPrecision::Int8 => WeightGradientPrecision::Int8,
                 _ => WeightGradientPrecision::Bf16,
             };
-            let output = match shared {
-                Some(shared) => latent_linear(input, self.weight.val(), shared, bias, factors),
+            let output = match channels {
+                Some(channels) => latent_linear(input, self.weight.val(), channels, bias, factors),
                 None => ternary_linear(input, self.effective_weight(), bias, factors),
             };
-            (output, multiplied)
+            (output, adapter_input)
         } else {
-            let input = self.multiplied(input);
+            let input = self.quantized_input(input);
             let factors =
                 if ternary { quant.matmul_precision.factor_precision() } else { FactorPrecision::F32 };
             let output = float_linear(input.clone(), precision.cast(self.effective_weight()), bias, factors);
             (output, Some(input))
         };
-        let output = match (&self.adapter, multiplied) {
+        let output = match (&self.adapter, adapter_input) {
             (Some(adapter), Some(input)) => output + adapter.forward(input, precision),
             _ => output,
         };
         output.reshape(shape)
     }
 
-    /// The quantized input, after the norm, which the weight and the adapter multiply.
-    fn multiplied(&self, input: Tensor<2>) -> Tensor<2> {
+    /// The input that weight and adapter multiply: quantized, after the norm.
+    fn quantized_input(&self, input: Tensor<2>) -> Tensor<2> {
         let input = match (self.is_ternary(), self.config.quant.activations) {
             // In f32: a scale in half precision would differ from the one that the inference engine computes.
             (true, ActivationPrecision::Int8) => {
@@ -154,12 +163,12 @@ impl QuantizedLinear {
         }
     }
 
-    /// The codes -1, 0, +1 as floats, `[d_input, d_output]`; none in a float twin.
+    /// The codes -1, 0, +1 as floats, `[d_input, d_output]`; `None` in a float twin.
     pub fn codes(&self) -> Option<Tensor<2>> {
         self.quantizer.as_ref().map(|quantizer| quantizer.codes(self.weight.val()))
     }
 
-    /// Fraction of zero codes; none in a float twin.
+    /// Fraction of zero codes; `None` in a float twin.
     pub fn zero_fraction(&self) -> Option<f64> {
         let codes = self.codes()?;
         let count = self.config.d_input * self.config.d_output;
@@ -190,9 +199,9 @@ impl QuantizedLinear {
         32.0 / self.bits_per_weight()
     }
 
-    /// False in a float twin, and during the float phase of a float-first schedule.
+    /// Whether the weight is quantized: not in a float twin, and not during the float phase of a float-first schedule.
     fn is_ternary(&self) -> bool {
-        self.quantizer.is_some() && self.config.dials.lambda.get() > 0.0
+        self.quantizer.is_some() && self.config.schedule.lambda.get() > 0.0
     }
 }
 
@@ -211,7 +220,7 @@ pub(super) mod tests {
         tensor.into_data().iter::<f64>().collect()
     }
 
-    fn layer(dims: [usize; 2], quant: QuantConfig, dials: &Dials) -> QuantizedLinear {
+    fn layer(dims: [usize; 2], quant: QuantConfig, schedule: &ScheduleHandle) -> QuantizedLinear {
         let [d_input, d_output] = dims;
         let mixed_precision = MixedPrecision::F32;
         let config = QuantizedLinearConfig {
@@ -221,7 +230,7 @@ pub(super) mod tests {
             std: 0.3,
             mixed_precision,
             quant,
-            dials: dials.clone(),
+            schedule: schedule.clone(),
         };
         let mut layer = config.init(&mut ChaCha8Rng::seed_from_u64(3), &device());
         layer.bias = Some(Param::from_tensor(random([d_output])));
@@ -268,7 +277,7 @@ pub(super) mod tests {
             }
         }
         for quant in quants {
-            let layer = layer([d_input, d_output], quant.clone(), &Dials::default());
+            let layer = layer([d_input, d_output], quant.clone(), &ScheduleHandle::default());
             let input = random([3, 5, d_input]).mul_scalar(2.5);
             let output = layer.forward(input.clone());
             assert_eq!(output.dims(), [3, 5, d_output]);
@@ -297,7 +306,7 @@ pub(super) mod tests {
             (Granularity::PerGroup(4), |input, channel| input / 4 * 6 + channel),
         ];
         for (granularity, group) in groups {
-            let layer = layer(dims, with(granularity), &Dials::default());
+            let layer = layer(dims, with(granularity), &ScheduleHandle::default());
             let latent = values(layer.weight.val());
             let group = |index: usize| group(index / dims[1], index % dims[1]);
             let effective = values(layer.effective_weight());
@@ -323,7 +332,7 @@ pub(super) mod tests {
         for (granularity, scales) in
             [(Granularity::PerChannel, 64), (Granularity::PerGroup(64), 2 * 64), (Granularity::PerTensor, 1)]
         {
-            let layer = layer([128, 64], with(granularity), &Dials::default());
+            let layer = layer([128, 64], with(granularity), &ScheduleHandle::default());
             let bytes = codes + 2 * scales;
             assert_eq!(layer.packed_bytes(), bytes);
             let bits = bytes as f64 * 8.0 / (128.0 * 64.0);
@@ -331,24 +340,24 @@ pub(super) mod tests {
             assert!((layer.compression_ratio() - (128.0 * 64.0 * 4.0) / bytes as f64).abs() < 1e-12);
             assert!(layer.compression_ratio() < 32.0 / 3f64.log2());
         }
-        let float = layer([128, 64], QuantConfig::default().float(), &Dials::default());
+        let float = layer([128, 64], QuantConfig::default().float(), &ScheduleHandle::default());
         assert_eq!((float.packed_bytes(), float.bits_per_weight()), (128 * 64 * 4, 32.0));
         assert_eq!(float.compression_ratio(), 1.0);
         assert!(float.codes().is_none() && float.zero_fraction().is_none());
     }
 
     #[test]
-    fn the_dial_goes_from_the_float_layer_to_the_ternary_one() {
+    fn lambda_goes_from_the_float_layer_to_the_ternary_one() {
         let quant = QuantConfig { activations: ActivationPrecision::Int8, ..QuantConfig::default() };
-        let dials = Dials::default();
-        let ternary = layer([24, 7], quant.clone(), &dials);
-        let mut float = layer([24, 7], quant.float(), &dials);
+        let schedule = ScheduleHandle::default();
+        let ternary = layer([24, 7], quant.clone(), &schedule);
+        let mut float = layer([24, 7], quant.float(), &schedule);
         float.bias = ternary.bias.clone();
         let input = random([4, 24]);
         let full = values(ternary.effective_weight());
-        dials.lambda.set(0.0);
+        schedule.lambda.set(0.0);
         assert_eq!(values(ternary.forward(input.clone())), values(float.forward(input)));
-        dials.lambda.set(0.25);
+        schedule.lambda.set(0.25);
         let latent = values(float.weight.val());
         for ((found, latent), full) in values(ternary.effective_weight()).iter().zip(latent).zip(full) {
             assert!((found - (0.75 * latent + 0.25 * full)).abs() < 1e-6);

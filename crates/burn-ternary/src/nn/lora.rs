@@ -105,6 +105,8 @@ impl LowRank {
         }
     }
 
+    /// `alpha / rank x A B`.
+    ///
     /// # Shapes
     /// `[tokens, d_input]` to `[tokens, d_output]`
     pub(super) fn forward(&self, input: Tensor<2>, precision: MixedPrecision) -> Tensor<2> {
@@ -121,8 +123,8 @@ impl LowRank {
         self.alpha / self.rank() as f64
     }
 
-    /// In the layout of files: Burn's `[in, out]` factors as `[out, in]`.
-    pub(crate) fn write_down(&self) -> Result<ternary_format::LowRank, FormatError> {
+    /// The pair in the layout of files: Burn's `[in, out]` factors as `[out, in]`.
+    pub(crate) fn to_file(&self) -> Result<ternary_format::LowRank, FormatError> {
         let values = |factor: &Param<Tensor<2>>| factor.val().transpose().into_data().iter::<f32>().collect();
         ternary_format::LowRank::new(self.rank(), self.alpha, values(&self.a), values(&self.b))
     }
@@ -148,7 +150,7 @@ mod tests {
         DuckQuantized, Family, QuantizedLinear, QuantizedLinearConfig, duck::tests::tiny,
         linear::tests::prepared,
     };
-    use crate::quant::{ActivationPrecision, Dials, MatmulPrecision, QuantConfig, ScaleRule};
+    use crate::quant::{ActivationPrecision, MatmulPrecision, QuantConfig, ScaleRule, ScheduleHandle};
     use burn::module::ModuleVisitor;
     use burn::tensor::Int;
 
@@ -202,7 +204,7 @@ mod tests {
             std: 0.3,
             mixed_precision: MixedPrecision::F32,
             quant: quant.clone(),
-            dials: Dials::default(),
+            schedule: ScheduleHandle::default(),
         };
         let rng = &mut ChaCha8Rng::seed_from_u64(3);
         let mut layer = config.init(rng, device).no_grad();

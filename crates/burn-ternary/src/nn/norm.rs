@@ -7,7 +7,7 @@ use burn::tensor::{Device, FloatDType, Tensor};
 /// Layer norm in f32 between casts: `(x - mean) / sqrt(var + eps) * weight + bias`.
 ///
 /// # Source
-/// Ba et al., Layer Normalization; the biased variance, as GPT-2 has it.
+/// Ba et al., Layer Normalization; the biased variance, as in GPT-2.
 #[derive(Module, Debug)]
 pub struct MixedLayerNorm {
     /// `[d]`
@@ -19,7 +19,7 @@ pub struct MixedLayerNorm {
 }
 
 impl MixedLayerNorm {
-    /// Weights 1, biases 0.
+    /// A norm with weights 1 and biases 0.
     pub fn new(d: usize, eps: f64, device: &Device) -> Self {
         Self {
             weight: Param::from_tensor(Tensor::ones([d], device)),
@@ -28,8 +28,10 @@ impl MixedLayerNorm {
         }
     }
 
+    /// Normalizes each row, the last dimension.
+    ///
     /// # Shapes
-    /// `[..., d]` to the same, in the input's type
+    /// `[..., d]` to the same, in the type of the input
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         in_f32(input, |rows| layer_norm(rows, self.weight.val(), self.bias.val(), self.eps as f32))
     }
@@ -48,13 +50,15 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// Weights 1.
+    /// A norm with weights 1.
     pub fn new(d: usize, eps: f64, device: &Device) -> Self {
         Self { weight: Param::from_tensor(Tensor::ones([d], device)), eps }
     }
 
+    /// Normalizes each row, the last dimension.
+    ///
     /// # Shapes
-    /// `[..., d]` to the same, in the input's type
+    /// `[..., d]` to the same, in the type of the input
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         in_f32(input, |rows| rms_norm(rows, self.weight.val(), self.eps as f32))
     }
@@ -63,11 +67,15 @@ impl RmsNorm {
 /// The norm of a family.
 #[derive(Module, Debug)]
 pub enum Norm {
+    /// Of the gpt2 family.
     Layer(MixedLayerNorm),
+    /// Of the llama and bitnet families.
     Rms(RmsNorm),
 }
 
 impl Norm {
+    /// Normalizes each row, the last dimension.
+    ///
     /// # Shapes
     /// `[..., d]` to the same
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
@@ -78,7 +86,7 @@ impl Norm {
     }
 }
 
-/// RMS norm without parameters.
+/// RMS norm without parameters: `x / sqrt(mean(x^2) + eps)`, computed in f32.
 pub fn rms_normalize<const D: usize>(input: Tensor<D>, eps: f64) -> Tensor<D> {
     in_f32(input, |rows| {
         let ones = Tensor::ones([rows.dims()[1]], &rows.device());

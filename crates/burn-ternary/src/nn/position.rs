@@ -32,6 +32,8 @@ impl Rotary {
         Self { cos: table(f64::cos), sin: table(f64::sin) }
     }
 
+    /// Applies the rotation of positions `0..seq`.
+    ///
     /// # Shapes
     /// `[batch, seq, heads, head_dim]` to the same
     pub fn forward(&self, input: Tensor<4>) -> Tensor<4> {
@@ -41,8 +43,8 @@ impl Rotary {
             |table: &Tensor<2>| table.clone().narrow(0, 0, seq).cast(dtype).reshape([1, seq, 1, head_dim]);
         let first = input.clone().narrow(3, 0, head_dim / 2);
         let second = input.clone().narrow(3, head_dim / 2, head_dim / 2);
-        let turned = Tensor::cat(vec![second.neg(), first], 3);
-        input * table(&self.cos) + turned * table(&self.sin)
+        let rotated = Tensor::cat(vec![second.neg(), first], 3);
+        input * table(&self.cos) + rotated * table(&self.sin)
     }
 }
 
@@ -70,8 +72,8 @@ mod tests {
                 for i in 0..half {
                     let angle = (index / 3 % seq) as f64 * theta.powf(-2.0 * i as f64 / head_dim as f64);
                     let (x, y) = (input[i], input[i + half]);
-                    let turned = [x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()];
-                    for (found, expected) in [found[i], found[i + half]].iter().zip(turned) {
+                    let rotated = [x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()];
+                    for (found, expected) in [found[i], found[i + half]].iter().zip(rotated) {
                         assert!(
                             (found - expected).abs() < 2e-6,
                             "{found} for {expected} at {index}, pair {i}"

@@ -1,3 +1,5 @@
+//! Sampling during training.
+
 use super::DuckQuantized;
 use burn::tensor::{Int, Tensor, TensorData};
 use rand::Rng;
@@ -8,7 +10,7 @@ impl DuckQuantized {
     /// Without a KV cache: it computes the whole context for every token. Meant for samples during training.
     ///
     /// # Panics
-    /// With an empty prompt.
+    /// If the prompt is empty.
     pub fn sample(
         &self,
         prompt: &[u32],
@@ -37,9 +39,9 @@ impl DuckQuantized {
 
 fn draw(logits: &[f64], temperature: f64, rng: &mut impl Rng) -> usize {
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let likeliest = logits.iter().position(|logit| *logit == max).unwrap_or(0);
+    let greedy = logits.iter().position(|logit| *logit == max).unwrap_or(0);
     if temperature <= 0.0 {
-        return likeliest;
+        return greedy;
     }
     let weights: Vec<f64> = logits.iter().map(|logit| ((logit - max) / temperature).exp()).collect();
     let mut point = rng.random::<f64>() * weights.iter().sum::<f64>();
@@ -49,7 +51,7 @@ fn draw(logits: &[f64], temperature: f64, rng: &mut impl Rng) -> usize {
             return index;
         }
     }
-    likeliest
+    greedy
 }
 
 #[cfg(test)]

@@ -38,25 +38,32 @@ impl TransformerBlock {
         }
     }
 
-    /// The output; with `show`, also the projections of its attention.
+    /// The output, and the projections of its attention if they are to be returned.
     fn forward(
         &self,
         input: Tensor<3>,
         rotary: Option<&Rotary>,
         future: Tensor<2, Bool>,
-        show: bool,
+        returned: Returned,
     ) -> (Tensor<3>, Option<Projections>) {
         let projections = self.attention.project(self.attention_norm.forward(input.clone()));
         // An unused copy would keep the backend from working in place.
-        let shown = show.then(|| projections.clone());
+        let states = (returned == Returned::OutputAndProjections).then(|| projections.clone());
         let attended = self.attention.attend(projections, rotary, future);
         let hidden = input + self.dropout.forward(attended);
         let fed = self.feed_forward.forward(self.feed_forward_norm.forward(hidden.clone()));
-        (hidden + self.dropout.forward(fed), shown)
+        (hidden + self.dropout.forward(fed), states)
     }
 }
 
-/// Intermediate values of one block.
+/// What a block returns.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Returned {
+    Output,
+    OutputAndProjections,
+}
+
+/// Hidden states of one block, for distillation.
 #[derive(Clone, Debug)]
 pub struct BlockStates {
     /// Queries, keys and values of the attention.
@@ -87,17 +94,20 @@ impl QuantizedTransformer {
         }
     }
 
-    /// The output, and the intermediate values of block `shown` (counted from 0).
+    /// The output, and the hidden states of block `states_of` (counted from 0).
     ///
     /// # Shapes
     /// `[batch, seq, d_model]` to the same
-    pub fn forward(&self, input: Tensor<3>, shown: Option<usize>) -> (Tensor<3>, Option<BlockStates>) {
+    pub fn forward(&self, input: Tensor<3>, states_of: Option<usize>) -> (Tensor<3>, Option<BlockStates>) {
         let [_, seq, _] = input.dims();
         let future = Tensor::<2, Bool>::tril_mask([seq, seq], 0, &input.device());
         let (mut hidden, mut states) = (input, None);
         for (index, block) in self.blocks.iter().enumerate() {
-            let show = shown == Some(index);
-            let (output, projections) = block.forward(hidden, self.rotary.as_ref(), future.clone(), show);
+            let returned = match states_of {
+                Some(block) if block == index => Returned::OutputAndProjections,
+                _ => Returned::Output,
+            };
+            let (output, projections) = block.forward(hidden, self.rotary.as_ref(), future.clone(), returned);
             hidden = output;
             if let Some(projections) = projections {
                 states = Some(BlockStates { projections, hidden: hidden.clone() });

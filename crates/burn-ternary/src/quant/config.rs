@@ -43,7 +43,7 @@ pub enum ScaleRule {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Sparsity {
-    /// The threshold decides.
+    /// By the threshold of the scale.
     None,
     /// This share of the `n` weights that share a scale: `round(fraction n)`, at most `n - 1`. In (0, 1).
     ZeroFraction(f64),
@@ -107,7 +107,7 @@ impl MatmulPrecision {
         matches!(self, Self::Int8 | Self::Int8Bf16)
     }
 
-    /// The factors of products of floats.
+    /// The precision of factors of float products.
     pub(crate) fn factor_precision(self) -> FactorPrecision {
         match self {
             Self::Float => FactorPrecision::F32,

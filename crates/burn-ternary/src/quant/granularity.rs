@@ -1,3 +1,5 @@
+//! Views of weights in which those that share a scale lie along one dimension.
+
 use super::Granularity;
 use burn::tensor::Tensor;
 

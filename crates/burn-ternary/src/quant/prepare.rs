@@ -1,6 +1,8 @@
-//! Makes anybody's Burn model ternary: installs a [`TernaryQuantizer`] on chosen parameters.
+//! Makes any Burn model ternary: installs a [`TernaryQuantizer`] on selected parameters.
 
-use super::{Dials, Estimator, Granularity, QuantConfig, Sparsity, TernaryQuantizer, TernaryQuantizerConfig};
+use super::{
+    Estimator, Granularity, QuantConfig, ScheduleHandle, Sparsity, TernaryQuantizer, TernaryQuantizerConfig,
+};
 use crate::invalid_value::{InvalidValue, require};
 use burn::module::{Module, ModuleVisitor, Param, Reparameterization, Reparameterizer};
 use burn::tensor::Tensor;
@@ -28,11 +30,11 @@ impl Reparameterization for TernaryReparameterization {
 pub struct PrepareReport {
     /// The ternary matrices, in the order of the module.
     pub matrices: Vec<PreparedMatrix>,
-    /// Float parameters of the whole module, in numbers: ternary weights among them.
+    /// Number of float parameters of the whole module, including the ternary weights.
     pub parameters: usize,
 }
 
-/// A matrix that is ternary now.
+/// A matrix that [`prepare`] made ternary.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PreparedMatrix {
     /// Its parameter path, as in `blocks.0.hidden.weight`.
@@ -42,7 +44,7 @@ pub struct PreparedMatrix {
 }
 
 impl PrepareReport {
-    /// How many weights are ternary.
+    /// Number of ternary weights.
     pub fn weights(&self) -> usize {
         self.matrices.iter().map(|matrix| matrix.shape.iter().product::<usize>()).sum()
     }
@@ -59,20 +61,20 @@ impl fmt::Display for PrepareReport {
     }
 }
 
-/// Why a model was not made ternary; it is left as it was.
+/// Why [`prepare`] refused a model, which is unchanged.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PrepareError {
-    /// The closure accepted no parameter.
+    /// The closure selected no parameter.
     #[error(
-        "no parameter was chosen: expected the closure to accept at least one of {}",
+        "no parameter was selected: expected the closure to accept at least one of {}",
         if matrices.is_empty() { "the model's matrices, but it has none".into() } else { matrices.join(", ") }
     )]
-    NothingChosen {
-        /// Parameters that could have been: all matrices.
+    NothingSelected {
+        /// The parameters that it could select: all matrices.
         matrices: Vec<String>,
     },
-    /// The closure accepted a parameter that is no matrix, such as a convolution kernel or a bias.
+    /// The closure selected a parameter that is not a matrix, such as a convolution kernel or a bias.
     #[error(
         "`{path}` has the shape {shape:?}: expected a matrix [d_input, d_output], as only matrices become ternary; let \
          the closure reject it"
@@ -83,50 +85,50 @@ pub enum PrepareError {
         /// Its shape.
         shape: Vec<usize>,
     },
-    /// A chosen parameter has a reparameterization already: that of an earlier `prepare`, or a LoRA adapter.
+    /// A selected parameter already has a reparameterization, of an earlier `prepare` or a LoRA adapter.
     #[error(
-        "`{path}` is reparameterized already, as by an earlier `prepare` or a LoRA adapter: expected a plain parameter; \
-         prepare a model once, or materialize it before"
+        "`{path}` is already reparameterized, by an earlier `prepare` or a LoRA adapter: expected a plain parameter; \
+         prepare a model once, or materialize it first"
     )]
     Reparameterized {
         /// Its parameter path.
         path: String,
     },
-    /// Groups of weights, or runs of N:M sparsity, that do not divide the inputs of a chosen matrix.
+    /// A group size, or the M of N:M sparsity, does not divide the inputs of a selected matrix.
     #[error("`{path}` has {inputs} inputs: expected a multiple of the {size} of quant.{key}")]
     Inputs {
         /// Its parameter path.
         path: String,
         /// Its first dimension, `d_input`.
         inputs: usize,
-        /// The setting: `granularity` or `sparsity`.
+        /// The key: `granularity` or `sparsity`.
         key: &'static str,
         /// The size that does not divide the inputs.
         size: usize,
     },
-    /// A setting out of range, or one of a layer, which a parameter alone cannot have.
+    /// A setting out of range, or a setting of layers, which `prepare` cannot apply to a parameter.
     #[error(transparent)]
     Setting(#[from] InvalidValue),
 }
 
-/// Every float parameter of a module, in its order.
+/// Collects the float parameters of a module, in its order.
 #[derive(Default)]
 struct Parameters {
     path: Vec<String>,
-    /// Path, shape, and whether a reparameterization makes its value.
+    /// Path, shape, and whether it has a reparameterization.
     found: Vec<(String, Vec<usize>, bool)>,
-    /// How many reparameterizations the visit is inside of: their parameters are not the model's own.
+    /// Depth of reparameterizations around the visit: their parameters are not those of the model.
     inside: usize,
 }
 
-/// What Burn calls the container of a reparameterization's own parameters.
+/// Burn's container type for the parameters of a reparameterization.
 pub(crate) const REPARAMETERIZATION: &str = "Reparameterization";
 
 impl ModuleVisitor for Parameters {
     fn enter_module(&mut self, name: &str, container_type: &str) {
         if container_type == REPARAMETERIZATION {
             self.inside += 1;
-            // Its parameter was visited right before.
+            // Burn visits the parameter right before its reparameterization.
             self.found.last_mut().into_iter().for_each(|(_, _, reparameterized)| *reparameterized = true);
         }
         self.path.push(name.into());
@@ -146,7 +148,7 @@ impl ModuleVisitor for Parameters {
 
 struct Prepare {
     config: TernaryQuantizerConfig,
-    chosen: BTreeSet<String>,
+    selected: BTreeSet<String>,
 }
 
 impl Reparameterizer for Prepare {
@@ -157,7 +159,7 @@ impl Reparameterizer for Prepare {
         path: &str,
         param: Param<Tensor<D>>,
     ) -> (Param<Tensor<D>>, Option<Self::Reparam>) {
-        if !self.chosen.contains(path) {
+        if !self.selected.contains(path) {
             return (param, None);
         }
         let base = param.base().detach();
@@ -167,20 +169,20 @@ impl Reparameterizer for Prepare {
     }
 }
 
-/// Makes the matrices of `model` that `chosen` accepts by parameter path ternary, and reports them; everything else
-/// stays as it is.
+/// Makes the matrices of `model` whose parameter paths `select` accepts ternary, and reports them. Other parameters stay as
+/// they are.
 ///
-/// Latent weights, optimizer and records work as before. [`Module::materialize`] turns the result into a plain model
-/// that has the ternary values, and [`prepared`](crate::prepared) saves, loads and exports it.
+/// Latent weights, optimizers and records work as before. [`Module::materialize`] returns a plain model with the ternary
+/// values, and [`prepared`](crate::prepared) saves, loads and exports it.
 ///
 /// `config` may set `scale`, `granularity`, `threshold`, `sparsity` and `estimator`. Its other settings belong to layers,
 /// tables or the loss, which `prepare` does not change: they must have their default values.
 ///
 /// # Errors
-/// `NothingChosen`: the closure accepted no parameter. `NotAMatrix`: it accepted one that is no `[d_input, d_output]`
-/// matrix, such as a convolution kernel, a bias or a norm. `Reparameterized`: it accepted one that `prepare` or LoRA has
-/// changed before. `Inputs`: a group size that does not divide the inputs of a matrix. `Setting`: a value out of range,
-/// or a setting that a parameter alone cannot have.
+/// `NothingSelected`: the closure accepted no parameter. `NotAMatrix`: it accepted one that is not a `[d_input, d_output]`
+/// matrix, such as a convolution kernel, a bias or a norm. `Reparameterized`: it accepted one that already has a quantizer or
+/// a LoRA adapter. `Inputs`: a group size does not divide the inputs of a matrix. `Setting`: a value out of range, or a
+/// setting of layers.
 ///
 /// # Example
 /// ```
@@ -197,7 +199,7 @@ impl Reparameterizer for Prepare {
 pub fn prepare<M: Module>(
     model: M,
     config: &QuantConfig,
-    mut chosen: impl FnMut(&str) -> bool,
+    mut select: impl FnMut(&str) -> bool,
 ) -> Result<(M, PrepareReport), PrepareError> {
     check(config)?;
     let mut parameters = Parameters::default();
@@ -207,7 +209,7 @@ pub fn prepare<M: Module>(
     let mut matrices = Vec::new();
     let mut others = Vec::new();
     for (path, shape, reparameterized) in parameters.found {
-        if !chosen(&path) {
+        if !select(&path) {
             others.extend((shape.len() == 2).then_some(path));
             continue;
         }
@@ -221,16 +223,16 @@ pub fn prepare<M: Module>(
         matrices.push(PreparedMatrix { path, shape });
     }
     if matrices.is_empty() {
-        return Err(PrepareError::NothingChosen { matrices: others });
+        return Err(PrepareError::NothingSelected { matrices: others });
     }
-    let chosen = matrices.iter().map(|matrix| matrix.path.clone()).collect();
-    let config = TernaryQuantizerConfig::new(config, &Dials::default());
-    let model = model.apply_reparameterization(Prepare { config, chosen });
+    let selected = matrices.iter().map(|matrix| matrix.path.clone()).collect();
+    let config = TernaryQuantizerConfig::new(config, &ScheduleHandle::default());
+    let model = model.apply_reparameterization(Prepare { config, selected });
     Ok((model, PrepareReport { matrices, parameters: total }))
 }
 
-/// Settings that are not of a weight.
-const NOT_OF_A_WEIGHT: [&str; 9] = [
+/// Settings of layers, tables and the loss, which `prepare` does not change.
+const LAYER_SETTINGS: [&str; 9] = [
     "enabled",
     "activations",
     "compute",
@@ -242,7 +244,7 @@ const NOT_OF_A_WEIGHT: [&str; 9] = [
     "scale_penalty",
 ];
 
-/// Whether a quantizer without a layer can have these settings.
+/// Checks the settings of a quantizer without a layer.
 fn check(config: &QuantConfig) -> Result<(), InvalidValue> {
     let QuantConfig { scale, threshold, sparsity, estimator, .. } = *config;
     require(threshold > 0.0 && threshold < 1.0, "quant.threshold", threshold, "above 0 and below 1")?;
@@ -257,19 +259,19 @@ fn check(config: &QuantConfig) -> Result<(), InvalidValue> {
         Estimator::Identity => (true, ""),
         Estimator::Masked => (clips, "identity, as only the scales learned and seq have a clipping range"),
         Estimator::Annealed => {
-            (false, "identity, as annealed weights need a schedule, which `prepare` has not")
+            (false, "identity, as annealed weights need a schedule, which `prepare` does not have")
         }
     };
     require(holds, "quant.estimator", estimator, expected)?;
     let table = |config| toml::Table::try_from(config).expect("settings are numbers and names");
     let (found, off) = (table(config), table(&QuantConfig::default()));
-    NOT_OF_A_WEIGHT.into_iter().try_for_each(|key| {
-        let expected = format!("{}, as `prepare` changes parameters and no layer", off[key]);
+    LAYER_SETTINGS.into_iter().try_for_each(|key| {
+        let expected = format!("{}, as `prepare` changes parameters only", off[key]);
         require(found[key] == off[key], &format!("quant.{key}"), &found[key], expected)
     })
 }
 
-/// Whether the sizes in a configuration divide the inputs of a matrix.
+/// Checks that the group sizes divide the inputs of a matrix.
 fn check_inputs(config: &QuantConfig, path: &str, inputs: usize) -> Result<(), PrepareError> {
     let group = match config.granularity {
         Granularity::PerGroup(size) => Some(("granularity", size)),

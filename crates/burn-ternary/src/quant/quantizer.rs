@@ -1,6 +1,6 @@
 //! [`TernaryQuantizer`]: computes codes, scales and the fake-quantized weight from a latent weight.
 
-use super::{Dials, Estimator, Granularity, QuantConfig, ScaleRule, Sparsity};
+use super::{Estimator, Granularity, QuantConfig, ScaleRule, ScheduleHandle, Sparsity};
 use crate::ops::{StraightThrough, round_scale, ternary_codes};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
@@ -11,25 +11,25 @@ const INITIAL_TEMPERATURE: f32 = 0.5;
 /// Configuration of a [`TernaryQuantizer`]; makes one for each weight.
 #[derive(Clone, Debug)]
 pub struct TernaryQuantizerConfig {
-    /// How the scale of a group of weights is found.
+    /// The rule that determines the scale.
     pub rule: ScaleRule,
     /// Which weights share a scale.
     pub granularity: Granularity,
-    /// Dead zone in units of the scale; `twn` has its own.
+    /// Threshold in units of the scale; `twn` has its own.
     pub threshold: f32,
-    /// Which weights are zero, where the threshold does not decide.
+    /// Which weights are zero, if selected by rank.
     pub sparsity: Sparsity,
     /// Strength of [`TernaryQuantizer::dead_bias`]; 0: off.
     pub dead_bias: f32,
-    /// Gradient of the rounding.
+    /// Gradient estimator of the rounding.
     pub estimator: Estimator,
-    /// What a schedule turns.
-    pub dials: Dials,
+    /// The scheduled values: lambda, and the progress of sparsity.
+    pub schedule: ScheduleHandle,
 }
 
 impl TernaryQuantizerConfig {
-    /// The settings of a weight in `config`.
-    pub fn new(config: &QuantConfig, dials: &Dials) -> Self {
+    /// The settings in `config` that concern a weight.
+    pub fn new(config: &QuantConfig, schedule: &ScheduleHandle) -> Self {
         Self {
             rule: config.scale,
             granularity: config.granularity,
@@ -37,7 +37,7 @@ impl TernaryQuantizerConfig {
             sparsity: config.sparsity,
             dead_bias: config.dead_bias as f32,
             estimator: config.estimator,
-            dials: dials.clone(),
+            schedule: schedule.clone(),
         }
     }
 
@@ -60,7 +60,7 @@ impl TernaryQuantizerConfig {
     /// its shape.
     fn own_threshold(&self, weight: &Tensor<2>) -> Option<Tensor<3>> {
         let view = self.granularity.shape(weight.dims());
-        let sparse = self.sparsity.threshold(weight.clone(), view, self.dials.sparsity.get());
+        let sparse = self.sparsity.threshold(weight.clone(), view, self.schedule.sparsity.get());
         sparse.or_else(|| self.rule.rule().threshold(&weight.clone().reshape(view), self.threshold))
     }
 }
@@ -69,10 +69,10 @@ impl TernaryQuantizerConfig {
 ///
 /// # Example
 /// ```
-/// # use burn_ternary::quant::{Dials, QuantConfig, TernaryQuantizerConfig};
+/// # use burn_ternary::quant::{ScheduleHandle, QuantConfig, TernaryQuantizerConfig};
 /// # use burn::tensor::{Device, Tensor};
 /// let weight = Tensor::<2>::from_data([[0.9, -0.05], [-1.1, 0.3]], &Device::default());
-/// let quantizer = TernaryQuantizerConfig::new(&QuantConfig::default(), &Dials::default()).init(&weight);
+/// let quantizer = TernaryQuantizerConfig::new(&QuantConfig::default(), &ScheduleHandle::default()).init(&weight);
 /// assert_eq!(quantizer.codes(weight).into_data().try_to_vec::<f32>().unwrap(), [1.0, 0.0, -1.0, 1.0]);
 /// ```
 #[derive(Module, Debug)]
@@ -118,7 +118,7 @@ impl TernaryQuantizer {
     /// # Shapes
     /// `[d_input, d_output]` to the same
     pub fn fake_quantize(&self, weight: Tensor<2>) -> Tensor<2> {
-        let lambda = self.config.dials.lambda.get();
+        let lambda = self.config.schedule.lambda.get();
         if lambda <= 0.0 {
             return weight;
         }
@@ -128,7 +128,7 @@ impl TernaryQuantizer {
         let annealed = self.config.estimator == Estimator::Annealed;
         if annealed && lambda < 1.0 && latent.is_autodiff() {
             let temperature = INITIAL_TEMPERATURE * 0.1f32.powf(lambda);
-            return soften(latent, scale, threshold, temperature).reshape(dims);
+            return anneal(latent, scale, threshold, temperature).reshape(dims);
         }
         let rule = self.config.rule.rule();
         let ternary = rule.fake_quantize(latent.clone(), scale, threshold, self.estimator());
@@ -144,10 +144,10 @@ impl TernaryQuantizer {
     ///
     /// # Shapes
     /// weight `[d_input, d_output]` to twice `[1, 1, d_output]` or `[1, 1, 1]`
-    pub(crate) fn shared(&self, weight: &Tensor<2>) -> Option<[Tensor<3>; 2]> {
+    pub(crate) fn channel_scale_and_threshold(&self, weight: &Tensor<2>) -> Option<[Tensor<3>; 2]> {
         let plain = self.config.estimator == Estimator::Identity
             && self.scale.is_none()
-            && self.config.dials.lambda.get() >= 1.0;
+            && self.config.schedule.lambda.get() >= 1.0;
         let (scale, threshold) = plain.then(|| self.scale_and_threshold(weight))?;
         let [groups, one, channels] = scale.dims();
         let shared = threshold.dims() == scale.dims() && groups == 1 && one == 1;
@@ -168,7 +168,7 @@ impl TernaryQuantizer {
     }
 
     /// `dead_bias * sum of w` over the weights of code 0 of each output channel, with the gradient of these weights;
-    /// none when it is off or the weight still float.
+    /// `None` if it is off or the weight is still float.
     ///
     /// # Shapes
     /// weight `[d_input, d_output]` to `[d_output]`
@@ -176,7 +176,7 @@ impl TernaryQuantizer {
     /// # Source
     /// Huang et al., Tequila: Trapping-free Ternary Quantization for Large Language Models, 2025.
     pub fn dead_bias(&self, weight: Tensor<2>) -> Option<Tensor<1>> {
-        let strength = self.config.dead_bias * self.config.dials.lambda.get();
+        let strength = self.config.dead_bias * self.config.schedule.lambda.get();
         (strength > 0.0).then(|| {
             let dead = self.codes(weight.clone()).abs().neg().add_scalar(1.0);
             (weight * dead).sum_dim(0).squeeze_dim(0).mul_scalar(strength)
@@ -190,7 +190,7 @@ impl TernaryQuantizer {
         let own = self.config.own_threshold(&weight);
         let scale = self.learned_scale().unwrap_or_else(|| {
             let weight = self.config.granularity.view(weight);
-            let zeros = self.config.sparsity.zeros(weight.dims()[1], self.config.dials.sparsity.get());
+            let zeros = self.config.sparsity.zeros(weight.dims()[1], self.config.schedule.sparsity.get());
             self.config.rule.rule().scale(weight, own.clone(), zeros)
         });
         let scale = round_scale(scale);
@@ -209,7 +209,7 @@ impl TernaryQuantizer {
 }
 
 /// The ternary weight at a temperature; see [`Estimator::Annealed`]. Neither scale nor threshold has a gradient.
-fn soften(latent: Tensor<3>, scale: Tensor<3>, threshold: Tensor<3>, temperature: f32) -> Tensor<3> {
+fn anneal(latent: Tensor<3>, scale: Tensor<3>, threshold: Tensor<3>, temperature: f32) -> Tensor<3> {
     let width = scale.clone().mul_scalar(2.0 * temperature);
     let edges = [latent.clone() - threshold.clone(), latent + threshold];
     let [upper, lower] = edges.map(|distance| (distance / width.clone()).tanh());
@@ -218,10 +218,10 @@ fn soften(latent: Tensor<3>, scale: Tensor<3>, threshold: Tensor<3>, temperature
 
 /// The scale that minimizes `sum h (w - scale * code(w))^2` with the best codes for it: exact, not iterated.
 ///
-/// For a given scale the best code is 0 below half of it, so the kept weights are the largest: sort the magnitudes
-/// and take, of all prefixes k, the one with the largest `(sum_k h |w|)^2 / sum_k h`; its scale is
-/// `sum_k h |w| / sum_k h`. `second_moment` is `h`, the mean of the squared inputs over a batch, when the error that
-/// counts is that of the layer's output; without it every weight counts the same.
+/// For a given scale the best code is 0 below half of it, so the kept weights are the largest. The magnitudes are sorted,
+/// and of all prefixes k the one with the largest `(sum_k h |w|)^2 / sum_k h` is taken; its scale is
+/// `sum_k h |w| / sum_k h`. With `second_moment`, `h` is the mean of the squared inputs over a batch, and the error is that
+/// of the layer's output; without it, `h = 1`.
 ///
 /// # Shapes
 /// - weight: `[d_input, d_output]`

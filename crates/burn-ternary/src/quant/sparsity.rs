@@ -1,3 +1,5 @@
+//! Zeros by rank: thresholds and counts.
+
 use super::Sparsity;
 use crate::ops::kth_magnitude;
 use burn::tensor::Tensor;
@@ -17,10 +19,10 @@ impl Sparsity {
             Self::ZeroFraction(_) => Some(kth_magnitude(weight.reshape(view), self.zeros(view[1], progress))),
             Self::NOfM([_, m]) => {
                 let [d_input, d_output] = weight.dims();
-                assert!(d_input.is_multiple_of(m), "runs of {m} do not divide {d_input} inputs");
-                let runs = [d_input / m, m, d_output];
-                let threshold = kth_magnitude(weight.reshape(runs), self.zeros(m, progress));
-                Some(threshold.expand(runs).reshape(view))
+                assert!(d_input.is_multiple_of(m), "groups of {m} do not divide {d_input} inputs");
+                let groups = [d_input / m, m, d_output];
+                let threshold = kth_magnitude(weight.reshape(groups), self.zeros(m, progress));
+                Some(threshold.expand(groups).reshape(view))
             }
         }
     }

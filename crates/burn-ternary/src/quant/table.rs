@@ -1,4 +1,8 @@
-use super::{Dials, Granularity, QuantConfig, TablePrecision, TernaryQuantizer, TernaryQuantizerConfig};
+//! Quantized tables: token embedding and output head.
+
+use super::{
+    Granularity, QuantConfig, ScheduleHandle, TablePrecision, TernaryQuantizer, TernaryQuantizerConfig,
+};
 use crate::ops::{RowScale, absmax_quantize, absmax_scales};
 use burn::tensor::Tensor;
 
@@ -56,5 +60,5 @@ fn row_quantizer(table: Tensor<2>) -> (TernaryQuantizer, Tensor<2>) {
     let [rows, d] = table.dims();
     let config = QuantConfig { granularity: Granularity::PerGroup(d), ..QuantConfig::default() };
     let flat = table.reshape([rows * d, 1]);
-    (TernaryQuantizerConfig::new(&config, &Dials::default()).init(&flat), flat)
+    (TernaryQuantizerConfig::new(&config, &ScheduleHandle::default()).init(&flat), flat)
 }

@@ -5,7 +5,7 @@ use super::identity::model_digest;
 use super::run_folder::{SavedRun, host, is_run, packed_model};
 use super::{Experiment, TrainError};
 use crate::ImportError;
-use crate::export::{ExportError, export_frozen, export_latent};
+use crate::export::{ExportError, export_latent, export_quantized};
 use crate::nn::DuckQuantized;
 use crate::quant::QuantConfig;
 use burn::module::Module;
@@ -85,7 +85,7 @@ fn latent_model(path: &Path) -> Result<PackedModel, TrainError> {
 fn frozen_model(path: &Path, quant: &QuantConfig) -> Result<PackedModel, TrainError> {
     let (model, input_norm) = if is_run(path) {
         let SavedRun { experiment, tokenizer, model, chat_template } = SavedRun::open(path, &host()?)?;
-        let packed = export_frozen(&model, Some(&tokenizer), &experiment.run.name)?;
+        let packed = export_quantized(&model, Some(&tokenizer), &experiment.run.name)?;
         (PackedModel { chat_template, ..packed }, experiment.quant.input_norm)
     } else {
         (packed_model(path)?, false)
@@ -105,7 +105,7 @@ fn frozen_model(path: &Path, quant: &QuantConfig) -> Result<PackedModel, TrainEr
 /// # Errors
 /// `Experiment`: the first tensor that [model] or [quant] change.
 fn check_frozen(model: &DuckQuantized, start: &PackedModel) -> Result<(), TrainError> {
-    let own = export_frozen(model, None, "")?;
+    let own = export_quantized(model, None, "")?;
     let keeps = |name: &str, own: &Tensor| {
         let Some(start) = start.tensors.get(name) else { return false };
         let (mut found, mut expected) = (vec![0.0; own.cols()], vec![0.0; start.cols()]);

@@ -52,7 +52,7 @@ impl SavedRun {
         let model = restore(model, &experiment.optim, loaded.model)
             .map_err(|error| CheckpointError::unfit(&loaded.path, error))?
             .valid();
-        schedule.turn(last_step, model.dials());
+        schedule.apply(last_step, model.schedule_handle());
         Ok(Self { experiment, tokenizer, model, chat_template })
     }
 

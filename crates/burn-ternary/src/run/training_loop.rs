@@ -315,7 +315,7 @@ impl TrainingLoop {
     /// What the weights that the run starts from are worth, in float and rounded.
     fn evaluate_initial_weights(&mut self, valid: &ValidLoader<LanguageModel>) -> Result<(), TrainError> {
         let model = self.trainer.validation_model();
-        let lambda = &model.model.dials().lambda;
+        let lambda = &model.model.schedule_handle().lambda;
         let before = lambda.get();
         let loss_at = |share: f32| -> Result<f64, TrainError> {
             lambda.set(share);

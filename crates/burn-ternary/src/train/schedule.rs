@@ -4,7 +4,7 @@
 
 use std::f64::consts::PI;
 
-use crate::quant::Dials;
+use crate::quant::ScheduleHandle;
 use burn::{
     lr_scheduler::{LrScheduler, LrSchedulerRecord},
     optim::LearningRate,
@@ -177,10 +177,10 @@ impl Schedule {
         factors.into_iter().filter_map(first).min_by_key(|&(_, step)| step)
     }
 
-    /// Sets the dials of a model for a step.
-    pub fn turn(&self, step: usize, dials: &Dials) {
-        dials.lambda.set(self.lambda(step) as f32);
-        dials.sparsity.set(self.sparsity(step) as f32);
+    /// Sets the scheduled values of a model for a step.
+    pub fn apply(&self, step: usize, handle: &ScheduleHandle) {
+        handle.lambda.set(self.lambda(step) as f32);
+        handle.sparsity.set(self.sparsity(step) as f32);
     }
 }
 
@@ -319,10 +319,10 @@ mod tests {
         };
         assert_close(&sparsity(0.0, 0.0), &[1.0; 8]);
         assert_close(&sparsity(0.25, 0.625), &[0.0, 0.0, 0.578125, 0.875, 0.984375, 1.0, 1.0, 1.0]);
-        let dials = Dials::default();
+        let handle = ScheduleHandle::default();
         let ramp = ScheduleConfig { ramp_until: 0.25, sparse_until: 0.25, ..config(Shape::Constant, 0, 0.0) };
-        Schedule::new(&ramp, 12).turn(1, &dials);
-        assert_eq!((dials.lambda.get(), dials.sparsity.get()), (0.5, 0.875));
+        Schedule::new(&ramp, 12).apply(1, &handle);
+        assert_eq!((handle.lambda.get(), handle.sparsity.get()), (0.5, 0.875));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::TrainState;
 use super::distill::Teacher;
 use super::gradients::{accumulate, clip_factor, global_norm};
 use super::loss::language_model_loss;
-use super::optim::{OptimConfig, OptimDials};
+use super::optim::{OptimConfig, OptimScheduleHandle};
 use super::schedule::{Schedule, ScheduleConfig};
 use crate::data::LmBatch;
 use crate::nn::DuckQuantized;
@@ -64,7 +64,7 @@ impl LanguageModel {
     fn loss(&self, batch: LmBatch, teacher: Option<&Teacher>) -> (Tensor<1>, StepReport) {
         let tokens = batch.tokens;
         let block = teacher.and_then(Teacher::block);
-        let (logits, states) = self.model.forward_showing(batch.inputs.clone(), block);
+        let (logits, states) = self.model.forward_with_states(batch.inputs.clone(), block);
         let compared = teacher.map(|teacher| (teacher, teacher.compare(&batch, logits.clone(), states)));
         let loss = language_model_loss(logits, batch.targets, batch.mask, tokens);
         let mut total = loss.cross_entropy.clone();
@@ -222,7 +222,7 @@ pub struct QuantizationTrainer {
     optimizer: ModuleOptimizer,
     rates: ModuleLrScheduler,
     schedule: Schedule,
-    dials: OptimDials,
+    handle: OptimScheduleHandle,
     clip_norm: f64,
     guard: SpikeGuard,
     state: TrainState,
@@ -256,8 +256,8 @@ impl QuantizationTrainer {
         assert!(!batches.is_empty(), "a step has at least one batch");
         let step = self.state.step;
         let model = self.model();
-        self.schedule.turn(step, model.dials());
-        self.dials.decay.set(self.schedule.weight_decay_factor(step) as f32);
+        self.schedule.apply(step, model.schedule_handle());
+        self.handle.decay.set(self.schedule.weight_decay_factor(step) as f32);
         // A device has one generator a process: a run that draws nothing leaves it to those that do.
         if model.config().dropout > 0.0 {
             batches[0].inputs.device().seed(crate::seed::mix(self.state.seed, step as u64));
@@ -317,7 +317,7 @@ impl QuantizationTrainer {
             self.state.skipped_steps += 1;
             return norm;
         }
-        self.dials.clip.set(clip_factor(norm, self.clip_norm));
+        self.handle.clip.set(clip_factor(norm, self.clip_norm));
         let model = self.model.take().expect(BETWEEN_STEPS);
         self.model = Some(self.optimizer.step(rate, model, grads));
         let average = self.state.loss_average.unwrap_or(report.loss);
@@ -411,12 +411,21 @@ impl TrainPlan {
         decayed.extend(model.head.as_ref().map(|head| head.id));
         let matrices = ParamGroup::from_ids(weights);
         let Self { optim, schedule, teacher } = self;
-        let dials = OptimDials::default();
-        let optimizer = optim.init(matrices.clone(), ParamGroup::from_ids(decayed), &dials);
+        let handle = OptimScheduleHandle::default();
+        let optimizer = optim.init(matrices.clone(), ParamGroup::from_ids(decayed), &handle);
         let rates = optim.lr_scheduler(matrices, &schedule, state.step);
         let model = LanguageModel::new(model, &optim, teacher);
         let clip_norm = optim.clip_norm;
-        QuantizationTrainer { model: Some(model), optimizer, rates, schedule, dials, clip_norm, guard, state }
+        QuantizationTrainer {
+            model: Some(model),
+            optimizer,
+            rates,
+            schedule,
+            handle,
+            clip_norm,
+            guard,
+            state,
+        }
     }
 
     /// A trainer that goes on from the records of a checkpoint.

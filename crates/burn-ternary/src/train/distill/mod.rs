@@ -205,7 +205,7 @@ impl Teacher {
             }
         };
         let shown = blocks.map(|[_, teacher]| teacher);
-        let (own, own_states) = teacher.forward_showing(inputs.clone().without_autodiff(), shown);
+        let (own, own_states) = teacher.forward_with_states(inputs.clone().without_autodiff(), shown);
         let DistillConfig { hidden_weight, relation_weight, relation_heads, .. } = self.config;
         let both = own_states.zip(states);
         let hidden = both.clone().filter(|_| hidden_weight > 0.0);

@@ -3,7 +3,7 @@
 use super::moment::Moment;
 use super::{Decay, Moments};
 use crate::ops::{AdamWStep, adamw, adamw_int8, int8_moments};
-use crate::quant::Dial;
+use crate::quant::ScheduledValue;
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource, join_path};
 use burn::tensor::{Device, Tensor};
 
@@ -18,7 +18,7 @@ pub(super) struct AdamW {
     pub epsilon: f32,
     pub moments: Moments,
     pub decay: Decay,
-    pub clip: Dial,
+    pub clip: ScheduledValue,
 }
 
 /// Where Burn's AdamW has time and moments in floats.
@@ -137,7 +137,7 @@ impl<const D: usize> RecordState for State<D> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{MatrixOptimizer, OptimConfig, OptimDials};
+    use super::super::{MatrixOptimizer, OptimConfig, OptimScheduleHandle};
     use super::*;
     use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
     use burn::module::ParamGroup;
@@ -163,7 +163,11 @@ mod tests {
             clip_norm: 0.0,
             z_loss: 0.0,
         };
-        config.init(ParamGroup::from_ids(vec![]), ParamGroup::from_ids(vec![]), &OptimDials::default())
+        config.init(
+            ParamGroup::from_ids(vec![]),
+            ParamGroup::from_ids(vec![]),
+            &OptimScheduleHandle::default(),
+        )
     }
 
     /// Its weight has 5270 numbers, its bias 85.

@@ -12,7 +12,7 @@ use burn::{
 };
 
 use super::schedule::{PeakSchedule, Schedule};
-use crate::quant::Dial;
+use crate::quant::ScheduledValue;
 use getset::WithSetters;
 use muon::Muon;
 use schemars::JsonSchema;
@@ -92,7 +92,7 @@ impl OptimConfig {
     /// optimizer of [`OptimConfig::matrix_optimizer`] with weight decay; where both groups match, `matrices` wins.
     ///
     /// A weight loses `lr * weight_decay * decay.get()` of itself at each step, before its update (decoupled); `lr`
-    /// is that of its group. Turning the dial changes no optimizer state, so a record fits before and after.
+    /// is that of its group. Setting the factor changes no optimizer state, so a record fits before and after.
     ///
     /// Groups match by parameter id or path. A path predicate is a substring and also finds what is nested in a
     /// reparameterized parameter (its scales), and `ParamGroup::fuse` forgets exclusions: prefer ids.
@@ -103,17 +103,22 @@ impl OptimConfig {
     ///
     /// # Source
     /// Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2 (AdamW).
-    pub fn init(&self, matrices: ParamGroup, decayed: ParamGroup, dials: &OptimDials) -> ModuleOptimizer {
-        let OptimDials { decay, clip } = dials.clone();
+    pub fn init(
+        &self,
+        matrices: ParamGroup,
+        decayed: ParamGroup,
+        handle: &OptimScheduleHandle,
+    ) -> ModuleOptimizer {
+        let OptimScheduleHandle { decay, clip } = handle.clone();
         let adamw = AdamW {
             beta1: self.beta1 as f32,
             beta2: self.beta2 as f32,
             epsilon: self.epsilon as f32,
             moments: self.moments,
-            decay: Decay { strength: 0.0, dial: decay.clone() },
+            decay: Decay { strength: 0.0, factor: decay.clone() },
             clip: clip.clone(),
         };
-        let decay = Decay { strength: self.weight_decay, dial: decay };
+        let decay = Decay { strength: self.weight_decay, factor: decay };
         let decayed_adamw = AdamW { decay: decay.clone(), ..adamw.clone() };
         let optimizer = ModuleOptimizer::from(adamw).with_group(decayed, decayed_adamw.clone(), None);
         match self.matrix_optimizer {
@@ -139,24 +144,24 @@ impl OptimConfig {
 
 /// What the training loop turns in an optimizer; clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct OptimDials {
+pub struct OptimScheduleHandle {
     /// The strength of weight decay, as a share of the experiment's.
-    pub decay: Dial,
+    pub decay: ScheduledValue,
     /// What gradients are multiplied by, which clips them without another pass over memory.
-    pub clip: Dial,
+    pub clip: ScheduledValue,
 }
 
-/// Decoupled weight decay, scaled by a dial.
+/// Decoupled weight decay, times the factor of the schedule.
 #[derive(Clone)]
 pub(super) struct Decay {
     strength: f64,
-    dial: Dial,
+    factor: ScheduledValue,
 }
 
 impl Decay {
     /// What is left of a weight after a step.
     pub(super) fn keep(&self, lr: LearningRate) -> f64 {
-        1.0 - lr * self.strength * f64::from(self.dial.get())
+        1.0 - lr * self.strength * f64::from(self.factor.get())
     }
 }
 
@@ -300,13 +305,16 @@ pub(super) mod tests {
         Schedule::new(&config, total_steps)
     }
 
-    /// Optimizer, the learning rates of each step, and its dials.
-    fn optimizer(net: &Net, matrices: MatrixOptimizer) -> (ModuleOptimizer, ModuleLearningRate, OptimDials) {
+    /// Optimizer, the learning rates of each step, and its handle.
+    fn optimizer(
+        net: &Net,
+        matrices: MatrixOptimizer,
+    ) -> (ModuleOptimizer, ModuleLearningRate, OptimScheduleHandle) {
         let config = config(matrices);
         let constant = schedule(Shape::Constant, 100);
-        let dials = OptimDials::default();
-        let optimizer = config.init(net.matrices(), net.decayed(), &dials);
-        (optimizer, config.lr_scheduler(net.matrices(), &constant, 0).step(), dials)
+        let handle = OptimScheduleHandle::default();
+        let optimizer = config.init(net.matrices(), net.decayed(), &handle);
+        (optimizer, config.lr_scheduler(net.matrices(), &constant, 0).step(), handle)
     }
 
     pub(in crate::train) fn assert_close(name: &str, found: &[f32], expected: &[f64], tolerance: f64) {
@@ -423,13 +431,13 @@ pub(super) mod tests {
     fn adamw_follows_float64_with_decay_removed_midway() {
         let rng = &mut rng();
         let mut net = Net::new(rng);
-        let (mut optimizer, lr, dials) = optimizer(&net, MatrixOptimizer::Adamw);
+        let (mut optimizer, lr, handle) = optimizer(&net, MatrixOptimizer::Adamw);
         // Embedding and weights decay, biases never do.
         let decays = [0.5, 0.5, 0.5, 0.0, 0.0];
         let mut references = net.values().map(|values| ReferenceAdamW::new(&values));
         for step in 0..10 {
             let factor = if step < 5 { 1.0 } else { 0.0 };
-            dials.decay.set(factor as f32);
+            handle.decay.set(factor as f32);
             let grads = net.grads(|shape| random(rng, shape));
             for ((reference, grad), decay) in references.iter_mut().zip(net.grad_values(&grads)).zip(decays) {
                 reference.step(&grad, LR, decay * factor);
@@ -445,13 +453,13 @@ pub(super) mod tests {
     fn muon_is_the_original_on_the_transposed_weight() {
         let rng = &mut rng();
         let mut net = Net::new(rng);
-        let (mut optimizer, lr, dials) = optimizer(&net, MatrixOptimizer::Muon);
+        let (mut optimizer, lr, handle) = optimizer(&net, MatrixOptimizer::Muon);
         let [_, wide, tall, ..] = net.values();
         let mut wide = ReferenceMuon::new(Matrix::new(4, 10, &wide).transposed());
         let mut tall = ReferenceMuon::new(Matrix::new(10, 4, &tall).transposed());
         for step in 0..6 {
             let factor = if step < 3 { 1.0 } else { 0.0 };
-            dials.decay.set(factor as f32);
+            handle.decay.set(factor as f32);
             let grads = net.grads(|shape| random(rng, shape));
             let [_, wide_grad, tall_grad, ..] = net.grad_values(&grads);
             let decay = 0.5 * factor;
@@ -484,8 +492,8 @@ pub(super) mod tests {
         // AdamW's first update is lr in every weight; Muon's is not.
         let rng = &mut rng();
         let net = Net::new(rng);
-        let (mut optimizer, lr, dials) = optimizer(&net, MatrixOptimizer::Muon);
-        dials.decay.set(0.0);
+        let (mut optimizer, lr, handle) = optimizer(&net, MatrixOptimizer::Muon);
+        handle.decay.set(0.0);
         let before = net.values();
         let grads = net.grads(|shape| random(rng, shape));
         let after = optimizer.step(lr, net, grads).values();
@@ -593,11 +601,11 @@ pub(super) mod tests {
         for matrices in [MatrixOptimizer::Adamw, MatrixOptimizer::Muon] {
             // The second of two steps, since the first is the same for all factors but for epsilon.
             let stepped = |clip: f32, factor: f32| {
-                let (mut optimizer, lr, dials) = optimizer(&net, matrices);
+                let (mut optimizer, lr, handle) = optimizer(&net, matrices);
                 let mut net = net.clone();
                 for (draws, second) in draws.iter().zip([false, true]) {
                     let factor = if second { factor } else { 1.0 };
-                    dials.clip.set(if second { clip } else { 1.0 });
+                    handle.clip.set(if second { clip } else { 1.0 });
                     let mut draws = draws.iter();
                     let grads = net.grads(|shape| {
                         let values = draws.next().unwrap().iter::<f32>().map(|g| g * factor).collect();
@@ -634,7 +642,8 @@ pub(super) mod tests {
         // The weight is Muon's and decays, its gain is AdamW's and does not.
         let config = config(MatrixOptimizer::Muon);
         let matrices = ParamGroup::from_ids(vec![linear.weight.id]);
-        let mut optimizer = config.init(matrices, ParamGroup::from_ids(vec![]), &OptimDials::default());
+        let mut optimizer =
+            config.init(matrices, ParamGroup::from_ids(vec![]), &OptimScheduleHandle::default());
         let linear = optimizer.step(LR, linear, grads);
         assert_close("gain", &gain(&linear), &[2.0 - LR], 1e-5);
     }

@@ -3,7 +3,7 @@
 use super::Decay;
 use super::moment::Moment;
 use crate::ops::{MuonStep, muon};
-use crate::quant::Dial;
+use crate::quant::ScheduledValue;
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource, join_path};
 use burn::tensor::{Device, Tensor};
 
@@ -17,7 +17,7 @@ use burn::tensor::{Device, Tensor};
 pub(super) struct Muon {
     pub momentum: f32,
     pub decay: Decay,
-    pub clip: Dial,
+    pub clip: ScheduledValue,
 }
 
 #[derive(Clone)]
