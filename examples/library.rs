@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Generate, without Burn.
     let engine = Engine::load("duck.gguf", EngineOptions::default())?;
     let prompt = data.tokenizer.encode("One day")?;
-    let options = GenerateOptions { max_tokens: 60, ..GenerateOptions::default() };
+    let options = GenerateOptions::default().with_max_tokens(60);
     let ids: Vec<u32> = engine.generate(&prompt, options)?.collect();
     println!("One day{}", data.tokenizer.decode(&ids));
     Ok(())

@@ -266,7 +266,7 @@ fn a_trained_file_of_half_a_bit_a_weight_unpacks_bit_for_bit_and_runs() {
     assert!(fs::read(again).unwrap() == packed, "packed again, it is another file");
     let prompt = model.tokenizer.as_ref().unwrap().encode("ROMEO:").unwrap();
     let engine = Engine::from_model(model, EngineOptions::default()).unwrap();
-    let options = GenerateOptions { max_tokens: 20, ..GenerateOptions::default() };
+    let options = GenerateOptions::default().with_max_tokens(20);
     assert_eq!(engine.generate(&prompt, options).unwrap().count(), 20);
 }
 

@@ -12,9 +12,7 @@ use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{DType, Device, Distribution, FloatDType, Int, Tensor, TensorData};
 use burn_ternary::data::{Dataset, LmLoader};
-use burn_ternary::format::{
-    Activation, Encoding, Family, ModelSpec, PackedModel, WriteOptions, tensors, write_model,
-};
+use burn_ternary::format::{Activation, Encoding, Family, ModelSpec, WriteOptions, tensors, write_model};
 use burn_ternary::infer::{ActivationMode, Engine, EngineOptions, GenerateOptions};
 use burn_ternary::nn::Rotary;
 use burn_ternary::prepared::{self, RotaryPairs};
@@ -86,10 +84,10 @@ fn the_program_of_the_readme_trains_saves_exports_and_generates() {
     let file = folder.path().join("duck.gguf");
     let packed = export_for_inference(trainer.model(), Some(&data.tokenizer), "duck").unwrap();
     write_model(&packed, &file, &WriteOptions::default()).unwrap();
-    let exact = EngineOptions { activations: ActivationMode::F32, ..EngineOptions::default() };
+    let exact = EngineOptions::default().with_activations(ActivationMode::F32);
     let engine = Engine::load(&file, exact).unwrap();
     assert_close(&engine.logits(&ids).unwrap(), &expected);
-    let options = GenerateOptions { max_tokens: 5, ..GenerateOptions::default() };
+    let options = GenerateOptions::default().with_max_tokens(5);
     let ids: Vec<u32> = engine.generate(&ids, options).unwrap().collect();
     assert!(!ids.is_empty() && ids.iter().all(|id| (*id as usize) < config.vocab_size));
 }
@@ -340,20 +338,18 @@ enum Turn {
 }
 
 fn spec() -> ModelSpec {
-    ModelSpec {
-        family: Family::Llama,
-        vocab_size: 19,
-        context: 12,
-        d_model: 64,
-        n_layers: 2,
-        n_heads: 4,
-        n_kv_heads: 2,
-        d_ff: 128,
-        activation: Activation::Swiglu,
-        tied: false,
-        norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-    }
+    ModelSpec::new(Family::Llama)
+        .with_vocab_size(19)
+        .with_context(12)
+        .with_d_model(64)
+        .with_n_layers(2)
+        .with_n_heads(4)
+        .with_n_kv_heads(2)
+        .with_d_ff(128)
+        .with_activation(Activation::Swiglu)
+        .with_tied(false)
+        .with_norm_eps(1e-5)
+        .with_rope_theta(10_000.0)
 }
 
 impl Llama {
@@ -454,7 +450,7 @@ fn in_blocks(path: &str) -> bool {
 
 /// The engine's logits for one text.
 fn engine(file: &Path, ids: &[u32]) -> Vec<f32> {
-    let exact = EngineOptions { activations: ActivationMode::F32, ..EngineOptions::default() };
+    let exact = EngineOptions::default().with_activations(ActivationMode::F32);
     Engine::load(file, exact).unwrap().logits(ids).unwrap()
 }
 
@@ -495,7 +491,7 @@ fn a_prepared_llama_has_the_same_logits_in_the_engine() {
         let packed = prepared::export(&model, &spec, pairs, file_name).unwrap();
         let matrices = packed.tensors.iter().filter(|(_, tensor)| tensor.encoding().is_ternary());
         assert_eq!(matrices.count(), 2 * 7);
-        let packed = PackedModel { name: "mine".into(), ..packed };
+        let packed = packed.with_name("mine".into());
         write_model(&packed, &file, &WriteOptions::default()).unwrap();
         assert_close(&engine(&file, &ids), &expected);
 
@@ -527,13 +523,13 @@ fn a_model_that_is_not_of_the_family_is_not_exported() {
     assert!(error.contains("tensor `token_embd.weight` is missing"), "{error}");
     let error = refusal(&spec, &|_| Some("output.weight".into()));
     assert!(error.contains("tensor `output.weight` occurs twice"), "{error}");
-    let error = refusal(&ModelSpec { d_ff: 96, ..spec.clone() }, &file_name);
+    let error = refusal(&spec.clone().with_d_ff(96), &file_name);
     assert!(
         error.contains("tensor `blk.0.ffn_gate.weight`: expected shape [96, 64], found [128, 64]"),
         "{error}"
     );
-    let error = refusal(&ModelSpec { tied: true, ..spec.clone() }, &file_name);
+    let error = refusal(&spec.clone().with_tied(true), &file_name);
     assert!(error.contains("unexpected tensor `output.weight`"), "{error}");
-    let error = refusal(&ModelSpec { n_heads: 5, ..spec }, &file_name);
+    let error = refusal(&spec.with_n_heads(5), &file_name);
     assert!(error.contains("`n_heads` is 5"), "{error}");
 }

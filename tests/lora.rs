@@ -53,7 +53,7 @@ fn training(model: &DuckQuantized, ids: &[u32]) -> Vec<f32> {
 }
 
 fn engine(packed: &PackedModel, activations: ActivationMode, ids: &[u32]) -> Vec<f32> {
-    let options = EngineOptions { threads: 1, activations, ..Default::default() };
+    let options = EngineOptions::default().with_threads(1).with_activations(activations);
     Engine::from_model(packed.clone(), options).unwrap().logits(ids).unwrap()
 }
 
@@ -136,7 +136,7 @@ fn adapters_learn_on_ternary_weights_that_keep_every_bit() {
 
         // With the file it computes what the run did, in the engine and in a module.
         let saved = SavedRun::open(&run_dir, &device()).unwrap();
-        let adapted = PackedModel { adapter: Some(read), ..file };
+        let adapted = file.with_adapter(Some(read));
         let ids = saved.tokenizer.encode("Quack 16 quack").unwrap();
         let expected = training(&saved.model, &ids);
         let loaded = DuckQuantized::from_packed(&adapted, &device()).unwrap();
@@ -180,7 +180,7 @@ fn a_float_base_takes_its_adapter_into_the_file() {
     let file = read_model(&base.join("model.gguf")).unwrap();
     let adapter = read_adapter(&run_dir.join("adapter"), &file.spec).unwrap();
     assert_eq!(adapter.pairs.len(), 4);
-    let adapted = PackedModel { adapter: Some(adapter), ..file };
+    let adapted = file.with_adapter(Some(adapter));
     assert!(error(&engine(&adapted, ActivationMode::F32, &ids), &expected) < 1e-4);
     // A run may start from it, including its adapters.
     let start = format!("run.start_from={}", run_dir.display());
@@ -258,7 +258,7 @@ fn the_engine_with_an_adapter_has_the_logits_of_the_module() {
             let adapter = packed.adapter.take().unwrap();
             let pairs = adapter.pairs.iter().map(|(name, pair)| (name.clone(), fill(name, pair)));
             let plain = packed.clone();
-            packed.adapter = Some(Adapter { pairs: pairs.collect(), ..Adapter::default() });
+            packed.adapter = Some(Adapter::new(pairs.collect()));
             let module = DuckQuantized::from_packed(&packed, &device()).unwrap();
             assert_eq!(module.adapter().unwrap(), packed.adapter);
             let ids = some_ids(13);
@@ -275,7 +275,8 @@ fn the_engine_with_an_adapter_has_the_logits_of_the_module() {
                 // A Hugging Face folder has the sum, whichever matrices the family fuses.
                 let out = tempfile::tempdir().unwrap();
                 let weights = Some("F32".parse().unwrap());
-                let options = WriteOptions { weights, embedding: Some(Encoding::F32) };
+                let options =
+                    WriteOptions::default().with_weights(weights).with_embedding(Some(Encoding::F32));
                 write_model(&packed, &out.path().join("merged"), &options).unwrap();
                 let read = read_model(&out.path().join("merged")).unwrap();
                 assert!(error(&engine(&read, ActivationMode::F32, &ids), &expected) < 1e-4);

@@ -305,7 +305,7 @@ fn a_container_that_is_no_module_is_refused_with_the_tensor() {
 fn through_gguf(packed: &PackedModel, weights: Encoding) -> PackedModel {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    let options = WriteOptions { weights: Some(WeightType::Encoded(weights)), ..WriteOptions::default() };
+    let options = WriteOptions::default().with_weights(Some(WeightType::Encoded(weights)));
     write_model(packed, &path, &options).unwrap();
     read_model(&path).unwrap()
 }
@@ -369,7 +369,7 @@ fn training(model: &DuckQuantized, ids: &[u32]) -> Vec<f32> {
 
 /// Logits of the engine, `[ids, vocab]`.
 fn engine(packed: &PackedModel, activations: ActivationMode, ids: &[u32]) -> Vec<f32> {
-    let options = EngineOptions { threads: 1, activations, ..Default::default() };
+    let options = EngineOptions::default().with_threads(1).with_activations(activations);
     Engine::from_model(packed.clone(), options).unwrap().logits(ids).unwrap()
 }
 

@@ -13,9 +13,9 @@ fuzz_target!(|data: &[u8]| {
     let Ok(template) = ChatTemplate::new(parts.next().unwrap_or_default()) else { return };
     let roles = [Role::System, Role::User, Role::Assistant].into_iter().cycle();
     let mut messages: Vec<Message> =
-        parts.zip(roles).map(|(content, role)| Message { role, content: content.into() }).collect();
+        parts.zip(roles).map(|(content, role)| Message::new(role, content)).collect();
     if messages.is_empty() {
-        messages.push(Message { role: Role::User, content: "hi <|user|>".into() });
+        messages.push(Message::new(Role::User, "hi <|user|>"));
     }
     let _ = template.ids(&Tokenizer::byte(), &messages, true);
 });

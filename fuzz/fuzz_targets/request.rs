@@ -37,7 +37,7 @@ const PATHS: [&str; 8] = [
 static SERVER: LazyLock<(Runtime, Router)> = LazyLock::new(|| {
     let mut model = small(Family::Llama, 8, Tokenizer::byte());
     model.spec.context = 128;
-    let options = EngineOptions { threads: 1, context: 128, ..EngineOptions::default() };
+    let options = EngineOptions::default().with_threads(1).with_context(128);
     let engine = Engine::from_model(model, options).expect("a sound model");
     let models = Models::new([("duck".to_string(), Arc::new(engine))]).expect("one model");
     let mut options = ServeOptions::default();
@@ -61,7 +61,10 @@ fn sound() -> [(&'static str, Value); 3] {
             PATHS[1],
             json!({"model": "duck", "prompt": ["one", "two"], "max_tokens": 3, "logprobs": 1, "top_k": 5, "min_p": 0.1}),
         ),
-        (PATHS[1], json!({"prompt": [1, 2], "max_tokens": 2, "stream": true, "repetition_penalty": 1.1, "truncation": "auto"})),
+        (
+            PATHS[1],
+            json!({"prompt": [1, 2], "max_tokens": 2, "stream": true, "repetition_penalty": 1.1, "truncation": "auto"}),
+        ),
     ]
 }
 
@@ -73,7 +76,9 @@ fn request(input: &mut Unstructured) -> Result<Request<Body>> {
         method = input.choose(&[Method::GET, Method::POST, Method::HEAD, Method::PUT])?.clone();
     }
     let mut request = Request::builder().method(method).uri(path);
-    for (name, value) in [("host", "localhost"), ("content-type", "application/json"), ("origin", "http://localhost")] {
+    for (name, value) in
+        [("host", "localhost"), ("content-type", "application/json"), ("origin", "http://localhost")]
+    {
         match input.int_in_range(0..=31)? {
             0 => (),
             1 => request = request.header(name, input.bytes(input.len().min(9))?),

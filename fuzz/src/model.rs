@@ -10,20 +10,18 @@ const RUN_WEIGHTS: usize = 1 << 16;
 /// A model with ternary and float matrices, the same at each call.
 pub fn small(family: Family, d_model: usize, tokenizer: Tokenizer) -> PackedModel {
     let gpt2 = family == Family::Gpt2;
-    let spec = ModelSpec {
-        family,
-        vocab_size: tokenizer.vocab_size(),
-        context: 16,
-        d_model,
-        n_layers: 1,
-        n_heads: 2,
-        n_kv_heads: if gpt2 { 2 } else { 1 },
-        d_ff: d_model,
-        activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
-        tied: family != Family::Llama,
-        norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-    };
+    let spec = ModelSpec::new(family)
+        .with_vocab_size(tokenizer.vocab_size())
+        .with_context(16)
+        .with_d_model(d_model)
+        .with_n_layers(1)
+        .with_n_heads(2)
+        .with_n_kv_heads(if gpt2 { 2 } else { 1 })
+        .with_d_ff(d_model)
+        .with_activation(if gpt2 { Activation::Gelu } else { Activation::Swiglu })
+        .with_tied(family != Family::Llama)
+        .with_norm_eps(1e-5)
+        .with_rope_theta(10_000.0);
     let tensor = |(name, shape): (String, Vec<usize>)| {
         let tensor = if name.starts_with("blk.") && shape.len() == 2 {
             Tensor::ternary(shape[0], shape[1], shape[1], |row, codes, scales| {
@@ -36,15 +34,10 @@ pub fn small(family: Family, d_model: usize, tokenizer: Tokenizer) -> PackedMode
         };
         (name, tensor.expect("shape and values fit"))
     };
-    PackedModel {
-        name: "small".into(),
-        tensors: spec.tensors().map(tensor).collect(),
-        tokenizer: Some(tokenizer),
-        chat_template: Some(chat::TEMPLATE.into()),
-        adapter: None,
-        warnings: Vec::new(),
-        spec,
-    }
+    let tensors = spec.tensors().map(tensor).collect();
+    PackedModel::new("small", spec, tensors)
+        .with_tokenizer(Some(tokenizer))
+        .with_chat_template(Some(chat::TEMPLATE.into()))
 }
 
 /// Reads all rows, encodes and decodes, renders a dialogue, and runs the model if it is small.
@@ -59,7 +52,7 @@ pub fn use_model(model: PackedModel) {
     if let Some(tokenizer) = &model.tokenizer {
         use_tokenizer(tokenizer);
         if let Some(template) = model.chat_template.as_deref().and_then(|t| chat::ChatTemplate::new(t).ok()) {
-            let message = chat::Message { role: chat::Role::User, content: "<|user|> hi".into() };
+            let message = chat::Message::new(chat::Role::User, "<|user|> hi");
             let _ = template.ids(tokenizer, &[message], true);
         }
     }
@@ -67,11 +60,11 @@ pub fn use_model(model: PackedModel) {
         return;
     }
     for activations in [ActivationMode::Int8, ActivationMode::F32] {
-        let options = EngineOptions { threads: 1, activations, context: 16, ..EngineOptions::default() };
+        let options = EngineOptions::default().with_threads(1).with_activations(activations).with_context(16);
         let engine = Engine::from_model(model.clone(), options).expect("what is valid can be packed");
         let last = engine.spec().vocab_size as u32 - 1;
-        let sampling = Sampling { temperature: 0.7, top_p: 0.9, ..Sampling::default() };
-        let options = GenerateOptions { sampling, max_tokens: 2, ..GenerateOptions::default() };
+        let sampling = Sampling::default().with_temperature(0.7).with_top_p(0.9);
+        let options = GenerateOptions::default().with_sampling(sampling).with_max_tokens(2);
         // A context of one token cannot take two.
         if let Ok(generation) = engine.generate(&[0, last], options) {
             generation.for_each(drop);

@@ -61,7 +61,7 @@ fn tokenizer(json: &str) -> Tokenizer {
 }
 
 fn write(model: &ternary_format::PackedModel, path: &Path, weights: WeightType) {
-    let options = WriteOptions { weights: Some(weights), embedding: None };
+    let options = WriteOptions::default().with_weights(Some(weights));
     write_model(model, path, &options).expect("a sound model");
 }
 

@@ -189,15 +189,9 @@ fn pack(
     let mut rest = Floats { path: Vec::new(), tensors, error: None };
     model.visit(&mut rest);
     rest.error.map_or(Ok(()), Err)?;
-    Ok(PackedModel {
-        name: name.into(),
-        spec: model.config().spec(),
-        tensors: rest.tensors,
-        tokenizer: tokenizer.cloned(),
-        chat_template: None,
-        adapter: model.adapter()?,
-        warnings: Vec::new(),
-    })
+    Ok(PackedModel::new(name, model.config().spec(), rest.tensors)
+        .with_tokenizer(tokenizer.cloned())
+        .with_adapter(model.adapter()?))
 }
 
 /// Collects the parameters without a quantizer: biases, norms and positions.

@@ -225,7 +225,7 @@ impl DuckQuantized {
             ..QuantConfig::default()
         };
         let config = DuckConfig { vocab_size, ..DuckConfig::from_spec(&model.spec) };
-        let (base, adapter) = (PackedModel { adapter: None, ..model.clone() }, &model.adapter);
+        let (base, adapter) = (model.clone().with_adapter(None), &model.adapter);
         let model = config.init_from(&base, &quant, 0, device)?;
         Ok(adapter.iter().fold(model, DuckQuantized::with_adapter))
     }

@@ -131,7 +131,7 @@ pub fn load<M: Module>(model: M, path: impl AsRef<Path>) -> Result<M, ImportErro
 /// # Example
 /// ```no_run
 /// # use burn::module::Module;
-/// # use burn_ternary::format::{ModelSpec, PackedModel, Tokenizer, WriteOptions, write_model};
+/// # use burn_ternary::format::{ModelSpec, Tokenizer, WriteOptions, write_model};
 /// # use burn_ternary::prepared::{self, RotaryPairs};
 /// # fn ship<M: Module>(model: &M, spec: &ModelSpec, tokenizer: Tokenizer) -> Result<(), Box<dyn std::error::Error>> {
 /// let names = [
@@ -141,7 +141,7 @@ pub fn load<M: Module>(model: M, path: impl AsRef<Path>) -> Result<M, ImportErro
 /// let packed = prepared::export(model, spec, RotaryPairs::Interleaved, |path| {
 ///     Some(names.iter().fold(path.to_string(), |path, (ours, theirs)| path.replace(ours, theirs)))
 /// })?;
-/// let packed = PackedModel { name: "mine".into(), tokenizer: Some(tokenizer), ..packed };
+/// let packed = packed.with_name("mine".into()).with_tokenizer(Some(tokenizer));
 /// write_model(&packed, "mine.gguf".as_ref(), &WriteOptions::default())?;
 /// # Ok(())
 /// # }
@@ -173,15 +173,7 @@ pub fn export<M: Module>(
             return Err(FormatError::DuplicateTensor { tensor: name }.into());
         }
     }
-    let mut packed = PackedModel {
-        name: "model".into(),
-        spec: spec.clone(),
-        tensors,
-        tokenizer: None,
-        chat_template: None,
-        adapter: None,
-        warnings: Vec::new(),
-    };
+    let mut packed = PackedModel::new("model", spec.clone(), tensors);
     packed.validate()?;
     if pairs == RotaryPairs::Interleaved && spec.family != Family::Gpt2 {
         let is_rotated = |name: &str| name.ends_with(".attn_q.weight") || name.ends_with(".attn_k.weight");

@@ -21,7 +21,7 @@ use std::{
     },
     time::Instant,
 };
-use ternary_infer::{DuckChatQuantized, EngineError, Finish, GenerateOptions, Sampling};
+use ternary_infer::{DuckChatQuantized, EngineError, FinishReason, GenerateOptions, Sampling};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -262,7 +262,8 @@ impl Chat {
             generate_s: start.elapsed().as_secs_f64() - prompt_s,
         };
         self.total += self.last.tokens;
-        let finish = answer.finish().map(Finish::check).transpose().map_err(Error::engine(&self.name))?;
+        let finish =
+            answer.finish_reason().map(FinishReason::check).transpose().map_err(Error::engine(&self.name))?;
         match self.json {
             false => terminal::print(""),
             true => terminal::print_json(&Turn {
@@ -293,7 +294,7 @@ impl Chat {
 
     fn settings(&self) -> String {
         let GenerateOptions { sampling, max_tokens, .. } = self.dialogue.options();
-        let Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed } = sampling;
+        let Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed, .. } = sampling;
         format!(
             "temperature={temperature} top_k={top_k} top_p={top_p} min_p={min_p} \
              repetition_penalty={repetition_penalty} seed={seed} max_tokens={max_tokens}"

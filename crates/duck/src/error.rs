@@ -69,13 +69,11 @@ impl Error {
             _ if self.is_closed_pipe() => 0,
             // Wherever it was refused.
             _ if memory::is_cause_of(self) => 4,
-            Self::Threads(ThreadError::Start { .. }) => 4,
+            Self::Threads(ThreadError::TooMany { .. }) => 2,
+            Self::Threads(_) => 4,
             Self::Engine { source: EngineError::Memory(_) | EngineError::Weights { .. }, .. } => 4,
             Self::Engine { source: EngineError::Threads { .. }, .. } => 4,
-            Self::Usage(_)
-            | Self::Unanswered { .. }
-            | Self::Lock(LockError::Held { .. })
-            | Self::Threads(ThreadError::TooMany { .. }) => 2,
+            Self::Usage(_) | Self::Unanswered { .. } | Self::Lock(LockError::Held { .. }) => 2,
             Self::Engine {
                 source: OutOfRange { .. } | ContextFull { .. } | MessageTooLong { .. } | EmptyPrompt,
                 ..

@@ -51,7 +51,7 @@ impl Command {
         terminal::expect_free(&out, overwrite)?;
         let _lock = RunLock::of_file(&out)?;
         let model = adapter.read(Some(&model))?;
-        let options = WriteOptions { weights, embedding };
+        let options = WriteOptions::default().with_weights(weights).with_embedding(embedding);
         let write = || write_model(&model, &out, &options);
         terminal::waiting(format!("writing {}", out.display()), model::bytes(&model), write)
             .map_err(Error::Export)?;

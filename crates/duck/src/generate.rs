@@ -11,7 +11,7 @@ use std::{
     time::Instant,
 };
 use ternary_format::chat::encode_prompt;
-use ternary_infer::{EngineError, Finish};
+use ternary_infer::{EngineError, FinishReason};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -92,7 +92,7 @@ impl Command {
         if !self.json {
             terminal::print("")?;
         }
-        let finish = generation.finish().map(Finish::check).transpose().map_err(failed)?;
+        let finish = generation.finish_reason().map(FinishReason::check).transpose().map_err(failed)?;
         if !self.json {
             return Ok(());
         }
@@ -111,12 +111,12 @@ impl Command {
 }
 
 /// What came to an end, in a word for scripts.
-pub fn finish_name(finish: Option<Finish>) -> &'static str {
+pub fn finish_name(finish: Option<FinishReason>) -> &'static str {
     match finish {
-        Some(Finish::Stop(_)) => "stop",
-        Some(Finish::Context) => "context",
-        Some(Finish::NotFinite) => "not_finite",
-        Some(Finish::MaxTokens) | None => "max_tokens",
+        Some(FinishReason::Stop(_)) => "stop",
+        Some(FinishReason::Context) => "context",
+        Some(FinishReason::NotFinite) => "not_finite",
+        Some(FinishReason::MaxTokens) | None => "max_tokens",
     }
 }
 

@@ -127,18 +127,17 @@ impl AdapterFlag {
 
 impl EngineFlags {
     pub fn options(&self) -> EngineOptions {
-        EngineOptions {
-            threads: self.threads,
-            context: self.context,
-            cache: match self.cache {
+        EngineOptions::default()
+            .with_threads(self.threads)
+            .with_context(self.context)
+            .with_cache(match self.cache {
                 Cache::F16 => CacheType::F16,
                 Cache::Int8 => CacheType::Int8,
-            },
-            activations: match self.activations {
+            })
+            .with_activations(match self.activations {
                 Activations::Int8 => ActivationMode::Int8,
                 Activations::F32 => ActivationMode::F32,
-            },
-        }
+            })
     }
 
     /// Reads a model and makes it ready to run.
@@ -184,15 +183,14 @@ pub struct SamplingFlags {
 impl SamplingFlags {
     /// What to generate, until one of `stop`.
     pub fn options(&self, stop: Vec<u32>) -> GenerateOptions {
-        let sampling = Sampling {
-            repetition_penalty: self.repetition_penalty,
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            seed: self.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish()),
-        };
-        GenerateOptions { sampling, max_tokens: self.max_tokens, stop }
+        let sampling = Sampling::default()
+            .with_repetition_penalty(self.repetition_penalty)
+            .with_temperature(self.temperature)
+            .with_top_k(self.top_k)
+            .with_top_p(self.top_p)
+            .with_min_p(self.min_p)
+            .with_seed(self.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish()));
+        GenerateOptions::default().with_sampling(sampling).with_max_tokens(self.max_tokens).with_stop(stop)
     }
 }
 

@@ -17,7 +17,7 @@ fn adapted() -> TempDir {
         let pair = LowRank::new(2, 4.0, values(2 * tensor.cols()), values(2 * tensor.rows()));
         (name.clone(), pair.unwrap())
     });
-    let adapter = Adapter { pairs: pairs.collect(), ..Adapter::default() };
+    let adapter = Adapter::new(pairs.collect());
     write_adapter(&adapter, &float.spec, "model.gguf", &home.path().join("adapter")).unwrap();
     fs::write(home.path().join("text.txt"), "the duck swims on the pond").unwrap();
     home

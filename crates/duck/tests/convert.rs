@@ -34,7 +34,7 @@ fn a_float_model_becomes_a_ternary_one_and_its_loss_is_told_before_and_after() {
 fn a_folder_is_named_without_a_slash() {
     let home = home();
     let float = model(Encoding::F32, Encoding::F32, 3);
-    let options = WriteOptions { weights: Some("F32".parse().unwrap()), embedding: None };
+    let options = WriteOptions::default().with_weights(Some("F32".parse().unwrap()));
     write_model(&float, &home.path().join("float"), &options).unwrap();
     fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
     let convert =

@@ -48,20 +48,18 @@ fn write(path: &Path, seed: u64) {
 
 fn model(matrices: Encoding, table: Encoding, seed: u64) -> PackedModel {
     let tokenizer = Tokenizer::byte();
-    let spec = ModelSpec {
-        family: Family::Llama,
-        vocab_size: tokenizer.vocab_size(),
-        context: 128,
-        d_model: 64,
-        n_layers: 2,
-        n_heads: 4,
-        n_kv_heads: 2,
-        d_ff: 128,
-        activation: Activation::Swiglu,
-        tied: true,
-        norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-    };
+    let spec = ModelSpec::new(Family::Llama)
+        .with_vocab_size(tokenizer.vocab_size())
+        .with_context(128)
+        .with_d_model(64)
+        .with_n_layers(2)
+        .with_n_heads(4)
+        .with_n_kv_heads(2)
+        .with_d_ff(128)
+        .with_activation(Activation::Swiglu)
+        .with_tied(true)
+        .with_norm_eps(1e-5)
+        .with_rope_theta(10_000.0);
     let mut model = ternary_infer::random::model(&spec, |_| matrices, table, seed).unwrap();
     model.tokenizer = Some(tokenizer);
     model.chat_template = Some(TEMPLATE.into());

@@ -11,10 +11,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         [from, to, rest @ ..] if rest.len() <= 2 => (from, to, rest),
         _ => return Err("usage: convert IN OUT [TYPE [EMBEDDING]]".into()),
     };
-    let options = WriteOptions {
-        weights: rest.first().map(|name| name.parse()).transpose()?,
-        embedding: rest.get(1).map(|name| name.parse()).transpose()?,
-    };
+    let options = WriteOptions::default()
+        .with_weights(rest.first().map(|name| name.parse()).transpose()?)
+        .with_embedding(rest.get(1).map(|name| name.parse()).transpose()?);
     let model = read_model(Path::new(from))?;
     write_model(&model, Path::new(to), &options)?;
     println!("{to}\n{}", SizeReport::of_file(Path::new(to), &model.spec)?);

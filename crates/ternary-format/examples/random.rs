@@ -26,20 +26,18 @@ fn main() -> Result<(), Box<dyn Error>> {
         "bitnet" => (Family::Bitnet, Activation::SquaredRelu),
         other => return Err(format!("{other}: expected gpt2, llama or bitnet").into()),
     };
-    let spec = ModelSpec {
-        family,
-        vocab_size: tokenizer.vocab_size(),
-        context: 256,
-        d_model: 256,
-        n_layers: 3,
-        n_heads: 8,
-        n_kv_heads: if family == Family::Gpt2 { 8 } else { 2 },
-        d_ff: 512,
-        activation,
-        tied: gguf || family != Family::Bitnet,
-        norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-    };
+    let spec = ModelSpec::new(family)
+        .with_vocab_size(tokenizer.vocab_size())
+        .with_context(256)
+        .with_d_model(256)
+        .with_n_layers(3)
+        .with_n_heads(8)
+        .with_n_kv_heads(if family == Family::Gpt2 { 8 } else { 2 })
+        .with_d_ff(512)
+        .with_activation(activation)
+        .with_tied(gguf || family != Family::Bitnet)
+        .with_norm_eps(1e-5)
+        .with_rope_theta(10_000.0);
     let rng = &mut StdRng::seed_from_u64(1);
     let mut tensors = std::collections::BTreeMap::new();
     for (name, shape) in spec.tensors() {
@@ -70,17 +68,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         tensors.insert(name, tensor);
     }
     let chat_template = Some(chat::TEMPLATE.into());
-    let model = PackedModel {
-        name: "random".into(),
-        spec,
-        tensors,
-        tokenizer: Some(tokenizer),
-        chat_template,
-        adapter: None,
-        warnings: Vec::new(),
-    };
+    let model = PackedModel::new("random", spec, tensors)
+        .with_tokenizer(Some(tokenizer))
+        .with_chat_template(chat_template);
     let weights = rest.first().map(|name| name.parse()).transpose()?;
-    write_model(&model, Path::new(out), &WriteOptions { weights, embedding: None })?;
+    write_model(&model, Path::new(out), &WriteOptions::default().with_weights(weights))?;
     println!("{out}");
     Ok(())
 }

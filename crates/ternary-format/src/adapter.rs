@@ -1,7 +1,7 @@
 //! [`Adapter`]: LoRA fine-tuning weights of a frozen model.
 
-use crate::{Encoding, FormatError, ModelSpec, PackedModel, Tensor};
-use std::{borrow::Cow, collections::BTreeMap};
+use crate::{FormatError, ModelSpec};
+use std::collections::BTreeMap;
 
 /// A LoRA adapter: low-rank pairs for some matrices `W` of a frozen model. A layer with a pair computes `W x + alpha
 /// / rank B (A x)`.
@@ -9,6 +9,7 @@ use std::{borrow::Cow, collections::BTreeMap};
 /// # Source
 /// Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, equation 3.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Adapter {
     /// Pairs by the name of the matrix that they adapt, such as `blk.0.attn_q.weight`.
     pub pairs: BTreeMap<String, LowRank>,
@@ -100,7 +101,7 @@ impl LowRank {
     ///
     /// # Shapes
     /// values `[in]`
-    fn add_row(&self, row: usize, values: &mut [f32]) {
+    pub(crate) fn add_row(&self, row: usize, values: &mut [f32]) {
         let (scale, b) = (self.scale(), &self.b[row * self.rank..(row + 1) * self.rank]);
         for (a, b) in self.a.chunks_exact(values.len()).zip(b) {
             let factor = b * scale;
@@ -123,6 +124,11 @@ pub(crate) fn require(
 }
 
 impl Adapter {
+    /// Creates an adapter from pairs by the name of the matrix that they adapt.
+    pub fn new(pairs: BTreeMap<String, LowRank>) -> Self {
+        Self { pairs, warnings: Vec::new() }
+    }
+
     /// Checks that each pair adapts a matrix of a transformer block, and has its shape.
     ///
     /// # Errors
@@ -172,40 +178,4 @@ pub(crate) fn matrices(spec: &ModelSpec) -> impl Iterator<Item = (String, [usize
         [out, inputs] if name.starts_with("blk.") => Some((name, [out, inputs])),
         _ => None,
     })
-}
-
-impl PackedModel {
-    /// Merges the adapter into the weights: `W + alpha / rank B A`, in F16 for an F16 matrix, else in F32.
-    ///
-    /// The sum of a ternary matrix and a pair is not ternary, so only a zero pair can be dropped there.
-    ///
-    /// # Errors
-    /// `Unmergeable`: a pair on a matrix that is not float.
-    pub fn merged(&self) -> Result<Cow<'_, Self>, FormatError> {
-        let Some(adapter) = &self.adapter else {
-            return Ok(Cow::Borrowed(self));
-        };
-        adapter.validate(&self.spec)?;
-        let mut model = Self { adapter: None, ..self.clone() };
-        for (name, pair) in adapter.pairs.iter().filter(|(_, pair)| !pair.is_zero()) {
-            let tensor = model.tensors.get_mut(name);
-            let tensor = tensor.ok_or_else(|| FormatError::MissingTensor { tensor: name.clone() })?;
-            *tensor = merge(tensor, pair).map_err(|error| error.in_tensor(name))?;
-        }
-        Ok(Cow::Owned(model))
-    }
-}
-
-fn merge(tensor: &Tensor, pair: &LowRank) -> Result<Tensor, FormatError> {
-    let encoding = tensor.encoding();
-    if !matches!(encoding, Encoding::F32 | Encoding::F16 | Encoding::Bf16) {
-        return Err(FormatError::Unmergeable { encoding });
-    }
-    let mut values = vec![0.0; tensor.rows() * tensor.cols()];
-    for (row, values) in values.chunks_exact_mut(tensor.cols()).enumerate() {
-        tensor.read_row(row, values);
-        pair.add_row(row, values);
-    }
-    let merged = Tensor::f32(tensor.shape(), &values)?;
-    if encoding == Encoding::F16 { merged.encode(encoding) } else { Ok(merged) }
 }

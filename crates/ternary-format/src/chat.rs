@@ -1,16 +1,17 @@
-//! Chat templates: from messages to the ids that a model answers to.
+//! Chat templates: from messages to token ids.
 //!
-//! A template is Jinja, as Hugging Face and llama.cpp have it, and comes from a file: its length, its recursion, and
-//! the work and memory of rendering are bounded. Special tokens are only what the template writes itself; the same
-//! characters in a message stay characters.
+//! A template is written in Jinja, as for Hugging Face and llama.cpp. Since it comes from a file, its length and recursion are
+//! bounded, as are the work and memory of rendering it.
+//!
+//! Only the template itself can write special tokens. The same characters in a message remain plain text.
 
 use crate::{FormatError, Special, Tokenizer, tokenizer::CUT};
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 
-/// The template of our own models: `<|user|>{question}<|assistant|>{answer}<|endoftext|>`; system messages, which no
-/// such model has seen, are left out.
+/// The template of models that this project trains on dialogues: `<|user|>{question}<|assistant|>{answer}<|endoftext|>`. It
+/// omits system messages, because these models are trained without them.
 pub const TEMPLATE: &str = "\
 {%- for message in messages -%}
 {%- if message.role == 'user' -%}{{ '<|user|>' + message.content + '<|assistant|>' }}
@@ -18,15 +19,16 @@ pub const TEMPLATE: &str = "\
 {%- endif -%}
 {%- endfor -%}";
 
-/// The longest template, in bytes; those in use have up to 30,000.
-const LONGEST: usize = 1 << 17;
+/// Maximum length of a template, in bytes. Templates in use have up to 30,000.
+const MAX_BYTES: usize = 1 << 17;
 const RECURSION: usize = 64;
-/// Instructions and, by 64 bytes, memory of a rendering, besides a unit for each byte of the messages.
+/// Budget of one rendering, in addition to one unit per byte of the messages. An instruction costs one unit, and so do 64
+/// bytes of memory.
 const FUEL: u64 = 500_000;
-/// Characters of no meaning (plane 15, for private use) that stand for those of messages that specials consist of.
+/// Placeholders: characters for private use (plane 15). They replace characters of messages that could form special tokens.
 const MARKS: std::ops::Range<u32> = 0xf_0000..0xf_fffe;
 
-/// Who speaks.
+/// Author of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
@@ -50,10 +52,11 @@ impl Role {
 
 /// A turn of a dialogue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Message {
-    /// Author of the message.
+    /// Its author.
     pub role: Role,
-    /// Text of the message.
+    /// Its text.
     pub content: String,
 }
 
@@ -83,10 +86,10 @@ impl ChatTemplate {
     /// Parses a template.
     ///
     /// # Errors
-    /// `ChatTemplate`: too long, or no Jinja.
+    /// `ChatTemplate`: it is too long, or not valid Jinja.
     pub fn new(source: &str) -> Result<Self, FormatError> {
-        if source.len() > LONGEST {
-            let why = format!("{} bytes, expected at most {LONGEST}", source.len());
+        if source.len() > MAX_BYTES {
+            let why = format!("{} bytes, expected at most {MAX_BYTES}", source.len());
             return Err(FormatError::ChatTemplate { why });
         }
         let mut environment = Environment::new();
@@ -100,10 +103,10 @@ impl ChatTemplate {
         Ok(Self { environment })
     }
 
-    /// The dialogue as special tokens and texts. With `generate`, up to where the assistant goes on.
+    /// Renders a dialogue to special tokens and texts. With `generate`, the result ends with the beginning of an answer.
     ///
     /// # Errors
-    /// `ChatTemplate`: the template fails, refuses the messages, or does not come to an end.
+    /// `ChatTemplate`: the template fails, refuses the messages, or exceeds its budget.
     pub fn parts(
         &self,
         tokenizer: &Tokenizer,
@@ -132,7 +135,7 @@ impl ChatTemplate {
         Ok(marks.split(&text.map_err(failed)?, &specials))
     }
 
-    /// The ids of a dialogue, begun as the tokenizer says.
+    /// Encodes a dialogue, with the begin token that the tokenizer requires.
     ///
     /// # Errors
     /// As [`parts`](Self::parts); `UnknownCharacter`, `Encode`: the tokenizer cannot encode a message.
@@ -145,7 +148,7 @@ impl ChatTemplate {
         self.ids_within(tokenizer, messages, generate, usize::MAX)
     }
 
-    /// The ids of a dialogue, as [`Tokenizer::encode_within`] takes those of a text.
+    /// Encodes a dialogue in bounded time, as [`Tokenizer::encode_within`] does.
     ///
     /// # Errors
     /// As [`ids`](Self::ids). `TooManyTokens`: the dialogue has more than `most`.
@@ -184,8 +187,8 @@ fn failed(error: Error) -> FormatError {
     FormatError::ChatTemplate { why: error.to_string() }
 }
 
-/// The ids of a prompt as a user writes it: plain text to go on with, or `<|user|>question` to be answered, where the
-/// tokenizer has such tokens.
+/// Encodes a prompt as a user writes it: plain text to continue, or `<|user|>question` to answer, if the tokenizer has such
+/// tokens.
 ///
 /// # Errors
 /// `UnknownCharacter`, `Encode`: the tokenizer cannot encode the text.
@@ -202,10 +205,10 @@ pub fn encode_prompt(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Form
     Ok(bos.into_iter().chain(ids).collect())
 }
 
-/// Keeps the characters of messages apart from those that the template writes.
+/// Keeps the characters of messages apart from those of the template, by means of placeholders.
 struct Marks<'a> {
     specials: Vec<&'a str>,
-    /// Characters at the ends of special tokens, and what stands for them.
+    /// First and last characters of special tokens, with their placeholders.
     pairs: Vec<(char, char)>,
 }
 
@@ -231,12 +234,13 @@ impl<'a> Marks<'a> {
         Ok(Self { specials, pairs: ends.into_iter().zip(marks).collect() })
     }
 
-    /// Exchanges the ends of whatever is, or may become with what is beside the message, a special token.
+    /// Replaces the first and last characters of everything in a message that is a special token, or may become one together
+    /// with the text before or after the message.
     fn mark(&self, content: &str) -> String {
         let mut marked = String::with_capacity(content.len());
         for (i, c) in content.char_indices() {
             let (before, after) = (&content[..i], &content[i + c.len_utf8()..]);
-            // Templates trim messages: white space is no neighbour.
+            // Templates trim messages, so white space at the ends is skipped.
             let begins = |special: &&str| {
                 let mut rest = special.chars();
                 let (first, second) = (rest.next(), rest.next());
@@ -381,7 +385,8 @@ mod tests {
             assert!(matches!(rendered, Err(FormatError::ChatTemplate { .. })), "{source}: {rendered:?}");
         }
         let nested = "{% if true %}".repeat(1000) + &"{% endif %}".repeat(1000);
-        for source in ["{% if %}", "{{", "{% for %}", &"(".repeat(5000), &nested, &"x".repeat(LONGEST + 1)] {
+        for source in ["{% if %}", "{{", "{% for %}", &"(".repeat(5000), &nested, &"x".repeat(MAX_BYTES + 1)]
+        {
             let source = if source.starts_with('(') { &format!("{{{{ {source} }}}}") } else { source };
             let parsed = ChatTemplate::new(source);
             assert!(

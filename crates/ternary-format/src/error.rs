@@ -44,18 +44,16 @@ pub enum FormatError {
         /// The first bytes of the file.
         found: Vec<u8>,
     },
-    /// The file is an ONNX graph, which we only write.
+    /// The file is an ONNX graph, which this crate writes but does not read.
     #[error(
         "ONNX files are written for onnxruntime and not read: expected the run folder, .gguf or .ternary file that it was \
          exported from"
     )]
-    /// The file is an ONNX graph, which this crate writes but does not read.
     Onnx,
-    /// A folder is neither a run folder nor one of Hugging Face.
+    /// The folder is neither a run folder nor a Hugging Face folder.
     #[error(
         "expected a Hugging Face folder (with config.json) or a run folder (with experiment.toml), found neither"
     )]
-    /// The folder is neither a run folder nor a Hugging Face folder.
     NoModelFolder,
     /// A GGUF file has an unsupported version, or is big-endian.
     #[error("GGUF version {found}, expected 2 or 3, little-endian")]

@@ -11,14 +11,18 @@
 //!
 //! ```
 //! use ternary_format::{SizeReport, WriteOptions, read_model, write_model};
-//! # use ternary_format::{Activation, Family, ModelSpec, PackedModel, Tensor, Tokenizer};
+//! # use ternary_format::{Family, ModelSpec, PackedModel, Tensor, Tokenizer};
 //! # let folder = tempfile::tempdir()?;
 //! # let (input, output) = (folder.path().join("model.ternary"), folder.path().join("model.gguf"));
 //! # let tokenizer = Tokenizer::byte();
-//! # let spec = ModelSpec {
-//! #     family: Family::Llama, vocab_size: tokenizer.vocab_size(), context: 64, d_model: 64, n_layers: 1, n_heads: 2,
-//! #     n_kv_heads: 1, d_ff: 128, activation: Activation::Swiglu, tied: true, norm_eps: 1e-5, rope_theta: 1e4,
-//! # };
+//! # let spec = ModelSpec::new(Family::Llama)
+//! #     .with_vocab_size(tokenizer.vocab_size())
+//! #     .with_context(64)
+//! #     .with_d_model(64)
+//! #     .with_n_layers(1)
+//! #     .with_n_heads(2)
+//! #     .with_n_kv_heads(1)
+//! #     .with_d_ff(128);
 //! # let tensors = spec.tensors().map(|(name, shape)| {
 //! #     let tensor = match shape[..] {
 //! #         [rows, cols] => Tensor::ternary(rows, cols, cols, |row, codes, scales| {
@@ -30,10 +34,7 @@
 //! #     Ok((name, tensor?))
 //! # });
 //! # let tensors = tensors.collect::<Result<_, ternary_format::FormatError>>()?;
-//! # let model = PackedModel {
-//! #     name: "example".into(), spec, tensors, tokenizer: Some(tokenizer), chat_template: None, adapter: None,
-//! #     warnings: Vec::new(),
-//! # };
+//! # let model = PackedModel::new("example", spec, tensors).with_tokenizer(Some(tokenizer));
 //! # write_model(&model, &input, &WriteOptions::default())?;
 //!
 //! let model = read_model(&input)?; // a GGUF file, a Hugging Face folder, or a `*.ternary` archive
@@ -81,6 +82,7 @@ mod key;
 pub mod memory;
 mod model;
 pub mod onnx;
+mod rotary;
 mod safetensors;
 mod say;
 mod size;
@@ -91,11 +93,13 @@ mod ternary;
 pub mod threads;
 mod tokenizer;
 mod tokenizer_limit;
+mod weight_type;
+mod write_options;
 
 pub use adapter::{Adapter, LowRank};
 pub use encoding::Encoding;
 pub use error::FormatError;
-pub use file::{WeightType, WriteOptions, read_model, write_model};
+pub use file::{read_model, write_model};
 /// Half-precision float, the type of scales.
 pub use half::f16;
 pub use model::PackedModel;
@@ -104,3 +108,5 @@ pub use size::{PartSize, SizeReport};
 pub use spec::{Activation, Family, ModelSpec};
 pub use tensor::{Bytes, Tensor};
 pub use tokenizer::{Decoder, Ends, Special, Tokenizer};
+pub use weight_type::WeightType;
+pub use write_options::WriteOptions;

@@ -8,6 +8,7 @@ use std::{
 
 /// A limit on the memory of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Limit {
     /// Free memory of the machine.
     Machine,
@@ -38,6 +39,7 @@ impl fmt::Display for Limit {
 
 /// Memory that can still be allocated.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Available {
     /// Bytes left.
     pub bytes: u64,
@@ -48,6 +50,7 @@ pub struct Available {
 /// An operation needs more memory than is available.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("about {} MiB of memory are needed and {} MiB are available; {}", needed >> 20, available.bytes >> 20, available.limit)]
+#[non_exhaustive]
 pub struct OutOfMemory {
     /// Bytes needed.
     pub needed: u64,

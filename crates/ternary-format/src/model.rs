@@ -1,7 +1,11 @@
 //! [`PackedModel`]: the content of a model file.
 
-use crate::{Adapter, FormatError, ModelSpec, Tensor, Tokenizer};
-use std::collections::{BTreeMap, BTreeSet};
+use crate::{Adapter, Encoding, FormatError, LowRank, ModelSpec, Tensor, Tokenizer};
+use getset::WithSetters;
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+};
 
 /// A model in memory, or memory-mapped from a file.
 ///
@@ -25,7 +29,9 @@ use std::collections::{BTreeMap, BTreeSet};
 ///
 /// Rows of queries and keys are in half-rotation order (component `i` of a head rotates with `i + head_dim / 2`).
 /// Readers and writers convert files with other conventions, such as fused QKV matrices or interleaved rotation.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, WithSetters)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct PackedModel {
     /// Name of the model, such as the name of its run or folder.
     pub name: String,
@@ -45,6 +51,19 @@ pub struct PackedModel {
 }
 
 impl PackedModel {
+    /// Creates a model without a tokenizer, a chat template or an adapter.
+    pub fn new(name: impl Into<String>, spec: ModelSpec, tensors: BTreeMap<String, Tensor>) -> Self {
+        Self {
+            name: name.into(),
+            spec,
+            tensors,
+            tokenizer: None,
+            chat_template: None,
+            adapter: None,
+            warnings: Vec::new(),
+        }
+    }
+
     /// Checks that the tensors, and those of the adapter, match the spec: none missing, none unknown, and all of the
     /// right shape.
     ///
@@ -87,6 +106,40 @@ impl PackedModel {
         self.tensors.iter().try_for_each(tensor)?;
         self.adapter.as_ref().map_or(Ok(()), Adapter::check_finite)
     }
+
+    /// Merges the adapter into the weights: `W + alpha / rank B A`, in F16 for an F16 matrix, else in F32.
+    ///
+    /// The sum of a ternary matrix and a pair is not ternary, so only a zero pair can be dropped there.
+    ///
+    /// # Errors
+    /// `Unmergeable`: a pair on a matrix that is not float.
+    pub fn merged(&self) -> Result<Cow<'_, Self>, FormatError> {
+        let Some(adapter) = &self.adapter else {
+            return Ok(Cow::Borrowed(self));
+        };
+        adapter.validate(&self.spec)?;
+        let mut model = Self { adapter: None, ..self.clone() };
+        for (name, pair) in adapter.pairs.iter().filter(|(_, pair)| !pair.is_zero()) {
+            let tensor = model.tensors.get_mut(name);
+            let tensor = tensor.ok_or_else(|| FormatError::MissingTensor { tensor: name.clone() })?;
+            *tensor = merge(tensor, pair).map_err(|error| error.in_tensor(name))?;
+        }
+        Ok(Cow::Owned(model))
+    }
+}
+
+fn merge(tensor: &Tensor, pair: &LowRank) -> Result<Tensor, FormatError> {
+    let encoding = tensor.encoding();
+    if !matches!(encoding, Encoding::F32 | Encoding::F16 | Encoding::Bf16) {
+        return Err(FormatError::Unmergeable { encoding });
+    }
+    let mut values = vec![0.0; tensor.rows() * tensor.cols()];
+    for (row, values) in values.chunks_exact_mut(tensor.cols()).enumerate() {
+        tensor.read_row(row, values);
+        pair.add_row(row, values);
+    }
+    let merged = Tensor::f32(tensor.shape(), &values)?;
+    if encoding == Encoding::F16 { merged.encode(encoding) } else { Ok(merged) }
 }
 
 /// A small model with random ternary matrices: `scales_per_row` scales per row, or one scale per matrix.
@@ -128,13 +181,6 @@ pub(crate) fn random(family: crate::Family, scales_per_row: Option<usize>) -> Pa
         };
         (name, tensor.unwrap())
     });
-    PackedModel {
-        name: "random".into(),
-        tensors: tensors.collect(),
-        tokenizer: None,
-        chat_template: None,
-        adapter: None,
-        warnings: Vec::new(),
-        spec,
-    }
+    let tensors = tensors.collect();
+    PackedModel::new("random", spec, tensors)
 }

@@ -6,6 +6,7 @@ use std::{fmt, fs, io, path::Path};
 
 /// Size of a part of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct PartSize {
     /// Number of weights.
     pub weights: u64,
@@ -31,6 +32,7 @@ impl PartSize {
 
 /// Size of a model by part.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct SizeReport {
     /// Matrices of the transformer blocks: the ternary weights.
     pub blocks: PartSize,

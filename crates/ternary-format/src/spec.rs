@@ -1,6 +1,7 @@
 //! [`ModelSpec`]: architecture and sizes of a language model, shared by all file types, the trainer and the engine.
 
 use crate::FormatError;
+use getset::WithSetters;
 use serde::{Deserialize, Serialize};
 
 /// Limit of a width, context or vocabulary: far above any model, yet a product of three such sizes cannot overflow.
@@ -35,7 +36,24 @@ pub enum Activation {
 /// Architecture and sizes of a model.
 ///
 /// [`validate`](Self::validate) checks that the sizes fit each other.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+///
+/// ```
+/// use ternary_format::{Family, ModelSpec};
+///
+/// let spec = ModelSpec::new(Family::Llama)
+///     .with_vocab_size(4096)
+///     .with_context(512)
+///     .with_d_model(256)
+///     .with_n_layers(6)
+///     .with_n_heads(8)
+///     .with_n_kv_heads(4)
+///     .with_d_ff(1024);
+/// spec.validate()?;
+/// # Ok::<(), ternary_format::FormatError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, WithSetters)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct ModelSpec {
     /// Architecture family.
     pub family: Family,
@@ -64,6 +82,32 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
+    /// Creates a spec without sizes: all are 0, which [`validate`](Self::validate) refuses, until they are set.
+    ///
+    /// The activation is GELU in gpt2, SwiGLU in llama and squared ReLU in bitnet. Embeddings are tied, `norm_eps` is 1e-5 and
+    /// `rope_theta` is 10,000.
+    pub fn new(family: Family) -> Self {
+        let activation = match family {
+            Family::Gpt2 => Activation::Gelu,
+            Family::Llama => Activation::Swiglu,
+            Family::Bitnet => Activation::SquaredRelu,
+        };
+        Self {
+            family,
+            vocab_size: 0,
+            context: 0,
+            d_model: 0,
+            n_layers: 0,
+            n_heads: 0,
+            n_kv_heads: 0,
+            d_ff: 0,
+            activation,
+            tied: true,
+            norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+        }
+    }
+
     /// Width of one attention head: `d_model / n_heads`.
     pub fn head_dim(&self) -> usize {
         self.d_model / self.n_heads

@@ -11,6 +11,7 @@ const MAX_THREADS: usize = 256;
 
 /// Why the thread pool did not start.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ThreadError {
     /// `RAYON_NUM_THREADS` exceeds the limit.
     #[error("RAYON_NUM_THREADS is {found}, expected at most {most}")]

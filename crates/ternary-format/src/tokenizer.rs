@@ -1,6 +1,7 @@
 //! [`Tokenizer`]: text to token ids and back, by bytes, by characters, or with a Hugging Face `tokenizer.json`.
 
 use crate::{FormatError, disk, spec::LARGEST_SIZE, tokenizer_limit};
+use getset::WithSetters;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, io::Write, path::Path};
@@ -76,7 +77,9 @@ pub(crate) enum Kind {
 }
 
 /// Begin and end tokens of texts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, WithSetters)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct Ends {
     /// Begin-of-sequence token.
     pub bos: Option<u32>,

@@ -28,32 +28,25 @@ const ENCODINGS: [Encoding; 11] = [
 
 fn spec(family: Family, d_model: usize, d_ff: usize) -> ModelSpec {
     let gpt2 = family == Family::Gpt2;
-    ModelSpec {
-        family,
-        vocab_size: 259,
-        context: 5,
-        d_model,
-        n_layers: 1,
-        n_heads: if d_model.is_multiple_of(4) { 2 } else { 1 },
-        n_kv_heads: if gpt2 && d_model.is_multiple_of(4) { 2 } else { 1 },
-        d_ff,
-        activation: if gpt2 { Activation::Gelu } else { Activation::SquaredRelu },
-        tied: family != Family::Bitnet,
-        norm_eps: 1e-6,
-        rope_theta: if gpt2 { f32::NAN } else { 5e5 },
-    }
+    ModelSpec::new(family)
+        .with_vocab_size(259)
+        .with_context(5)
+        .with_d_model(d_model)
+        .with_n_layers(1)
+        .with_n_heads(if d_model.is_multiple_of(4) { 2 } else { 1 })
+        .with_n_kv_heads(if gpt2 && d_model.is_multiple_of(4) { 2 } else { 1 })
+        .with_d_ff(d_ff)
+        .with_activation(if gpt2 { Activation::Gelu } else { Activation::SquaredRelu })
+        .with_tied(family != Family::Bitnet)
+        .with_norm_eps(1e-6)
+        .with_rope_theta(if gpt2 { f32::NAN } else { 5e5 })
 }
 
 fn model(spec: ModelSpec, mut tensor: impl FnMut(&str, Vec<usize>) -> Tensor) -> PackedModel {
-    PackedModel {
-        name: "duck \u{1f986}".into(),
-        tensors: spec.tensors().map(|(name, shape)| (name.clone(), tensor(&name, shape))).collect(),
-        tokenizer: Some(Tokenizer::byte()),
-        chat_template: Some(chat::TEMPLATE.into()),
-        adapter: None,
-        warnings: Vec::new(),
-        spec,
-    }
+    let tensors = spec.tensors().map(|(name, shape)| (name.clone(), tensor(&name, shape))).collect();
+    PackedModel::new("duck \u{1f986}", spec, tensors)
+        .with_tokenizer(Some(Tokenizer::byte()))
+        .with_chat_template(Some(chat::TEMPLATE.into()))
 }
 
 /// Random codes if the encoding has codes, else random bytes.
@@ -154,7 +147,7 @@ proptest! {
             random(&mut rng, shape, encoding)
         });
         any.tokenizer = any.tokenizer.filter(|_| seed % 3 > 0).map(|tokenizer| {
-            tokenizer.with_ends(Ends { bos: (seed % 3 > 1).then_some(7), eos: Some(u32::MAX), add_bos: true })
+            tokenizer.with_ends(Ends::default().with_bos((seed % 3 > 1).then_some(7)).with_eos(Some(u32::MAX)).with_add_bos(true))
         });
         any.chat_template = any.chat_template.filter(|_| seed % 2 > 0);
         check(&any);
@@ -186,7 +179,7 @@ fn unused_bits_of_other_writers_round_trip() {
 #[test]
 fn tensors_of_several_chunks_round_trip() {
     let mut rng = StdRng::seed_from_u64(3);
-    let spec = ModelSpec { vocab_size: 5000, ..spec(Family::Llama, 512, 64) };
+    let spec = spec(Family::Llama, 512, 64).with_vocab_size(5000);
     check(&model(spec, |name, shape| {
         let table = name.starts_with("token_embd");
         let encoding = if table { Encoding::Ternary { group: 256 } } else { Encoding::F32 };
@@ -197,15 +190,13 @@ fn tensors_of_several_chunks_round_trip() {
 /// A sparse ternary model with a ternary embedding, and one scale per row.
 fn sparse(zeros: f64) -> PackedModel {
     let mut rng = StdRng::seed_from_u64(4);
-    let spec = ModelSpec {
-        vocab_size: 4096,
-        context: 512,
-        n_layers: 4,
-        n_heads: 4,
-        n_kv_heads: 4,
-        activation: Activation::Swiglu,
-        ..spec(Family::Llama, 256, 1024)
-    };
+    let spec = spec(Family::Llama, 256, 1024)
+        .with_vocab_size(4096)
+        .with_context(512)
+        .with_n_layers(4)
+        .with_n_heads(4)
+        .with_n_kv_heads(4)
+        .with_activation(Activation::Swiglu);
     model(spec, |_, shape| match shape[..] {
         [rows, cols] => Tensor::ternary(rows, cols, cols, |_, codes, scales| {
             for code in codes {
@@ -258,8 +249,9 @@ fn sparse_models_are_within_one_percent_of_their_entropies() {
 fn options_select_the_encodings_of_an_archive() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.ternary");
-    let options =
-        WriteOptions { weights: Some(WeightType::Encoded(Encoding::Tq2_0)), embedding: Some(Encoding::Q8_0) };
+    let options = WriteOptions::default()
+        .with_weights(Some(WeightType::Encoded(Encoding::Tq2_0)))
+        .with_embedding(Some(Encoding::Q8_0));
     let model = sparse(0.5);
     write_model(&model, &path, &options).unwrap();
     let found = read_model(&path).unwrap();
@@ -272,7 +264,7 @@ fn options_select_the_encodings_of_an_archive() {
         assert_eq!(tensor.encoding(), expected, "{name}");
         assert_eq!(tensor.bytes(), model.tensors[name].encode(expected).unwrap().bytes());
     }
-    let options = WriteOptions { weights: Some(WeightType::Int2), embedding: None };
+    let options = WriteOptions::default().with_weights(Some(WeightType::Int2));
     let error = write_model(&model, &path, &options).unwrap_err();
     assert!(matches!(error, FormatError::WeightType { .. }), "{error}");
 }
@@ -310,7 +302,7 @@ fn speed() {
     let (rows, cols) = (100_000, 1024);
     for zeros in [0.33, 0.95] {
         let mut rng = StdRng::seed_from_u64(6);
-        let spec = ModelSpec { vocab_size: rows, ..spec(Family::Llama, cols, 1) };
+        let spec = spec(Family::Llama, cols, 1).with_vocab_size(rows);
         let model = model(spec, |name, shape| match name {
             "token_embd.weight" => Tensor::ternary(rows, cols, cols, |_, codes, scales| {
                 for code in codes {

@@ -9,20 +9,18 @@ use ternary_format::{
 };
 
 fn spec(family: Family, d_model: usize, d_ff: usize, tied: bool) -> ModelSpec {
-    ModelSpec {
-        family,
-        vocab_size: 300,
-        context: 32,
-        d_model,
-        n_layers: 2,
-        n_heads: 8,
-        n_kv_heads: if family == Family::Gpt2 { 8 } else { 2 },
-        d_ff,
-        activation: if family == Family::Gpt2 { Activation::Gelu } else { Activation::Swiglu },
-        tied,
-        norm_eps: 1e-5,
-        rope_theta: if family == Family::Gpt2 { 1e4 } else { 5e4 },
-    }
+    ModelSpec::new(family)
+        .with_vocab_size(300)
+        .with_context(32)
+        .with_d_model(d_model)
+        .with_n_layers(2)
+        .with_n_heads(8)
+        .with_n_kv_heads(if family == Family::Gpt2 { 8 } else { 2 })
+        .with_d_ff(d_ff)
+        .with_activation(if family == Family::Gpt2 { Activation::Gelu } else { Activation::Swiglu })
+        .with_tied(tied)
+        .with_norm_eps(1e-5)
+        .with_rope_theta(if family == Family::Gpt2 { 1e4 } else { 5e4 })
 }
 
 /// A model with random weights: ternary matrices with one scale per row, everything else float.
@@ -41,19 +39,11 @@ fn random(spec: ModelSpec, seed: u64) -> PackedModel {
         };
         tensors.insert(name, tensor.unwrap());
     }
-    PackedModel {
-        name: "random".into(),
-        spec,
-        tensors,
-        tokenizer: None,
-        chat_template: Some("{{ messages }}".into()),
-        adapter: None,
-        warnings: Vec::new(),
-    }
+    PackedModel::new("random", spec, tensors).with_chat_template(Some("{{ messages }}".into()))
 }
 
 fn options(blocks: Encoding) -> GgufOptions {
-    GgufOptions { blocks, embedding: Encoding::F16, head: Encoding::Q8_0 }
+    GgufOptions::new(blocks).with_embedding(Encoding::F16).with_head(Encoding::Q8_0)
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {
@@ -123,7 +113,7 @@ fn errors_of_widths_name_the_setting() {
          multiple of 256"
     );
     assert!(error(spec(Family::Llama, 96, 96, true), Encoding::Q2_0).to_string().contains("d_model is 96"));
-    let squared = ModelSpec { activation: Activation::SquaredRelu, ..narrow };
+    let squared = narrow.with_activation(Activation::SquaredRelu);
     assert!(error(squared, Encoding::Q2_0).to_string().contains("squared_relu in the llama family"));
     // A float model is never rounded to ternary.
     let mut model = random(spec(Family::Gpt2, 256, 256, true), 3);

@@ -379,7 +379,7 @@ fn changed_bytes_never_cause_a_panic() {
         let ids = tokenizer.encode("ab 🦆 <|user|>").unwrap_or_default();
         tokenizer.decode(&ids);
         if let Some(template) = model.chat_template.and_then(|source| chat::ChatTemplate::new(&source).ok()) {
-            let message = chat::Message { role: chat::Role::User, content: "<|user|>".into() };
+            let message = chat::Message::new(chat::Role::User, "<|user|>");
             let _ = template.ids(&tokenizer, &[message], true);
         }
     }
@@ -451,20 +451,18 @@ fn tokenizers_that_would_panic_or_not_terminate_are_errors() {
 
 /// An archive of a model with one block, in several encodings.
 fn archived() -> Vec<u8> {
-    let spec = ModelSpec {
-        family: Family::Llama,
-        vocab_size: 6,
-        context: 8,
-        d_model: 32,
-        n_layers: 1,
-        n_heads: 2,
-        n_kv_heads: 1,
-        d_ff: 5,
-        activation: Activation::Swiglu,
-        tied: true,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-    };
+    let spec = ModelSpec::new(Family::Llama)
+        .with_vocab_size(6)
+        .with_context(8)
+        .with_d_model(32)
+        .with_n_layers(1)
+        .with_n_heads(2)
+        .with_n_kv_heads(1)
+        .with_d_ff(5)
+        .with_activation(Activation::Swiglu)
+        .with_tied(true)
+        .with_norm_eps(1e-5)
+        .with_rope_theta(1e4);
     let tensor = |(name, shape): (String, Vec<usize>)| {
         let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| (i % 5) as f32 - 2.0).collect();
         let floats = Tensor::f32(&shape, &values).unwrap();
@@ -481,15 +479,9 @@ fn archived() -> Vec<u8> {
         };
         (name, tensor)
     };
-    let model = PackedModel {
-        name: "a".into(),
-        tensors: spec.tensors().map(tensor).collect(),
-        tokenizer: Some(Tokenizer::from_characters(vec!['a', 'b', 'c']).unwrap()),
-        chat_template: None,
-        adapter: None,
-        warnings: Vec::new(),
-        spec,
-    };
+    let tensors = spec.tensors().map(tensor).collect();
+    let model = PackedModel::new("a", spec, tensors)
+        .with_tokenizer(Some(Tokenizer::from_characters(vec!['a', 'b', 'c']).unwrap()));
     let mut file = Vec::new();
     archive::write_to(&model, &mut file, Path::new("memory")).unwrap();
     file

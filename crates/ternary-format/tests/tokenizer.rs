@@ -27,31 +27,21 @@ fn characters(text: &str) -> Tokenizer {
 
 /// A small model with this tokenizer.
 fn model(tokenizer: Option<Tokenizer>, vocab_size: usize) -> PackedModel {
-    let spec = ModelSpec {
-        family: Family::Llama,
-        vocab_size,
-        context: 8,
-        d_model: 4,
-        n_layers: 1,
-        n_heads: 2,
-        n_kv_heads: 1,
-        d_ff: 4,
-        activation: Activation::Swiglu,
-        tied: true,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-    };
+    let spec = ModelSpec::new(Family::Llama)
+        .with_vocab_size(vocab_size)
+        .with_context(8)
+        .with_d_model(4)
+        .with_n_layers(1)
+        .with_n_heads(2)
+        .with_n_kv_heads(1)
+        .with_d_ff(4)
+        .with_activation(Activation::Swiglu)
+        .with_tied(true)
+        .with_norm_eps(1e-5)
+        .with_rope_theta(1e4);
     let zero = |shape: Vec<usize>| Tensor::f32(&shape, &vec![0.0; shape.iter().product()]).unwrap();
     let tensors: BTreeMap<_, _> = spec.tensors().map(|(name, shape)| (name, zero(shape))).collect();
-    PackedModel {
-        name: "tokens".into(),
-        spec,
-        tensors,
-        tokenizer,
-        chat_template: None,
-        adapter: None,
-        warnings: Vec::new(),
-    }
+    PackedModel::new("tokens", spec, tensors).with_tokenizer(tokenizer)
 }
 
 /// The tokenizer after a round trip through a GGUF file. Without `ours`, the keys of this crate are renamed, as if
@@ -59,8 +49,7 @@ fn model(tokenizer: Option<Tokenizer>, vocab_size: usize) -> PackedModel {
 fn through_gguf(tokenizer: &Tokenizer, rows: usize, ours: bool) -> Result<Tokenizer, FormatError> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    let f32 = Encoding::F32;
-    let options = GgufOptions { blocks: f32, embedding: f32, head: f32 };
+    let options = GgufOptions::new(Encoding::F32);
     gguf::write(&model(Some(tokenizer.clone()), rows), &path, &options)?;
     let mut bytes = std::fs::read(&path).unwrap();
     if !ours {
@@ -117,7 +106,7 @@ fn files_of_other_programs_have_the_same_ids() {
 fn sentence_piece_has_the_ids_of_the_reference() {
     let Some(path) = shared("models/stories260k/tokenizer.json") else { return };
     let tokenizer = Tokenizer::load(&path).unwrap();
-    assert_eq!(tokenizer.ends(), Ends { bos: Some(1), eos: Some(2), add_bos: true });
+    assert_eq!(tokenizer.ends(), Ends::default().with_bos(Some(1)).with_eos(Some(2)).with_add_bos(true));
     let read = through_gguf(&tokenizer, 512, false).unwrap();
     assert_eq!(read.ends(), tokenizer.ends());
     let text = std::fs::read_to_string(shared("text/tinystories/valid.txt").unwrap()).unwrap();

@@ -1,9 +1,9 @@
-//! Answers the questions of tests/readers/llama_cpp.py about a model file, as tests/readers/llama_cpp.cpp does.
+//! Evaluates a model file for tests/readers/llama_cpp.py, with the commands of tests/readers/llama_cpp.cpp.
 //!
 //! ```text
-//! probe MODEL tokenize         texts on stdin, each ended by a zero byte -> a line of ids for each
+//! probe MODEL tokenize         texts on stdin, each ended by a zero byte -> one line of ids per text
 //! probe MODEL logits           lines of ids -> float32 logits of every position
-//! probe MODEL greedy N         lines of ids -> a line of the N most likely next ids for each
+//! probe MODEL greedy N         lines of ids -> one line per input line: N ids of greedy decoding
 //! ```
 
 use std::{
@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         return Ok(());
     }
-    let engine = Engine::from_model(model, EngineOptions { threads: 2, ..Default::default() })?;
+    let engine = Engine::from_model(model, EngineOptions::default().with_threads(2))?;
     for line in input.lines() {
         let ids = line.split(' ').map(str::parse).collect::<Result<Vec<u32>, _>>()?;
         if question == "logits" {
@@ -39,7 +39,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         } else {
             let max_tokens = count.first().map_or(Ok(64), |count| count.parse())?;
-            let options = GenerateOptions { sampling: Sampling::greedy(), max_tokens, ..Default::default() };
+            let options =
+                GenerateOptions::default().with_sampling(Sampling::greedy()).with_max_tokens(max_tokens);
             write_ids(&mut output, &engine.generate(&ids, options)?.collect::<Vec<_>>())?;
         }
     }

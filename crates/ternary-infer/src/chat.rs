@@ -1,21 +1,22 @@
 //! [`DuckChatQuantized`]: a dialogue with a model.
 
-use crate::{Engine, EngineError, EngineOptions, Finish, GenerateOptions, Generation, Sequence};
+use crate::{Engine, EngineError, EngineOptions, FinishReason, GenerateOptions, Generation, Sequence};
 use std::{path::Path, sync::Arc};
 use ternary_format::{
     Decoder, FormatError, Tokenizer,
     chat::{ChatTemplate, Message, Role, encode_prompt},
 };
 
-/// Keeps a dialogue, and streams the answers of a model.
+/// A dialogue with a model, whose answers are streamed.
 ///
-/// A model without a chat template was trained on plain text: it continues each text by itself, as if nothing had been
-/// said before.
+/// A model without a chat template was trained on plain text: it continues each text independently of the earlier ones.
+///
+/// The KV cache is kept between turns, so that only the tokens of a new message are prefilled.
 ///
 /// # Example
 /// ```no_run
 /// # use ternary_infer::{DuckChatQuantized, EngineOptions, GenerateOptions};
-/// let options = GenerateOptions { max_tokens: 200, ..GenerateOptions::default() };
+/// let options = GenerateOptions::default().with_max_tokens(200);
 /// let mut chat = DuckChatQuantized::load("duck.gguf", EngineOptions::default(), options)?;
 /// for piece in chat.say("Who are you?")? {
 ///     print!("{piece}");
@@ -29,17 +30,17 @@ pub struct DuckChatQuantized {
     template: Option<ChatTemplate>,
     options: GenerateOptions,
     messages: Vec<Message>,
-    /// The ids that `sequence` holds.
-    held: Vec<u32>,
-    /// `None` after an error, and in the middle of an answer.
+    /// The ids whose keys and values are in the KV cache of `sequence`.
+    cached: Vec<u32>,
+    /// `None` after an error, and while an answer is generated.
     sequence: Option<Sequence>,
 }
 
 impl Engine {
-    /// The tokenizer, and the chat template that the model file has.
+    /// Returns the tokenizer, and the parsed chat template of the model file.
     ///
     /// # Errors
-    /// `NoTokenizer`, `NoChatTemplate`; `Format`: a template that is not one.
+    /// `NoTokenizer`, `NoChatTemplate`: the file has none. `Format`: the template cannot be parsed.
     pub fn dialogues(&self) -> Result<(&Tokenizer, ChatTemplate), EngineError> {
         let tokenizer = self.tokenizer().ok_or(EngineError::NoTokenizer)?;
         let source = self.chat_template().ok_or(EngineError::NoChatTemplate)?;
@@ -47,9 +48,9 @@ impl Engine {
     }
 
     /// Encodes a dialogue so that `room` tokens of the context remain for the answer. Removes the oldest turns from
-    /// `messages` as needed, but never system messages, nor anything from the last question on.
+    /// `messages` as needed, but never system messages, the last question, or messages after it.
     ///
-    /// Bisects over the turns: a dialogue of `n` turns takes about `log2(n)` encodings, each bounded by the context.
+    /// It bisects over the turns: a dialogue of `n` turns takes about `log2(n)` encodings, each bounded by the context.
     ///
     /// # Errors
     /// `MessageTooLong`: the last question does not fit. `EmptyPrompt`: the template renders nothing. `NoTokenizer`;
@@ -113,11 +114,11 @@ impl DuckChatQuantized {
         Self::new(Arc::new(Engine::load(path, engine)?), options)
     }
 
-    /// Begins a dialogue. Answers end at any special token, whatever else `options.stop` names.
+    /// Begins a dialogue. Answers end at any special token, in addition to the tokens of `options.stop`.
     ///
     /// # Errors
-    /// `NoTokenizer`: the model knows token ids only. `Format`: its template is not one. `Option`: a sampling number is
-    /// out of range.
+    /// `NoTokenizer`: the model works on token ids only. `Format`: its template cannot be parsed. `Option`: a sampling
+    /// parameter is out of range.
     pub fn new(engine: Arc<Engine>, options: GenerateOptions) -> Result<Self, EngineError> {
         options.sampling.check()?;
         let template = match engine.dialogues() {
@@ -125,7 +126,7 @@ impl DuckChatQuantized {
             Err(EngineError::NoChatTemplate) => None,
             Err(error) => return Err(error),
         };
-        Ok(Self { engine, template, options, messages: Vec::new(), held: Vec::new(), sequence: None })
+        Ok(Self { engine, template, options, messages: Vec::new(), cached: Vec::new(), sequence: None })
     }
 
     /// The engine that answers.
@@ -133,19 +134,19 @@ impl DuckChatQuantized {
         &self.engine
     }
 
-    /// Whether the model has no chat template, and continues each text by itself.
+    /// Returns whether the model has no chat template, so that it continues text instead of answering.
     pub fn continues_text(&self) -> bool {
         self.template.is_none()
     }
 
-    /// The dialogue so far; the oldest turns go when the context is full.
+    /// The dialogue so far. The oldest turns are removed when the context is full.
     pub fn messages(&self) -> &[Message] {
         &self.messages
     }
 
-    /// Tokens that the model holds of it.
+    /// Number of tokens of the dialogue in the KV cache.
     pub fn tokens(&self) -> usize {
-        self.held.len()
+        self.cached.len()
     }
 
     /// How answers are generated.
@@ -153,21 +154,21 @@ impl DuckChatQuantized {
         &self.options
     }
 
-    /// How the answers from now on are drawn.
+    /// Sets how the answers from now on are generated.
     ///
     /// # Errors
-    /// `Option`: a sampling number is out of range.
+    /// `Option`: a sampling parameter is out of range.
     pub fn set_options(&mut self, options: GenerateOptions) -> Result<(), EngineError> {
         options.sampling.check()?;
         self.options = options;
         Ok(())
     }
 
-    /// Begins a new dialogue, with a system message if there is one. Whether the model is told it: many have never seen
-    /// one, and their templates leave it out.
+    /// Begins a new dialogue, with an optional system message. Returns whether the template renders that message: templates of
+    /// models that were trained without system messages omit it.
     ///
     /// # Errors
-    /// `Format`: the template refuses it. The dialogue is then as before.
+    /// `Format`: the template refuses the message. The dialogue is then unchanged.
     pub fn restart(&mut self, system: Option<&str>) -> Result<bool, EngineError> {
         let tokenizer = self.engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
         let Some(template) = &self.template else {
@@ -177,66 +178,67 @@ impl DuckChatQuantized {
         let question = Message::new(Role::User, "?");
         let system = Vec::from_iter(system.map(|text| Message::new(Role::System, text)));
         let ids = |messages: &[Message]| template.ids(tokenizer, messages, true);
-        let told = ids(&[&system[..], std::slice::from_ref(&question)].concat())? != ids(&[question])?;
+        let rendered = ids(&[&system[..], std::slice::from_ref(&question)].concat())? != ids(&[question])?;
         self.messages = system;
-        Ok(told)
+        Ok(rendered)
     }
 
-    /// Takes the last question and its answer back; the question.
+    /// Removes the last question and its answer, and returns the question.
     pub fn take_back(&mut self) -> Option<String> {
         let question = self.messages.iter().rposition(|message| message.role == Role::User)?;
-        let taken = self.messages.drain(question..).next();
-        taken.map(|message| message.content)
+        let removed = self.messages.drain(question..).next();
+        removed.map(|message| message.content)
     }
 
-    /// Says something; the answer comes in pieces of text. An answer that is dropped ends there.
+    /// Sends a user message, and returns an iterator of the pieces of the answer. Dropping the iterator ends the answer early;
+    /// the dialogue keeps what was generated.
     ///
     /// # Errors
-    /// `MessageTooLong`: it does not fit. `Format`: it cannot be rendered or encoded. The dialogue is then
-    /// as before.
+    /// `MessageTooLong`: the message does not fit. `Format`: it cannot be rendered or encoded. The dialogue is then
+    /// unchanged.
     pub fn say(&mut self, text: &str) -> Result<Answer<'_>, EngineError> {
-        let Self { engine, template, options, messages, held, sequence } = self;
+        let Self { engine, template, options, messages, cached, sequence } = self;
         let (tokenizer, mut stop) =
             (engine.tokenizer().ok_or(EngineError::NoTokenizer)?, options.stop.clone());
         stop.extend(tokenizer.specials().map(|(_, id)| id).chain(tokenizer.ends().eos));
-        let mut asked = [&messages[..], &[Message::new(Role::User, text)]].concat();
+        let mut dialogue = [&messages[..], &[Message::new(Role::User, text)]].concat();
         let ids = match template {
             Some(template) => {
                 let room = answer_room(engine.context(), None).min(options.max_tokens).max(1);
-                engine.fit_dialogue(template, &mut asked, room)?
+                engine.fit_dialogue(template, &mut dialogue, room)?
             }
             None => encode_prompt(tokenizer, text)?,
         };
         if ids.is_empty() {
             return Err(EngineError::EmptyPrompt);
         }
-        let mut known = sequence.take().unwrap_or_else(|| {
-            held.clear();
+        let mut kept = sequence.take().unwrap_or_else(|| {
+            cached.clear();
             engine.sequence()
         });
-        // What the sequence holds need not be read again, but the last token, for its logits.
-        let same = ids.iter().zip(&*held).take_while(|(new, old)| new == old).count().min(ids.len() - 1);
-        known.truncate(same);
-        let mut options = GenerateOptions { stop, ..options.clone() };
-        options.sampling.seed = options.sampling.seed.wrapping_add(asked.len() as u64);
-        let generation = engine.resume(known, &ids[same..], options)?;
-        let prompt_tokens = ids.len() - same;
-        (*held, *messages) = (ids, asked);
+        // The common prefix is in the KV cache. The last token is read again, for its logits.
+        let common = ids.iter().zip(&*cached).take_while(|(new, old)| new == old).count().min(ids.len() - 1);
+        kept.truncate(common);
+        let mut options = options.clone().with_stop(stop);
+        options.sampling.seed = options.sampling.seed.wrapping_add(dialogue.len() as u64);
+        let generation = engine.resume(kept, &ids[common..], options)?;
+        let prompt_tokens = ids.len() - common;
+        (*cached, *messages) = (ids, dialogue);
         Ok(Answer {
             generation: Some(generation),
             decoder: Some(tokenizer.decoder()),
             text: String::new(),
             prompt_tokens,
             tokens: 0,
-            finish: None,
+            finish_reason: None,
             messages,
-            held,
+            cached,
             sequence,
         })
     }
 }
 
-/// An answer in the making: an iterator of pieces of text that never break a character.
+/// An answer that is being generated: an iterator of pieces of text, none of which ends inside a character.
 #[derive(Debug)]
 pub struct Answer<'a> {
     /// `None` at the end.
@@ -245,39 +247,39 @@ pub struct Answer<'a> {
     text: String,
     prompt_tokens: usize,
     tokens: usize,
-    finish: Option<Finish>,
+    finish_reason: Option<FinishReason>,
     messages: &'a mut Vec<Message>,
-    held: &'a mut Vec<u32>,
+    cached: &'a mut Vec<u32>,
     sequence: &'a mut Option<Sequence>,
 }
 
 impl Answer<'_> {
-    /// What has come so far.
+    /// The text so far.
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// Tokens of the prompt that were read for it; those of earlier turns are known.
+    /// Prefilled tokens of the prompt. Those of earlier turns are in the KV cache.
     pub fn prompt_tokens(&self) -> usize {
         self.prompt_tokens
     }
 
-    /// Tokens of what has come so far.
+    /// Number of tokens generated so far.
     pub fn tokens(&self) -> usize {
         self.tokens
     }
 
     /// Why it ended; `None` before its end.
-    pub fn finish(&self) -> Option<Finish> {
-        self.finish
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        self.finish_reason
     }
 
-    /// Puts the answer into the dialogue, once.
+    /// Adds the answer to the dialogue, once.
     fn end(&mut self) {
         let Some(generation) = self.generation.take() else { return };
-        self.finish = generation.finish();
+        self.finish_reason = generation.finish_reason();
         let (sequence, _) = generation.into_sequence();
-        self.held.truncate(sequence.len());
+        self.cached.truncate(sequence.len());
         *self.sequence = Some(sequence);
         self.messages.push(Message::new(Role::Assistant, &*self.text));
     }
@@ -290,7 +292,7 @@ impl Iterator for Answer<'_> {
         loop {
             let piece = match self.generation.as_mut()?.next() {
                 Some(id) => {
-                    self.held.push(id);
+                    self.cached.push(id);
                     self.tokens += 1;
                     self.decoder.as_mut()?.push(id)
                 }

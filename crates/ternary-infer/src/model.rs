@@ -1,15 +1,23 @@
 //! [`Model`]: the weights of a file, packed for the kernels.
+//!
+//! | encoding in the file | packed as |
+//! |---|---|
+//! | ternary | ternary codes; one scale per row if all scales of each row are equal, else one per stored group |
+//! | Q6_K | 6-bit codes |
+//! | Q8_0, Q4_0 | int8 codes |
+//! | Q4_1, Q4_K | int8 codes with one scale per 32 weights, rounded; f32 if activations are f32 |
+//! | F32, F16, BF16 | f32 |
 
 use crate::{ActivationMode, EngineError};
 use half::f16;
-use ternary_format::{Encoding, Family, LowRank, ModelSpec, PackedModel, Tensor, memory};
+use ternary_format::{Encoding, Family, ModelSpec, PackedModel, Tensor, memory};
 use ternary_kernels::{Arena, F32Matrix, Int8Matrix, Isa, Matrix, Q6Matrix, TernaryMatrix};
 
 /// All weights of a model.
 #[derive(Debug)]
 pub(crate) struct Model {
     pub spec: ModelSpec,
-    /// `[vocab, d_model]`; `None` if it is tied to the head.
+    /// `[vocab, d_model]`; `None` if the head is the embedding.
     embedding: Option<Matrix>,
     /// `[context, d_model]`, for gpt2.
     pub positions: Option<Matrix>,
@@ -37,12 +45,12 @@ pub(crate) struct Block {
 pub(crate) struct Linear {
     pub matrix: Matrix,
     pub bias: Option<Vec<f32>>,
-    pub pair: Option<Pair>,
+    pub low_rank: Option<LowRank>,
 }
 
-/// A LoRA adapter of a linear layer: adds `b (a x)`, with the `x` that the matrix multiplies.
+/// The LoRA adapter of a linear layer: adds `b (a x)`, with the `x` that the matrix multiplies.
 #[derive(Debug)]
-pub(crate) struct Pair {
+pub(crate) struct LowRank {
     /// `[rank, in]`
     pub a: Matrix,
     /// `[out, rank]`, already multiplied by `alpha / rank`.
@@ -76,12 +84,12 @@ impl Model {
         model.check_finite()?;
         let matrices = model.tensors.values().filter(|tensor| tensor.shape().len() == 2);
         let measure = |tensor: &Tensor| {
-            let bytes = Form::of(tensor, activations).bytes(tensor);
+            let bytes = PackedFormat::of(tensor, activations).bytes(tensor);
             tensor.release();
             bytes
         };
         let pairs = model.adapter.iter().flat_map(|adapter| adapter.pairs.values());
-        let pair_bytes = |pair: &LowRank| {
+        let pair_bytes = |pair: &ternary_format::LowRank| {
             let [out, inputs] = pair.shape();
             F32Matrix::bytes(pair.rank(), inputs) + F32Matrix::bytes(out, pair.rank())
         };
@@ -137,11 +145,11 @@ impl Packer<'_> {
         Linear {
             matrix: self.matrix(&weight),
             bias: self.vector(&format!("{name}.bias")),
-            pair: self.pair(&weight),
+            low_rank: self.low_rank(&weight),
         }
     }
 
-    fn pair(&mut self, weight: &str) -> Option<Pair> {
+    fn low_rank(&mut self, weight: &str) -> Option<LowRank> {
         let pair = self.model.adapter.as_ref()?.pairs.get(weight)?;
         let ([out, inputs], rank, scale) = (pair.shape(), pair.rank(), pair.scale());
         let a = F32Matrix::pack(&mut self.arena, rank, inputs, |row, values| {
@@ -151,7 +159,7 @@ impl Packer<'_> {
             let row = &pair.b()[row * rank..(row + 1) * rank];
             values.iter_mut().zip(row).for_each(|(to, value)| *to = value * scale);
         });
-        Some(Pair { a: a.into(), b: b.into() })
+        Some(LowRank { a: a.into(), b: b.into() })
     }
 
     fn norm(&self, name: &str) -> Norm {
@@ -172,8 +180,8 @@ impl Packer<'_> {
     fn matrix(&mut self, name: &str) -> Matrix {
         let tensor = &self.model.tensors[name];
         let (rows, cols) = (tensor.rows(), tensor.cols());
-        let matrix = match Form::of(tensor, self.activations) {
-            Form::Ternary { group } => {
+        let matrix = match PackedFormat::of(tensor, self.activations) {
+            PackedFormat::Ternary { group } => {
                 let stored = tensor.ternary_group().expect("a ternary tensor");
                 let mut stored_scales = vec![f16::ZERO; cols / stored];
                 TernaryMatrix::pack(&mut self.arena, rows, cols, group, |row, codes, scales| {
@@ -183,11 +191,11 @@ impl Packer<'_> {
                 })
                 .into()
             }
-            Form::SixBit => Q6Matrix::pack(&mut self.arena, rows, cols, |row, codes, factors, scales| {
+            PackedFormat::Q6 => Q6Matrix::pack(&mut self.arena, rows, cols, |row, codes, factors, scales| {
                 tensor.read_integer_row(row, codes, factors, scales)
             })
             .into(),
-            Form::Byte { group } => {
+            PackedFormat::Int8 { group } => {
                 let (mut factors, mut stored) = (vec![0; cols / 16], vec![f16::ZERO; cols / BLOCK]);
                 Int8Matrix::pack(&mut self.arena, rows, cols, group, |row, codes, scales| {
                     tensor.read_integer_row(row, codes, &mut factors, &mut stored);
@@ -196,7 +204,7 @@ impl Packer<'_> {
                 })
                 .into()
             }
-            Form::Rounded => {
+            PackedFormat::RoundedInt8 => {
                 let mut values = vec![0.0; cols];
                 Int8Matrix::pack(&mut self.arena, rows, cols, BLOCK, |row, codes, scales| {
                     tensor.read_row(row, &mut values);
@@ -205,7 +213,7 @@ impl Packer<'_> {
                 })
                 .into()
             }
-            Form::Float => {
+            PackedFormat::F32 => {
                 F32Matrix::pack(&mut self.arena, rows, cols, |row, values| tensor.read_row(row, values))
                     .into()
             }
@@ -226,39 +234,39 @@ fn quantize(values: &[f32], codes: &mut [i8]) -> f32 {
 /// Weights per scale in GGUF's 8- and 4-bit types.
 const BLOCK: usize = 32;
 
-/// Packed form of a tensor. All are exact except `Rounded`, for integer types that also have a minimum.
-enum Form {
+/// How the engine stores a matrix. All formats are exact except `RoundedInt8`, for encodings that also have minimums.
+enum PackedFormat {
     Ternary { group: usize },
-    SixBit,
-    Byte { group: usize },
-    Rounded,
-    Float,
+    Q6,
+    Int8 { group: usize },
+    RoundedInt8,
+    F32,
 }
 
-impl Form {
+impl PackedFormat {
     fn of(tensor: &Tensor, activations: ActivationMode) -> Self {
         let cols = tensor.cols();
         match tensor.encoding() {
-            Encoding::F32 | Encoding::F16 | Encoding::Bf16 => Self::Float,
-            Encoding::Q6K => Self::SixBit,
+            Encoding::F32 | Encoding::F16 | Encoding::Bf16 => Self::F32,
+            Encoding::Q6K => Self::Q6,
             Encoding::Q8_0 | Encoding::Q4_0 => {
                 let mut codes = (vec![0; cols], vec![0; cols / 16]);
                 let read = |row, scales: &mut [f16]| {
                     tensor.read_integer_row(row, &mut codes.0, &mut codes.1, scales);
                 };
-                let group = shared(tensor, BLOCK, read);
-                Self::Byte { group: if group <= Int8Matrix::LONGEST_GROUP { group } else { BLOCK } }
+                let group = group_size(tensor, BLOCK, read);
+                Self::Int8 { group: if group <= Int8Matrix::LONGEST_GROUP { group } else { BLOCK } }
             }
-            Encoding::Q4_1 | Encoding::Q4K if activations == ActivationMode::Int8 => Self::Rounded,
-            Encoding::Q4_1 | Encoding::Q4K => Self::Float,
+            Encoding::Q4_1 | Encoding::Q4K if activations == ActivationMode::Int8 => Self::RoundedInt8,
+            Encoding::Q4_1 | Encoding::Q4K => Self::F32,
             Encoding::Tq1_0 | Encoding::Tq2_0 | Encoding::Q2_0 | Encoding::Ternary { .. } => {
                 let stored = tensor.ternary_group().expect("a ternary tensor");
                 let mut codes = vec![0; cols];
                 let read = |row, scales: &mut [f16]| tensor.read_ternary_row(row, &mut codes, scales);
-                let group = shared(tensor, stored, read);
+                let group = group_size(tensor, stored, read);
                 // The kernels support no other group sizes.
                 let fits = group == cols || group.is_multiple_of(16);
-                if fits { Self::Ternary { group } } else { Self::Float }
+                if fits { Self::Ternary { group } } else { Self::F32 }
             }
         }
     }
@@ -267,20 +275,21 @@ impl Form {
         let (rows, cols) = (tensor.rows(), tensor.cols());
         match self {
             Self::Ternary { group } => TernaryMatrix::bytes(rows, cols, *group),
-            Self::SixBit => Q6Matrix::bytes(rows, cols),
-            Self::Byte { group } => Int8Matrix::bytes(rows, cols, *group),
-            Self::Rounded => Int8Matrix::bytes(rows, cols, BLOCK),
-            Self::Float => F32Matrix::bytes(rows, cols),
+            Self::Q6 => Q6Matrix::bytes(rows, cols),
+            Self::Int8 { group } => Int8Matrix::bytes(rows, cols, *group),
+            Self::RoundedInt8 => Int8Matrix::bytes(rows, cols, BLOCK),
+            Self::F32 => F32Matrix::bytes(rows, cols),
         }
     }
 }
 
-/// Weights per scale: the whole row if all blocks of each row have the same scale, which is then applied once; else the block.
-fn shared(tensor: &Tensor, block: usize, mut read: impl FnMut(usize, &mut [f16])) -> usize {
+/// Weights per scale: the whole row if all blocks of each row have the same scale, which then multiplies a sum once; else
+/// the block.
+fn group_size(tensor: &Tensor, block: usize, mut read: impl FnMut(usize, &mut [f16])) -> usize {
     let mut scales = vec![f16::ZERO; tensor.cols() / block];
-    let by_row = (0..tensor.rows()).all(|row| {
+    let one_per_row = (0..tensor.rows()).all(|row| {
         read(row, &mut scales);
         scales.iter().all(|scale| scale.to_bits() == scales[0].to_bits())
     });
-    if by_row { tensor.cols() } else { block }
+    if one_per_row { tensor.cols() } else { block }
 }

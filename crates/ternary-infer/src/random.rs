@@ -8,9 +8,10 @@ use rand_chacha::{
 use std::collections::BTreeMap;
 use ternary_format::{Encoding, Family, FormatError, ModelSpec, PackedModel, Tensor};
 
-/// A model whose matrices have the encoding `matrices(columns)`, and its token embedding and head `table`.
+/// Creates a model whose matrices have the encoding `matrices(columns)`. `table` is the encoding of the token embedding and
+/// the head.
 ///
-/// A third of the ternary codes is zero. Scales differ by row and keep activations near one, so that logits have the
+/// A third of the ternary codes are zero. Scales differ by row, and keep activations near one, so that logits have the
 /// magnitude of those of a trained model.
 ///
 /// # Errors
@@ -52,15 +53,7 @@ pub fn model(
             }
         }
     }
-    Ok(PackedModel {
-        name: "random".into(),
-        spec: spec.clone(),
-        tensors: random.tensors,
-        tokenizer: None,
-        chat_template: None,
-        adapter: None,
-        warnings: Vec::new(),
-    })
+    Ok(PackedModel::new("random", spec.clone(), random.tensors))
 }
 
 struct Random {
@@ -69,7 +62,7 @@ struct Random {
 }
 
 impl Random {
-    /// -1 to 1
+    /// A random number from -1 to 1.
     fn number(&mut self) -> f32 {
         self.rng.next_u32() as i32 as f32 / i32::MAX as f32
     }

@@ -1,4 +1,4 @@
-//! The forward pass in float64, written as plainly as possible: the oracle of the engine.
+//! The forward pass in float64, written as plainly as possible. Tests compare the engine with it.
 
 use crate::{EngineError, engine::check_ids};
 use ternary_format::{Activation, Family, PackedModel, Tensor};
@@ -16,7 +16,7 @@ pub fn logits(model: &PackedModel, ids: &[u32]) -> Result<Rows, EngineError> {
     if ids.len() > model.spec.context {
         return Err(EngineError::ContextFull { found: ids.len(), context: model.spec.context });
     }
-    let slow = Slow { model };
+    let reference = Reference { model };
     let spec = &model.spec;
     let table = &model.tensors["token_embd.weight"];
     let mut hidden: Rows = ids.iter().map(|id| row(table, *id as usize)).collect();
@@ -27,21 +27,21 @@ pub fn logits(model: &PackedModel, ids: &[u32]) -> Result<Rows, EngineError> {
     }
     for layer in 0..spec.n_layers {
         let name = |part: &str| format!("blk.{layer}.{part}");
-        let input = slow.norm(&hidden, &name("attn_norm"));
-        hidden = add(&hidden, &slow.attention(&input, layer));
-        let input = slow.norm(&hidden, &name("ffn_norm"));
-        hidden = add(&hidden, &slow.feed_forward(&input, layer));
+        let input = reference.norm(&hidden, &name("attn_norm"));
+        hidden = add(&hidden, &reference.attention(&input, layer));
+        let input = reference.norm(&hidden, &name("ffn_norm"));
+        hidden = add(&hidden, &reference.feed_forward(&input, layer));
     }
-    let hidden = slow.norm(&hidden, "output_norm");
+    let hidden = reference.norm(&hidden, "output_norm");
     let head = if spec.tied { table } else { &model.tensors["output.weight"] };
     Ok(multiply(head, &hidden))
 }
 
-struct Slow<'a> {
+struct Reference<'a> {
     model: &'a PackedModel,
 }
 
-impl Slow<'_> {
+impl Reference<'_> {
     fn vector(&self, name: &str) -> Option<Vec<f64>> {
         self.model.tensors.get(name).map(|tensor| row(tensor, 0))
     }
@@ -93,8 +93,8 @@ impl Slow<'_> {
         let spec = &self.model.spec;
         let name = |part: &str| format!("blk.{layer}.{part}");
         let (width, share) = (spec.head_dim(), spec.n_heads / spec.n_kv_heads);
-        let query = self.turn(self.linear(input, &name("attn_q")));
-        let key = self.turn(self.linear(input, &name("attn_k")));
+        let query = self.rotate(self.linear(input, &name("attn_q")));
+        let key = self.rotate(self.linear(input, &name("attn_k")));
         let value = self.linear(input, &name("attn_v"));
         let mut mixed = vec![vec![0.0; spec.n_heads * width]; input.len()];
         for (position, mixed) in mixed.iter_mut().enumerate() {
@@ -122,7 +122,7 @@ impl Slow<'_> {
     }
 
     /// The pair `(i, i + half)` of a head is a complex number, multiplied by `exp(i * angle)`.
-    fn turn(&self, mut projected: Rows) -> Rows {
+    fn rotate(&self, mut projected: Rows) -> Rows {
         let spec = &self.model.spec;
         if spec.family == Family::Gpt2 {
             return projected;

@@ -1,6 +1,7 @@
 //! [`Sampler`]: from logits to a token.
 
 use crate::EngineError;
+use getset::WithSetters;
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
@@ -9,28 +10,38 @@ use std::cmp::Ordering;
 use ternary_kernels::Isa;
 
 /// Sampling parameters. Steps apply in the order of the fields, which is that of Hugging Face's `generate`.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// ```
+/// use ternary_infer::Sampling;
+///
+/// let sampling = Sampling::default().with_temperature(0.7).with_top_p(0.95);
+/// sampling.check()?;
+/// # Ok::<(), ternary_infer::EngineError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, WithSetters)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct Sampling {
     /// Repetition penalty: divides positive logits of tokens already in the sequence, multiplies negative ones; 1: off.
     ///
     /// # Source
     /// Keskar et al., CTRL, section 4.1.
     pub repetition_penalty: f32,
-    /// Divides the logits; 0: greedy decoding (the first of equal logits), and nothing below applies.
+    /// Divides the logits; 0: greedy decoding (the first of equal logits), to which the parameters below do not apply.
     pub temperature: f32,
-    /// Keeps the `top_k` likeliest tokens; 0: all.
+    /// Top-k sampling: keeps the `top_k` likeliest tokens; 0: all.
     pub top_k: usize,
     /// Nucleus sampling: keeps the smallest set of likeliest tokens whose probabilities reach this sum; 1: all.
     ///
     /// # Source
     /// Holtzman et al., The Curious Case of Neural Text Degeneration, section 3.1.
     pub top_p: f32,
-    /// Keeps tokens whose probability is at least this share of the likeliest token's; 0: all.
+    /// Min-p sampling: keeps tokens whose probability is at least this share of that of the likeliest token; 0: all.
     ///
     /// # Source
     /// Nguyen et al., Turning Up the Heat: Min-p Sampling.
     pub min_p: f32,
-    /// Equal seeds give equal texts.
+    /// Seed of the random numbers. Equal seeds give equal texts.
     pub seed: u64,
 }
 
@@ -47,13 +58,15 @@ impl Sampling {
         Self { temperature: 0.0, ..Self::default() }
     }
 
-    /// Whether top-k or top-p applies, which need sorted tokens.
-    fn cuts(&self) -> bool {
+    /// Returns whether top-k or top-p applies. They need sorted tokens.
+    fn needs_order(&self) -> bool {
         self.top_k > 0 || self.top_p < 1.0
     }
 
+    /// Checks that all parameters are in range.
+    ///
     /// # Errors
-    /// `Option`: a number is out of range.
+    /// `Option`: one is out of range.
     pub fn check(&self) -> Result<(), EngineError> {
         let require = |holds: bool, key, found: f32, expected| {
             let error = EngineError::Option { key, found: found.to_string(), expected };
@@ -75,11 +88,11 @@ pub struct Sampler {
     sampling: Sampling,
     rng: ChaCha8Rng,
     isa: Isa,
-    /// One bit per vocabulary entry: it occurs in the sequence. Empty without a repetition penalty.
+    /// One bit per id: whether it occurs in the sequence. Empty without a repetition penalty.
     seen: Vec<u64>,
     /// Unnormalized probabilities, 1 for the likeliest token, `[vocab]`.
     weights: Vec<f32>,
-    /// Sums of blocks of them.
+    /// Sums of `weights` by block.
     sums: Vec<f64>,
     candidates: Vec<Candidate>,
 }
@@ -100,8 +113,10 @@ impl Candidate {
 }
 
 impl Sampler {
+    /// Creates the sampler of one sequence.
+    ///
     /// # Errors
-    /// `Option`: a number of `sampling` is out of range.
+    /// `Option`: a parameter of `sampling` is out of range.
     pub fn new(sampling: Sampling, vocab_size: usize) -> Result<Self, EngineError> {
         sampling.check()?;
         let penalty = sampling.repetition_penalty != 1.0;
@@ -112,7 +127,7 @@ impl Sampler {
             seen: vec![0; if penalty { vocab_size.div_ceil(64) } else { 0 }],
             weights: Vec::with_capacity(if greedy { 0 } else { vocab_size }),
             sums: Vec::with_capacity(if greedy { 0 } else { vocab_size.div_ceil(BLOCK) }),
-            candidates: Vec::with_capacity(if greedy || !sampling.cuts() { 0 } else { vocab_size }),
+            candidates: Vec::with_capacity(if greedy || !sampling.needs_order() { 0 } else { vocab_size }),
             sampling,
         })
     }
@@ -130,11 +145,11 @@ impl Sampler {
             return self.likeliest(logits);
         }
         let unit = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        self.weigh(logits);
+        self.probabilities(logits);
         draw(&self.weights, &mut self.sums, unit)
     }
 
-    /// The logit of a token after the penalty; `None` if it is not finite.
+    /// The logit of a token after the repetition penalty; `None` for NaN and negative infinity, which are never drawn.
     fn penalized(&self, id: usize, logit: f32) -> Option<f32> {
         if logit.is_nan() || logit == f32::NEG_INFINITY {
             return None;
@@ -162,7 +177,7 @@ impl Sampler {
     }
 
     /// Unnormalized probabilities, `[vocab]`; 0 for tokens that are excluded.
-    fn weigh(&mut self, logits: &[f32]) -> &[f32] {
+    fn probabilities(&mut self, logits: &[f32]) -> &[f32] {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
         let mut weights = std::mem::take(&mut self.weights);
         weights.clear();
@@ -174,10 +189,10 @@ impl Sampler {
                 weights[id] = self.penalized(id, logits[id]).unwrap_or(f32::NEG_INFINITY);
             }
         }
-        let cut = self.sampling.cuts();
+        let ordered = self.sampling.needs_order();
         let mut candidates = std::mem::take(&mut self.candidates);
         candidates.clear();
-        if cut {
+        if ordered {
             let drawable = weights.iter().enumerate().filter(|(_, logit)| **logit >= f32::MIN);
             candidates.extend(drawable.map(|(id, logit)| Candidate {
                 id: id as u32,
@@ -186,7 +201,7 @@ impl Sampler {
             }));
         }
         self.isa.softmax_weights(&mut weights, temperature);
-        if cut {
+        if ordered {
             candidates.iter_mut().for_each(|candidate| candidate.weight = weights[candidate.id as usize]);
             if (1..candidates.len()).contains(&top_k) {
                 candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
@@ -308,7 +323,7 @@ mod tests {
     }
 
     fn found(sampler: &mut Sampler, logits: &[f32]) -> Vec<f64> {
-        let weights = sampler.weigh(logits);
+        let weights = sampler.probabilities(logits);
         let total: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
         weights.iter().map(|weight| f64::from(*weight) / total).collect()
     }

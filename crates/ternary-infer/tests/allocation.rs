@@ -1,4 +1,4 @@
-//! Promise: in steady state a token takes no memory from the system.
+//! Promise: in steady state, generating a token allocates no memory.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -46,26 +46,24 @@ fn a_token_allocates_nothing() {
         (Family::Bitnet, Activation::SquaredRelu, Encoding::Q8_0, CacheType::Int8),
         (Family::Gpt2, Activation::Gelu, Encoding::Tq2_0, CacheType::F16),
     ] {
-        let spec = ModelSpec {
-            family,
-            activation,
-            vocab_size: 300,
-            context: 128,
-            d_model: 256,
-            n_layers: 2,
-            n_heads: 4,
-            n_kv_heads: 4,
-            d_ff: 256,
-            tied: true,
-            norm_eps: 1e-5,
-            rope_theta: 10_000.0,
-        };
+        let spec = ModelSpec::new(family)
+            .with_activation(activation)
+            .with_vocab_size(300)
+            .with_context(128)
+            .with_d_model(256)
+            .with_n_layers(2)
+            .with_n_heads(4)
+            .with_n_kv_heads(4)
+            .with_d_ff(256)
+            .with_tied(true)
+            .with_norm_eps(1e-5)
+            .with_rope_theta(10_000.0);
         let model = random::model(&spec, |_| Encoding::Tq2_0, table, 1).unwrap();
-        let options = EngineOptions { threads: 2, cache, ..EngineOptions::default() };
+        let options = EngineOptions::default().with_threads(2).with_cache(cache);
         let engine = Engine::from_model(model, options).unwrap();
         let sampling =
-            Sampling { top_k: 40, top_p: 0.9, min_p: 0.05, repetition_penalty: 1.1, ..Default::default() };
-        let options = GenerateOptions { sampling, ..Default::default() };
+            Sampling::default().with_top_k(40).with_top_p(0.9).with_min_p(0.05).with_repetition_penalty(1.1);
+        let options = GenerateOptions::default().with_sampling(sampling);
         let mut generation = engine.generate(&[1, 2, 3], options).unwrap();
         let mut next = || generation.next().expect("the context has room");
         (0..3).for_each(|_| assert!(next() < 300));

@@ -1,4 +1,4 @@
-//! Promise: a pretrained model gives the logits and the text that its origin gives.
+//! Promise: a pretrained model has the logits and the text of its original implementation.
 
 use crate::{divergence, error};
 use safetensors::SafeTensors;
@@ -7,11 +7,11 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 use ternary_format::{Activation, Family, ModelSpec, PackedModel, Tensor};
 use ternary_infer::{ActivationMode, CacheType, Engine, EngineOptions, GenerateOptions, Sampling};
 
-/// The files of a reference model, one folder of the shared test data.
+/// The files of a reference model: one folder of the shared test data.
 struct Reference(PathBuf);
 
 impl Reference {
-    /// `None`, said on screen, where the data is absent.
+    /// `None` if the data is missing, which is printed.
     fn open(name: &str) -> Option<Self> {
         let folder =
             PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data/models")).join(name);
@@ -42,35 +42,25 @@ fn size(config: &Value, key: &str) -> usize {
     config[key].as_u64().unwrap_or_else(|| panic!("{key}: {}", config[key])) as usize
 }
 
-/// GGUF's names for the parts of the origin's blocks, joined to a model.
+/// A model without a tokenizer.
 fn model(spec: ModelSpec, tensors: BTreeMap<String, Tensor>) -> PackedModel {
-    PackedModel {
-        name: "reference".into(),
-        spec,
-        tensors,
-        tokenizer: None,
-        chat_template: None,
-        adapter: None,
-        warnings: Vec::new(),
-    }
+    PackedModel::new("reference", spec, tensors)
 }
 
 fn stories260k(reference: &Reference) -> PackedModel {
     let config = reference.json("config.json");
-    let spec = ModelSpec {
-        family: Family::Llama,
-        activation: Activation::Swiglu,
-        vocab_size: size(&config, "vocab_size"),
-        context: size(&config, "max_position_embeddings"),
-        d_model: size(&config, "hidden_size"),
-        n_layers: size(&config, "num_hidden_layers"),
-        n_heads: size(&config, "num_attention_heads"),
-        n_kv_heads: size(&config, "num_key_value_heads"),
-        d_ff: size(&config, "intermediate_size"),
-        tied: config["tie_word_embeddings"].as_bool().unwrap(),
-        norm_eps: config["rms_norm_eps"].as_f64().unwrap() as f32,
-        rope_theta: config["rope_theta"].as_f64().unwrap() as f32,
-    };
+    let spec = ModelSpec::new(Family::Llama)
+        .with_activation(Activation::Swiglu)
+        .with_vocab_size(size(&config, "vocab_size"))
+        .with_context(size(&config, "max_position_embeddings"))
+        .with_d_model(size(&config, "hidden_size"))
+        .with_n_layers(size(&config, "num_hidden_layers"))
+        .with_n_heads(size(&config, "num_attention_heads"))
+        .with_n_kv_heads(size(&config, "num_key_value_heads"))
+        .with_d_ff(size(&config, "intermediate_size"))
+        .with_tied(config["tie_word_embeddings"].as_bool().unwrap())
+        .with_norm_eps(config["rms_norm_eps"].as_f64().unwrap() as f32)
+        .with_rope_theta(config["rope_theta"].as_f64().unwrap() as f32);
     let bytes = reference.bytes("model.safetensors");
     let weights = SafeTensors::deserialize(&bytes).unwrap();
     let mut tensors = BTreeMap::new();
@@ -99,12 +89,12 @@ fn stories260k(reference: &Reference) -> PackedModel {
 }
 
 fn engine(model: &PackedModel, activations: ActivationMode) -> Engine {
-    let options = EngineOptions { threads: 2, activations, ..EngineOptions::default() };
+    let options = EngineOptions::default().with_threads(2).with_activations(activations);
     Engine::from_model(model.clone(), options).unwrap()
 }
 
 #[test]
-fn a_pretrained_llama_gives_its_reference_logits_and_text() {
+fn a_pretrained_llama_has_its_reference_logits_and_text() {
     let Some(reference) = Reference::open("stories260k") else { return };
     let model = stories260k(&reference);
     let exact = engine(&model, ActivationMode::F32);
@@ -125,7 +115,7 @@ fn a_pretrained_llama_gives_its_reference_logits_and_text() {
         );
         assert!(error < 1e-5, "prompt {index}: {error:e}");
         assert!(kl < 1e-3, "prompt {index}: {kl:e} nats");
-        let options = GenerateOptions { sampling: Sampling::greedy(), max_tokens: 32, ..Default::default() };
+        let options = GenerateOptions::default().with_sampling(Sampling::greedy()).with_max_tokens(32);
         for engine in [&exact, &fast] {
             let text: Vec<u32> = engine.generate(&prompt, options.clone()).unwrap().collect();
             assert_eq!(text, greedy[prompt.len()..], "prompt {index}");
@@ -134,15 +124,15 @@ fn a_pretrained_llama_gives_its_reference_logits_and_text() {
 }
 
 #[test]
-fn an_int8_cache_changes_little_of_what_a_pretrained_llama_says() {
+fn an_int8_cache_changes_little_of_the_logits_of_a_pretrained_llama() {
     let Some(reference) = Reference::open("stories260k") else { return };
     let model = stories260k(&reference);
     let half = engine(&model, ActivationMode::Int8);
-    let options = EngineOptions { threads: 2, cache: CacheType::Int8, ..EngineOptions::default() };
+    let options = EngineOptions::default().with_threads(2).with_cache(CacheType::Int8);
     let int8 = Engine::from_model(model.clone(), options).unwrap();
     for seed in 0..4 {
-        let sampling = Sampling { seed, ..Sampling::default() };
-        let options = GenerateOptions { sampling, ..Default::default() };
+        let sampling = Sampling::default().with_seed(seed);
+        let options = GenerateOptions::default().with_sampling(sampling);
         // As long as the context.
         let text: Vec<u32> = half.generate(&[1], options).unwrap().collect();
         let text = &text[..text.len() - 1];
@@ -154,24 +144,22 @@ fn an_int8_cache_changes_little_of_what_a_pretrained_llama_says() {
     }
 }
 
-/// The file lacks the biases of queries, keys and values; the model sorts without them.
+/// The file has no biases of queries, keys and values; the model sorts without them.
 fn gpt_nano_sort(reference: &Reference) -> PackedModel {
     let config = reference.json("config.json");
     let d = size(&config, "n_embd");
-    let spec = ModelSpec {
-        family: Family::Gpt2,
-        activation: Activation::Gelu,
-        vocab_size: size(&config, "vocab_size"),
-        context: size(&config, "n_positions"),
-        d_model: d,
-        n_layers: size(&config, "n_layer"),
-        n_heads: size(&config, "n_head"),
-        n_kv_heads: size(&config, "n_head"),
-        d_ff: 4 * d,
-        tied: false,
-        norm_eps: config["layer_norm_epsilon"].as_f64().unwrap() as f32,
-        rope_theta: 0.0,
-    };
+    let spec = ModelSpec::new(Family::Gpt2)
+        .with_activation(Activation::Gelu)
+        .with_vocab_size(size(&config, "vocab_size"))
+        .with_context(size(&config, "n_positions"))
+        .with_d_model(d)
+        .with_n_layers(size(&config, "n_layer"))
+        .with_n_heads(size(&config, "n_head"))
+        .with_n_kv_heads(size(&config, "n_head"))
+        .with_d_ff(4 * d)
+        .with_tied(false)
+        .with_norm_eps(config["layer_norm_epsilon"].as_f64().unwrap() as f32)
+        .with_rope_theta(0.0);
     let bytes = reference.bytes("model.safetensors");
     let weights = SafeTensors::deserialize(&bytes).unwrap();
     let mut tensors = BTreeMap::new();
@@ -216,8 +204,7 @@ fn a_trained_gpt2_sorts_every_input() {
         let engine = engine(&model, activations);
         for n in 0..729 {
             let mut input: Vec<u32> = (0..6).map(|digit| n / 3u32.pow(digit) % 3).collect();
-            let options =
-                GenerateOptions { sampling: Sampling::greedy(), max_tokens: 6, ..Default::default() };
+            let options = GenerateOptions::default().with_sampling(Sampling::greedy()).with_max_tokens(6);
             let output: Vec<u32> = engine.generate(&input, options).unwrap().collect();
             input.sort();
             assert_eq!(output, input, "input {n}, {activations:?}");

@@ -1,9 +1,9 @@
-//! One module a promise.
+//! One module per promise.
 
 mod agreement;
 mod parity;
 
-/// The largest difference in units of the reference's spread.
+/// Largest difference, divided by the spread of the reference.
 fn error(found: &[f32], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let spread =

@@ -8,7 +8,7 @@ use crate::{
 };
 use std::collections::VecDeque;
 use ternary_format::{Decoder, Tokenizer};
-use ternary_infer::{Engine, Sampler, Sampling, Sequence};
+use ternary_infer::{Engine, Sampler, Sequence};
 use tokio::sync::mpsc::UnboundedSender;
 
 /// Tokens of a prompt that are read in a step: the others wait for so long.
@@ -177,7 +177,7 @@ impl<'a> Batch<'a> {
 
     fn open(&mut self, job: &Job, choice: usize, slot: Slot) {
         let seed = job.sampling.seed.wrapping_add(choice as u64);
-        let sampling = Sampling { seed, ..job.sampling.clone() };
+        let sampling = job.sampling.clone().with_seed(seed);
         let mut sampler = match Sampler::new(sampling, self.engine.spec().vocab_size) {
             Ok(sampler) => sampler,
             Err(error) => {

@@ -23,12 +23,12 @@ fn chat(more: Value) -> Value {
 }
 
 fn chat_ids(question: &str) -> Vec<u32> {
-    let message = Message { role: Role::User, content: question.into() };
+    let message = Message::new(Role::User, question);
     ChatTemplate::new(TEMPLATE).unwrap().ids(engine().tokenizer().unwrap(), &[message], true).unwrap()
 }
 
 fn seeded(seed: u64) -> Sampling {
-    Sampling { seed, ..Sampling::default() }
+    Sampling::default().with_seed(seed)
 }
 
 #[test]
@@ -141,8 +141,10 @@ fn a_text_ends_before_its_stop_string() {
 fn logprobs_are_those_of_the_model() {
     let site = Site::new(|_| ());
     let ids = engine().tokenizer().unwrap().encode("One day").unwrap();
-    let options =
-        ternary_infer::GenerateOptions { sampling: seeded(4), max_tokens: 12, stop: vec![256, 257, 258] };
+    let options = ternary_infer::GenerateOptions::default()
+        .with_sampling(seeded(4))
+        .with_max_tokens(12)
+        .with_stop(vec![256, 257, 258]);
     let drawn: Vec<u32> = engine().generate(&ids, options).unwrap().collect();
     let logits = engine().logits(&[ids.clone(), drawn.clone()].concat()).unwrap();
     let logprob = |place: usize, id: u32| {

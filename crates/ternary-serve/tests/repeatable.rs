@@ -19,12 +19,12 @@ fn a_seed_gives_the_same_text_alone_and_among_others() {
             _ => long[..(i as usize * 7) % long.len()].to_string() + "x",
         })
         .collect();
-    let sampling = |seed: u64| Sampling {
-        seed,
-        temperature: 0.9,
-        top_k: if seed.is_multiple_of(2) { 40 } else { 0 },
-        repetition_penalty: if seed.is_multiple_of(3) { 1.1f64 as f32 } else { 1.0 },
-        ..Sampling::default()
+    let sampling = |seed: u64| {
+        Sampling::default()
+            .with_seed(seed)
+            .with_temperature(0.9)
+            .with_top_k(if seed.is_multiple_of(2) { 40 } else { 0 })
+            .with_repetition_penalty(if seed.is_multiple_of(3) { 1.1f64 as f32 } else { 1.0 })
     };
     std::thread::scope(|scope| {
         let site = &site;
@@ -47,7 +47,7 @@ fn a_seed_gives_the_same_text_alone_and_among_others() {
                 let answer: Value = answer.join().unwrap();
                 for index in 0..n {
                     // The engine's own seed counts from the request's.
-                    let expected = Sampling { seed: seed + index as u64, ..sampling(seed) };
+                    let expected = sampling(seed).with_seed(seed + index as u64);
                     let (text, ..) = alone(&engine(), &tokenizer.encode(prompt).unwrap(), expected, 40);
                     assert_eq!(
                         answer["choices"][index]["text"], text,

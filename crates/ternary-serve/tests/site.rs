@@ -17,20 +17,18 @@ use tokio::sync::oneshot;
 
 fn spec(family: Family, context: usize) -> ModelSpec {
     let gpt2 = family == Family::Gpt2;
-    ModelSpec {
-        family,
-        vocab_size: 259,
-        context,
-        d_model: 64,
-        n_layers: 2,
-        n_heads: 4,
-        n_kv_heads: if gpt2 { 4 } else { 2 },
-        d_ff: 128,
-        activation: if gpt2 { Activation::Gelu } else { Activation::Swiglu },
-        tied: true,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-    }
+    ModelSpec::new(family)
+        .with_vocab_size(259)
+        .with_context(context)
+        .with_d_model(64)
+        .with_n_layers(2)
+        .with_n_heads(4)
+        .with_n_kv_heads(if gpt2 { 4 } else { 2 })
+        .with_d_ff(128)
+        .with_activation(if gpt2 { Activation::Gelu } else { Activation::Swiglu })
+        .with_tied(true)
+        .with_norm_eps(1e-5)
+        .with_rope_theta(1e4)
 }
 
 /// A model that speaks bytes.
@@ -49,13 +47,13 @@ fn model(spec: &ModelSpec, seed: u64) -> PackedModel {
 
 fn loaded(model: PackedModel) -> Arc<Engine> {
     let context = model.spec.context;
-    let options = EngineOptions { threads: 1, context, ..EngineOptions::default() };
+    let options = EngineOptions::default().with_threads(1).with_context(context);
     Arc::new(Engine::from_model(model, options).unwrap())
 }
 
 /// The same model, trained on plain text.
 pub fn text_engine() -> Arc<Engine> {
-    loaded(PackedModel { chat_template: None, ..model(&spec(Family::Llama, 512), 1) })
+    loaded(model(&spec(Family::Llama, 512), 1).with_chat_template(None))
 }
 
 pub fn engine_of(context: usize, seed: u64) -> Arc<Engine> {
@@ -64,7 +62,7 @@ pub fn engine_of(context: usize, seed: u64) -> Arc<Engine> {
 
 /// Its weights are finite; at the given position a logit is not.
 pub fn overflowing_engine(position: usize) -> Arc<Engine> {
-    let spec = ModelSpec { tied: false, ..spec(Family::Gpt2, 64) };
+    let spec = spec(Family::Gpt2, 64).with_tied(false);
     let mut model = model(&spec, 1);
     let mut replace = |name: &str, rows: usize, row: usize, first: f32| {
         let mut values = vec![0.0; rows * spec.d_model];
@@ -105,7 +103,9 @@ pub fn alone(
 ) -> (String, usize, &'static str) {
     let tokenizer = engine.tokenizer().unwrap();
     let stop = tokenizer.specials().map(|special| special.1).collect();
-    let mut generation = engine.generate(prompt, GenerateOptions { sampling, max_tokens, stop }).unwrap();
+    let options =
+        GenerateOptions::default().with_sampling(sampling).with_max_tokens(max_tokens).with_stop(stop);
+    let mut generation = engine.generate(prompt, options).unwrap();
     let mut decoder = tokenizer.decoder();
     let (mut text, mut tokens) = (String::new(), 0);
     for id in generation.by_ref() {
@@ -113,7 +113,7 @@ pub fn alone(
         tokens += 1;
     }
     text.push_str(&decoder.finish());
-    let stopped = matches!(generation.finish(), Some(ternary_infer::Finish::Stop(_)));
+    let stopped = matches!(generation.finish_reason(), Some(ternary_infer::FinishReason::Stop(_)));
     (text, tokens, if stopped { "stop" } else { "length" })
 }
 

@@ -68,7 +68,7 @@ mod tests {
         };
         let parts = parts(&document);
         let ids_of = |parts: &[(Part<'_>, bool)]| parts.iter().flat_map(ids).collect::<Vec<_>>();
-        let message = |role, content: &str| Message { role, content: content.into() };
+        let message = |role, content: &str| Message::new(role, content);
         let question = message(Role::User, "hi <|user|>");
         let answer = message(Role::Assistant, "quack");
         let template = ChatTemplate::new(TEMPLATE).unwrap();

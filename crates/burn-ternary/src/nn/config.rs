@@ -178,20 +178,18 @@ impl DuckConfig {
 
     /// The shape in the terms of model files.
     pub fn spec(&self) -> ModelSpec {
-        ModelSpec {
-            family: self.family,
-            vocab_size: self.vocab_size,
-            context: self.context,
-            d_model: self.d_model,
-            n_layers: self.n_layers,
-            n_heads: self.n_heads,
-            n_kv_heads: self.n_kv_heads,
-            d_ff: self.d_ff,
-            activation: self.activation,
-            tied: self.tied,
-            norm_eps: self.norm_eps as f32,
-            rope_theta: self.rope_theta as f32,
-        }
+        ModelSpec::new(self.family)
+            .with_vocab_size(self.vocab_size)
+            .with_context(self.context)
+            .with_d_model(self.d_model)
+            .with_n_layers(self.n_layers)
+            .with_n_heads(self.n_heads)
+            .with_n_kv_heads(self.n_kv_heads)
+            .with_d_ff(self.d_ff)
+            .with_activation(self.activation)
+            .with_tied(self.tied)
+            .with_norm_eps(self.norm_eps as f32)
+            .with_rope_theta(self.rope_theta as f32)
     }
 
     /// The shape that a model file describes, without dropout and computed in f32.

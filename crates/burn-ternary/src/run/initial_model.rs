@@ -74,7 +74,7 @@ fn latent_model(path: &Path) -> Result<PackedModel, TrainError> {
     }
     let run = SavedRun::open(path, &host()?)?;
     let packed = export_latent(&run.model, Some(&run.tokenizer), &run.experiment.run.name)?;
-    Ok(PackedModel { chat_template: run.chat_template, ..packed })
+    Ok(packed.with_chat_template(run.chat_template))
 }
 
 /// The frozen model of a run with adapters: what the run folder or the model file computes, ternary where it is.
@@ -86,7 +86,7 @@ fn frozen_model(path: &Path, quant: &QuantConfig) -> Result<PackedModel, TrainEr
     let (model, input_norm) = if is_run(path) {
         let SavedRun { experiment, tokenizer, model, chat_template } = SavedRun::open(path, &host()?)?;
         let packed = export_quantized(&model, Some(&tokenizer), &experiment.run.name)?;
-        (PackedModel { chat_template, ..packed }, experiment.quant.input_norm)
+        (packed.with_chat_template(chat_template), experiment.quant.input_norm)
     } else {
         (packed_model(path)?, false)
     };

@@ -10,7 +10,7 @@ use crate::report::RunResult;
 use crate::report::{History, plot};
 use crate::{ExportError, export_for_inference};
 use std::fs;
-use ternary_format::{PackedModel, WriteOptions, huggingface::write_adapter, write_model};
+use ternary_format::{WriteOptions, huggingface::write_adapter, write_model};
 
 /// The model files of a run.
 #[derive(Default)]
@@ -31,7 +31,7 @@ impl Exported {
         let path = run.run_dir.join("model.gguf");
         let name = &run.experiment.run.name;
         let packed = match export_for_inference(model, Some(&run.data.tokenizer), name) {
-            Ok(packed) => PackedModel { chat_template: run.chat_template.clone(), ..packed },
+            Ok(packed) => packed.with_chat_template(run.chat_template.clone()),
             Err(error) => {
                 self.no_file = Some(error.to_string());
                 return;

@@ -62,7 +62,7 @@ impl SavedRun {
     /// As [`export_for_inference`].
     pub fn export(&self) -> Result<PackedModel, ExportError> {
         let packed = export_for_inference(&self.model, Some(&self.tokenizer), &self.experiment.run.name)?;
-        Ok(PackedModel { chat_template: self.chat_template.clone(), ..packed })
+        Ok(packed.with_chat_template(self.chat_template.clone()))
     }
 }
 

@@ -7,7 +7,7 @@ use super::{
 use crate::{model, terminal::Progress};
 use std::ops::AddAssign;
 use ternary_format::chat::{ChatTemplate, Message, Role};
-use ternary_infer::{Engine, EngineError, Finish, GenerateOptions, Sampling};
+use ternary_infer::{Engine, EngineError, FinishReason, GenerateOptions, Sampling};
 
 /// The likeliest answer, without white space at its ends; `None` where the question leaves no room for one.
 ///
@@ -21,11 +21,14 @@ pub fn answer(
 ) -> Result<Option<String>, EngineError> {
     let tokenizer = engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
     let prompt = template.ids(tokenizer, &[Message::new(Role::User, question)], true)?;
-    let options = GenerateOptions { sampling: Sampling::greedy(), max_tokens, stop: model::stop(tokenizer) };
+    let options = GenerateOptions::default()
+        .with_sampling(Sampling::greedy())
+        .with_max_tokens(max_tokens)
+        .with_stop(model::stop(tokenizer));
     match engine.generate(&prompt, options) {
         Ok(mut generation) => {
             let ids: Vec<u32> = generation.by_ref().collect();
-            generation.finish().map(Finish::check).transpose()?;
+            generation.finish_reason().map(FinishReason::check).transpose()?;
             Ok(Some(tokenizer.decode(&ids).trim().into()))
         }
         Err(EngineError::ContextFull { .. } | EngineError::EmptyPrompt) => Ok(None),

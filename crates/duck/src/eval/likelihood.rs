@@ -209,7 +209,7 @@ mod tests {
         let (Some(folder), Some(text)) = (folder, text) else { return };
         let reference = std::fs::read_to_string(folder.join("reference.json")).unwrap();
         let reference: serde_json::Value = serde_json::from_str(&reference).unwrap();
-        let options = EngineOptions { activations: ActivationMode::F32, ..EngineOptions::default() };
+        let options = EngineOptions::default().with_activations(ActivationMode::F32);
         let engine = Engine::load(&folder, options).unwrap();
         let reader =
             Reader { engine: &engine, tokenizer: engine.tokenizer().unwrap(), template: None, stride: 256 };

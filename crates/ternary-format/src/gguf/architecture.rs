@@ -1,16 +1,9 @@
 //! Metadata keys, tensor names and row orders of the architectures of llama.cpp.
 //!
-//! # Row orders of rotary attention
+//! # Rotary attention
 //!
-//! RoPE rotates pairs of components of a head. In memory, component `i` is paired with `i + head_dim / 2` (half
-//! rotation, NEOX). llama.cpp pairs `2i` with `2i + 1` in its llama architecture (interleaved, NORM), and uses half
-//! rotation in bitnet. Attention scores do not depend on the order of components, as long as queries and keys share
-//! it. So the rows of `attn_q` and `attn_k` are permuted within each head, here for `head_dim = 8`:
-//!
-//! ```text
-//! half rotation, in memory:    0 1 2 3 | 4 5 6 7         pairs (0,4) (1,5) (2,6) (3,7)
-//! interleaved, in llama files: 0 4 1 5 2 6 3 7           numbers of the rows in memory; pairs are adjacent
-//! ```
+//! RoPE in llama files pairs adjacent rows; [`rotary`](crate::rotary) converts their order. bitnet files have the order
+//! that a model has in memory.
 //!
 //! # Fused tensors
 //!
@@ -84,19 +77,6 @@ pub(super) fn layout(spec: &ModelSpec) -> impl Iterator<Item = FileTensor> + use
         }
         Some(FileTensor { name: name.replace("attn_q.", "attn_qkv."), shape, parts, interleaved: false })
     })
-}
-
-/// Row of the interleaved order that stores row `row` of the half-rotation order.
-pub(crate) fn interleaved_row(row: usize, head_dim: usize) -> usize {
-    let (start, within) = (row / head_dim * head_dim, row % head_dim);
-    let half = head_dim / 2;
-    start + 2 * (within % half) + within / half
-}
-
-/// The inverse of [`interleaved_row`].
-pub(super) fn half_rotation_row(row: usize, head_dim: usize) -> usize {
-    let (start, within) = (row / head_dim * head_dim, row % head_dim);
-    start + within % 2 * (head_dim / 2) + within / 2
 }
 
 /// Checks that llama.cpp computes the same as this model.
@@ -387,7 +367,7 @@ mod tests {
     fn checked(keys: &[(&str, Value)]) -> Result<Option<String>, FormatError> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("m.gguf");
-        let options = GgufOptions { blocks: Encoding::F32, embedding: Encoding::F32, head: Encoding::F32 };
+        let options = GgufOptions::new(Encoding::F32);
         gguf::write(&crate::model::random(Family::Llama, None), &path, &options).unwrap();
         let mut container = Container::parse(Bytes::map(&path).unwrap()).unwrap();
         for (key, value) in keys {

@@ -13,14 +13,16 @@ mod architecture;
 mod container;
 mod vocabulary;
 
-use crate::{Bytes, Encoding, FormatError, ModelSpec, PackedModel, Tensor, disk};
+use crate::{Bytes, Encoding, FormatError, ModelSpec, PackedModel, Tensor, disk, rotary::half_rotation_row};
 use architecture::FileTensor;
-pub(crate) use architecture::interleaved_row;
 use container::{ALIGNMENT, Container, Value};
+use getset::WithSetters;
 use std::{collections::BTreeSet, io::Write, path::Path};
 
 /// Storage types of the matrices in a file. Norms, biases and learned positions are always F32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, WithSetters)]
+#[getset(set_with = "pub")]
+#[non_exhaustive]
 pub struct GgufOptions {
     /// Matrices of the transformer blocks.
     pub blocks: Encoding,
@@ -28,6 +30,13 @@ pub struct GgufOptions {
     pub embedding: Encoding,
     /// Output head, if it is not the embedding.
     pub head: Encoding,
+}
+
+impl GgufOptions {
+    /// Stores all matrices with one encoding.
+    pub fn new(encoding: Encoding) -> Self {
+        Self { blocks: encoding, embedding: encoding, head: encoding }
+    }
 }
 
 /// Reads a model. Its tensors stay in the memory-mapped file.
@@ -124,8 +133,7 @@ pub fn write_with(
                 let mut part = part.encode(*encoding).map_err(|error| error.in_tensor(name))?;
                 if to.interleaved {
                     let head_dim = model.spec.head_dim();
-                    part = part
-                        .select_rows((0..*rows).map(|row| architecture::half_rotation_row(row, head_dim)));
+                    part = part.select_rows((0..*rows).map(|row| half_rotation_row(row, head_dim)));
                 }
                 file.write_all(part.bytes()).map_err(FormatError::io(path))?;
                 written += part.bytes().len();

@@ -1,10 +1,10 @@
-//! What the machine can do, and what this process takes of it.
+//! Read bandwidth of the machine, and peak memory of this process.
 
 use std::{fs, thread, time::Instant};
 
-/// The most bytes that `threads` threads read from memory in a second, in pages of 2 MiB where the system has them.
+/// Read bandwidth of `threads` threads, in bytes per second, with pages of 2 MiB if the system has them.
 ///
-/// Each thread adds up its part of a block that no cache holds; the best of several passes counts.
+/// Each thread sums its part of a block that is larger than the caches. The result is the best of several passes.
 pub fn read_bandwidth(threads: usize) -> std::io::Result<f64> {
     const BYTES: usize = 512 << 20;
     const PASSES: usize = 12;
@@ -26,7 +26,7 @@ pub fn read_bandwidth(threads: usize) -> std::io::Result<f64> {
     Ok(BYTES as f64 / best)
 }
 
-/// Eight sums side by side, so that no addition waits for the one before.
+/// Eight independent sums, so that additions need not wait for each other.
 fn sum(bytes: &[u8]) -> u64 {
     let mut sums = [0u64; 8];
     for line in bytes.as_chunks::<64>().0 {
@@ -37,7 +37,7 @@ fn sum(bytes: &[u8]) -> u64 {
     sums.into_iter().fold(0, u64::wrapping_add)
 }
 
-/// The most memory that this process has held, in bytes, where the system says.
+/// Peak resident memory of this process, in bytes; `None` if the system does not report it.
 pub fn peak_resident_bytes() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

@@ -1,10 +1,10 @@
-//! How fast a model file is here: prompt, generation and a batch of sequences in tokens a second, memory, and how much
-//! of the machine's read bandwidth generation reaches.
+//! Measures a model file on this machine: tokens per second of prefill, decode and batched decode, memory, and the share of
+//! the machine's read bandwidth that decode reaches.
 //!
 //! ```sh
 //! cargo run --release --example bench -- MODEL.gguf --threads 2 --prompt 512 --generate 128 --json
 //! cargo run --release --example bench -- --shape duck                     # random weights
-//! cargo run --release --example bench -- --shape duck --write duck.gguf   # a file of them, for other programs
+//! cargo run --release --example bench -- --shape duck --write duck.gguf   # writes them to a file, for other programs
 //! ```
 
 mod machine;
@@ -25,42 +25,43 @@ use ternary_format::{
 };
 use ternary_infer::{CacheType, Engine, EngineOptions, Sequence};
 
-/// Measures generation from a model file, or from random weights.
+/// Measures the speed of a model file, or of random weights.
 #[derive(Parser)]
 struct Options {
-    /// A GGUF file.
+    /// GGUF file.
     #[arg(required_unless_present = "shape")]
     model: Option<PathBuf>,
-    /// Random ternary weights of this shape instead of a file.
+    /// Use random ternary weights of this shape instead of a file.
     #[arg(long, conflicts_with = "model")]
     shape: Option<Shape>,
-    /// Writes the random weights to this GGUF file and measures nothing.
+    /// Write the random weights to this GGUF file, and do not measure.
     #[arg(long, requires = "shape")]
     write: Option<PathBuf>,
-    /// How that file stores the blocks.
+    /// Storage type of the transformer blocks in that file.
     #[arg(long = "type", default_value = "tq2_0", requires = "write")]
     encoding: Type,
+    /// Number of threads.
     #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
     threads: usize,
-    /// Tokens of the prompt.
+    /// Prompt length, in tokens.
     #[arg(long, default_value_t = 512)]
     prompt: usize,
-    /// Tokens to generate.
+    /// Number of tokens to generate.
     #[arg(long, default_value_t = 128)]
     generate: usize,
-    /// Tokens that the one sequence holds before they are generated.
+    /// Tokens in the KV cache before a single sequence is generated.
     #[arg(long, default_value_t = 0)]
     held: usize,
-    /// How keys and values are kept.
+    /// Precision of the KV cache.
     #[arg(long, default_value = "f16")]
     cache: Cache,
-    /// Sequences that are generated side by side.
+    /// Number of sequences that are decoded together.
     #[arg(long, default_value_t = 8)]
     batch: usize,
-    /// The median of so many runs counts, after one that does not.
+    /// Number of measured runs, after a warm-up run; the report has their median.
     #[arg(long, default_value_t = 5)]
     repetitions: usize,
-    /// Prints one line of JSON.
+    /// Print the report as one line of JSON.
     #[arg(long)]
     json: bool,
 }
@@ -114,19 +115,19 @@ struct Report {
     repetitions: usize,
     cache: Cache,
     load_s: f64,
-    /// Of the matrices that each generated token reads.
+    /// Size of the matrices that each generated token reads.
     weight_bytes: usize,
     prompt_tokens_per_s: f64,
     generate_tokens_per_s: f64,
-    /// Of all sequences together.
+    /// Sum over all sequences.
     batch_tokens_per_s: f64,
-    /// Keys and values of a sequence as long as the longest here.
+    /// KV cache of one sequence, of the longest length that is measured.
     cache_bytes: usize,
-    /// Of loading, the prompt and generation.
+    /// Peak of loading, the prompt and generation.
     peak_resident_bytes: Option<u64>,
-    /// What the machine can read in the same time.
+    /// Measured read bandwidth of the machine.
     bandwidth_bytes_per_s: f64,
-    /// Weights read while generating, over that bandwidth.
+    /// Weight bytes read per second by decode, divided by that bandwidth.
     bandwidth_share: f64,
 }
 
@@ -157,12 +158,12 @@ fn random(shape: Shape) -> Result<PackedModel, FormatError> {
     Ok(model)
 }
 
-/// Holds one tensor at a time.
+/// Writes random weights. Only one tensor is in memory at a time.
 fn write(shape: Shape, path: &Path, blocks: Encoding) -> Result<(), FormatError> {
     let model = shape.model();
     let shapes: HashMap<_, _> = model.spec.tensors().collect();
     let embedding = if blocks.is_ternary() { Encoding::Q8_0 } else { blocks };
-    let options = GgufOptions { blocks, embedding, head: embedding };
+    let options = GgufOptions::new(blocks).with_embedding(embedding).with_head(embedding);
     gguf::write_with(&model, path, &options, |name| shape::tensor(name, &shapes[name]))
 }
 
@@ -172,7 +173,7 @@ fn measure(model: PackedModel, options: &Options, start: Instant) -> Result<Repo
     let context = options.prompt.max(options.held.max(BATCH_PROMPT) + options.generate);
     let cache = options.cache.into();
     let engine_options =
-        EngineOptions { threads: options.threads, context, cache, ..EngineOptions::default() };
+        EngineOptions::default().with_threads(options.threads).with_context(context).with_cache(cache);
     let engine = Engine::from_model(model, engine_options)?;
     let load_s = start.elapsed().as_secs_f64();
 
@@ -183,7 +184,7 @@ fn measure(model: PackedModel, options: &Options, start: Instant) -> Result<Repo
     let generate = tokens_per_s(options, &engine, 1, options.held, |sequences| {
         decode(&engine, sequences, options.generate)
     })?;
-    // Before the sequences of the batch, and the block for the bandwidth.
+    // Measured before the sequences of the batch and the block for the bandwidth are allocated.
     let peak_resident_bytes = machine::peak_resident_bytes();
     let batch = tokens_per_s(options, &engine, options.batch, BATCH_PROMPT, |sequences| {
         decode(&engine, sequences, options.generate)
@@ -210,11 +211,11 @@ fn measure(model: PackedModel, options: &Options, start: Instant) -> Result<Repo
     })
 }
 
-/// Tokens that each sequence of the batch holds before it is generated; llama.cpp's bench of batches wants some.
+/// Tokens in the KV cache of each sequence before the batch is decoded. llama.cpp's batched bench requires some.
 const BATCH_PROMPT: usize = 16;
 
-/// Median speed of `work`, which returns its number of tokens, on sequences that hold `held` tokens; their memory is
-/// used again, as in other benches.
+/// Median speed of `work`, which returns its number of tokens, on sequences of `held` tokens. Sequences are reused between
+/// runs, as in other benches.
 fn tokens_per_s(
     options: &Options,
     engine: &Engine,
@@ -240,7 +241,7 @@ fn tokens_per_s(
     Ok(speeds[speeds.len() / 2])
 }
 
-/// Feeds tokens to all sequences side by side: what generation costs but for the drawing, as other benches have it.
+/// Decodes given tokens in all sequences together: the cost of generation without sampling, as other benches measure it.
 fn decode(engine: &Engine, sequences: &mut [Sequence], tokens: usize) -> Result<usize, Box<dyn Error>> {
     let count = tokens * sequences.len();
     for id in ids(engine, tokens) {
@@ -250,12 +251,12 @@ fn decode(engine: &Engine, sequences: &mut [Sequence], tokens: usize) -> Result<
     Ok(count)
 }
 
-/// Ids from all over the vocabulary.
+/// Ids that are spread over the vocabulary.
 fn ids(engine: &Engine, count: usize) -> Vec<u32> {
     (0..count).map(|i| (i * 7919 % engine.spec().vocab_size) as u32).collect()
 }
 
-/// Bytes of all matrices, the embedding only where it is the head too.
+/// Bytes of all matrices. The embedding counts only if it is also the head.
 fn weight_bytes(model: &PackedModel) -> usize {
     let skipped =
         |name: &str| name == "position_embd.weight" || name == "token_embd.weight" && !model.spec.tied;
@@ -269,12 +270,12 @@ fn print(report: &Report) {
     println!("generation of {:4}   {:8.1} tokens/s", report.generate, report.generate_tokens_per_s);
     println!("{:2} sequences         {:8.1} tokens/s together", report.batch, report.batch_tokens_per_s);
     let mib = |bytes: f64| bytes / f64::from(1 << 20);
-    println!("keys and values    {:8.1} MiB a sequence", mib(report.cache_bytes as f64));
+    println!("KV cache           {:8.1} MiB per sequence", mib(report.cache_bytes as f64));
     if let Some(bytes) = report.peak_resident_bytes {
-        println!("memory, at most    {:8.1} MiB", mib(bytes as f64));
+        println!("peak memory        {:8.1} MiB", mib(bytes as f64));
     }
     println!(
-        "weights of {:.1} MB a token: {:.0} % of the {:.1} GB/s that {} threads read",
+        "weights of {:.1} MB per token: {:.0} % of the {:.1} GB/s that {} threads read",
         report.weight_bytes as f64 / 1e6,
         100.0 * report.bandwidth_share,
         report.bandwidth_bytes_per_s / 1e9,

@@ -1,4 +1,4 @@
-//! Models with random ternary weights: as fast as trained ones of the same shape.
+//! Models with random ternary weights. They are as fast as trained models of the same shape.
 
 use half::f16;
 use rand_chacha::{
@@ -30,39 +30,31 @@ impl Shape {
             Self::Billion => [2048, 24, 32, 5632],
             Self::SevenBillion => [4096, 32, 32, 11008],
         };
-        ModelSpec {
-            family: Family::Llama,
-            vocab_size: 32000,
-            context: 2048,
-            d_model,
-            n_layers,
-            n_heads,
-            n_kv_heads: n_heads,
-            d_ff,
-            activation: Activation::Swiglu,
-            tied: true,
-            norm_eps: 1e-5,
-            rope_theta: 10000.0,
-        }
+        ModelSpec::new(Family::Llama)
+            .with_vocab_size(32000)
+            .with_context(2048)
+            .with_d_model(d_model)
+            .with_n_layers(n_layers)
+            .with_n_heads(n_heads)
+            .with_n_kv_heads(n_heads)
+            .with_d_ff(d_ff)
+            .with_activation(Activation::Swiglu)
+            .with_tied(true)
+            .with_norm_eps(1e-5)
+            .with_rope_theta(10000.0)
     }
 
     /// A model without its tensors.
     pub fn model(self) -> PackedModel {
         let spec = self.spec();
-        PackedModel {
-            name: format!("random {self:?}").to_lowercase(),
-            tensors: Default::default(),
-            tokenizer: Some(tokenizer(spec.vocab_size)),
-            spec,
-            chat_template: None,
-            adapter: None,
-            warnings: Vec::new(),
-        }
+        let tokenizer = tokenizer(spec.vocab_size);
+        PackedModel::new(format!("random {self:?}").to_lowercase(), spec, Default::default())
+            .with_tokenizer(Some(tokenizer))
     }
 }
 
-/// Byte-level BPE of letters, pairs of letters and pairs of these: stock programs load no model without a tokenizer, and a
-/// server has nothing to send of tokens without a text.
+/// Byte-level BPE of letters, pairs of letters and pairs of these. Other programs load no model without a tokenizer, and a
+/// server cannot stream tokens that have no text.
 fn tokenizer(vocab_size: usize) -> Tokenizer {
     // How byte-level BPE spells the 256 bytes.
     let bytes = ('!'..='~').chain('\u{a1}'..='\u{ac}').chain('\u{ae}'..='\u{143}');

@@ -151,7 +151,7 @@ fn message(place: &str, value: Value) -> Result<Message, ApiError> {
     fields.ignore(&["name"]);
     fields.refuse(&["refusal", "tool_calls", "function_call", "audio", "annotations"])?;
     fields.end()?;
-    Ok(Message { role, content })
+    Ok(Message::new(role, content))
 }
 
 /// `{"type": "text", "text": ...}`

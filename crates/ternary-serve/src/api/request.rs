@@ -90,14 +90,13 @@ impl Request {
     pub fn take(server: &Server, fields: &mut Fields) -> Result<Self, ApiError> {
         let limits = &server.limits;
         let served = server.find(fields.string("model")?.as_deref())?;
-        let sampling = Sampling {
-            repetition_penalty: fields.number("repetition_penalty", 0.01..=100.0, 1.0)? as f32,
-            temperature: fields.number("temperature", 0.0..=2.0, 1.0)? as f32,
-            top_k: fields.integer("top_k", 0..=usize::MAX >> 1)?.unwrap_or(0),
-            top_p: fields.number("top_p", 0.0..=1.0, 1.0)? as f32,
-            min_p: fields.number("min_p", 0.0..=1.0, 0.0)? as f32,
-            seed: fields.seed("seed")?.unwrap_or_else(|| RandomState::new().build_hasher().finish()),
-        };
+        let sampling = Sampling::default()
+            .with_repetition_penalty(fields.number("repetition_penalty", 0.01..=100.0, 1.0)? as f32)
+            .with_temperature(fields.number("temperature", 0.0..=2.0, 1.0)? as f32)
+            .with_top_k(fields.integer("top_k", 0..=usize::MAX >> 1)?.unwrap_or(0))
+            .with_top_p(fields.number("top_p", 0.0..=1.0, 1.0)? as f32)
+            .with_min_p(fields.number("min_p", 0.0..=1.0, 0.0)? as f32)
+            .with_seed(fields.seed("seed")?.unwrap_or_else(|| RandomState::new().build_hasher().finish()));
         sampling.check().map_err(|error| match error {
             EngineError::Option { key, .. } => ApiError::field(key, error.to_string()).code("invalid_value"),
             other => ApiError::body(other.to_string()),

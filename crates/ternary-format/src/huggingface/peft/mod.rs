@@ -429,7 +429,7 @@ mod tests {
         for family in FAMILIES {
             let base = float(family);
             let own = adapter(&base.spec, &["attn_v", "ffn_up"], 2);
-            let model = PackedModel { adapter: Some(own.clone()), ..base.clone() };
+            let model = base.clone().with_adapter(Some(own.clone()));
             let merged = model.merged().unwrap();
             assert!(merged.adapter.is_none());
             for (name, tensor) in &base.tensors {
