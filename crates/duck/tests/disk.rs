@@ -1,9 +1,10 @@
 //! Files that are not the program's stay as they are, and what is no plain file is refused.
 
 use crate::{duck, failure, home, output, piped};
+#[cfg(feature = "train")]
+use std::path::Path;
 use std::{
     fs,
-    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
