@@ -1,6 +1,7 @@
 //! [`Error`]: what went wrong, and the exit code that tells scripts.
 
 use std::{io, path::PathBuf};
+use ternary_eval::ExampleError;
 use ternary_format::{FormatError, disk::LockError, memory, threads::ThreadError};
 use ternary_infer::EngineError;
 
@@ -18,8 +19,9 @@ pub enum Error {
     /// A model that does not fit the kind of file, or a file that cannot be written.
     #[error(transparent)]
     Export(FormatError),
-    #[error("{}: cannot read: {source}", path.display())]
-    Read { path: PathBuf, source: io::Error },
+    /// An evaluation file that cannot be read.
+    #[error(transparent)]
+    Examples(#[from] ExampleError),
     #[error("{}: cannot write: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
     /// A file that is not what it has to be.
@@ -78,7 +80,7 @@ impl Error {
                 source: OutOfRange { .. } | ContextFull { .. } | MessageTooLong { .. } | EmptyPrompt,
                 ..
             } => 2,
-            Self::Model(_) | Self::Engine { .. } | Self::Data { .. } | Self::Read { .. } | Self::Input(_) => {
+            Self::Model(_) | Self::Engine { .. } | Self::Data { .. } | Self::Examples(_) | Self::Input(_) => {
                 3
             }
             Self::Export(error) if !matches!(error.kind(), FormatError::Io { .. }) => 3,

@@ -84,7 +84,7 @@ fn models_stand_side_by_side() {
         assert!((number(&columns[1]["loss"]["difference"]["value"]) - (second - first)).abs() < 1e-9);
     }
     let text = output(&home, &models);
-    assert!(text.contains("texts.txt, 3 documents") && text.contains("over the first"), "{text}");
+    assert!(text.contains("texts.txt, 3 documents") && text.contains("minus the first"), "{text}");
     let markdown = output(&home, &[&models[..], &["--format", "markdown"]].concat());
     assert!(
         markdown.contains("|  | model.gguf | other.gguf | model.gguf |\n|---|---|---|---|\n"),
@@ -116,7 +116,7 @@ fn answers_are_compared_with_those_that_are_known() {
     assert!(!words || number(&model["bleu"]["value"]) > 99.0, "{model}");
     let text = output(&home, &flags);
     assert!(
-        text.contains("BLEU nrefs:1") && text.contains("ROUGE-L") && text.contains("distinct pairs"),
+        text.contains("BLEU nrefs:1") && text.contains("ROUGE-L") && text.contains("distinct-2"),
         "{text}"
     );
 }

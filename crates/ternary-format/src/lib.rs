@@ -55,6 +55,7 @@
 //! | [`archive`] | `*.ternary`: entropy-coded archives |
 //! | [`chat`] | chat templates |
 //! | [`tensors`] | named tensors of a model that belongs to no family |
+//! | [`document`] | texts and dialogues of a corpus |
 //! | [`disk`] | reading files, atomic writes, locks of run folders |
 //! | [`memory`], [`threads`] | available memory, thread pool |
 //!
@@ -73,6 +74,7 @@ pub mod archive;
 mod block;
 pub mod chat;
 pub mod disk;
+pub mod document;
 mod encoding;
 mod error;
 mod file;

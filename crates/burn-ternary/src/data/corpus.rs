@@ -1,48 +1,24 @@
 //! Reads documents from files, and splits them into a training and a validation set.
 
-use super::{DataError, chat::Special};
+use super::DataError;
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
-use serde_json::Value;
 use std::{
     fs,
     path::{Path, PathBuf},
 };
-use ternary_format::disk;
+use ternary_format::{
+    disk,
+    document::{parse_jsonl, parse_text, without_byte_order_mark},
+};
+
+pub use ternary_format::document::Document;
 
 const STORIES: &str = include_str!("../../data/pond_stories.txt");
 const DIALOGUES: &str = include_str!("../../data/duck_dialogues.jsonl");
 
 /// With fewer documents, the validation set is cut from inside a text.
 const FEW: usize = 20;
-
-/// One text or dialogue of a corpus.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Document {
-    /// Plain text; all of it is learned.
-    Text(String),
-    /// A question and its answer; only the answer is learned.
-    Dialogue { question: String, answer: String },
-}
-
-impl Document {
-    /// The texts of the document, without the special tokens of the chat template.
-    pub fn texts(&self) -> impl Iterator<Item = &str> {
-        let (first, second) = match self {
-            Self::Text(text) => (text, None),
-            Self::Dialogue { question, answer } => (question, Some(answer)),
-        };
-        std::iter::once(first.as_str()).chain(second.map(String::as_str))
-    }
-
-    pub fn is_dialogue(&self) -> bool {
-        matches!(self, Self::Dialogue { .. })
-    }
-
-    fn bytes(&self) -> usize {
-        self.texts().map(str::len).sum()
-    }
-}
 
 /// Whether a model that is trained on these documents learns to chat: at least 1 % of them are dialogues. A few dialogues in a large
 /// text teach nothing, and would make every program that loads the model present it as a chat model.
@@ -73,10 +49,10 @@ pub fn read(key: &'static str, sources: &[String]) -> Result<Vec<Document>, Data
         match source.strip_prefix("embedded") {
             Some("") => {
                 documents.extend(parse_text(STORIES));
-                documents.extend(parse_jsonl(Path::new(source), DIALOGUES)?);
+                documents.extend(parse_documents(Path::new(source), DIALOGUES)?);
             }
             Some(":stories") => documents.extend(parse_text(STORIES)),
-            Some(":dialogues") => documents.extend(parse_jsonl(Path::new(source), DIALOGUES)?),
+            Some(":dialogues") => documents.extend(parse_documents(Path::new(source), DIALOGUES)?),
             Some(name) if name.starts_with(':') => {
                 return Err(DataError::BadValue {
                     key,
@@ -139,12 +115,12 @@ fn split_documents(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<D
 }
 
 fn split_tail(mut documents: Vec<Document>, fraction: f64) -> (Vec<Document>, Vec<Document>) {
-    let total: usize = documents.iter().map(Document::bytes).sum();
+    let total: usize = documents.iter().map(bytes).sum();
     let mut wanted = (total as f64 * fraction) as usize;
     let mut valid = Vec::new();
     while let Some(document) = documents.pop() {
-        if document.bytes() <= wanted {
-            wanted -= document.bytes();
+        if bytes(&document) <= wanted {
+            wanted -= bytes(&document);
             valid.push(document);
             continue;
         }
@@ -235,61 +211,24 @@ fn read_file(path: &Path) -> Result<Vec<Document>, DataError> {
     let bytes = disk::read(path).map_err(|source| DataError::Read { path: path.into(), source })?;
     let text = str::from_utf8(&bytes)
         .map_err(|error| DataError::NotUtf8 { path: path.into(), offset: error.valid_up_to() })?;
-    // Editors on Windows write a byte order mark first; it is not part of the text.
-    let text = text.trim_start_matches('\u{feff}');
+    let text = without_byte_order_mark(text);
     let documents = match kind(path) {
-        Some(Kind::Jsonl) => parse_jsonl(path, text)?,
+        Some(Kind::Jsonl) => parse_documents(path, text)?,
         _ => parse_text(text),
     };
     if documents.is_empty() { Err(DataError::Empty { path: path.into() }) } else { Ok(documents) }
 }
 
-fn parse_text(text: &str) -> Vec<Document> {
-    let mut texts = Vec::new();
-    let (mut start, mut position) = (0, 0);
-    for line in text.split_inclusive('\n') {
-        if line.trim_end_matches(['\r', '\n']) == Special::EndOfText.text() {
-            texts.push(&text[start..position]);
-            start = position + line.len();
-        }
-        position += line.len();
-    }
-    // A text without separators is taken as it is; the line ends around a separator belong to the separator.
-    if texts.is_empty() {
-        texts.push(text);
-    } else {
-        texts.push(&text[start..]);
-        texts.iter_mut().for_each(|text| *text = text.trim_matches(['\r', '\n']));
-    }
-    texts.into_iter().filter(|text| !text.trim().is_empty()).map(|text| Document::Text(text.into())).collect()
+fn parse_documents(path: &Path, text: &str) -> Result<Vec<Document>, DataError> {
+    parse_jsonl(text, Document::from_json).map_err(|(line, found)| DataError::BadLine {
+        path: path.into(),
+        line,
+        found,
+    })
 }
 
-fn parse_jsonl(path: &Path, text: &str) -> Result<Vec<Document>, DataError> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines
-        .map(|(i, line)| {
-            parse_line(line).map_err(|found| DataError::BadLine { path: path.into(), line: i + 1, found })
-        })
-        .collect()
-}
-
-/// One line of a `.jsonl` file; the error says what was found instead of a document.
-fn parse_line(line: &str) -> Result<Document, String> {
-    let value: Value = serde_json::from_str(line).map_err(|error| format!("no JSON ({error})"))?;
-    let Value::Object(mut object) = value else {
-        return Err("another JSON value".into());
-    };
-    match ["text", "question", "answer"].map(|key| object.remove(key)) {
-        [Some(Value::String(text)), None, None] => Ok(Document::Text(text)),
-        [None, Some(Value::String(question)), Some(Value::String(answer))] => {
-            Ok(Document::Dialogue { question, answer })
-        }
-        [Some(_), Some(_), _] | [Some(_), _, Some(_)] => Err("both".into()),
-        [None, None, None] => Err("an object without them".into()),
-        [None, Some(_), None] => Err("\"question\" alone".into()),
-        [None, None, Some(_)] => Err("\"answer\" alone".into()),
-        _ => Err("a value that is no string".into()),
-    }
+fn bytes(document: &Document) -> usize {
+    document.texts().map(str::len).sum()
 }
 
 #[cfg(test)]
@@ -325,13 +264,6 @@ mod tests {
         let counts = [(0, 0), (0, 50), (1, 100), (1, 101), (2, 200), (2, 201), (7, 7)];
         let chat = counts.map(|(dialogues, documents)| make_chat_model(dialogues, documents));
         assert_eq!(chat, [false, false, true, false, true, false, true]);
-    }
-
-    #[test]
-    fn text_files_are_cut_at_separator_lines() {
-        let stories = "one\ntwo\n<|endoftext|>\r\n\nthree <|endoftext|>\nfour\n<|endoftext|>\n\n";
-        assert_eq!(parse_text(stories), [text("one\ntwo"), text("three <|endoftext|>\nfour")]);
-        assert_eq!(parse_text("\nas it is\n\n"), [text("\nas it is\n\n")]);
     }
 
     #[test]
@@ -371,22 +303,6 @@ mod tests {
         }
         assert!(matches!(read("train", &[]), Err(DataError::BadValue { key: "train", .. })));
         assert!(matches!(read("train", &["embedded:duck".into()]), Err(DataError::BadValue { .. })));
-    }
-
-    #[test]
-    fn lines_that_are_no_documents_are_refused() {
-        for (line, found) in [
-            ("{\"text\": \"a\"", "no JSON"),
-            ("[1]", "another JSON value"),
-            ("{}", "an object without them"),
-            ("{\"question\": \"q\"}", "\"question\" alone"),
-            ("{\"answer\": \"q\"}", "\"answer\" alone"),
-            ("{\"question\": \"q\", \"answer\": null}", "no string"),
-            ("{\"text\": \"t\", \"question\": \"q\", \"answer\": \"a\"}", "both"),
-        ] {
-            let message = parse_line(line).unwrap_err();
-            assert!(message.contains(found), "{line}: {message}");
-        }
     }
 
     #[test]

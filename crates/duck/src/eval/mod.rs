@@ -1,34 +1,28 @@
-//! `duck eval`: how well models read texts, answer questions and choose.
+//! `duck eval`: likelihood of texts, quality of answers, and accuracy of choices, for one or more models.
 
-mod answer;
-mod bleu;
-mod bootstrap;
-mod category;
-mod document;
-mod likelihood;
-mod rouge;
 mod table;
-mod tokenize;
 
 use crate::{
     Error,
     model::{self, EngineFlags},
     terminal::{self, Progress},
 };
-use answer::Nearness;
-use bleu::{Bleu, Smoothing};
-use bootstrap::Bootstrap;
-use clap::ValueEnum;
-use document::Document;
-use likelihood::{Reader, Score};
+use clap::{
+    ValueEnum,
+    builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
+};
 use serde::Serialize;
 use std::{
     ops::AddAssign,
     path::{Path, PathBuf},
 };
 use table::{Measure, Table};
+use ternary_eval::{
+    Bleu, Bootstrap, ChoiceAccuracy, Estimate, Evaluator, Example, Likelihood, Resampled, Similarity,
+    Smoothing, Tokenization, answer, distinct, read_examples,
+};
+use ternary_format::document::Document;
 use ternary_infer::{Engine, EngineError};
-use tokenize::Tokenization;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -37,19 +31,24 @@ Examples:
   duck eval runs/duck-1 --data dialogues.jsonl --answers --save-answers answers.jsonl
   duck eval model.gguf --data quiz.jsonl --json
 
-A .txt file holds documents between lines `<|endoftext|>`; a line of a .jsonl file is an object with \"text\" (scored
-whole, without its end), with \"question\" and \"answer\" (the answer is scored, with the token that ends it), or with
-\"question\", \"choices\" and \"answer\" (a place from 0 on, or one of the choices).
+Data:
+  A .txt file consists of texts, separated by lines `<|endoftext|>`. A line of a .jsonl file is an object with
+    \"text\"                              the text is scored, without its end
+    \"question\" and \"answer\"           the answer is scored, with the token that ends it
+    \"question\", \"choices\", \"answer\"  the likelihoods of the choices are compared; \"answer\" is an index
+                                        from 0 on, or one of the choices
 
-loss: nats a token, each document by itself; a run's packed valid loss is that of windows of several documents. Bits
-a byte compare models of different tokenizers. In brackets: 95 % intervals, by drawing the
-documents again; of one document there is none. A model is compared to the first one on the same draws.";
+Measures:
+  Loss is the mean of -ln p, in nats per token, of each document by itself; the validation loss of a training run is
+  that of windows that join documents. Bits per byte compare models with different tokenizers.
+  In brackets: 95 % bootstrap intervals over documents; a single document has none. Every model is compared with the
+  first one, on the same resamples.";
 
-/// Measure models on texts: loss, perplexity, bits per byte; answers: BLEU, ROUGE, exact matches; choices: accuracy.
+/// Evaluate models: perplexity of texts, BLEU and ROUGE of answers, accuracy of multiple choice.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
-    /// Model files, folders of Hugging Face's or run folders; without any, the Duck of this program
+    /// Model files, Hugging Face folders or run folders; without one, the built-in Duck
     #[arg(value_name = "MODEL")]
     models: Vec<PathBuf>,
     /// Texts: a .txt or .jsonl file (repeatable)
@@ -58,23 +57,23 @@ pub struct Command {
     /// Stride of the evaluation window, in tokens [default: half of the context]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     stride: Option<u32>,
-    /// Answer the questions, greedily, and compare with the answers of the file
+    /// Generate greedy answers to the questions, and compare them with the answers of the file
     #[arg(long)]
     answers: bool,
-    /// Most tokens of an answer
+    /// Maximum length of an answer, in tokens
     #[arg(long, value_name = "N", default_value_t = 128, requires = "answers")]
     max_tokens: usize,
-    /// Write the answers as .jsonl
+    /// Write the answers to a .jsonl file
     #[arg(long, value_name = "FILE", requires = "answers")]
     save_answers: Option<PathBuf>,
-    /// Replace that file if it is there and a plain file
+    /// Replace the file of --save-answers if it exists
     #[arg(long, requires = "save_answers")]
     overwrite: bool,
-    /// Tokenization of BLEU, as sacrebleu names it
-    #[arg(long, value_enum, value_name = "NAME", default_value = "13a")]
+    /// BLEU tokenization, as sacrebleu names it
+    #[arg(long, value_name = "NAME", default_value = "13a", value_parser = tokenizations())]
     bleu_tokenize: Tokenization,
-    /// Smoothing of BLEU, as sacrebleu names it
-    #[arg(long, value_enum, value_name = "NAME", default_value = "exp")]
+    /// BLEU smoothing, as sacrebleu names it
+    #[arg(long, value_name = "NAME", default_value = "exp", value_parser = smoothings())]
     bleu_smooth: Smoothing,
     /// Case-insensitive BLEU
     #[arg(long)]
@@ -85,6 +84,7 @@ pub struct Command {
     /// Random seed of the bootstrap
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
+    /// Output format
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
     /// The same as --format json
@@ -92,6 +92,32 @@ pub struct Command {
     json: bool,
     #[command(flatten)]
     engine: EngineFlags,
+}
+
+fn tokenizations() -> impl TypedValueParser<Value = Tokenization> {
+    let value = |tokenization: Tokenization| {
+        PossibleValue::new(tokenization.name()).help(match tokenization {
+            Tokenization::V13a => "Split off Western punctuation, except within numbers",
+            Tokenization::Intl => "Split off all punctuation and symbols of Unicode",
+            Tokenization::Char => "Split into characters",
+            Tokenization::None => "Split at white space",
+        })
+    };
+    PossibleValuesParser::new(Tokenization::ALL.map(value)).try_map(|name| name.parse::<Tokenization>())
+}
+
+fn smoothings() -> impl TypedValueParser<Value = Smoothing> {
+    let value = |smoothing: Smoothing| {
+        PossibleValue::new(smoothing.name()).help(match smoothing {
+            Smoothing::Exp => {
+                "Half a match for the first precision without one, a quarter for the second, and so on"
+            }
+            Smoothing::None => "No smoothing: the score is 0",
+            Smoothing::Floor => "A tenth of a match",
+            Smoothing::AddK => "One match and one n-gram more for n above 1",
+        })
+    };
+    PossibleValuesParser::new(Smoothing::ALL.map(value)).try_map(|name| name.parse::<Smoothing>())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -104,7 +130,7 @@ enum Format {
 #[derive(Serialize)]
 struct Report {
     files: Vec<Table>,
-    /// Of sacrebleu, for these settings.
+    /// The signature of sacrebleu for these settings.
     #[serde(skip_serializing_if = "Option::is_none")]
     bleu: Option<String>,
     resamples: usize,
@@ -121,30 +147,32 @@ struct SavedAnswer<'a> {
     answer: &'a str,
 }
 
-/// A file and what it holds.
+/// A file and its examples.
 struct File {
     name: String,
-    documents: Vec<Document>,
+    examples: Vec<Example>,
 }
 
 impl File {
     fn read(path: &Path) -> Result<Self, Error> {
-        Ok(Self { name: path.display().to_string(), documents: document::read(path)? })
+        Ok(Self { name: path.display().to_string(), examples: read_examples(path)? })
     }
 
     /// Questions and answers.
-    fn dialogues<'a>(&'a self) -> Vec<(&'a str, &'a str)> {
-        let pair = |document: &'a Document| match document {
-            Document::Dialogue { question, answer } => Some((question.as_str(), answer.as_str())),
+    fn dialogues(&self) -> Vec<(&str, &str)> {
+        let pair = |example| match example {
+            &Example::Document(Document::Dialogue { ref question, ref answer }) => {
+                Some((question.as_str(), answer.as_str()))
+            }
             _ => None,
         };
-        self.documents.iter().filter_map(pair).collect()
+        self.examples.iter().filter_map(pair).collect()
     }
 }
 
 impl Command {
     pub fn run(self) -> Result<(), Error> {
-        // What cannot be read or written is said before anything is computed.
+        // Files that cannot be read or written are reported before anything is computed.
         if let Some(path) = &self.save_answers {
             terminal::expect_free(path, self.overwrite)?;
         }
@@ -154,7 +182,7 @@ impl Command {
             let expected = "objects with \"question\" and \"answer\", for --answers".into();
             return Err(Error::Data { origin, expected, found: "none".into() });
         }
-        let table = |file: &File| Table::new(file.name.clone(), file.documents.len());
+        let table = |file: &File| Table::new(file.name.clone(), file.examples.len());
         let mut tables: Vec<Table> = files.iter().map(table).collect();
         let mut saved = String::new();
         let embedded = self.models.is_empty().then_some(None);
@@ -162,10 +190,10 @@ impl Command {
             let name = model::name(path);
             let engine = self.engine.load(path)?;
             for (file, table) in files.iter().zip(&mut tables) {
-                let mut measures = self.read_texts(&engine, file).map_err(Error::engine(&name))?;
+                let mut measures = self.score(&engine, file).map_err(Error::engine(&name))?;
                 if self.answers {
                     let pairs = file.dialogues();
-                    let answers = self.answer(&engine, &pairs).map_err(Error::engine(&name))?;
+                    let answers = self.generate_answers(&engine, &pairs).map_err(Error::engine(&name))?;
                     for ((question, reference), answer) in pairs.iter().zip(&answers) {
                         let (model, file) = (name.as_str(), file.name.as_str());
                         let line = SavedAnswer { model, file, question, reference, answer };
@@ -199,171 +227,102 @@ impl Command {
             tokenization: self.bleu_tokenize,
             smoothing: self.bleu_smooth,
             lowercase: self.bleu_lowercase,
-            order: 4,
-            effective_order: false,
+            ..Bleu::default()
         }
     }
 
-    fn bootstrap(&self) -> Bootstrap {
-        Bootstrap { resamples: self.resamples, seed: self.seed }
+    fn resampled<T: Copy + Default + AddAssign>(&self, documents: &[T]) -> Resampled<T> {
+        Resampled::new(documents, Bootstrap { resamples: self.resamples, seed: self.seed })
     }
 
-    /// Loss and accuracy of the documents, and of the choices.
-    fn read_texts(&self, engine: &Engine, file: &File) -> Result<Vec<Measure>, EngineError> {
-        let tokenizer = engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
-        let template = match engine.dialogues() {
-            Ok((_, template)) => Some(template),
-            Err(EngineError::NoChatTemplate) => None,
-            Err(error) => return Err(error),
-        };
+    /// Likelihoods of the documents, and accuracy on the choices.
+    fn score(&self, engine: &Engine, file: &File) -> Result<Vec<Measure>, EngineError> {
         let stride = self.stride.map_or(engine.context().div_ceil(2), |stride| stride as usize);
-        let reader = Reader { engine, tokenizer, template, stride };
-        let passages = file.documents.iter().map(|document| reader.passages(document));
+        let evaluator = Evaluator::new(engine, stride)?;
+        let passages = file.examples.iter().map(|example| evaluator.passages(example));
         let passages = passages.collect::<Result<Vec<_>, _>>()?;
         let tokens: usize = passages.iter().flatten().map(|passage| passage.tokens()).sum();
         let progress = Progress::new("tokens", tokens as u64);
-        let (mut scores, mut choices) = (Vec::new(), Vec::new());
-        for (document, passages) in file.documents.iter().zip(&passages) {
-            let scored = passages.iter().map(|passage| reader.score(passage, &progress));
-            let scored = scored.collect::<Result<Vec<_>, _>>()?;
-            match document {
-                Document::Choice { answer, .. } => choices.push(Choices::new(&scored, *answer)),
-                _ => scores.extend(scored),
+        let (mut documents, mut choices) = (Vec::new(), Vec::new());
+        for (example, passages) in file.examples.iter().zip(&passages) {
+            let likelihoods = passages
+                .iter()
+                .map(|passage| evaluator.likelihood(passage, |tokens| progress.advance(tokens)))
+                .collect::<Result<Vec<_>, _>>()?;
+            match example {
+                Example::Choice { answer, .. } => choices.push(ChoiceAccuracy::new(&likelihoods, *answer)),
+                Example::Document(_) => documents.extend(likelihoods),
             }
         }
-        let ratio = |over: f64, under: usize| over / under as f64;
-        let loss = |score: &Score| ratio(score.nats, score.tokens);
-        let mut measures = Vec::new();
-        let sums = Sums::new(&scores, self.bootstrap());
-        measures.extend(sums.measure("loss", "loss, nats a token", 4, loss));
-        measures.extend(sums.measure("perplexity", "perplexity", 3, |score| loss(score).exp()));
-        measures.extend(sums.measure("bits_per_byte", "bits a byte", 4, |score| {
-            ratio(score.nats / std::f64::consts::LN_2, score.bytes)
-        }));
-        let hits = |score: &Score| ratio(score.hits as f64, score.tokens);
-        measures.extend(sums.measure("token_accuracy", "likeliest token is right", 4, hits));
-        let sums = Sums::new(&choices, self.bootstrap());
-        let right = |choices: &Choices| ratio(choices.right as f64, choices.all);
-        measures.extend(sums.measure("choice_accuracy", "likeliest choice is right", 4, right));
-        let right = |choices: &Choices| ratio(choices.right_by_byte as f64, choices.all);
-        measures.extend(sums.measure("choice_accuracy_by_byte", "the same, a byte", 4, right));
-        Ok(measures)
+        let documents = self.resampled(&documents);
+        let choices = self.resampled(&choices);
+        let measures = [
+            measure("loss", "loss (nats per token)", 4, documents.estimate(Likelihood::loss)),
+            measure("perplexity", "perplexity", 3, documents.estimate(Likelihood::perplexity)),
+            measure("bits_per_byte", "bits per byte", 4, documents.estimate(Likelihood::bits_per_byte)),
+            measure(
+                "token_accuracy",
+                "top-1 token accuracy",
+                4,
+                documents.estimate(Likelihood::token_accuracy),
+            ),
+            measure("choice_accuracy", "choice accuracy", 4, choices.estimate(ChoiceAccuracy::accuracy)),
+            measure(
+                "choice_accuracy_by_byte",
+                "choice accuracy (per byte)",
+                4,
+                choices.estimate(ChoiceAccuracy::accuracy_per_byte),
+            ),
+        ];
+        Ok(measures.into_iter().flatten().collect())
     }
 
-    fn answer(&self, engine: &Engine, pairs: &[(&str, &str)]) -> Result<Vec<String>, EngineError> {
+    /// Answers all questions. A question that leaves no room in the context gets an empty answer.
+    fn generate_answers(&self, engine: &Engine, pairs: &[(&str, &str)]) -> Result<Vec<String>, EngineError> {
         let (_, template) = engine.dialogues()?;
-        let questions: Vec<&str> = pairs.iter().map(|(question, _)| *question).collect();
-        answer::answers(engine, &template, &questions, self.max_tokens)
+        let progress = Progress::new("answers", pairs.len() as u64);
+        let generate = |(question, _): &(&str, &str)| {
+            let answer = answer(engine, &template, question, self.max_tokens)?;
+            progress.advance(1);
+            Ok(answer.unwrap_or_default())
+        };
+        pairs.iter().map(generate).collect()
     }
 
-    /// How near answers come to those of the file.
+    /// The similarity of answers to those of the file.
     fn compare(&self, pairs: &[(&str, &str)], answers: &[String]) -> Vec<Measure> {
         let bleu = self.bleu();
-        let nearness =
-            pairs.iter().zip(answers).map(|((_, known), answer)| Nearness::new(&bleu, answer, known));
-        let nearness: Vec<Nearness> = nearness.collect();
-        let sums = Sums::new(&nearness, self.bootstrap());
-        let mean = |sum: f64, nearness: &Nearness| sum / nearness.answers as f64;
-        let mut measures = Vec::new();
-        measures.extend(sums.measure("bleu", "BLEU", 2, |nearness| bleu.score(&nearness.bleu)));
-        measures.extend(sums.measure("rouge1", "ROUGE-1", 4, |nearness| mean(nearness.rouge[0], nearness)));
-        measures.extend(sums.measure("rouge2", "ROUGE-2", 4, |nearness| mean(nearness.rouge[1], nearness)));
-        measures.extend(sums.measure("rougeL", "ROUGE-L", 4, |nearness| mean(nearness.rouge[2], nearness)));
-        let exact = |nearness: &Nearness| mean(nearness.exact as f64, nearness);
-        measures.extend(sums.measure("exact_match", "exact matches", 4, exact));
-        let tokens: Vec<_> = answers.iter().map(|answer| bleu.tokenization.tokens(answer)).collect();
-        for (n, key, label) in
-            [(1, "distinct_1", "distinct words"), (2, "distinct_2", "distinct pairs of words")]
-        {
-            // Documents drawn twice would repeat what the model said once: no interval.
-            let value = bleu::distinct(&tokens, n);
-            let measure = Measure { key, label, digits: 4, value, draws: Vec::new() };
-            measures.extend((!answers.is_empty()).then_some(measure));
-        }
-        measures
-    }
-}
-
-/// Which choice is the likeliest; sums over documents.
-#[derive(Clone, Copy, Debug, Default)]
-struct Choices {
-    right: usize,
-    /// Likelihoods by byte, so that short choices have no advantage.
-    right_by_byte: usize,
-    all: usize,
-}
-
-impl Choices {
-    fn new(scores: &[Score], answer: usize) -> Self {
-        let least = |nats: fn(&Score) -> f64| {
-            (0..scores.len()).min_by(|a, b| nats(&scores[*a]).total_cmp(&nats(&scores[*b]))) == Some(answer)
+        let similarities: Vec<Similarity> = pairs
+            .iter()
+            .zip(answers)
+            .map(|((_, reference), answer)| Similarity::new(&bleu, answer, reference))
+            .collect();
+        let sums = self.resampled(&similarities);
+        let rouge = |i: usize| sums.estimate(move |sum| sum.mean_rouge()[i]);
+        let words: Vec<_> = answers.iter().map(|answer| bleu.tokenization.tokens(answer)).collect();
+        // A document that is resampled twice would count as a repetition: no interval.
+        let distinct = |n| {
+            let value = distinct(&words, n);
+            (!answers.is_empty()).then_some(Estimate { value, resamples: Vec::new() })
         };
-        Self {
-            right: usize::from(least(|score| score.nats)),
-            right_by_byte: usize::from(least(|score| score.nats / score.bytes.max(1) as f64)),
-            all: 1,
-        }
+        let measures = [
+            measure("bleu", "BLEU", 2, sums.estimate(|sum| bleu.score(&sum.bleu))),
+            measure("rouge1", "ROUGE-1", 4, rouge(0)),
+            measure("rouge2", "ROUGE-2", 4, rouge(1)),
+            measure("rougeL", "ROUGE-L", 4, rouge(2)),
+            measure("exact_match", "exact match", 4, sums.estimate(Similarity::exact_match)),
+            measure("distinct_1", "distinct-1 (words)", 4, distinct(1)),
+            measure("distinct_2", "distinct-2 (pairs of words)", 4, distinct(2)),
+        ];
+        measures.into_iter().flatten().collect()
     }
 }
 
-impl AddAssign for Choices {
-    fn add_assign(&mut self, other: Self) {
-        self.right += other.right;
-        self.right_by_byte += other.right_by_byte;
-        self.all += other.all;
-    }
-}
-
-/// A sum over documents, and the same of those that were drawn again.
-struct Sums<T> {
-    /// `None` of no documents.
-    whole: Option<T>,
-    draws: Vec<T>,
-}
-
-impl<T: Copy + Default + AddAssign> Sums<T> {
-    fn new(documents: &[T], bootstrap: Bootstrap) -> Self {
-        let sum = |items: &mut dyn Iterator<Item = T>| {
-            let mut sum = T::default();
-            items.for_each(|item| sum += item);
-            sum
-        };
-        let draws = bootstrap.draws(documents.len(), |places| sum(&mut places.iter().map(|i| documents[*i])));
-        Self { whole: (!documents.is_empty()).then(|| sum(&mut documents.iter().copied())), draws }
-    }
-
-    fn measure(
-        &self,
-        key: &'static str,
-        label: &'static str,
-        digits: usize,
-        value: impl Fn(&T) -> f64,
-    ) -> Option<Measure> {
-        let whole = self.whole.as_ref()?;
-        Some(Measure {
-            key,
-            label,
-            digits,
-            value: value(whole),
-            draws: self.draws.iter().map(value).collect(),
-        })
-    }
-}
-
-/// A path of the shared test data; says so where it is absent.
-#[cfg(test)]
-fn shared(path: &str) -> Option<PathBuf> {
-    let full = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data").join(path);
-    if full.exists() {
-        return Some(full);
-    }
-    println!("skipped: ../shared/data/{path}: not there");
-    None
-}
-
-/// The lines of a file of reference values.
-#[cfg(test)]
-fn cases(path: &str) -> Option<Vec<serde_json::Value>> {
-    let text = std::fs::read_to_string(shared(path)?).unwrap();
-    Some(text.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
+fn measure(
+    key: &'static str,
+    label: &'static str,
+    digits: usize,
+    estimate: Option<Estimate>,
+) -> Option<Measure> {
+    Some(Measure { key, label, digits, estimate: estimate? })
 }

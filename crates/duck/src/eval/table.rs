@@ -1,26 +1,24 @@
-//! [`Table`]: models side by side, a row a measure.
+//! [`Table`]: the measures of models on one file, one row per measure.
 
-use super::bootstrap::interval;
 use serde::{Serialize, Serializer, ser::SerializeMap};
 use std::fmt::Write;
+use ternary_eval::Estimate;
 
 /// A number about a model.
 #[derive(Clone, Debug)]
 pub struct Measure {
-    /// In JSON.
+    /// The key in JSON.
     pub key: &'static str,
-    /// In tables.
+    /// The label in tables.
     pub label: &'static str,
-    /// Behind the point, in tables.
+    /// Decimal places in tables.
     pub digits: usize,
-    pub value: f64,
-    /// The same of documents that were drawn again; empty: without an interval.
-    pub draws: Vec<f64>,
+    pub estimate: Estimate,
 }
 
-/// A value with its 95 % interval.
+/// A value with its 95 % interval, as JSON has it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-struct Estimate {
+struct Value {
     value: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     low: Option<f64>,
@@ -28,10 +26,10 @@ struct Estimate {
     high: Option<f64>,
 }
 
-impl Estimate {
-    fn new(value: f64, draws: Vec<f64>) -> Self {
-        let [low, high] = interval(draws).map_or([None; 2], |ends| ends.map(Some));
-        Self { value, low, high }
+impl Value {
+    fn new(estimate: &Estimate) -> Self {
+        let [low, high] = estimate.interval().map_or([None; 2], |ends| ends.map(Some));
+        Self { value: estimate.value, low, high }
     }
 
     /// `2.293 [2.281, 2.305]`
@@ -46,19 +44,7 @@ impl Estimate {
     }
 }
 
-impl Measure {
-    fn estimate(&self) -> Estimate {
-        Estimate::new(self.value, self.draws.clone())
-    }
-
-    /// By how much it is above that of another model, draw by draw of the same documents.
-    fn difference(&self, other: &Self) -> Estimate {
-        let draws = self.draws.iter().zip(&other.draws).map(|(own, other)| own - other);
-        Estimate::new(self.value - other.value, draws.collect())
-    }
-}
-
-/// What was measured on a file.
+/// The measures of a file.
 #[derive(Debug, Serialize)]
 pub struct Table {
     pub file: String,
@@ -66,13 +52,13 @@ pub struct Table {
     pub models: Vec<Column>,
 }
 
-/// A model, and the same measures as every other of the table has.
+/// A model with its measures, the same ones as those of every other model of the table.
 #[derive(Debug)]
 pub struct Column {
     pub model: String,
     pub measures: Vec<Measure>,
-    /// Of this column to the first one.
-    differences: Vec<Estimate>,
+    /// This column minus the first one.
+    differences: Vec<Value>,
 }
 
 impl Serialize for Column {
@@ -80,15 +66,15 @@ impl Serialize for Column {
         #[derive(Serialize)]
         struct Entry {
             #[serde(flatten)]
-            estimate: Estimate,
+            value: Value,
             #[serde(skip_serializing_if = "Option::is_none")]
-            difference: Option<Estimate>,
+            difference: Option<Value>,
         }
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("model", &self.model)?;
         for (i, measure) in self.measures.iter().enumerate() {
             let difference = self.differences.get(i).copied();
-            map.serialize_entry(measure.key, &Entry { estimate: measure.estimate(), difference })?;
+            map.serialize_entry(measure.key, &Entry { value: Value::new(&measure.estimate), difference })?;
         }
         map.end()
     }
@@ -99,29 +85,31 @@ impl Table {
         Self { file, documents, models: Vec::new() }
     }
 
-    /// Adds a model, and compares it to the first one.
+    /// Adds a model, and compares it with the first one.
     pub fn add(&mut self, model: String, measures: Vec<Measure>) {
         let compare = |first: &Column| {
-            measures.iter().zip(&first.measures).map(|(own, first)| own.difference(first)).collect()
+            let pairs = measures.iter().zip(&first.measures);
+            pairs.map(|(own, first)| Value::new(&own.estimate.difference(&first.estimate))).collect()
         };
         let differences = self.models.first().map_or_else(Vec::new, compare);
         self.models.push(Column { model, measures, differences });
     }
 
-    /// The rows: a label, and a cell a model.
+    /// The rows: a label, and one cell per model.
     fn rows(&self) -> Vec<Vec<String>> {
         let header = self.models.iter().map(|column| column.model.clone());
         let mut rows = vec![Vec::from_iter([String::new()].into_iter().chain(header))];
         let Some(first) = self.models.first() else { return rows };
         for (i, Measure { label, digits, .. }) in first.measures.iter().enumerate() {
-            let cells = self.models.iter().map(|column| column.measures[i].estimate().text(*digits));
+            let cells =
+                self.models.iter().map(|column| Value::new(&column.measures[i].estimate).text(*digits));
             rows.push(Vec::from_iter([label.to_string()].into_iter().chain(cells)));
             if self.models.len() > 1 {
                 let cell = |column: &Column| {
-                    column.differences.get(i).map_or_else(String::new, |over| over.text(*digits))
+                    column.differences.get(i).map_or_else(String::new, |difference| difference.text(*digits))
                 };
                 let cells = self.models.iter().map(cell);
-                rows.push(Vec::from_iter(["  over the first".to_string()].into_iter().chain(cells)));
+                rows.push(Vec::from_iter(["  minus the first".to_string()].into_iter().chain(cells)));
             }
         }
         rows
@@ -163,8 +151,9 @@ impl Table {
 mod tests {
     use super::*;
 
-    fn measure(value: f64, draws: &[f64]) -> Measure {
-        Measure { key: "loss", label: "loss", digits: 2, value, draws: draws.into() }
+    fn measure(value: f64, resamples: &[f64]) -> Measure {
+        let estimate = Estimate { value, resamples: resamples.into() };
+        Measure { key: "loss", label: "loss", digits: 2, estimate }
     }
 
     fn table() -> Table {
@@ -175,10 +164,10 @@ mod tests {
     }
 
     #[test]
-    fn models_stand_side_by_side_and_are_compared_draw_by_draw() {
+    fn models_are_columns_and_are_compared_resample_by_resample() {
         let text = table().text();
-        let expected = "a.txt, 2 documents\n                  one                t|wo\nloss              \
-                        1.00 [0.05, 1.95]  1.50 [0.55, 2.45]\n  over the first                     0.50 [0.50, 0.50]";
+        let expected = "a.txt, 2 documents\n                   one                t|wo\nloss               \
+                        1.00 [0.05, 1.95]  1.50 [0.55, 2.45]\n  minus the first                     0.50 [0.50, 0.50]";
         assert_eq!(text, expected);
         assert!(
             table().markdown().contains("|  | one | t\\|wo |\n|---|---|---|\n| loss | 1.00 [0.05, 1.95] |")
@@ -189,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_interval_has_none_and_what_is_no_number_is_a_dash() {
+    fn a_value_without_an_interval_is_alone_and_nan_is_a_dash() {
         let mut table = Table::new("a.txt".into(), 1);
         table.add("one".into(), vec![measure(f64::NAN, &[])]);
         assert!(table.text().ends_with("loss  -") && table.text().contains("1 document\n"));

@@ -1,15 +1,11 @@
-//! Greedy answers to questions, and how near they come to the answers that are known.
+//! Greedy answers to questions, and their similarity to reference answers.
 
-use super::{
-    bleu::{Bleu, Statistics},
-    rouge::Rouge,
-};
-use crate::{model, terminal::Progress};
+use crate::{Bleu, BleuStatistics, Rouge};
 use std::ops::AddAssign;
 use ternary_format::chat::{ChatTemplate, Message, Role};
 use ternary_infer::{Engine, EngineError, FinishReason, GenerateOptions, Sampling};
 
-/// The likeliest answer, without white space at its ends; `None` where the question leaves no room for one.
+/// The greedy answer to a question, without white space at its ends; `None` where the question leaves no room for one.
 ///
 /// # Errors
 /// `Format`: the question cannot be encoded. `NoTokenizer`, `NotFinite`.
@@ -21,10 +17,11 @@ pub fn answer(
 ) -> Result<Option<String>, EngineError> {
     let tokenizer = engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
     let prompt = template.ids(tokenizer, &[Message::new(Role::User, question)], true)?;
+    let stop: Vec<_> = tokenizer.specials().map(|(_, id)| id).chain(tokenizer.ends().eos).collect();
     let options = GenerateOptions::default()
         .with_sampling(Sampling::greedy())
         .with_max_tokens(max_tokens)
-        .with_stop(model::stop(tokenizer));
+        .with_stop(stop);
     match engine.generate(&prompt, options) {
         Ok(mut generation) => {
             let ids: Vec<u32> = generation.by_ref().collect();
@@ -36,36 +33,21 @@ pub fn answer(
     }
 }
 
-/// Answers all questions; those that leave no room get an empty answer.
-///
-/// # Errors
-/// As [`answer`].
-pub fn answers(
-    engine: &Engine,
-    template: &ChatTemplate,
-    questions: &[&str],
-    max_tokens: usize,
-) -> Result<Vec<String>, EngineError> {
-    let progress = Progress::new("answers", questions.len() as u64);
-    let answer = |question: &&str| {
-        let answer = answer(engine, template, question, max_tokens)?;
-        progress.advance(1);
-        Ok(answer.unwrap_or_default())
-    };
-    questions.iter().map(answer).collect()
-}
-
-/// How near answers come; sums over answers.
+/// How similar answers are to their references; a sum over answers.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Nearness {
-    pub bleu: Statistics,
-    /// F-measures.
+pub struct Similarity {
+    /// N-gram matches, from which [`Bleu::score`] computes corpus BLEU.
+    pub bleu: BleuStatistics,
+    /// Sum of the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L.
     pub rouge: [f64; 3],
+    /// Answers equal to their references, but for white space at their ends.
     pub exact: usize,
+    /// Number of answers.
     pub answers: usize,
 }
 
-impl Nearness {
+impl Similarity {
+    /// The similarity of one answer.
     pub fn new(bleu: &Bleu, answer: &str, reference: &str) -> Self {
         let Rouge { one, two, longest } = Rouge::new(answer, reference);
         Self {
@@ -75,9 +57,19 @@ impl Nearness {
             answers: 1,
         }
     }
+
+    /// Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L.
+    pub fn mean_rouge(&self) -> [f64; 3] {
+        self.rouge.map(|sum| sum / self.answers as f64)
+    }
+
+    /// Share of answers that equal their reference.
+    pub fn exact_match(&self) -> f64 {
+        self.exact as f64 / self.answers as f64
+    }
 }
 
-impl AddAssign for Nearness {
+impl AddAssign for Similarity {
     fn add_assign(&mut self, other: Self) {
         self.bleu += other.bleu;
         self.rouge.iter_mut().zip(other.rouge).for_each(|(sum, rouge)| *sum += rouge);

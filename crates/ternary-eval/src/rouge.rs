@@ -1,19 +1,23 @@
-//! ROUGE: the n-grams, or the longest common subsequence, that two texts share.
+//! [`Rouge`]: n-grams, and the longest common subsequence, that two texts share.
 //!
 //! # Source
 //! Lin, ROUGE: A Package for Automatic Evaluation of Summaries; `rouge_score` 0.1.2 without its stemmer.
 
-use super::bleu::counts;
+use crate::bleu::counts;
 
-/// F-measures, 0 to 1.
+/// F-measures of ROUGE, 0 to 1, as `rouge_score` computes them without its stemmer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rouge {
+    /// ROUGE-1: common words.
     pub one: f64,
+    /// ROUGE-2: common pairs of words.
     pub two: f64,
+    /// ROUGE-L: the longest common subsequence of words.
     pub longest: f64,
 }
 
 impl Rouge {
+    /// Compares a hypothesis with its reference.
     pub fn new(hypothesis: &str, reference: &str) -> Self {
         let (hypothesis, reference) = (tokens(hypothesis), tokens(reference));
         let grams = |n| {
@@ -27,12 +31,12 @@ impl Rouge {
     }
 }
 
-/// Harmonic mean of precision and recall; 0 where nothing is shared.
+/// The harmonic mean of precision and recall; 0 without common parts.
 fn f_measure(shared: u64, hypothesis: u64, reference: u64) -> f64 {
     if shared == 0 { 0.0 } else { 2.0 * shared as f64 / (hypothesis + reference) as f64 }
 }
 
-/// Runs of ASCII letters and digits, lower case.
+/// Runs of ASCII letters and digits, in lower case.
 fn tokens(text: &str) -> Vec<String> {
     let lower = text.to_lowercase();
     let runs = lower.split(|c: char| !c.is_ascii_alphanumeric());
@@ -40,7 +44,7 @@ fn tokens(text: &str) -> Vec<String> {
 }
 
 fn longest_common_subsequence(a: &[String], b: &[String]) -> u64 {
-    // Of what was read of `a`, with each beginning of `b`.
+    // lengths[i]: of the words of `a` so far and the first i words of `b`.
     let mut lengths = vec![0; b.len() + 1];
     for word in a {
         let mut diagonal = 0;
@@ -59,7 +63,7 @@ mod tests {
 
     #[test]
     fn scores_are_those_of_rouge_score() {
-        let Some(cases) = crate::eval::cases("metrics/rouge_cases.jsonl") else { return };
+        let Some(cases) = crate::reference_cases("metrics/rouge_cases.jsonl") else { return };
         for case in &cases {
             let text = |key: &str| case[key].as_str().unwrap();
             let rouge = Rouge::new(text("hypothesis"), text("reference"));

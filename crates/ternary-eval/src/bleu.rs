@@ -3,53 +3,99 @@
 //! # Source
 //! Post, A Call for Clarity in Reporting BLEU Scores; `metrics/bleu.py` of sacrebleu 2.6.
 
-use super::tokenize::Tokenization;
-use clap::ValueEnum;
-use std::{collections::HashMap, ops::AddAssign};
+use crate::Tokenization;
+use std::{
+    collections::{HashMap, HashSet},
+    ops::AddAssign,
+    str::FromStr,
+};
 
 /// The longest n-grams that are counted.
 const ORDER: usize = 4;
 
-/// What is done where no n-gram of some length matches.
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+/// Smoothing of precisions without a match, as sacrebleu names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Smoothing {
-    /// The first such precision is half a match, the second a quarter, and so on.
+    /// `exp`: the first such precision counts half a match, the second a quarter, and so on.
     Exp,
-    /// The score is 0.
+    /// `none`: the score is 0.
     None,
-    /// A tenth of a match.
+    /// `floor`: a tenth of a match.
     Floor,
-    /// One match and one n-gram more for all lengths above 1.
+    /// `add-k`: one match and one n-gram more for all n above 1.
     AddK,
 }
 
-/// What floor takes for no match.
+/// Matches that `floor` takes for none.
 const FLOOR: f64 = 0.1;
-/// What add-k adds.
+/// Matches and n-grams that `add-k` adds.
 const ADDED: f64 = 1.0;
 
-/// How a score is computed.
+impl Smoothing {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Exp, Self::None, Self::Floor, Self::AddK];
+
+    /// The name in sacrebleu.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exp => "exp",
+            Self::None => "none",
+            Self::Floor => "floor",
+            Self::AddK => "add-k",
+        }
+    }
+}
+
+impl FromStr for Smoothing {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = Self::ALL.into_iter().find(|smoothing| smoothing.name() == name);
+        known.ok_or_else(|| "expected exp, none, floor or add-k".into())
+    }
+}
+
+/// Settings of BLEU. The default is that of sacrebleu.
 #[derive(Clone, Copy, Debug)]
 pub struct Bleu {
+    /// How texts are split into words.
     pub tokenization: Tokenization,
+    /// What replaces precisions without a match.
     pub smoothing: Smoothing,
+    /// Compare in lower case.
     pub lowercase: bool,
     /// The longest n-grams that count, at most 4.
     pub order: usize,
-    /// Leave out lengths that are longer than the hypothesis: for single sentences.
+    /// Ignore n-grams longer than the hypothesis: for single sentences.
     pub effective_order: bool,
 }
 
-/// What a score is made of; sums over sentences.
+impl Default for Bleu {
+    fn default() -> Self {
+        Self {
+            tokenization: Tokenization::V13a,
+            smoothing: Smoothing::Exp,
+            lowercase: false,
+            order: ORDER,
+            effective_order: false,
+        }
+    }
+}
+
+/// The counts from which a score is computed; a sum over sentences.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Statistics {
+pub struct BleuStatistics {
+    /// Matched n-grams, for n from 1 on.
     pub matches: [u64; ORDER],
+    /// N-grams of the hypotheses.
     pub totals: [u64; ORDER],
+    /// Words of the hypotheses.
     pub hypothesis: u64,
+    /// Words of the references.
     pub reference: u64,
 }
 
-impl AddAssign for Statistics {
+impl AddAssign for BleuStatistics {
     fn add_assign(&mut self, other: Self) {
         self.matches.iter_mut().zip(other.matches).for_each(|(sum, n)| *sum += n);
         self.totals.iter_mut().zip(other.totals).for_each(|(sum, n)| *sum += n);
@@ -59,16 +105,16 @@ impl AddAssign for Statistics {
 }
 
 impl Bleu {
-    /// Matches of a hypothesis with its references; the length is that of the reference that is closest to it.
-    pub fn statistics(&self, hypothesis: &str, references: &[&str]) -> Statistics {
+    /// Counts the matches of a hypothesis with its references. The reference length is the one closest to the hypothesis.
+    pub fn statistics(&self, hypothesis: &str, references: &[&str]) -> BleuStatistics {
         let hypothesis = self.tokens(hypothesis);
         let references: Vec<Vec<String>> = references.iter().map(|text| self.tokens(text)).collect();
         let length = hypothesis.len();
         let closest = references.iter().map(Vec::len).min_by_key(|n| (n.abs_diff(length), *n));
-        let mut statistics = Statistics {
+        let mut statistics = BleuStatistics {
             hypothesis: length as u64,
             reference: closest.unwrap_or(0) as u64,
-            ..Statistics::default()
+            ..BleuStatistics::default()
         };
         for n in 1..=self.order.min(ORDER) {
             let mut most: HashMap<&[String], u64> = HashMap::new();
@@ -86,9 +132,9 @@ impl Bleu {
         statistics
     }
 
-    /// 0 to 100.
-    pub fn score(&self, statistics: &Statistics) -> f64 {
-        let Statistics { matches, totals, hypothesis, reference } = *statistics;
+    /// The score, from 0 to 100.
+    pub fn score(&self, statistics: &BleuStatistics) -> f64 {
+        let BleuStatistics { matches, totals, hypothesis, reference } = *statistics;
         let order = self.order.min(ORDER);
         if matches[..order].iter().all(|n| *n == 0) {
             return 0.0;
@@ -104,7 +150,7 @@ impl Bleu {
                 (matches, total) = (matches + ADDED, total + ADDED);
             }
             if total == 0.0 {
-                // Longer than every hypothesis.
+                // No hypothesis is that long.
                 if !self.effective_order {
                     return 0.0;
                 }
@@ -125,13 +171,12 @@ impl Bleu {
         brevity * (logs / counted as f64).exp()
     }
 
-    /// The signature that sacrebleu gives for the same settings, without its version.
+    /// The signature of these settings in sacrebleu, without its version.
     pub fn signature(&self, references: usize) -> String {
         let case = if self.lowercase { "lc" } else { "mixed" };
         let effective = if self.effective_order { "yes" } else { "no" };
         let smoothing = match self.smoothing {
-            Smoothing::Exp => "exp".into(),
-            Smoothing::None => "none".into(),
+            Smoothing::Exp | Smoothing::None => self.smoothing.name().into(),
             Smoothing::Floor => format!("floor[{FLOOR:.2}]"),
             Smoothing::AddK => format!("add-k[{ADDED:.2}]"),
         };
@@ -145,21 +190,21 @@ impl Bleu {
     }
 }
 
-/// The n-grams of a text and how often each is there.
-pub fn counts(tokens: &[String], n: usize) -> HashMap<&[String], u64> {
+/// The n-grams of a text, with their counts.
+pub(crate) fn counts(tokens: &[String], n: usize) -> HashMap<&[String], u64> {
     let mut counts = HashMap::new();
     tokens.windows(n).for_each(|gram| *counts.entry(gram).or_default() += 1);
     counts
 }
 
-/// Different n-grams over all n-grams of the texts: 1 where none is said twice, 0 of no n-grams.
+/// Distinct-n: the share of different n-grams among all n-grams of the texts, from the words of each text. 1 if none
+/// repeats, 0 without n-grams.
 ///
 /// # Source
 /// Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models, section 5.
 pub fn distinct(texts: &[Vec<String>], n: usize) -> f64 {
     let all: usize = texts.iter().map(|tokens| (tokens.len() + 1).saturating_sub(n)).sum();
-    let different: std::collections::HashSet<&[String]> =
-        texts.iter().flat_map(|tokens| tokens.windows(n)).collect();
+    let different: HashSet<&[String]> = texts.iter().flat_map(|tokens| tokens.windows(n)).collect();
     if all == 0 { 0.0 } else { different.len() as f64 / all as f64 }
 }
 
@@ -182,7 +227,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         Bleu {
-            tokenization: Tokenization::from_str(text(options, "tokenize"), false).unwrap(),
+            tokenization: text(options, "tokenize").parse().unwrap(),
             smoothing,
             lowercase: options["lowercase"].as_bool().unwrap(),
             order: options["max_ngram_order"].as_u64().unwrap() as usize,
@@ -192,11 +237,11 @@ mod tests {
 
     #[test]
     fn scores_are_those_of_sacrebleu() {
-        let Some(cases) = crate::eval::cases("metrics/bleu_cases.jsonl") else { return };
+        let Some(cases) = crate::reference_cases("metrics/bleu_cases.jsonl") else { return };
         for case in &cases {
             let bleu = bleu(&case["options"]);
             let streams = case["reference_streams"].as_array().unwrap();
-            let mut sum = Statistics::default();
+            let mut sum = BleuStatistics::default();
             for (i, hypothesis) in case["hypotheses"].as_array().unwrap().iter().enumerate() {
                 let references: Vec<&str> =
                     streams.iter().map(|stream| stream[i].as_str().unwrap()).collect();
