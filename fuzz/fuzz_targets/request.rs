@@ -41,7 +41,7 @@ static SERVER: LazyLock<(Runtime, Router)> = LazyLock::new(|| {
     let engine = Engine::from_model(model, options).expect("a sound model");
     let models = Models::new([("duck".to_string(), Arc::new(engine))]).expect("one model");
     let mut options = ServeOptions::default();
-    (options.limits.body, options.limits.patience) = (1 << 16, Duration::from_secs(5));
+    (options.limits.body_bytes, options.limits.timeout) = (1 << 16, Duration::from_secs(5));
     let runtime = Builder::new_current_thread().enable_time().build().expect("a runtime");
     (runtime, router(models, &options).expect("a service"))
 });

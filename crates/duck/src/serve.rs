@@ -1,4 +1,4 @@
-//! `duck serve`: answers programs that speak the API of OpenAI, and shows a chat page.
+//! `duck serve`: an OpenAI-compatible API and a chat page.
 
 use crate::{
     Error,
@@ -20,49 +20,49 @@ use ternary_serve::{Limits, Models, ServeError, ServeOptions, Truncation};
 
 const EXAMPLES: &str = "\
 Examples:
-  duck serve                                   the Duck of this program; open the address that is printed
+  duck serve                                   the built-in Duck; open the printed address in a browser
   duck serve model.gguf small=runs/small-1 --port 8000
   DUCK_API_KEY=secret duck serve model.gguf --host 0.0.0.0
   duck serve model.gguf --host 0.0.0.0 --allow-remote --host-name duck.lan
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}]}'
 
-The address is printed on standard output once the models are loaded. DUCK_LOG says what is logged (debug, warn, ...).";
+The address is printed on standard output once the models are loaded. DUCK_LOG sets the log level (debug, info, warn).";
 
-/// Bytes for threads and for the requests of the first clients; a thread that cannot be started then is a request without an answer.
-const PROGRAM: u64 = 64 << 20;
+/// Memory for threads and for the requests of the first clients, in bytes. Without it, requests would fail after the start.
+const PROGRAM_BYTES: u64 = 64 << 20;
 const NAME: &str = "the server";
 
 /// Serve models over an OpenAI-compatible API, with a chat page.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
-    /// Models, as PATH or NAME=PATH; without NAME, that of the file; without any, the Duck of this program
+    /// Models, as PATH or NAME=PATH; NAME defaults to that of the file. Without models, the built-in Duck
     #[arg(value_name = "MODEL")]
     models: Vec<String>,
     /// Address to listen on
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     host: IpAddr,
-    /// Port to listen on; 0: any that is free
+    /// Port to listen on; 0: any free port
     #[arg(long, default_value_t = 8080)]
     port: u16,
-    /// What clients have to show as `Authorization: Bearer KEY`
+    /// API key, which clients send as `Authorization: Bearer KEY`
     #[arg(long, value_name = "KEY", env = "DUCK_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
-    /// Listen on other addresses than loopback without a key
+    /// Listen on addresses other than loopback without an API key
     #[arg(long)]
     allow_remote: bool,
-    /// A name, besides localhost and addresses, by which clients reach the server; may be given more than once
+    /// Host name by which clients address the server, besides localhost and IP addresses (repeatable)
     #[arg(long = "host-name", value_name = "NAME")]
     host_names: Vec<String>,
     /// How to handle dialogues longer than the context: `disabled` rejects them, `auto` drops the oldest turns until the
     /// answer has room. A request can override it with its field `truncation`
     #[arg(long, value_name = "auto|disabled", default_value = "disabled")]
     truncation: Truncation,
-    /// Parallel requests per model: the most completions that are generated at the same time
+    /// Maximum concurrent completions per model
     #[arg(long, value_name = "N", default_value_t = Limits::default().batch)]
     batch: usize,
-    /// Queued requests per model: the most that wait while all parallel ones are in use
+    /// Maximum queued completions per model; more are refused with status 429
     #[arg(long, value_name = "N", default_value_t = Limits::default().queue)]
     queue: usize,
     #[command(flatten)]
@@ -71,11 +71,16 @@ pub struct Command {
 
 impl Command {
     pub fn run(self) -> Result<(), Error> {
-        let limits = Limits { batch: self.batch, queue: self.queue, ..Limits::default() };
+        let limits = Limits::default().with_batch(self.batch).with_queue(self.queue);
         let address = SocketAddr::new(self.host, self.port);
-        let Self { api_key, allow_remote, host_names, truncation, .. } = self;
-        let options = ServeOptions { address, api_key, allow_remote, host_names, truncation, limits };
-        // What cannot be served is said before models are loaded.
+        let options = ServeOptions::default()
+            .with_address(address)
+            .with_api_key(self.api_key)
+            .with_allow_remote(self.allow_remote)
+            .with_host_names(self.host_names)
+            .with_truncation(self.truncation)
+            .with_limits(limits);
+        // Invalid options are reported before models are loaded.
         options.check().map_err(failed)?;
         let network = |error: io::Error| Error::Network(error.to_string());
         let log = Log::install().map_err(network)?;
@@ -87,13 +92,13 @@ impl Command {
         if engines.is_empty() {
             engines.push((model::name(None), Arc::new(self.engine.load(None)?)));
         }
-        memory::check(PROGRAM).map_err(|error| Error::engine(NAME)(EngineError::Memory(error)))?;
+        memory::check(PROGRAM_BYTES).map_err(|error| Error::engine(NAME)(EngineError::Memory(error)))?;
         let models = Models::new(engines).map_err(failed)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
         let served = runtime.map_err(network)?.block_on(async {
             let listener = ternary_serve::bind(&options).await.map_err(failed)?;
             let address = listener.local_addr().map_err(network)?;
-            // Who reads the address may ask the program to stop at once.
+            // Before the address is printed: a program that reads it may send a signal at once.
             let stopped = stopped().map_err(network)?;
             terminal::print(format_args!("http://{address}"))?;
             ternary_serve::serve(listener, models, options, stopped).await.map_err(failed)
@@ -121,7 +126,7 @@ fn failed(error: ServeError) -> Error {
         ServeError::Address { address, source } if source.kind() == io::ErrorKind::AddrInUse => {
             let port = address.port();
             Error::Network(format!(
-                "port {port} of {} is taken by another program; expected a free one: --port N, or --port 0 for any",
+                "port {port} of {} is taken by another program; expected a free port: --port N, or --port 0 for any",
                 address.ip()
             ))
         }
@@ -132,7 +137,7 @@ fn failed(error: ServeError) -> Error {
     }
 }
 
-/// Ends when the program is asked to: by Ctrl-C, or by SIGTERM. From this call on, neither ends the program itself.
+/// Completes at Ctrl-C or SIGTERM. From this call on, neither ends the program by itself.
 #[cfg(unix)]
 fn stopped() -> io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
@@ -143,7 +148,7 @@ fn stopped() -> io::Result<impl Future<Output = ()>> {
     }))
 }
 
-/// Ends when the program is asked to, by Ctrl-C. From this call on, that does not end the program itself.
+/// Completes at Ctrl-C. From this call on, that does not end the program by itself.
 #[cfg(windows)]
 fn stopped() -> io::Result<impl Future<Output = ()>> {
     let mut signal = tokio::signal::windows::ctrl_c()?;
@@ -155,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn models_are_named_by_their_files_or_as_the_user_says() {
+    fn models_have_the_name_of_their_file_or_of_the_argument() {
         assert_eq!(named("a/b.gguf"), ("b".into(), "a/b.gguf".into()));
         assert_eq!(named("big=a/b.gguf"), ("big".into(), "a/b.gguf".into()));
         assert_eq!(named(env!("CARGO_MANIFEST_DIR")).0, "duck");

@@ -1,6 +1,6 @@
-//! [`Connection`]: a connection that may be slow only while we work for it, and [`departed`], when its client has gone.
+//! [`Connection`]: a TCP stream with timeouts, and [`departed`], which detects that its client has gone.
 
-use crate::{api::ApiError, slot::Client};
+use crate::{api_error::ApiError, connection_slot::ClientState};
 use axum::http::StatusCode;
 use std::{
     io,
@@ -13,32 +13,39 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
-    time::{Instant, Sleep, sleep, timeout},
+    time::{self, Instant, Sleep, sleep},
 };
 
-/// Between two looks at whether a client still waits.
-const GLANCE: Duration = Duration::from_millis(200);
+/// Interval of the checks whether a client is still connected.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A connection that ends when, while no request is being answered, the headers of the next do not come in time, or
-/// when what is sent is not taken in time.
+/// A TCP stream that fails if the headers of the next request are not complete in time, or if the client does not read a
+/// response in time. The first timeout does not run out while a request is being answered.
+///
+/// hyper has a timeout for headers, but none for a client that does not read.
 pub struct Connection {
     stream: Arc<TcpStream>,
-    client: Arc<Client>,
-    patience: Duration,
-    /// The longest headers, in bytes.
-    header: usize,
-    /// Until the headers have to be there. Single bytes that come do not prolong it.
+    client: Arc<ClientState>,
+    timeout: Duration,
+    /// Maximum length of the headers, in bytes.
+    header_bytes: usize,
+    /// Until the headers must be complete. Bytes that arrive do not prolong it.
     reading: Option<Pin<Box<Sleep>>>,
-    /// Until something has to be taken.
+    /// Until the client must have read something.
     writing: Option<Pin<Box<Sleep>>>,
-    /// What is sent in place of hyper's answer, and how much of it has been sent.
+    /// Sent instead of hyper's response, and how many of its bytes have been sent.
     refusal: Option<(Vec<u8>, usize)>,
 }
 
 impl Connection {
-    pub fn new(stream: Arc<TcpStream>, client: Arc<Client>, patience: Duration, header: usize) -> Self {
+    pub fn new(
+        stream: Arc<TcpStream>,
+        client: Arc<ClientState>,
+        timeout: Duration,
+        header_bytes: usize,
+    ) -> Self {
         let (reading, writing, refusal) = Default::default();
-        Self { stream, client, patience, header, reading, writing, refusal }
+        Self { stream, client, timeout, header_bytes, reading, writing, refusal }
     }
 }
 
@@ -59,20 +66,20 @@ impl AsyncRead for Connection {
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
-        // Who waits here is not asked again when its request has been answered, so the time runs always.
-        let reading = this.reading.get_or_insert_with(|| Box::pin(sleep(this.patience)));
+        // hyper does not poll again when a request has been answered, so the timeout always runs.
+        let reading = this.reading.get_or_insert_with(|| Box::pin(sleep(this.timeout)));
         loop {
             ready!(reading.as_mut().poll(context));
-            if !this.client.is_busy() {
+            if !this.client.has_requests() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
-            reading.as_mut().reset(Instant::now() + this.patience);
+            reading.as_mut().reset(Instant::now() + this.timeout);
         }
     }
 }
 
 impl Connection {
-    /// Writes what the stream takes.
+    /// Writes as much as the stream takes.
     fn write(&mut self, context: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
         while self.stream.poll_write_ready(context)?.is_ready() {
             match self.stream.try_write_vectored(slices) {
@@ -82,14 +89,14 @@ impl Connection {
                     self.client.set_unsent(written.as_ref().is_ok_and(|written| *written < all));
                     self.writing = None;
                     if let Some(reading) = &mut self.reading {
-                        reading.as_mut().reset(Instant::now() + self.patience);
+                        reading.as_mut().reset(Instant::now() + self.timeout);
                     }
                     return Poll::Ready(written);
                 }
             }
         }
         self.client.set_unsent(true);
-        let writing = self.writing.get_or_insert_with(|| Box::pin(sleep(self.patience)));
+        let writing = self.writing.get_or_insert_with(|| Box::pin(sleep(self.timeout)));
         ready!(writing.as_mut().poll(context));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
@@ -108,7 +115,7 @@ impl AsyncWrite for Connection {
         let this = &mut *self;
         let Some(first) = slices.iter().find(|slice| !slice.is_empty()) else { return Poll::Ready(Ok(0)) };
         let Some((refusal, mut sent)) =
-            this.refusal.take().or_else(|| Some((refusal(first, this.header)?, 0)))
+            this.refusal.take().or_else(|| Some((refusal(first, this.header_bytes)?, 0)))
         else {
             return this.write(context, slices);
         };
@@ -138,18 +145,21 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// The answer to bytes that are no request, in place of hyper's.
+/// The response to bytes that are not an HTTP request, instead of hyper's.
 ///
-/// Such bytes reach no handler: hyper answers them itself, with a status and an empty body, and offers no way to choose
-/// another. All other errors here have a body, so an error without one is hyper's.
-fn refusal(answer: &[u8], header: usize) -> Option<Vec<u8>> {
-    let status = answer.strip_prefix(b"HTTP/1.1 ")?.first_chunk::<3>().filter(|status| status[0] == b'4')?;
-    let head = str::from_utf8(answer).ok()?.strip_suffix("\r\n\r\n")?;
+/// Such bytes reach no handler: hyper responds itself, with a status and an empty body, and offers no way to change that.
+/// All other errors of this server have a body, so an error without one is hyper's.
+fn refusal(response: &[u8], header_bytes: usize) -> Option<Vec<u8>> {
+    let status =
+        response.strip_prefix(b"HTTP/1.1 ")?.first_chunk::<3>().filter(|status| status[0] == b'4')?;
+    let head = str::from_utf8(response).ok()?.strip_suffix("\r\n\r\n")?;
     head.split("\r\n").find(|line| line.eq_ignore_ascii_case("content-length: 0"))?;
     let status = StatusCode::from_bytes(status).ok()?;
     let message = match status {
         StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => {
-            format!("the headers are too long or too many, expected at most {header} bytes and 100 headers")
+            format!(
+                "the headers are too long or too many, expected at most {header_bytes} bytes and 100 headers"
+            )
         }
         StatusCode::URI_TOO_LONG => "the path is too long".into(),
         _ => "the request is not valid HTTP/1.1: its first line or one of its headers is malformed".into(),
@@ -163,21 +173,21 @@ fn refusal(answer: &[u8], header: usize) -> Option<Vec<u8>> {
     Some((head + &body).into_bytes())
 }
 
-/// Ends when the client of a request that has not been answered has gone.
+/// Completes when the client of an unanswered request has gone.
 ///
-/// A client may close its half of the connection and still wait for the answer; one that has gone looks the same until it
-/// is sent something, which its system then refuses. So an `interim` response is sent, once, to a client whose half is closed.
-/// Clients of HTTP/1.0 know no such responses; their requests go on.
-pub async fn departed(stream: &TcpStream, client: &Client, interim: bool) -> io::Error {
-    let mut asked = !interim;
+/// A client may close its half of the connection and still wait for the response. One that has gone looks the same until the
+/// server sends something, which the client's system then refuses. So a client with a closed half gets one `interim`
+/// response. HTTP/1.0 has no interim responses; its requests go on.
+pub async fn departed(stream: &TcpStream, client: &ClientState, interim: bool) -> io::Error {
+    let mut probed = !interim;
     loop {
-        sleep(GLANCE).await;
-        let ready = timeout(Duration::ZERO, stream.ready(Interest::READABLE | Interest::ERROR)).await;
+        sleep(POLL_INTERVAL).await;
+        let ready = time::timeout(Duration::ZERO, stream.ready(Interest::READABLE | Interest::ERROR)).await;
         match ready {
             Ok(Err(error)) => return error,
             Ok(Ok(ready)) if ready.is_error() => return io::ErrorKind::ConnectionReset.into(),
-            Ok(Ok(ready)) if ready.is_read_closed() && !asked && !client.has_unsent() => {
-                asked = true;
+            Ok(Ok(ready)) if ready.is_read_closed() && !probed && !client.has_unsent() => {
+                probed = true;
                 if let Err(error) = stream.try_write(b"HTTP/1.1 102 Processing\r\n\r\n")
                     && error.kind() != io::ErrorKind::WouldBlock
                 {

@@ -3,35 +3,76 @@
 use std::{io, net::SocketAddr};
 use ternary_format::FormatError;
 
-/// A server that cannot be.
+/// Why a server does not start, or stops.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// The address is taken, or not of this machine.
+    /// The address is in use, or not an address of this machine.
     #[error("{address}: {source}")]
-    Address { address: SocketAddr, source: io::Error },
-    /// Anybody who reaches the machine could use the models.
+    Address {
+        /// The address of [`ServeOptions`](crate::ServeOptions).
+        address: SocketAddr,
+        /// Why the system refuses it.
+        source: io::Error,
+    },
+    /// Other machines could use the models without an API key.
     #[error(
-        "{address} is reachable from other machines, expected a loopback address, an API key, or leave to serve everybody"
+        "{address} is reachable from other machines, expected a loopback address, an API key, or \
+             `allow_remote`"
     )]
-    Open { address: SocketAddr },
-    #[error("the API key is empty or has other characters than visible ASCII")]
+    Open {
+        /// The address of [`ServeOptions`](crate::ServeOptions), or of the listener.
+        address: SocketAddr,
+    },
+    /// The API key cannot be sent in a header.
+    #[error("the API key is empty or has characters other than visible ASCII")]
     Key,
-    #[error("`{name}` is no host name, expected letters, digits, dots and hyphens, without a port")]
-    HostName { name: String },
+    /// A host name is invalid.
+    #[error("`{name}` is not a host name, expected letters, digits, dots and hyphens, without a port")]
+    HostName {
+        /// The name.
+        name: String,
+    },
+    /// There are no models.
     #[error("no models, expected at least one")]
     NoModels,
+    /// Names of models must be unique.
     #[error("two models have the name `{name}`")]
-    SameName { name: String },
+    SameName {
+        /// The name.
+        name: String,
+    },
+    /// The name of a model is invalid.
     #[error("the name `{name}` of a model is empty, longer than 256 bytes or has control characters")]
-    Name { name: String },
-    /// The API speaks text, the model ids.
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// A model cannot read or write text.
     #[error("model `{name}` has no tokenizer")]
-    NoTokenizer { name: String },
+    NoTokenizer {
+        /// The name of the model.
+        name: String,
+    },
+    /// The chat template of a model is invalid.
     #[error("model `{name}`: {source}")]
-    ChatTemplate { name: String, source: FormatError },
+    ChatTemplate {
+        /// The name of the model.
+        name: String,
+        /// Why.
+        source: FormatError,
+    },
+    /// A limit is out of range.
     #[error("limit `{key}` is {found}, expected {expected}")]
-    Limit { key: &'static str, found: String, expected: &'static str },
+    Limit {
+        /// The field of [`Limits`](crate::Limits).
+        key: &'static str,
+        /// Its value.
+        found: String,
+        /// The range.
+        expected: &'static str,
+    },
+    /// The system refuses threads or connections.
     #[error(transparent)]
     Io(#[from] io::Error),
 }

@@ -1,9 +1,9 @@
-//! [`answer`]: connections in, requests to the router, responses out.
+//! [`accept_connections`]: accepts connections and passes their requests to the router.
 
 use crate::{
     Limits,
     connection::{Connection, departed},
-    slot::{Slot, Slots},
+    connection_slot::{ConnectionSlot, ConnectionSlots},
 };
 use axum::{Router, extract::Request, http::Version};
 use hyper::{
@@ -20,23 +20,23 @@ use tokio::{
     time::sleep,
 };
 
-/// What hyper reads at once besides headers.
+/// Size of hyper's read buffer besides the headers, in bytes.
 const BUFFER: usize = 64 << 10;
-/// Until a new connection is tried again for which there was no room.
+/// Delay before another attempt when no slot is free.
 const RETRY: Duration = Duration::from_millis(20);
-/// The same, when the system refuses it.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Delay before another attempt when the system refuses connections.
+const RETRY_ERROR: Duration = Duration::from_secs(1);
 
-/// Answers connections until `ending`, and then those that are open to the end of the request that they are at.
-pub async fn answer(
+/// Serves connections until `ending` completes, and then waits for the requests in flight.
+pub async fn accept_connections(
     listener: TcpListener,
     router: Router,
     limits: &Limits,
     has_key: bool,
     ending: impl Future<Output = ()>,
 ) {
-    let unauthenticated = if has_key { limits.unauthenticated } else { usize::MAX };
-    let slots = Arc::new(Slots::new(limits.connections, unauthenticated));
+    let unauthenticated = if has_key { limits.unauthenticated_connections } else { usize::MAX };
+    let slots = Arc::new(ConnectionSlots::new(limits.connections, unauthenticated));
     let (open, ended) = watch::channel(());
     let mut connections = JoinSet::new();
     let mut ending = pin!(ending);
@@ -46,7 +46,7 @@ pub async fn answer(
             () = &mut ending => break,
             next = accept(&listener, &slots) => next,
         };
-        let connection = connect(stream, slot, router.clone(), limits.clone(), ended.clone());
+        let connection = serve_connection(stream, slot, router.clone(), limits.clone(), ended.clone());
         connections.spawn(connection);
         while connections.try_join_next().is_some() {}
     }
@@ -54,8 +54,8 @@ pub async fn answer(
     while connections.join_next().await.is_some() {}
 }
 
-/// The next connection, when there is a slot for it.
-async fn accept(listener: &TcpListener, slots: &Arc<Slots>) -> (TcpStream, Slot) {
+/// The next connection for which there is a slot.
+async fn accept(listener: &TcpListener, slots: &Arc<ConnectionSlots>) -> (TcpStream, ConnectionSlot) {
     loop {
         match listener.accept().await {
             Ok((stream, address)) => loop {
@@ -64,16 +64,16 @@ async fn accept(listener: &TcpListener, slots: &Arc<Slots>) -> (TcpStream, Slot)
                     None => sleep(RETRY).await,
                 }
             },
-            // The client has gone already.
+            // The client has already gone.
             Err(error) if is_of_connection(&error) => (),
-            // Most likely the process has as many files open as it may.
+            // Most likely the process has reached its limit of open files.
             Err(error) if slots.close_one().is_some() => {
                 tracing::debug!(%error, "no connection can be accepted");
                 sleep(RETRY).await;
             }
             Err(error) => {
                 tracing::error!(%error, "no connection can be accepted");
-                sleep(PAUSE).await;
+                sleep(RETRY_ERROR).await;
             }
         }
     }
@@ -84,22 +84,22 @@ fn is_of_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-/// Answers the requests of a connection.
-async fn connect(
+/// Serves the requests of one connection.
+async fn serve_connection(
     stream: TcpStream,
-    slot: Slot,
+    slot: ConnectionSlot,
     router: Router,
     limits: Limits,
     mut ended: watch::Receiver<()>,
 ) {
-    // Tokens are small and should not wait for each other.
+    // Each token is sent at once (no Nagle delay).
     stream.set_nodelay(true).ok();
     let (stream, client) = (Arc::new(stream), slot.client.clone());
-    let io = Connection::new(stream.clone(), client.clone(), limits.patience, limits.header);
+    let io = Connection::new(stream.clone(), client.clone(), limits.timeout, limits.header_bytes);
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: Request<Incoming>| {
         let interim = request.version() == Version::HTTP_11;
-        request.extensions_mut().insert(client.begin());
+        request.extensions_mut().insert(client.begin_request());
         let response = router.call(request);
         let (stream, client) = (stream.clone(), client.clone());
         async move {
@@ -109,9 +109,9 @@ async fn connect(
             }
         }
     });
-    // Hyper would take a client that closes its half for one that has gone.
+    // Otherwise hyper ends the connection of a client that closes its half.
     let mut http = http1::Builder::new();
-    http.half_close(true).max_buf_size(limits.header.saturating_add(BUFFER));
+    http.half_close(true).max_buf_size(limits.header_bytes.saturating_add(BUFFER));
     let mut connection = pin!(http.serve_connection(TokioIo::new(io), service));
     let served = tokio::select! {
         served = &mut connection => served,
@@ -125,6 +125,6 @@ async fn connect(
         }
     };
     if let Err(error) = served {
-        tracing::debug!(%error, "a connection broke");
+        tracing::debug!(%error, "a connection failed");
     }
 }

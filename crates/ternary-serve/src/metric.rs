@@ -1,4 +1,4 @@
-//! [`Metric`]: counters, in the text format of Prometheus.
+//! [`Metric`]: counters and histograms, in the text format of Prometheus.
 
 use std::{
     fmt::{Display, Write},
@@ -9,24 +9,24 @@ use std::{
     time::Duration,
 };
 
-/// Upper bounds of the buckets, in seconds.
+/// Upper bounds of the histogram buckets, in seconds.
 const BOUNDS: [f64; 12] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0];
 
-/// What the server counts.
+/// Metrics of the server.
 #[derive(Debug, Default)]
 pub struct Metric {
-    /// Responses by route, which is one of ours or empty, and status.
+    /// Number of responses by route and status.
     responses: Mutex<Vec<(&'static str, u16, u64)>>,
 }
 
-/// What is counted for a model.
+/// Metrics of a model.
 #[derive(Debug, Default)]
 pub struct ModelMetric {
     prompt_tokens: AtomicU64,
     reused_tokens: AtomicU64,
     generated_tokens: AtomicU64,
     steps: AtomicU64,
-    step_texts: AtomicU64,
+    step_completions: AtomicU64,
     abandoned: AtomicU64,
     first_token: Histogram,
     duration: Histogram,
@@ -47,7 +47,7 @@ impl Metric {
         }
     }
 
-    /// All metrics; for each model its name, its counters, texts in the making and texts that wait.
+    /// All metrics. `models`: name, metrics, and numbers of active and of queued completions.
     pub fn render<'a>(
         &self,
         models: impl Iterator<Item = (&'a str, &'a ModelMetric, (usize, usize))>,
@@ -65,13 +65,13 @@ impl Metric {
         type Counter = fn(&ModelMetric) -> &AtomicU64;
         let counters: [(&str, &str, Counter); 6] = [
             ("duck_prompt_tokens_total", "Tokens of prompts.", |m| &m.prompt_tokens),
-            ("duck_prompt_reused_tokens_total", "Tokens of prompts that were known already.", |m| {
+            ("duck_prompt_reused_tokens_total", "Tokens of prompts found in the prefix cache.", |m| {
                 &m.reused_tokens
             }),
-            ("duck_generated_tokens_total", "Tokens drawn.", |m| &m.generated_tokens),
-            ("duck_steps_total", "Passes that drew tokens.", |m| &m.steps),
-            ("duck_step_texts_total", "Texts continued by these passes.", |m| &m.step_texts),
-            ("duck_abandoned_total", "Requests whose client went away.", |m| &m.abandoned),
+            ("duck_generated_tokens_total", "Tokens generated.", |m| &m.generated_tokens),
+            ("duck_steps_total", "Decode steps.", |m| &m.steps),
+            ("duck_step_texts_total", "Completions in these steps.", |m| &m.step_completions),
+            ("duck_abandoned_total", "Requests whose client disconnected.", |m| &m.abandoned),
         ];
         for (name, help, counter) in counters {
             page.head(name, "counter", help);
@@ -79,14 +79,14 @@ impl Metric {
                 .iter()
                 .for_each(|(labels, metric, _)| page.line(name, labels, counter(metric).load(Relaxed)));
         }
-        page.head("duck_running", "gauge", "Texts in the making.");
+        page.head("duck_running", "gauge", "Active completions.");
         models.iter().for_each(|(labels, _, load)| page.line("duck_running", labels, load.0));
-        page.head("duck_waiting", "gauge", "Texts that wait.");
+        page.head("duck_waiting", "gauge", "Queued completions.");
         models.iter().for_each(|(labels, _, load)| page.line("duck_waiting", labels, load.1));
         type Times = fn(&ModelMetric) -> &Histogram;
         let histograms: [(&str, &str, Times); 2] = [
-            ("duck_first_token_seconds", "From a request to the first of its text.", |m| &m.first_token),
-            ("duck_request_seconds", "From a request to the end of its texts.", |m| &m.duration),
+            ("duck_first_token_seconds", "Time to first token.", |m| &m.first_token),
+            ("duck_request_seconds", "Duration of requests.", |m| &m.duration),
         ];
         for (name, help, histogram) in histograms {
             page.head(name, "histogram", help);
@@ -109,11 +109,11 @@ impl ModelMetric {
         self.generated_tokens.fetch_add(tokens as u64, Relaxed);
     }
 
-    /// A pass over so many texts.
-    pub fn step(&self, texts: usize) {
-        if texts > 0 {
+    /// A decode step of this many completions.
+    pub fn step(&self, completions: usize) {
+        if completions > 0 {
             self.steps.fetch_add(1, Relaxed);
-            self.step_texts.fetch_add(texts as u64, Relaxed);
+            self.step_completions.fetch_add(completions as u64, Relaxed);
         }
     }
 
@@ -121,7 +121,7 @@ impl ModelMetric {
         self.first_token.add(after);
     }
 
-    /// The end of a request.
+    /// A request has ended.
     pub fn finished(&self, after: Duration, abandoned: bool) {
         self.duration.add(after);
         self.abandoned.fetch_add(abandoned.into(), Relaxed);
@@ -140,11 +140,12 @@ struct Page(String);
 
 impl Page {
     fn head(&mut self, name: &str, kind: &str, help: &str) {
-        writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}").expect("strings take everything");
+        writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}")
+            .expect("writing to a string never fails");
     }
 
     fn line(&mut self, name: &str, labels: &str, value: impl Display) {
-        writeln!(self.0, "{name}{{{labels}}} {value}").expect("strings take everything");
+        writeln!(self.0, "{name}{{{labels}}} {value}").expect("writing to a string never fails");
     }
 
     fn histogram(&mut self, name: &str, labels: &str, histogram: &Histogram) {
@@ -160,7 +161,7 @@ impl Page {
     }
 }
 
-/// The value of a label.
+/// A label value, escaped.
 fn escaped(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }

@@ -1,37 +1,37 @@
-//! [`Models`]: what is served, by name.
+//! [`Models`]: the served models, by name.
 
 use crate::ServeError;
 use std::{collections::HashSet, sync::Arc};
 use ternary_format::{Tokenizer, chat::ChatTemplate};
 use ternary_infer::Engine;
 
-/// The longest name, in bytes.
-const NAME: usize = 256;
+/// Maximum length of a name, in bytes.
+const NAME_BYTES: usize = 256;
 
-/// Models by name, with at least one.
+/// One or more models with unique names.
 #[derive(Clone, Debug)]
 pub struct Models(pub(crate) Vec<Model>);
 
-/// A model that can speak text.
+/// A model with a tokenizer.
 #[derive(Clone, Debug)]
 pub(crate) struct Model {
     pub name: String,
     pub engine: Arc<Engine>,
-    /// `None`: it was not trained on dialogues, and continues texts.
+    /// `None`: the model was not trained on dialogues, and has text completions only.
     pub template: Option<Arc<ChatTemplate>>,
 }
 
 impl Models {
-    /// Models in the order in which clients see them.
+    /// Models with their names, in the order in which clients list them.
     ///
     /// # Errors
-    /// `NoModels`, `SameName`, `Name`. `NoTokenizer`: a model that knows ids only. `ChatTemplate`: a template of a model
-    /// is not one.
+    /// `NoModels`, `SameName`, `Name`. `NoTokenizer`: a model has no tokenizer. `ChatTemplate`: the chat template of a model
+    /// is invalid.
     pub fn new(engines: impl IntoIterator<Item = (String, Arc<Engine>)>) -> Result<Self, ServeError> {
         let mut names = HashSet::new();
         let mut models = Vec::new();
         for (name, engine) in engines {
-            if name.is_empty() || name.len() > NAME || name.chars().any(char::is_control) {
+            if name.is_empty() || name.len() > NAME_BYTES || name.chars().any(char::is_control) {
                 return Err(ServeError::Name { name });
             }
             if !names.insert(name.clone()) {
@@ -56,6 +56,6 @@ impl Models {
 
 impl Model {
     pub fn tokenizer(&self) -> &Tokenizer {
-        self.engine.tokenizer().expect("`Models::new` takes none without")
+        self.engine.tokenizer().expect("`Models::new` requires a tokenizer")
     }
 }

@@ -1,4 +1,4 @@
-//! [`ServeOptions`]: where a server listens, whom it lets in, and what it lets them do.
+//! [`ServeOptions`]: the address of a server, who may use it, and its limits.
 
 use crate::ServeError;
 use std::{
@@ -7,19 +7,33 @@ use std::{
     time::Duration,
 };
 
-/// How models are served.
+/// Options of a server.
+///
+/// # Example
+/// ```
+/// use ternary_serve::{Limits, ServeOptions, Truncation};
+///
+/// let options = ServeOptions::default()
+///     .with_api_key(Some("secret".into()))
+///     .with_truncation(Truncation::Auto)
+///     .with_limits(Limits::default().with_batch(4));
+/// options.check()?;
+/// # Ok::<(), ternary_serve::ServeError>(())
+/// ```
 #[derive(Clone)]
+#[non_exhaustive]
 pub struct ServeOptions {
-    /// Where to listen; port 0: any that is free.
+    /// Address to listen on; port 0: any free port. Default: port 8080 of 127.0.0.1.
     pub address: SocketAddr,
-    /// What clients have to show as `Authorization: Bearer KEY`.
+    /// Requires this key from clients, as the header `Authorization: Bearer KEY`. Default: none.
     pub api_key: Option<String>,
-    /// Listen on another address than loopback without a key.
+    /// Allows an address other than a loopback one without a key. Default: false.
     pub allow_remote: bool,
-    /// Names by which clients reach the server, besides localhost and addresses.
+    /// Names by which clients address the server, besides localhost and addresses. Default: none.
     pub host_names: Vec<String>,
-    /// Truncation of long prompts, for requests without the field `truncation`.
+    /// Truncation of long prompts, for requests without the field `truncation`. Default: disabled.
     pub truncation: Truncation,
+    /// Limits of requests, connections and memory.
     pub limits: Limits,
 }
 
@@ -46,7 +60,6 @@ impl FromStr for Truncation {
 }
 
 impl Default for ServeOptions {
-    /// Port 8080 of loopback.
     fn default() -> Self {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
         Self {
@@ -75,9 +88,33 @@ impl std::fmt::Debug for ServeOptions {
     }
 }
 
+/// Builder methods, one per field.
+macro_rules! builder {
+    ($($with:ident $field:ident: $type:ty;)*) => {
+        $(
+            #[doc = concat!("Sets [`", stringify!($field), "`](Self::", stringify!($field), ").")]
+            #[must_use]
+            pub fn $with(self, $field: $type) -> Self {
+                Self { $field, ..self }
+            }
+        )*
+    };
+}
+
 impl ServeOptions {
+    builder! {
+        with_address address: SocketAddr;
+        with_api_key api_key: Option<String>;
+        with_allow_remote allow_remote: bool;
+        with_host_names host_names: Vec<String>;
+        with_truncation truncation: Truncation;
+        with_limits limits: Limits;
+    }
+
+    /// Checks that a server can start with these options.
+    ///
     /// # Errors
-    /// `Open`: everybody could reach the models. `Key`, `HostName`, `Limit`: values that cannot be.
+    /// `Open`: other machines could use the models without a key. `Key`, `HostName`, `Limit`: an invalid value.
     pub fn check(&self) -> Result<(), ServeError> {
         self.limits.check()?;
         if let Some(name) = self.host_names.iter().find(|name| !is_host_name(name)) {
@@ -95,75 +132,91 @@ impl ServeOptions {
     }
 }
 
-/// A name as a `Host` header has it, without a port.
+/// Whether `name` can be the value of a `Host` header without a port.
 fn is_host_name(name: &str) -> bool {
     let named = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
     !name.is_empty() && name.chars().all(named)
 }
 
-/// What one client, or all together, may ask for. More is refused, never cut.
+/// Limits of one client, or of all together. Requests beyond a limit are refused, not reduced.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Limits {
-    /// Bytes of a request's body; more: 413.
-    pub body: usize,
-    /// Bytes of a request's headers; more: 431.
-    pub header: usize,
-    /// Until headers, and again until the body, have to be there, and until a client takes what it is sent.
-    pub patience: Duration,
-    /// Open connections; when more come, idle ones are closed, first those of the address that has the most.
+    /// Maximum length of a request body, in bytes; more: status 413. Default: 1 MiB.
+    pub body_bytes: usize,
+    /// Maximum length of the headers, in bytes; more: status 431. Default: 16 KiB.
+    pub header_bytes: usize,
+    /// Timeout of the headers, of the body, and of a client that does not read. Default: 30 s.
+    pub timeout: Duration,
+    /// Maximum number of open connections. Beyond it idle ones are closed, first those of the address with the most.
+    /// Default: 512.
     pub connections: usize,
-    /// Open connections that have not shown the API key, where there is one.
-    pub unauthenticated: usize,
-    /// Texts in the making at a time, by model; each takes memory for its keys and values.
+    /// The same for connections that have not presented the API key, if there is one. Default: 128.
+    pub unauthenticated_connections: usize,
+    /// Maximum concurrent completions per model. Each takes memory for its KV cache. Default: 16.
     pub batch: usize,
-    /// Texts that wait for their turn, by model; more: 429.
+    /// Maximum queued completions per model; more: status 429. Default: 256.
     pub queue: usize,
-    /// `max_tokens`
-    pub tokens: usize,
-    /// Texts that one request asks for: prompts times `n`; never more than `batch`.
+    /// Largest `max_tokens` of a request. Default: 32,768.
+    pub max_tokens: usize,
+    /// Maximum completions per request: prompts times `n`. Never more than `batch`. Default: 8.
     pub choices: usize,
-    /// Stop strings of a request.
-    pub stops: usize,
-    /// How long requests may go on when the server stops.
-    pub drain: Duration,
+    /// Maximum number of stop sequences per request. Default: 16.
+    pub stop_sequences: usize,
+    /// How long active requests may take when the server stops. Default: 10 s.
+    pub drain_timeout: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            body: 1 << 20,
-            header: 16 << 10,
-            patience: Duration::from_secs(30),
-            connections: 512, // below the files that a process may usually open
-            unauthenticated: 128,
+            body_bytes: 1 << 20,
+            header_bytes: 16 << 10,
+            timeout: Duration::from_secs(30),
+            connections: 512, // below the usual limit of open files
+            unauthenticated_connections: 128,
             batch: 16,
             queue: 256,
-            tokens: 1 << 15,
+            max_tokens: 1 << 15,
             choices: 8,
-            stops: 16,
-            drain: Duration::from_secs(10),
+            stop_sequences: 16,
+            drain_timeout: Duration::from_secs(10),
         }
     }
 }
 
 impl Limits {
+    builder! {
+        with_body_bytes body_bytes: usize;
+        with_header_bytes header_bytes: usize;
+        with_timeout timeout: Duration;
+        with_connections connections: usize;
+        with_unauthenticated_connections unauthenticated_connections: usize;
+        with_batch batch: usize;
+        with_queue queue: usize;
+        with_max_tokens max_tokens: usize;
+        with_choices choices: usize;
+        with_stop_sequences stop_sequences: usize;
+        with_drain_timeout drain_timeout: Duration;
+    }
+
     fn check(&self) -> Result<(), ServeError> {
         for (key, found) in [
-            ("body", self.body),
-            ("header", self.header),
+            ("body_bytes", self.body_bytes),
+            ("header_bytes", self.header_bytes),
             ("connections", self.connections),
-            ("unauthenticated", self.unauthenticated),
+            ("unauthenticated_connections", self.unauthenticated_connections),
             ("batch", self.batch),
             ("queue", self.queue),
-            ("tokens", self.tokens),
+            ("max_tokens", self.max_tokens),
             ("choices", self.choices),
         ] {
             if found == 0 {
                 return Err(ServeError::Limit { key, found: found.to_string(), expected: "at least 1" });
             }
         }
-        if self.patience.is_zero() {
-            return Err(ServeError::Limit { key: "patience", found: "0".into(), expected: "more than 0 s" });
+        if self.timeout.is_zero() {
+            return Err(ServeError::Limit { key: "timeout", found: "0".into(), expected: "more than 0 s" });
         }
         Ok(())
     }

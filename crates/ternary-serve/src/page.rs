@@ -1,4 +1,4 @@
-//! The page: files that are part of the program.
+//! The chat page: files that are part of the program.
 
 use axum::{
     Router,
@@ -7,7 +7,7 @@ use axum::{
     routing::get,
 };
 
-/// Nothing but what comes from here, and nobody around it.
+/// The page loads from this server only, and no other page embeds it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; \
                       trusted-types 'none'";
@@ -17,7 +17,7 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 const STYLE: &str = "text/css; charset=utf-8";
 const ICON: &str = "image/svg+xml";
 
-/// A file of the page: its path, its kind, and what is in it.
+/// A file of the page: path, media type, content.
 struct File(&'static str, &'static str, &'static str);
 
 const FILES: [File; 12] = [
@@ -35,7 +35,7 @@ const FILES: [File; 12] = [
     File("/thread.js", SCRIPT, include_str!("page/thread.js")),
 ];
 
-/// The path of a file of the page.
+/// The path, if it is one of a file of the page.
 pub fn path(path: &str) -> Option<&'static str> {
     FILES.iter().map(|file| file.0).find(|known| *known == path)
 }

@@ -1,68 +1,19 @@
-//! [`Scheduler`]: one thread an engine, which continues the texts of all requests together.
+//! [`Scheduler`]: one thread per engine, which generates the completions of all requests together.
 
-use crate::{batch::Batch, metric::ModelMetric, option::Limits, score::Score};
+use crate::{
+    batch::Batch,
+    job::{Event, Job, SubmitError},
+    metric::ModelMetric,
+    option::Limits,
+};
 use std::{
     collections::VecDeque,
-    ops::Range,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
 };
-use ternary_infer::{Engine, Sampling};
-use tokio::sync::mpsc::UnboundedSender;
+use ternary_infer::Engine;
 
-/// A prompt, and how many texts are to follow it.
-#[derive(Debug)]
-pub struct Job {
-    /// At least one token and at most the context, ids of the vocabulary.
-    pub prompt: Vec<u32>,
-    /// Checked; a text draws with `seed` plus its number.
-    pub sampling: Sampling,
-    /// The numbers of the texts.
-    pub choices: Range<usize>,
-    /// At most so many tokens a text, at least one.
-    pub tokens: usize,
-    pub stops: Vec<String>,
-    /// With the scores of the drawn tokens, and of so many others.
-    pub scores: Option<usize>,
-    /// Where the texts go; when nobody listens any more, the work ends. Not bounded, for its messages are: at most two
-    /// a token.
-    pub events: UnboundedSender<Event>,
-}
-
-/// What becomes of a text.
-#[derive(Debug)]
-pub enum Event {
-    /// More of it: whole characters.
-    Text { choice: usize, text: String, scores: Vec<Score> },
-    /// Its end, after so many tokens.
-    End { choice: usize, finish: Finish, tokens: usize },
-    /// The logits of a text are no numbers: no more comes of it.
-    NotFinite,
-    /// No more comes, of any text.
-    Failed(&'static str),
-}
-
-/// Why a text ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// The model, or a stop string.
-    Stop,
-    /// As many tokens as were asked for, or as there is room for.
-    Length,
-}
-
-/// Why a job is not taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// Too many are waiting.
-    Full,
-    /// The server stops.
-    Stopping,
-    /// The thread of the engine has ended.
-    Dead,
-}
-
-/// Takes jobs for an engine. When it is dropped, the work ends.
+/// The queue of an engine. Dropping it ends the work.
 #[derive(Debug)]
 pub struct Scheduler {
     shared: Arc<Shared>,
@@ -72,24 +23,24 @@ pub struct Scheduler {
 struct Shared {
     queue: Mutex<Queue>,
     changed: Condvar,
-    /// Texts in the making.
+    /// Maximum number of active completions.
     batch: usize,
-    /// Texts that may wait.
+    /// Maximum number of queued completions.
     waiting: usize,
 }
 
 #[derive(Debug)]
 struct Queue {
     jobs: VecDeque<Job>,
-    /// Texts in the making, as of the last step.
-    busy: usize,
+    /// Active completions, as of the last step.
+    active: usize,
     phase: Phase,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Phase {
     Open,
-    /// No more jobs; those that are there go on.
+    /// Takes no more jobs, and finishes those it has.
     Draining,
     /// All work ends.
     Stopped,
@@ -99,42 +50,42 @@ enum Phase {
 impl Scheduler {
     /// Starts the thread.
     pub fn new(engine: Arc<Engine>, limits: &Limits, metric: Arc<ModelMetric>) -> std::io::Result<Self> {
-        let queue = Mutex::new(Queue { jobs: VecDeque::new(), busy: 0, phase: Phase::Open });
+        let queue = Mutex::new(Queue { jobs: VecDeque::new(), active: 0, phase: Phase::Open });
         let (batch, waiting) = (limits.batch, limits.queue);
         let shared = Arc::new(Shared { queue, changed: Condvar::new(), batch, waiting });
-        let mine = shared.clone();
+        let of_thread = shared.clone();
         let name = format!("decode {}", engine.name());
-        // Names of threads have no zero bytes; those of models come from files.
+        // Names of models come from files, and may contain zero bytes; names of threads must not.
         let thread = thread::Builder::new().name(name.replace('\0', ""));
-        thread.spawn(move || run(&mine, &engine, &metric))?;
+        thread.spawn(move || run(&of_thread, &engine, &metric))?;
         Ok(Self { shared })
     }
 
-    /// Queues jobs, all or none.
+    /// Queues all of the jobs, or none.
     ///
     /// # Errors
     /// Why they are not taken.
-    pub fn submit(&self, jobs: Vec<Job>) -> Result<(), Refusal> {
+    pub fn submit(&self, jobs: Vec<Job>) -> Result<(), SubmitError> {
         let mut queue = self.shared.lock();
         match queue.phase {
             Phase::Open => (),
-            Phase::Draining | Phase::Stopped => return Err(Refusal::Stopping),
-            Phase::Dead => return Err(Refusal::Dead),
+            Phase::Draining | Phase::Stopped => return Err(SubmitError::Stopping),
+            Phase::Dead => return Err(SubmitError::Dead),
         }
         queue.jobs.retain(|job| !job.events.is_closed());
         let new: usize = jobs.iter().map(|job| job.choices.len()).sum();
-        if queue.busy + queue.waiting() + new > self.shared.batch + self.shared.waiting {
-            return Err(Refusal::Full);
+        if queue.active + queue.waiting() + new > self.shared.batch + self.shared.waiting {
+            return Err(SubmitError::Full);
         }
         queue.jobs.extend(jobs);
         self.shared.changed.notify_all();
         Ok(())
     }
 
-    /// Texts in the making and texts that wait.
+    /// Active and queued completions.
     pub fn load(&self) -> (usize, usize) {
         let queue = self.shared.lock();
-        (queue.busy, queue.waiting())
+        (queue.active, queue.waiting())
     }
 
     /// Whether jobs are taken.
@@ -147,7 +98,7 @@ impl Scheduler {
         self.shared.enter(Phase::Draining);
     }
 
-    /// Ends all work; who waits for a text is told.
+    /// Ends all work; requests that wait for a completion get an error.
     pub fn stop(&self) {
         self.shared.enter(Phase::Stopped);
     }
@@ -161,7 +112,7 @@ impl Drop for Scheduler {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        // Nothing panics while it is held.
+        // Nothing panics while the lock is held.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -178,43 +129,43 @@ impl Queue {
     }
 }
 
-/// Tells everybody that the thread has ended, however it did.
-struct Ending<'a>(&'a Shared);
+/// Reports the end of the thread to all requests, however it ended.
+struct EndOfThread<'a>(&'a Shared);
 
-impl Drop for Ending<'_> {
+impl Drop for EndOfThread<'_> {
     fn drop(&mut self) {
         let mut queue = self.0.lock();
-        queue.busy = 0;
+        queue.active = 0;
         if queue.phase < Phase::Stopped {
             tracing::error!("the thread of an engine has panicked");
             queue.phase = Phase::Dead;
         }
         for job in queue.jobs.drain(..) {
-            job.events.send(Event::Failed("the server stops")).ok();
+            job.events.send(Event::Failed("the server is stopping")).ok();
         }
     }
 }
 
 fn run(shared: &Shared, engine: &Engine, metric: &ModelMetric) {
-    let _ending = Ending(shared);
+    let _end = EndOfThread(shared);
     let mut batch = Batch::new(engine, metric, shared.batch);
     loop {
         let mut queue = shared.lock();
         loop {
             if queue.phase >= Phase::Stopped {
                 drop(queue);
-                batch.fail("the server stops");
+                batch.fail("the server is stopping");
                 return;
             }
             queue.jobs.retain(|job| !job.events.is_closed());
-            // In the order of their arrival: a request for many texts is not overtaken for ever.
+            // In order of arrival, so that a request for many completions is not overtaken forever.
             while let Some(job) = queue.jobs.front()
                 && batch.len() + job.choices.len() <= shared.batch
             {
-                let job = queue.jobs.pop_front().expect("there is a first");
-                batch.begin(job);
+                let job = queue.jobs.pop_front().expect("the queue has a first job");
+                batch.add(job);
             }
-            queue.busy = batch.len();
+            queue.active = batch.len();
             if batch.len() > 0 {
                 break;
             }

@@ -1,4 +1,4 @@
-//! Who gets in.
+//! API key, host names and origins: which requests are admitted.
 
 use crate::site::{Site, engine};
 use serde_json::json;
@@ -14,7 +14,7 @@ fn body() -> String {
 #[test]
 fn without_a_key_nothing_but_loopback_is_served() {
     let everywhere = |change: fn(&mut ServeOptions)| {
-        let mut options = ServeOptions { address: "0.0.0.0:0".parse().unwrap(), ..ServeOptions::default() };
+        let mut options = ServeOptions::default().with_address("0.0.0.0:0".parse().unwrap());
         change(&mut options);
         options
     };
@@ -33,20 +33,19 @@ fn without_a_key_nothing_but_loopback_is_served() {
     everywhere(|options| options.allow_remote = true).check().unwrap();
     everywhere(|options| options.api_key = Some("quack".into())).check().unwrap();
     for key in ["", "qu ack", "quäck", "quack\n"] {
-        let options = ServeOptions { api_key: Some(key.into()), ..ServeOptions::default() };
+        let options = ServeOptions::default().with_api_key(Some(key.into()));
         assert!(matches!(options.check(), Err(ServeError::Key)), "{key:?}");
     }
     for name in ["", "duck.lan:80", "http://duck.lan", "dück", "a b"] {
-        let options = ServeOptions { host_names: vec![name.into()], ..ServeOptions::default() };
+        let options = ServeOptions::default().with_host_names(vec![name.into()]);
         assert!(matches!(options.check(), Err(ServeError::HostName { .. })), "{name:?}");
     }
-    let nothing =
-        ServeOptions { limits: Limits { batch: 0, ..Limits::default() }, ..ServeOptions::default() };
+    let nothing = ServeOptions::default().with_limits(Limits::default().with_batch(0));
     assert!(matches!(nothing.check(), Err(ServeError::Limit { key: "batch", .. })));
 }
 
 #[test]
-fn a_key_opens_what_costs_or_tells_something() {
+fn everything_but_the_page_and_the_health_check_requires_the_key() {
     let site = Site::new(|options| options.api_key = Some("quack".into()));
     let send = |method: &str, path: &str, headers: &str| {
         let body = if method == "POST" { body() } else { String::new() };
@@ -71,10 +70,8 @@ fn a_key_opens_what_costs_or_tells_something() {
     for path in ["/", "/page.js", "/markdown.js", "/style.css", "/icon.svg", "/health"] {
         assert_eq!(send("GET", path, "").status, 200, "{path}");
     }
-    assert!(
-        !format!("{:?}", ServeOptions { api_key: Some("quack".into()), ..ServeOptions::default() })
-            .contains("quack")
-    );
+    let options = ServeOptions::default().with_api_key(Some("quack".into()));
+    assert!(!format!("{options:?}").contains("quack"));
 }
 
 #[test]
@@ -110,12 +107,10 @@ fn a_name_that_was_bound_to_this_machine_gets_nothing() {
 
 #[test]
 fn a_server_has_the_names_that_it_was_given() {
-    let options = ServeOptions {
-        address: "0.0.0.0:0".parse().unwrap(),
-        allow_remote: true,
-        host_names: vec!["duck.lan".into()],
-        ..ServeOptions::default()
-    };
+    let options = ServeOptions::default()
+        .with_address("0.0.0.0:0".parse().unwrap())
+        .with_allow_remote(true)
+        .with_host_names(vec!["duck.lan".into()]);
     let models = Models::new([("duck".to_string(), engine())]).unwrap();
     let router = router(models, &options).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();

@@ -21,7 +21,7 @@ fn hostile_clients_leave_nothing_behind() {
         return;
     }
     let site = Site::endless(|options| {
-        options.limits.patience = Duration::from_millis(500);
+        options.limits.timeout = Duration::from_millis(500);
         options.limits.batch = 4;
     });
     let chunk = vec![b'x'; 1 << 20];

@@ -179,7 +179,7 @@ fn prompts_longer_than_the_context_are_refused() {
 
 #[test]
 fn long_bodies_are_refused() {
-    let site = Site::new(|options| options.limits.body = 1 << 16);
+    let site = Site::new(|options| options.limits.body_bytes = 1 << 16);
     let long = vec![b'x'; 100 << 20];
     assert_eq!(site.post_bytes(TEXT, &long).refused(413).0, "body_too_large");
     // One that does not say how long it is.
@@ -192,7 +192,7 @@ fn long_bodies_are_refused() {
     }
     stream.write_all(b"0\r\n\r\n").unwrap();
     assert_eq!(Response::read(stream).refused(413).0, "body_too_large");
-    // One that waits to be asked for.
+    // The client waits for `100 Continue`.
     let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 99999999999\r\n\r\n";
     assert_eq!(site.send(head.as_bytes()).refused(413).0, "body_too_large");
     alive(&site);
@@ -200,7 +200,7 @@ fn long_bodies_are_refused() {
 
 #[test]
 fn slow_bodies_and_headers_are_given_up() {
-    let site = Site::new(|options| options.limits.patience = Duration::from_millis(700));
+    let site = Site::new(|options| options.limits.timeout = Duration::from_millis(700));
     let begun = Instant::now();
     let mut body = site.connect();
     body.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
@@ -230,7 +230,7 @@ fn slow_bodies_and_headers_are_given_up() {
 
 #[test]
 fn patience_is_for_clients_and_not_for_work() {
-    let site = Site::endless(|options| options.limits.patience = Duration::from_millis(200));
+    let site = Site::endless(|options| options.limits.timeout = Duration::from_millis(200));
     // Longer than the patience, with no byte in either direction.
     let prompt = "quack ".repeat(1500);
     let begun = Instant::now();

@@ -127,7 +127,7 @@ fn idle_connections_make_room_for_new_ones() {
 fn clients_without_the_key_do_not_keep_out_its_owner() {
     let site = Site::new(|options| {
         options.api_key = Some("quack".into());
-        (options.limits.connections, options.limits.unauthenticated) = (16, 4);
+        (options.limits.connections, options.limits.unauthenticated_connections) = (16, 4);
     });
     let models = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer quack\r\n\r\n";
     let ask = |mut stream: &TcpStream| {
@@ -169,7 +169,7 @@ fn a_full_queue_refuses_at_once() {
 
 #[test]
 fn a_long_prompt_does_not_hold_up_the_others() {
-    let site = Site::endless(|options| options.limits.body = 1 << 20);
+    let site = Site::endless(|options| options.limits.body_bytes = 1 << 20);
     let mut client = begin(&site, &streamed(endless()));
     let mut buffer = vec![0; 1 << 16];
     client.read_exact(&mut buffer[..2000]).unwrap();
@@ -193,7 +193,7 @@ fn a_long_prompt_does_not_hold_up_the_others() {
 
 #[test]
 fn whoever_does_not_take_what_is_sent_is_let_go() {
-    let site = Site::endless(|options| options.limits.patience = Duration::from_millis(500));
+    let site = Site::endless(|options| options.limits.timeout = Duration::from_millis(500));
     let mut body = streamed(endless());
     // Much, for the system holds megabytes for a client.
     (body["logprobs"], body["n"]) = (20.into(), 8.into());
@@ -206,14 +206,14 @@ fn whoever_does_not_take_what_is_sent_is_let_go() {
 
 #[test]
 fn a_server_that_stops_lets_requests_end() {
-    let mut site = Site::endless(|options| options.limits.drain = Duration::from_secs(30));
+    let mut site = Site::endless(|options| options.limits.drain_timeout = Duration::from_secs(30));
     let mut body = streamed(endless());
     body["max_tokens"] = 2000.into();
     let client = begin(&site, &body);
     site.await_metric("duck_running", |running| running == 1.0);
     let mut idle = site.connect();
     idle.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
-    site.tell();
+    site.stop();
     let events = Response::read(client).events();
     assert!(!events.last().unwrap()["choices"][0]["finish_reason"].is_null());
     site.join();
@@ -221,7 +221,7 @@ fn a_server_that_stops_lets_requests_end() {
 
 #[test]
 fn a_server_that_stops_does_not_wait_for_ever() {
-    let mut site = Site::endless(|options| options.limits.drain = Duration::from_millis(300));
+    let mut site = Site::endless(|options| options.limits.drain_timeout = Duration::from_millis(300));
     let whole = begin(&site, &endless());
     let stream = begin(&site, &streamed(endless()));
     site.await_metric("duck_running", |running| running == 2.0);
@@ -229,7 +229,7 @@ fn a_server_that_stops_does_not_wait_for_ever() {
     kept.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     let silent = site.connect();
     let begun = Instant::now();
-    site.tell();
+    site.stop();
     assert_eq!(Response::read(whole).refused(503).0, "given_up");
     let text = Response::read(stream).text();
     assert!(

@@ -1,4 +1,4 @@
-//! A server on loopback with small random models, and a client that sends what it is told to.
+//! A server on loopback with small random models, and a client that sends arbitrary bytes.
 
 use serde_json::{Value, json};
 use std::{
@@ -205,8 +205,8 @@ impl Site {
         panic!("{name} is still {}", self.metric(name));
     }
 
-    /// Tells the server to stop.
-    pub fn tell(&mut self) {
+    /// Asks the server to stop.
+    pub fn stop(&mut self) {
         self.stop.take().unwrap().send(()).unwrap();
     }
 

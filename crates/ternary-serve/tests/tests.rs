@@ -1,4 +1,4 @@
-//! One module a promise.
+//! One module per promise.
 
 mod access;
 mod compatible;

@@ -1,15 +1,15 @@
 //! `POST /v1/chat/completions`
 
 use super::{
-    ApiError,
-    field::{Fields, wrong},
-    flight::{Flight, Form, scored},
-    request::{Request, accept, refused},
+    json_fields::{JsonFields, invalid_value},
+    request::{CompletionRequest, accept, not_encoded},
+    task::{CompletionTask, ResponseFormat},
 };
 use crate::{
     Truncation,
-    score::Score,
-    server::{Served, Server},
+    api_error::ApiError,
+    logprob::{TokenLogprob, token_text},
+    state::{ServedModel, ServerState},
 };
 use axum::{extract::State, response::Response};
 use serde_json::{Value, json};
@@ -17,8 +17,8 @@ use std::sync::Arc;
 use ternary_format::chat::{Message, Role};
 use ternary_infer::EngineError;
 
-/// The most scores of other tokens.
-const TOP: usize = 20;
+/// Maximum of `top_logprobs`.
+const TOP_LOGPROBS: usize = 20;
 
 /// Response header that counts the messages dropped by truncation.
 const DROPPED: &str = "x-dropped-messages";
@@ -27,49 +27,49 @@ const DROPPED: &str = "x-dropped-messages";
 pub struct Chat;
 
 pub async fn chat(
-    State(server): State<Arc<Server>>,
+    State(state): State<Arc<ServerState>>,
     request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
-    let (Dialogue { request, ids, dropped }, busy) = accept(server, request, read).await?;
-    let mut response = Flight::new(Chat, request, vec![ids], busy)?.respond().await?;
+    let (Dialogue { request, ids, dropped }, in_flight) = accept(state, request, parse).await?;
+    let mut response = CompletionTask::new(Chat, request, vec![ids], in_flight)?.respond().await?;
     if dropped > 0 {
         response.headers_mut().insert(DROPPED, dropped.into());
     }
     Ok(response)
 }
 
-/// A request that has been read.
+/// A chat request, encoded.
 struct Dialogue {
-    request: Request,
+    request: CompletionRequest,
     ids: Vec<u32>,
     /// Messages dropped by truncation.
     dropped: usize,
 }
 
-fn read(server: &Server, mut fields: Fields) -> Result<Dialogue, ApiError> {
-    let mut request = Request::take(server, &mut fields)?;
-    let scores = fields.flag("logprobs")?;
-    let top = fields.integer("top_logprobs", 0..=TOP)?;
-    if top.is_some() && !scores {
-        return Err(ApiError::field("top_logprobs", "`top_logprobs` are for `logprobs: true`"));
+fn parse(state: &ServerState, mut fields: JsonFields) -> Result<Dialogue, ApiError> {
+    let mut request = CompletionRequest::take(state, &mut fields)?;
+    let logprobs = fields.boolean("logprobs")?;
+    let top = fields.integer("top_logprobs", 0..=TOP_LOGPROBS)?;
+    if top.is_some() && !logprobs {
+        return Err(ApiError::field("top_logprobs", "`top_logprobs` requires `logprobs: true`"));
     }
-    request.scores = scores.then_some(top.unwrap_or(0));
+    request.top_logprobs = logprobs.then_some(top.unwrap_or(0));
     let mut messages = messages(fields.take("messages"))?;
     if let Some(format) = fields.take("response_format")
         && format.get("type").and_then(Value::as_str) != Some("text")
     {
         return Err(ApiError::field(
             "response_format",
-            "`response_format` is not supported but as `{\"type\": \"text\"}`",
+            "`response_format` is only supported as `{\"type\": \"text\"}`",
         )
         .code("unsupported_parameter"));
     }
     if let Some(modalities) = fields.take("modalities")
         && modalities != json!(["text"])
     {
-        return Err(wrong("modalities", &modalities, "[\"text\"]"));
+        return Err(invalid_value("modalities", &modalities, "[\"text\"]"));
     }
-    fields.refuse(&[
+    fields.reject_unsupported(&[
         "tools",
         "tool_choice",
         "functions",
@@ -80,7 +80,7 @@ fn read(server: &Server, mut fields: Fields) -> Result<Dialogue, ApiError> {
         "reasoning_effort",
         "verbosity",
     ])?;
-    fields.end()?;
+    fields.reject_unknown()?;
     let model = &request.served.model;
     let Some(template) = &model.template else {
         let message =
@@ -91,21 +91,21 @@ fn read(server: &Server, mut fields: Fields) -> Result<Dialogue, ApiError> {
     let ids = match request.truncation {
         Truncation::Disabled => {
             let ids = template.ids_within(model.tokenizer(), &messages, true, model.engine.context());
-            ids.map_err(|error| refused(Chat::PROMPT, &error))?
+            ids.map_err(|error| not_encoded(Chat::PROMPT, &error))?
         }
         Truncation::Auto => {
-            let ids = model.engine.fit_dialogue(template, &mut messages, request.room());
-            ids.map_err(unfit)?
+            let ids = model.engine.fit_dialogue(template, &mut messages, request.answer_room());
+            ids.map_err(not_fitted)?
         }
     };
     let dropped = before - messages.len();
     Ok(Dialogue { request, ids, dropped })
 }
 
-/// The error for a dialogue that has no ids, even without its older turns.
-fn unfit(error: EngineError) -> ApiError {
+/// The error for a dialogue that does not fit, even without its older turns.
+fn not_fitted(error: EngineError) -> ApiError {
     match error {
-        EngineError::Format(error) => refused(Chat::PROMPT, &error),
+        EngineError::Format(error) => not_encoded(Chat::PROMPT, &error),
         error => {
             let code = match error {
                 EngineError::MessageTooLong { .. } => "context_length_exceeded",
@@ -121,20 +121,24 @@ fn messages(value: Option<Value>) -> Result<Vec<Message>, ApiError> {
     let list = match value {
         Some(Value::Array(list)) if !list.is_empty() => list,
         other => {
-            return Err(wrong("messages", &other.unwrap_or_default(), "an array of at least one message"));
+            return Err(invalid_value(
+                "messages",
+                &other.unwrap_or_default(),
+                "an array of at least one message",
+            ));
         }
     };
     list.into_iter().enumerate().map(|(i, value)| message(&format!("messages[{i}]"), value)).collect()
 }
 
 fn message(place: &str, value: Value) -> Result<Message, ApiError> {
-    let mut fields = Fields::inner(place, value)?;
+    let mut fields = JsonFields::nested(place, value)?;
     let role = fields.take("role").unwrap_or_default();
     let role = match role.as_str() {
         Some("system" | "developer") => Role::System,
         Some("user") => Role::User,
         Some("assistant") => Role::Assistant,
-        _ => return Err(wrong(&fields.name("role"), &role, "system, developer, user or assistant")),
+        _ => return Err(invalid_value(&fields.path("role"), &role, "system, developer, user or assistant")),
     };
     let content = match fields.take("content") {
         Some(Value::String(text)) => text,
@@ -144,57 +148,63 @@ fn message(place: &str, value: Value) -> Result<Message, ApiError> {
             texts.collect::<Result<String, _>>()?
         }
         other => {
-            let expected = "a string or an array of texts";
-            return Err(wrong(&fields.name("content"), &other.unwrap_or_default(), expected));
+            let expected = "a string or an array of text parts";
+            return Err(invalid_value(&fields.path("content"), &other.unwrap_or_default(), expected));
         }
     };
     fields.ignore(&["name"]);
-    fields.refuse(&["refusal", "tool_calls", "function_call", "audio", "annotations"])?;
-    fields.end()?;
+    fields.reject_unsupported(&["refusal", "tool_calls", "function_call", "audio", "annotations"])?;
+    fields.reject_unknown()?;
     Ok(Message::new(role, content))
 }
 
 /// `{"type": "text", "text": ...}`
 fn text(place: &str, value: Value) -> Result<String, ApiError> {
-    let mut fields = Fields::inner(place, value)?;
+    let mut fields = JsonFields::nested(place, value)?;
     let kind = fields.take("type").unwrap_or_default();
     if kind != "text" {
-        return Err(wrong(&fields.name("type"), &kind, "text"));
+        return Err(invalid_value(&fields.path("type"), &kind, "text"));
     }
     let text = fields.string("text")?;
-    fields.end()?;
-    text.ok_or_else(|| wrong(&format!("{place}.text"), &Value::Null, "a string"))
+    fields.reject_unknown()?;
+    text.ok_or_else(|| invalid_value(&format!("{place}.text"), &Value::Null, "a string"))
 }
 
-impl Form for Chat {
+impl ResponseFormat for Chat {
     const NAMES: [&'static str; 3] = ["chatcmpl", "chat.completion", "chat.completion.chunk"];
     const PROMPT: &'static str = "messages";
 
-    fn whole(&self, served: &Served, text: String, scores: Option<Vec<Score>>) -> Value {
+    fn full(&self, served: &ServedModel, text: String, logprobs: Option<Vec<TokenLogprob>>) -> Value {
         let message = json!({ "role": "assistant", "content": text, "refusal": null });
-        json!({ "message": message, "logprobs": content(served, scores) })
+        json!({ "message": message, "logprobs": logprobs_json(served, logprobs) })
     }
 
-    fn open(&self) -> Option<Value> {
+    fn first_chunk(&self) -> Option<Value> {
         Some(json!({ "delta": { "role": "assistant", "content": "" }, "logprobs": null }))
     }
 
-    fn part(&self, served: &Served, text: String, scores: Option<Vec<Score>>) -> Value {
-        json!({ "delta": { "content": text }, "logprobs": content(served, scores) })
+    fn chunk(&self, served: &ServedModel, text: String, logprobs: Option<Vec<TokenLogprob>>) -> Value {
+        json!({ "delta": { "content": text }, "logprobs": logprobs_json(served, logprobs) })
     }
 
-    fn close(&self) -> Value {
+    fn last_chunk(&self) -> Value {
         json!({ "delta": {}, "logprobs": null })
     }
 }
 
-fn content(served: &Served, scores: Option<Vec<Score>>) -> Value {
-    let Some(scores) = scores else { return Value::Null };
-    let tokens = scores.into_iter().map(|score| {
-        let mut token = scored(served, score.id, score.logprob);
-        let top = score.top.into_iter().map(|(id, logprob)| scored(served, id, logprob));
+fn logprobs_json(served: &ServedModel, logprobs: Option<Vec<TokenLogprob>>) -> Value {
+    let Some(logprobs) = logprobs else { return Value::Null };
+    let tokens = logprobs.into_iter().map(|logprob| {
+        let mut token = token_json(served, logprob.id, logprob.logprob);
+        let top = logprob.top.into_iter().map(|(id, logprob)| token_json(served, id, logprob));
         token["top_logprobs"] = top.collect();
         token
     });
     json!({ "content": tokens.collect::<Vec<Value>>(), "refusal": null })
+}
+
+/// A token with its log probability.
+fn token_json(served: &ServedModel, id: u32, logprob: f32) -> Value {
+    let (token, bytes) = token_text(served.model.tokenizer(), id);
+    json!({ "token": token, "logprob": logprob, "bytes": bytes })
 }

@@ -1,14 +1,12 @@
-//! The API: JSON in, work for a scheduler, JSON out.
+//! The endpoints: JSON requests to jobs, and their events to JSON responses.
 
 mod chat;
 mod completion;
-mod error;
-mod field;
-mod flight;
+mod json_fields;
 mod model;
 mod request;
+mod task;
 
 pub use chat::chat;
 pub use completion::completion;
-pub use error::ApiError;
 pub use model::{health, metrics, model, models};

@@ -1,7 +1,9 @@
-//! What can be asked of the server itself: its models, its health, its counters.
+//! The endpoints about the server itself: models, health, metrics.
 
-use super::ApiError;
-use crate::server::{Served, Server};
+use crate::{
+    api_error::ApiError,
+    state::{ServedModel, ServerState},
+};
 use axum::{
     Json,
     extract::{Path, State, rejection::PathRejection},
@@ -11,11 +13,11 @@ use axum::{
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-fn object(server: &Server, served: &Served) -> Value {
+fn object(state: &ServerState, served: &ServedModel) -> Value {
     json!({
         "id": served.model.name,
         "object": "model",
-        "created": server.created,
+        "created": state.created,
         "owned_by": "local",
         "context_length": served.model.engine.context(),
         "chat_template": served.model.template.is_some(),
@@ -23,32 +25,32 @@ fn object(server: &Server, served: &Served) -> Value {
 }
 
 /// `GET /v1/models`
-pub async fn models(State(server): State<Arc<Server>>) -> Json<Value> {
-    let data: Vec<Value> = server.served.iter().map(|served| object(&server, served)).collect();
+pub async fn models(State(state): State<Arc<ServerState>>) -> Json<Value> {
+    let data: Vec<Value> = state.models.iter().map(|served| object(&state, served)).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
 /// `GET /v1/models/NAME`
 pub async fn model(
-    State(server): State<Arc<Server>>,
+    State(state): State<Arc<ServerState>>,
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let Path(name) = name.map_err(|_| ApiError::body("the name in the path is not UTF-8"))?;
-    let served = server.find(Some(&name))?;
-    Ok(Json(object(&server, &served)))
+    let served = state.find(Some(&name))?;
+    Ok(Json(object(&state, &served)))
 }
 
 /// `GET /health`
-pub async fn health(State(server): State<Arc<Server>>) -> Response {
-    match server.served.iter().all(|served| served.scheduler.is_open()) {
+pub async fn health(State(state): State<Arc<ServerState>>) -> Response {
+    match state.models.iter().all(|served| served.scheduler.is_open()) {
         true => Json(json!({ "status": "ok" })).into_response(),
         false => (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "status": "unavailable" }))).into_response(),
     }
 }
 
 /// `GET /metrics`
-pub async fn metrics(State(server): State<Arc<Server>>) -> impl IntoResponse {
-    let models = server.served.iter();
+pub async fn metrics(State(state): State<Arc<ServerState>>) -> impl IntoResponse {
+    let models = state.models.iter();
     let models = models.map(|served| (served.model.name.as_str(), &*served.metric, served.scheduler.load()));
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], server.metric.render(models))
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.metric.render(models))
 }

@@ -1,16 +1,14 @@
-//! [`Request`]: what chat and text completions have in common.
+//! [`CompletionRequest`]: the fields that chat and text completions have in common.
 
-use super::{
-    ApiError,
-    field::{Fields, wrong},
-};
+use super::json_fields::{JsonFields, invalid_value};
 use crate::{
-    Truncation, body,
-    scheduler::{Event, Job},
-    server::{Served, Server},
-    slot::Busy,
+    Truncation,
+    api_error::ApiError,
+    connection_slot::InFlight,
+    job::{Event, Job},
+    request_body::RequestBody,
+    state::{ServedModel, ServerState},
 };
-use axum::http::StatusCode;
 use serde_json::Value;
 use std::{
     hash::{BuildHasher, Hasher, RandomState},
@@ -20,10 +18,10 @@ use ternary_format::FormatError;
 use ternary_infer::{Engine, EngineError, Sampling, answer_room};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-/// The longest stop string, in bytes.
-const STOP: usize = 256;
+/// Maximum length of a stop sequence, in bytes.
+const STOP_BYTES: usize = 256;
 
-/// Fields that clients send and that change no text.
+/// Fields that clients send and that do not change the completion.
 const IGNORED: [&str; 8] = [
     "user",
     "metadata",
@@ -35,61 +33,64 @@ const IGNORED: [&str; 8] = [
     "parallel_tool_calls",
 ];
 
-/// Bytes of a body that are read sooner than another thread is woken for them.
+/// The longest body, in bytes, that is parsed faster than another thread wakes up.
 const SHORT: usize = 4 << 10;
 
-/// Reads a request and what `read` makes of its fields; long ones away from the threads that serve connections.
+/// Reads the body of a request and parses its fields with `parse`. Long bodies are parsed on another thread than those that
+/// serve connections.
 ///
 /// # Errors
-/// Those of the body, of its JSON and of `read`.
+/// Those of the body, of its JSON and of `parse`.
 pub async fn accept<T: Send + 'static>(
-    server: Arc<Server>,
+    state: Arc<ServerState>,
     request: axum::extract::Request,
-    read: fn(&Server, Fields) -> Result<T, ApiError>,
-) -> Result<(T, Option<Busy>), ApiError> {
-    let busy = request.extensions().get::<Busy>().cloned();
+    parse: fn(&ServerState, JsonFields) -> Result<T, ApiError>,
+) -> Result<(T, Option<InFlight>), ApiError> {
+    let in_flight = request.extensions().get::<InFlight>().cloned();
     let (parts, body) = request.into_parts();
-    let whole = body::read(&parts.headers, body, &server.limits, &server.intake).await?;
-    busy.as_ref().inspect(|busy| busy.work());
-    if whole.bytes.len() <= SHORT {
-        return Ok((read(&server, Fields::parse(&whole.bytes)?)?, busy));
+    let body = RequestBody::read(&parts.headers, body, &state.limits, &state.body_permits).await?;
+    in_flight.as_ref().inspect(|in_flight| in_flight.received());
+    if body.bytes.len() <= SHORT {
+        return Ok((parse(&state, JsonFields::parse(&body.bytes)?)?, in_flight));
     }
-    let permit = server.intake.read(whole.bytes.len()).await;
-    // Long prompts take their time.
+    let permit = state.body_permits.parse(body.bytes.len()).await;
+    // Tokenizing a long prompt takes a while.
     let work = tokio::task::spawn_blocking(move || {
         let _permit = permit;
-        let fields = Fields::parse(&whole.bytes)?;
-        drop(whole);
-        read(&server, fields)
+        let fields = JsonFields::parse(&body.bytes)?;
+        drop(body);
+        parse(&state, fields)
     });
-    let value = work.await.map_err(|_| ApiError::internal("the request could not be read"))??;
-    Ok((value, busy))
+    let value = work.await.map_err(|_| ApiError::internal("the request could not be parsed"))??;
+    Ok((value, in_flight))
 }
 
-/// How texts are to be made, checked.
+/// A request for completions, checked.
 #[derive(Debug)]
-pub struct Request {
-    pub served: Arc<Served>,
+pub struct CompletionRequest {
+    pub served: Arc<ServedModel>,
     pub sampling: Sampling,
-    /// Texts for each prompt.
+    /// Completions per prompt.
     pub n: usize,
-    /// `None`: as many as there is room for.
-    pub tokens: Option<usize>,
-    pub stops: Vec<String>,
+    /// `None`: until the context is full.
+    pub max_tokens: Option<usize>,
+    pub stop_sequences: Vec<String>,
     pub truncation: Truncation,
     pub stream: bool,
-    /// The stream ends with how many tokens there were.
-    pub usage: bool,
-    /// Scores of the drawn tokens, and of so many others.
-    pub scores: Option<usize>,
+    /// The stream ends with the number of tokens.
+    pub include_usage: bool,
+    /// `Some(k)`: with the log probability of each token, and of the `k` most likely ones.
+    pub top_logprobs: Option<usize>,
 }
 
-impl Request {
+impl CompletionRequest {
+    /// Takes the common fields.
+    ///
     /// # Errors
-    /// 404: no such model. 400: a field has another value than it can have.
-    pub fn take(server: &Server, fields: &mut Fields) -> Result<Self, ApiError> {
-        let limits = &server.limits;
-        let served = server.find(fields.string("model")?.as_deref())?;
+    /// 404: there is no such model. 400: a field has an invalid value.
+    pub fn take(state: &ServerState, fields: &mut JsonFields) -> Result<Self, ApiError> {
+        let limits = &state.limits;
+        let served = state.find(fields.string("model")?.as_deref())?;
         let sampling = Sampling::default()
             .with_repetition_penalty(fields.number("repetition_penalty", 0.01..=100.0, 1.0)? as f32)
             .with_temperature(fields.number("temperature", 0.0..=2.0, 1.0)? as f32)
@@ -103,42 +104,52 @@ impl Request {
         })?;
         let choices = limits.choices.min(limits.batch);
         let n = fields.integer("n", 1..=choices)?.unwrap_or(1);
-        let newer = fields.integer("max_completion_tokens", 1..=limits.tokens)?;
-        let tokens = fields.integer("max_tokens", 1..=limits.tokens)?;
-        let stops = stops(fields.take("stop"), limits.stops)?;
+        let newer = fields.integer("max_completion_tokens", 1..=limits.max_tokens)?;
+        let older = fields.integer("max_tokens", 1..=limits.max_tokens)?;
+        let stop_sequences = stop_sequences(fields.take("stop"), limits.stop_sequences)?;
         let truncation = match fields.take("truncation") {
-            None => server.truncation,
+            None => state.truncation,
             Some(value) => {
                 let named = value.as_str().and_then(|name| name.parse().ok());
-                named.ok_or_else(|| wrong("truncation", &value, "auto or disabled"))?
+                named.ok_or_else(|| invalid_value("truncation", &value, "auto or disabled"))?
             }
         };
-        let stream = fields.flag("stream")?;
-        let mut usage = false;
+        let stream = fields.boolean("stream")?;
+        let mut include_usage = false;
         if let Some(options) = fields.take("stream_options") {
             if !stream {
                 return Err(ApiError::field("stream_options", "`stream_options` are for `stream: true`"));
             }
-            let mut options = Fields::inner("stream_options", options)?;
-            usage = options.flag("include_usage")?;
+            let mut options = JsonFields::nested("stream_options", options)?;
+            include_usage = options.boolean("include_usage")?;
             options.ignore(&["include_obfuscation"]);
-            options.end()?;
+            options.reject_unknown()?;
         }
         fields.ignore(&IGNORED);
-        fields.refuse(&["frequency_penalty", "presence_penalty", "logit_bias"])?;
-        let tokens = newer.or(tokens);
-        Ok(Self { served, sampling, n, tokens, stops, truncation, stream, usage, scores: None })
+        fields.reject_unsupported(&["frequency_penalty", "presence_penalty", "logit_bias"])?;
+        Ok(Self {
+            served,
+            sampling,
+            n,
+            max_tokens: newer.or(older),
+            stop_sequences,
+            truncation,
+            stream,
+            include_usage,
+            top_logprobs: None,
+        })
     }
 
-    /// Tokens of the context reserved for the answer when the prompt is truncated.
-    pub fn room(&self) -> usize {
-        answer_room(self.served.model.engine.context(), self.tokens)
+    /// Tokens of the context that truncation reserves for the answer.
+    pub fn answer_room(&self) -> usize {
+        answer_room(self.served.model.engine.context(), self.max_tokens)
     }
 
-    /// Gives the work to the scheduler: `n` texts for each prompt, which came in the field `param`.
+    /// Submits `n` completions for each prompt to the scheduler. `param` is the field with the prompt.
     ///
     /// # Errors
-    /// 400: a prompt is empty, has ids that are none, or is longer than the context. 429, 503: the work is not taken.
+    /// 400: a prompt is empty, has unknown ids, or is longer than the context. 429: the queue is full. 503: the server is
+    /// stopping, or the engine has failed.
     pub fn submit(&self, param: &str, prompts: Vec<Vec<u32>>) -> Result<UnboundedReceiver<Event>, ApiError> {
         let (sender, events) = unbounded_channel();
         let mut jobs = Vec::with_capacity(prompts.len());
@@ -148,9 +159,9 @@ impl Request {
                 prompt,
                 sampling: self.sampling.clone(),
                 choices: i * self.n..(i + 1) * self.n,
-                tokens: self.tokens.unwrap_or(usize::MAX),
-                stops: self.stops.clone(),
-                scores: self.scores,
+                max_tokens: self.max_tokens.unwrap_or(usize::MAX),
+                stop_sequences: self.stop_sequences.clone(),
+                top_logprobs: self.top_logprobs,
                 events: sender.clone(),
             });
         }
@@ -159,8 +170,8 @@ impl Request {
     }
 }
 
-/// Why a prompt has no ids.
-pub fn refused(param: &str, error: &FormatError) -> ApiError {
+/// The error for a prompt that cannot be encoded.
+pub fn not_encoded(param: &str, error: &FormatError) -> ApiError {
     match error {
         FormatError::TooManyTokens { most } => too_long(param, &format!("more than {most}"), *most),
         other => ApiError::field(param, other.to_string()),
@@ -169,12 +180,12 @@ pub fn refused(param: &str, error: &FormatError) -> ApiError {
 
 /// The error for a prompt longer than the context, without truncation.
 fn too_long(param: &str, found: &str, context: usize) -> ApiError {
-    let way_out = match param {
+    let advice = match param {
         "messages" => "shorten or remove messages, or send `truncation: \"auto\"` to drop the oldest turns",
         _ => "shorten it, or send `truncation: \"auto\"` to drop its beginning",
     };
     let message = format!(
-        "the prompt has {found} tokens, expected at most the {context} of the model's context; {way_out}"
+        "the prompt has {found} tokens, expected at most the {context} of the model's context; {advice}"
     );
     ApiError::field(param, message).code("context_length_exceeded")
 }
@@ -189,7 +200,7 @@ fn check(engine: &Engine, param: &str, prompt: &[u32]) -> Result<(), ApiError> {
     if let Some(id) = prompt.iter().find(|id| **id as usize >= vocab_size) {
         return Err(ApiError::field(
             "prompt",
-            format!("token {id} is outside of the vocabulary of {vocab_size}"),
+            format!("token {id} is outside the vocabulary of {vocab_size}"),
         ));
     }
     if prompt.len() > context {
@@ -198,52 +209,23 @@ fn check(engine: &Engine, param: &str, prompt: &[u32]) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// A string or some.
-fn stops(value: Option<Value>, most: usize) -> Result<Vec<String>, ApiError> {
+/// A string or an array of strings.
+fn stop_sequences(value: Option<Value>, max: usize) -> Result<Vec<String>, ApiError> {
     let list = match value {
         None => return Ok(Vec::new()),
         Some(Value::Array(list)) => list,
         Some(one) => vec![one],
     };
-    if list.len() > most {
+    if list.len() > max {
         return Err(ApiError::field(
             "stop",
-            format!("`stop` has {} strings, expected at most {most}", list.len()),
+            format!("`stop` has {} strings, expected at most {max}", list.len()),
         ));
     }
     list.into_iter()
         .map(|stop| match stop {
-            Value::String(stop) if (1..=STOP).contains(&stop.len()) => Ok(stop),
-            other => Err(wrong("stop", &other, &format!("strings of 1 to {STOP} bytes"))),
+            Value::String(stop) if (1..=STOP_BYTES).contains(&stop.len()) => Ok(stop),
+            other => Err(invalid_value("stop", &other, &format!("strings of 1 to {STOP_BYTES} bytes"))),
         })
         .collect()
-}
-
-impl Server {
-    /// A model by name; without a name, the only one.
-    ///
-    /// # Errors
-    /// 404: no such model. 400: there are several.
-    pub fn find(&self, name: Option<&str>) -> Result<Arc<Served>, ApiError> {
-        let names = || {
-            let names = self.served.iter().map(|served| format!("`{}`", served.model.name));
-            names.collect::<Vec<_>>().join(", ")
-        };
-        match (name, &self.served[..]) {
-            (None, [only]) => Ok(only.clone()),
-            (None, _) => {
-                let message = format!("`model` is missing, expected one of {}", names());
-                Err(ApiError::field("model", message).code("model_missing"))
-            }
-            (Some(name), all) => {
-                let served = all.iter().find(|served| served.model.name == name).cloned();
-                served.ok_or_else(|| {
-                    let short: String = name.chars().take(60).collect();
-                    let message = format!("there is no model `{short}`, expected one of {}", names());
-                    let error = ApiError::new(StatusCode::NOT_FOUND, message).code("model_not_found");
-                    ApiError { param: Some("model".into()), ..error }
-                })
-            }
-        }
-    }
 }

@@ -1,17 +1,17 @@
-// All conversations, in memory and in localStorage: a key each, so that tabs do not write over one another's.
+// All conversations, in memory and in localStorage: one key per conversation, so that tabs do not overwrite each other's.
 //
-// Memory has what is on the screen; storage may be full, or forbidden. Whoever saves reads first and merges. Between that
-// reading and the writing another tab may write; its `storage` event then shows that something of ours is missing there,
-// and it is written again.
+// Memory has what is on the screen; storage may be full or forbidden. `save` reads first and merges. Another tab may write
+// between that reading and the writing. Its `storage` event then shows that something of ours is missing, and `open` saves it
+// again.
 
 import { fromTurns, hasMore, merge, revive } from "./conversation.js";
 
 const PREFIX = "duck.conversation.";
-const OLD = "duck.turns"; // where earlier versions of this page had their only conversation
+const OLD = "duck.turns"; // the only conversation of earlier versions of this page
 
 export const conversations = new Map();
 
-const unsaved = new Set(); // ids of what is in memory alone
+const unsaved = new Set(); // ids of conversations that are in memory only
 let onChange = () => {};
 let onTrouble = () => {};
 
@@ -24,15 +24,15 @@ export function read(key, otherwise) {
   }
 }
 
-/** Writes text; why it could not be written, if it could not. */
+/** Writes text. Returns why it could not be written, or an empty string. */
 function put(key, text) {
   try {
     localStorage.setItem(key, text);
     return "";
   } catch (error) {
     return error.name === "QuotaExceededError"
-      ? "The browser's storage is full: what is new is on this screen only. Export it, or delete conversations."
-      : "The browser stores nothing for this page: conversations are on this screen only. Export what you want to keep.";
+      ? "The browser's storage is full: new messages are on this screen only. Export them, or delete conversations."
+      : "The browser stores nothing for this page: conversations are on this screen only. Export those that you want to keep.";
   }
 }
 
@@ -56,7 +56,7 @@ export function save(conversation) {
   onTrouble(trouble || (unsaved.size > 0 ? retry() : ""));
 }
 
-/** There may be room by now for what could not be written. */
+/** Writes again what could not be written: there may be room now. */
 function retry() {
   for (const id of unsaved) {
     const trouble = write(PREFIX + id, conversations.get(id));
@@ -71,14 +71,14 @@ export function remove(conversation) {
   unsaved.delete(conversation.id);
   try {
     localStorage.removeItem(PREFIX + conversation.id);
-  } catch { /* then it was not there either */ }
+  } catch { /* then it was not stored either */ }
   onTrouble(retry());
 }
 
 /**
- * Reads what is stored, and from then on what other tabs store. `onChange(id)`: a conversation was changed by another tab.
- * `onTrouble(text)`: why things are not stored, empty when they are. Gives the conversation of an earlier version of this
- * page, if there was one.
+ * Reads what is stored, and from then on what other tabs store. `onChange(id)`: another tab changed a conversation.
+ * `onTrouble(text)`: why conversations cannot be stored; empty if they can. Returns the conversation of an earlier version
+ * of this page, if there is one.
  */
 export function open(listeners) {
   ({ onChange, onTrouble } = listeners);
@@ -87,7 +87,7 @@ export function open(listeners) {
       const conversation = key.startsWith(PREFIX) ? revive(localStorage.getItem(key)) : null;
       if (conversation) conversations.set(conversation.id, conversation);
     }
-  } catch { /* no storage, and so nothing in it */ }
+  } catch { /* no storage, so nothing is stored */ }
   addEventListener("storage", ({ key, newValue }) => {
     if (!key?.startsWith(PREFIX)) return;
     const id = key.slice(PREFIX.length);

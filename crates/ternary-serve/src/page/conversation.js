@@ -1,11 +1,11 @@
 // A conversation is a tree: a message knows the one before it, its parent, and messages with one parent are branches, of
-// which one is shown. Messages are added and never changed, except that an answer grows while it streams. So whatever two
-// tabs do to the same conversation can be merged, and nothing is lost.
+// which one is shown. Messages are added and never changed, except that an answer grows while it streams. So all that two
+// tabs do to the same conversation can be merged without loss.
 //
 //   { id, title, renamed, created, updated, head, messages: { id: message } }
 //   message: { id, parent, role, content, note, at, done, model?, text? }
 //
-// `head` is the last message that is shown; `text` marks what a model without a chat template went on with.
+// `head` is the last message that is shown; `text` marks the continuation of a model without a chat template.
 
 // Not `crypto.randomUUID`, which browsers keep from pages that come over plain HTTP from another machine.
 export const newId = () =>
@@ -60,7 +60,7 @@ const isNewer = (message, other) =>
   message.content.length > other.content.length ||
   (message.content.length === other.content.length && message.done && !other.done);
 
-/** Puts what another tab has into `mine`. With `follow`, the view goes on where the other tab has gone on. */
+/** Merges the state of another tab into `mine`. With `follow`, the view follows the other tab's. */
 export function merge(mine, theirs, follow = false) {
   for (const message of Object.values(theirs.messages)) {
     const known = mine.messages[message.id];
@@ -72,8 +72,9 @@ export function merge(mine, theirs, follow = false) {
   if (follow && path(mine, theirs.head).some(({ id }) => id === mine.head)) mine.head = theirs.head;
 }
 
-/** Whether `mine` has something that `theirs` lacks. */
+/** Whether `mine` has a message or a newer title that `theirs` lacks. */
 export const hasMore = (mine, theirs) =>
+  mine.renamed > theirs.renamed ||
   Object.values(mine.messages).some((message) => {
     const other = theirs.messages[message.id];
     return !other || isNewer(message, other);
@@ -82,7 +83,7 @@ export const hasMore = (mine, theirs) =>
 const isTurn = (turn) =>
   (turn?.role === "user" || turn?.role === "assistant") && typeof turn.content === "string";
 
-/** A conversation that was stored; null if it is none. */
+/** A stored conversation; null if the text is not one. */
 export function revive(text) {
   try {
     const { id, title, renamed, created, updated, head, messages } = JSON.parse(text);
@@ -102,7 +103,7 @@ export function revive(text) {
   }
 }
 
-/** What earlier versions of this page stored: one list of turns; null if there are none. */
+/** The conversation of earlier versions of this page, a list of turns; null if it is empty. */
 export function fromTurns(turns) {
   const conversation = newConversation();
   for (const { role, content, note } of Array.isArray(turns) ? turns.filter(isTurn) : [])
@@ -110,7 +111,7 @@ export function fromTurns(turns) {
   return conversation.head ? conversation : null;
 }
 
-/** The name that it was given, or how it begins. */
+/** Its title, or its first line. */
 export function titleOf(conversation) {
   if (conversation.title) return conversation.title;
   const [first] = path(conversation);
@@ -118,13 +119,13 @@ export function titleOf(conversation) {
   return line.length > 60 ? `${line.slice(0, 59)}…` : line || "New conversation";
 }
 
-/** The branch that is shown. */
+/** The shown branch. */
 export function toMarkdown(conversation) {
   const parts = path(conversation).map(({ role, content, model }) =>
     `**${role === "user" ? "You" : model || "Model"}**\n\n${content}`);
   return [`# ${titleOf(conversation)}`, ...parts].join("\n\n") + "\n";
 }
 
-/** All of it, branches too. */
+/** The whole conversation with all branches. */
 export const toJson = (conversation) =>
   JSON.stringify({ ...conversation, title: titleOf(conversation), messages: Object.values(conversation.messages) }, null, 2) + "\n";

@@ -113,7 +113,7 @@ function send() {
 
 watchThread({
   copy,
-  /** Another answer beside a message of the model, or one to a message that got none. */
+  /** Another branch for an answer of the model, or an answer to a message without one. */
   again(message) {
     if (isBusy()) return;
     const before = current.head;
@@ -121,7 +121,7 @@ watchThread({
     answer(before);
   },
   proceed: () => !isBusy() && answer(),
-  /** Another message beside the one that is edited; whether it was sent. */
+  /** Another branch for the message that is edited. Returns whether it was sent. */
   edit(message, text) {
     if (isBusy()) return false;
     add(current, newMessage(message.parent, "user", message.text || continuesText() ? text : text.trim()));
@@ -245,7 +245,7 @@ async function answer(before = null) {
   if (error?.status === 401) askForKey();
 }
 
-// Whoever is writing something else, or reading the list, is left there.
+// A user who writes elsewhere, or reads the list, is not disturbed.
 const isElsewhere = () => document.activeElement.closest?.("#sidebar, .editor, .code, .table");
 
 const stop = () => answerOf(current).controller?.abort();

@@ -97,7 +97,7 @@ const ACTIONS = {
   json: (conversation) => download(fileName(conversation, "json"), "application/json", toJson(conversation)),
 };
 
-/** `onDelete(conversation)`: somebody wants it deleted. */
+/** `onDelete(conversation)`: the user deletes it. */
 export function watchSidebar(onDelete) {
   menu.addEventListener("click", ({ target }) => {
     const action = target.closest("button")?.dataset.action;
@@ -113,7 +113,7 @@ export function watchSidebar(onDelete) {
   isNarrow.addEventListener("change", ({ matches }) => showSidebar(!matches && wanted(), false));
 }
 
-// Whether it is there: beside the conversation where there is room, else over it until one is chosen.
+// Whether it is shown: next to the conversation if there is room, else over it until one is chosen.
 
 function wanted() {
   try {

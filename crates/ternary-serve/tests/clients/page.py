@@ -773,8 +773,19 @@ def two_tabs_lose_nothing():
         complete = lambda: {"One", "Two", "And then?", "From the second"} <= set(contents(next(
             conversation for conversation in stored() if conversation["id"] == address.split("#")[1])))
         WebDriverWait(browser, PATIENCE).until(lambda _: complete(), "a message is lost")
+        # The same with a new title.
+        browser.switch_to.window(first)
+        act(QUESTION, "rename")
+        press("A new title", Keys.ENTER)
+        browser.switch_to.window(second)
+        until(lambda now: "A new title" in now.list, "the new title in the second tab")
+        browser.execute_script("""
+            const old = JSON.parse(localStorage.getItem(arguments[0]));
+            localStorage.setItem(arguments[0], JSON.stringify({ ...old, title: "", renamed: 0 }));""", key)
+        titles = lambda: [conversation["title"] for conversation in stored()]
+        WebDriverWait(browser, PATIENCE).until(lambda _: "A new title" in titles(), "the title is lost")
         # Deleted where it is shown elsewhere.
-        act(QUESTION, "delete")
+        act("A new title", "delete")
         browser.switch_to.window(first)
         now = until(lambda now: "deleted" in now.status, "the first tab says that it is deleted")
         assert len(now.turns) > 6, "what is on the screen stays there"

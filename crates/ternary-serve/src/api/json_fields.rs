@@ -1,39 +1,43 @@
-//! [`Fields`]: the fields of a request, each taken once and checked.
+//! [`JsonFields`]: the fields of a JSON object, each taken once and checked.
 
-use super::ApiError;
+use crate::api_error::ApiError;
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
-/// What is left of a JSON object; null is as good as absent.
+/// The fields of a JSON object that have not been taken. A null counts as absent.
 #[derive(Debug)]
-pub struct Fields {
-    /// Where the object is, `messages[0].` for example.
-    place: String,
+pub struct JsonFields {
+    /// The path of the object, such as `messages[0].`.
+    prefix: String,
     map: Map<String, Value>,
 }
 
-impl Fields {
+impl JsonFields {
     /// # Errors
-    /// No JSON, too deep, or no object.
+    /// 400: the body is not JSON, nested too deeply, or not an object.
     pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let value: Value = serde_json::from_slice(body)
             .map_err(|error| ApiError::body(format!("the body is not JSON: {error}")).code("invalid_json"))?;
         match value {
-            Value::Object(map) => Ok(Self { place: String::new(), map }),
-            other => Err(ApiError::body(format!("the body is {}, expected an object", shown(&other)))),
+            Value::Object(map) => Ok(Self { prefix: String::new(), map }),
+            other => Err(ApiError::body(format!("the body is {}, expected an object", display(&other)))),
         }
     }
 
-    /// The object inside of another.
-    pub fn inner(place: &str, value: Value) -> Result<Self, ApiError> {
+    /// A nested object.
+    ///
+    /// # Errors
+    /// 400: the value is not an object. So do the other methods: the value has another type or is out of range.
+    pub fn nested(prefix: &str, value: Value) -> Result<Self, ApiError> {
         match value {
-            Value::Object(map) => Ok(Self { place: format!("{place}."), map }),
-            other => Err(wrong(place, &other, "an object")),
+            Value::Object(map) => Ok(Self { prefix: format!("{prefix}."), map }),
+            other => Err(invalid_value(prefix, &other, "an object")),
         }
     }
 
-    pub fn name(&self, key: &str) -> String {
-        format!("{}{key}", self.place)
+    /// The path of a field, for errors.
+    pub fn path(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
     }
 
     pub fn take(&mut self, key: &str) -> Option<Value> {
@@ -44,15 +48,15 @@ impl Fields {
         match self.take(key) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
-            Some(other) => Err(wrong(&self.name(key), &other, "a string")),
+            Some(other) => Err(invalid_value(&self.path(key), &other, "a string")),
         }
     }
 
-    pub fn flag(&mut self, key: &str) -> Result<bool, ApiError> {
+    pub fn boolean(&mut self, key: &str) -> Result<bool, ApiError> {
         match self.take(key) {
             None => Ok(false),
             Some(Value::Bool(flag)) => Ok(flag),
-            Some(other) => Err(wrong(&self.name(key), &other, "true or false")),
+            Some(other) => Err(invalid_value(&self.path(key), &other, "true or false")),
         }
     }
 
@@ -60,7 +64,7 @@ impl Fields {
         let Some(value) = self.take(key) else { return Ok(default) };
         let found = value.as_f64().filter(|number| range.contains(number));
         let expected = || format!("a number from {} to {}", range.start(), range.end());
-        found.ok_or_else(|| wrong(&self.name(key), &value, &expected()))
+        found.ok_or_else(|| invalid_value(&self.path(key), &value, &expected()))
     }
 
     pub fn integer(&mut self, key: &str, range: RangeInclusive<usize>) -> Result<Option<usize>, ApiError> {
@@ -69,32 +73,32 @@ impl Fields {
         let expected = || format!("an integer from {} to {}", range.start(), range.end());
         match found.filter(|number| range.contains(number)) {
             Some(number) => Ok(Some(number)),
-            None => Err(wrong(&self.name(key), &value, &expected())),
+            None => Err(invalid_value(&self.path(key), &value, &expected())),
         }
     }
 
-    /// Any integer of 64 bits, with or without sign.
+    /// A signed or unsigned 64-bit integer.
     pub fn seed(&mut self, key: &str) -> Result<Option<u64>, ApiError> {
         let Some(value) = self.take(key) else { return Ok(None) };
         let found = value.as_u64().or(value.as_i64().map(|seed| seed as u64));
-        found.map(Some).ok_or_else(|| wrong(&self.name(key), &value, "an integer of 64 bits"))
+        found.map(Some).ok_or_else(|| invalid_value(&self.path(key), &value, "a 64-bit integer"))
     }
 
-    /// Fields that change nothing here.
+    /// Drops fields without effect.
     pub fn ignore(&mut self, keys: &[&str]) {
         for key in keys {
             self.map.remove(*key);
         }
     }
 
-    /// Fields that ask for what this server cannot do, unless they ask for nothing.
+    /// Takes fields that this server does not support.
     ///
     /// # Errors
-    /// The first that asks for something.
-    pub fn refuse(&mut self, keys: &[&str]) -> Result<(), ApiError> {
+    /// 400: one of them has a value other than its neutral one, which would change the response.
+    pub fn reject_unsupported(&mut self, keys: &[&str]) -> Result<(), ApiError> {
         for key in keys {
             let Some(value) = self.take(key) else { continue };
-            let nothing = match &value {
+            let neutral = match &value {
                 Value::Bool(flag) => !flag,
                 Value::Number(number) => number.as_f64() == Some(0.0),
                 Value::String(text) => text.is_empty() || text == "none" || text == "auto",
@@ -102,8 +106,8 @@ impl Fields {
                 Value::Object(map) => map.is_empty(),
                 Value::Null => true,
             };
-            if !nothing {
-                let name = self.name(key);
+            if !neutral {
+                let name = self.path(key);
                 return Err(ApiError::field(&name, format!("`{name}` is not supported"))
                     .code("unsupported_parameter"));
             }
@@ -112,12 +116,12 @@ impl Fields {
     }
 
     /// # Errors
-    /// A field that nobody has taken.
-    pub fn end(self) -> Result<(), ApiError> {
+    /// 400: a field is left.
+    pub fn reject_unknown(self) -> Result<(), ApiError> {
         match self.map.into_iter().find(|(_, value)| !value.is_null()) {
             None => Ok(()),
             Some((key, _)) => {
-                let name = format!("{}{}", self.place, cut(&key));
+                let name = format!("{}{}", self.prefix, shorten(&key));
                 Err(ApiError::field(&name, format!("`{name}` is not a field of this request"))
                     .code("unknown_parameter"))
             }
@@ -125,24 +129,24 @@ impl Fields {
     }
 }
 
-/// A field that has another value than it can have.
-pub fn wrong(param: &str, found: &Value, expected: &str) -> ApiError {
-    ApiError::field(param, format!("`{param}` is {}, expected {expected}", shown(found)))
+/// The error for a field with an invalid value.
+pub fn invalid_value(param: &str, found: &Value, expected: &str) -> ApiError {
+    ApiError::field(param, format!("`{param}` is {}, expected {expected}", display(found)))
         .code("invalid_value")
 }
 
-/// A value as it is shown in an error.
-fn shown(value: &Value) -> String {
+/// A value as errors show it.
+fn display(value: &Value) -> String {
     match value {
         Value::Array(_) => "an array".into(),
         Value::Object(_) => "an object".into(),
-        other => cut(&other.to_string()),
+        other => shorten(&other.to_string()),
     }
 }
 
-fn cut(text: &str) -> String {
-    const SHOWN: usize = 60;
-    let short: String = text.chars().take(SHOWN).collect();
+fn shorten(text: &str) -> String {
+    const LENGTH: usize = 60;
+    let short: String = text.chars().take(LENGTH).collect();
     if short.len() < text.len() { format!("{short}...") } else { short }
 }
 
@@ -150,12 +154,12 @@ fn cut(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn fields(json: &str) -> Fields {
-        Fields::parse(json.as_bytes()).unwrap()
+    fn fields(json: &str) -> JsonFields {
+        JsonFields::parse(json.as_bytes()).unwrap()
     }
 
     #[test]
-    fn bodies_that_are_no_object_of_json_are_refused() {
+    fn bodies_that_are_not_json_objects_are_refused() {
         let deep = "[".repeat(100_000);
         let nested = format!("{}1{}", r#"{"a":"#.repeat(500), "}".repeat(500));
         let bodies: [&[u8]; 10] = [
@@ -171,12 +175,12 @@ mod tests {
             nested.as_bytes(),
         ];
         for body in bodies {
-            assert_eq!(Fields::parse(body).unwrap_err().status, 400, "{}", String::from_utf8_lossy(body));
+            assert_eq!(JsonFields::parse(body).unwrap_err().status, 400, "{}", String::from_utf8_lossy(body));
         }
     }
 
     #[test]
-    fn values_out_of_range_are_named() {
+    fn errors_name_values_out_of_range() {
         for value in ["-1", "3", "1.5", "1e300", "99999999999999999999999999", "\"1\"", "true", "[1]"] {
             let error = fields(&format!(r#"{{"n": {value}}}"#)).integer("n", 1..=2).unwrap_err();
             assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some("n")), "{value}");
@@ -196,16 +200,22 @@ mod tests {
     }
 
     #[test]
-    fn what_would_change_the_answer_is_not_ignored() {
+    fn unsupported_fields_that_change_the_response_are_refused() {
         let neutral =
             r#"{"tools": [], "frequency_penalty": 0, "logit_bias": {}, "echo": false, "suffix": ""}"#;
         let keys = ["tools", "frequency_penalty", "logit_bias", "echo", "suffix"];
         let mut all = fields(neutral);
-        all.refuse(&keys).unwrap();
-        all.end().unwrap();
+        all.reject_unsupported(&keys).unwrap();
+        all.reject_unknown().unwrap();
         for json in [r#"{"tools": [1]}"#, r#"{"frequency_penalty": 0.1}"#, r#"{"echo": true}"#] {
-            assert_eq!(fields(json).refuse(&keys).unwrap_err().code, Some("unsupported_parameter"));
+            assert_eq!(
+                fields(json).reject_unsupported(&keys).unwrap_err().code,
+                Some("unsupported_parameter")
+            );
         }
-        assert_eq!(fields(r#"{"temprature": 1}"#).end().unwrap_err().param.as_deref(), Some("temprature"));
+        assert_eq!(
+            fields(r#"{"temprature": 1}"#).reject_unknown().unwrap_err().param.as_deref(),
+            Some("temprature")
+        );
     }
 }

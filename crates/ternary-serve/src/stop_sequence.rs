@@ -1,25 +1,25 @@
-//! [`Stops`]: strings that end a text, and what has to wait until they are decided.
+//! [`StopSequences`]: ends a streamed text before the first stop sequence.
 
-/// Cuts a text, that comes in pieces, before the first of some strings to be complete.
+/// Cuts a text, which arrives in pieces, before the first stop sequence that is complete.
 ///
-/// Nothing that may be the beginning of such a string goes out before it is decided, so what goes out does not depend
-/// on how the text was cut into pieces.
+/// Text that may be the beginning of a stop sequence is held back until that is decided, so the output does not depend on the
+/// pieces.
 #[derive(Clone, Debug, Default)]
-pub struct Stops {
+pub struct StopSequences {
     strings: Vec<String>,
-    /// The end of the text that may begin a string.
+    /// The end of the text, which may begin a stop sequence.
     held: String,
     found: bool,
 }
 
-impl Stops {
-    /// Empty strings are none.
+impl StopSequences {
+    /// Empty strings are ignored.
     pub fn new(mut strings: Vec<String>) -> Self {
         strings.retain(|string| !string.is_empty());
         Self { strings, held: String::new(), found: false }
     }
 
-    /// What may go out now that `piece` has come.
+    /// Takes the next piece, and returns the text that can be sent.
     pub fn push(&mut self, piece: &str) -> String {
         if self.found {
             return String::new();
@@ -41,12 +41,12 @@ impl Stops {
         std::mem::replace(&mut self.held, tail)
     }
 
-    /// Whether the text has ended with one of the strings.
+    /// Whether a stop sequence has ended the text.
     pub fn found(&self) -> bool {
         self.found
     }
 
-    /// What was held back, when no more comes.
+    /// The text that was held back, at the end.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
@@ -57,14 +57,14 @@ mod tests {
     use super::*;
 
     fn run(stops: &[&str], pieces: &[&str]) -> (Vec<String>, bool) {
-        let mut stops = Stops::new(stops.iter().map(|stop| stop.to_string()).collect());
+        let mut stops = StopSequences::new(stops.iter().map(|stop| stop.to_string()).collect());
         let mut out: Vec<String> = pieces.iter().map(|piece| stops.push(piece)).collect();
         out.push(stops.finish());
         (out, stops.found())
     }
 
     #[test]
-    fn the_beginning_of_a_stop_string_waits_until_it_is_decided() {
+    fn the_beginning_of_a_stop_sequence_is_held_back() {
         let (out, found) = run(&["\n\nUser"], &["quack\n", "\nUs", "eful"]);
         assert_eq!(out, ["quack", "", "\n\nUseful", ""]);
         assert!(!found);
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_cut_in_the_same_place_however_it_comes() {
+    fn a_text_is_cut_at_the_same_place_for_all_pieces() {
         let text = "aabab🦆caab🦆🦆abcab";
         let characters: Vec<String> = text.chars().map(String::from).collect();
         let lists: [&[&str]; 8] = [
@@ -89,7 +89,7 @@ mod tests {
             &[],
         ];
         for stops in lists {
-            // By the definition: the shortest beginning that ends with a stop string.
+            // By the definition: the shortest prefix that ends with a stop sequence.
             let ends = |end: usize| stops.iter().filter(move |stop| text[..end].ends_with(**stop));
             let first =
                 (0..=text.len()).filter(|end| text.is_char_boundary(*end)).find(|end| ends(*end).count() > 0);

@@ -1,6 +1,6 @@
-//! [`ApiError`]: a refused request, in OpenAI's form.
+//! [`ApiError`]: an error response in OpenAI's format.
 
-use crate::scheduler::Refusal;
+use crate::job::SubmitError;
 use axum::{
     Json,
     http::{StatusCode, header},
@@ -8,12 +8,12 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-/// A status, and `{"error": {"message", "type", "param", "code"}}`.
+/// A status with the body `{"error": {"message", "type", "param", "code"}}`.
 #[derive(Clone, Debug)]
 pub struct ApiError {
     pub status: StatusCode,
     pub message: String,
-    /// The field that is wrong.
+    /// The field with the error.
     pub param: Option<String>,
     pub code: Option<&'static str>,
 }
@@ -23,12 +23,12 @@ impl ApiError {
         Self { status, message: message.into(), param: None, code: None }
     }
 
-    /// A body that no request has.
+    /// 400: an invalid body.
     pub fn body(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, message)
     }
 
-    /// A field with another value than it can have.
+    /// 400: an invalid field.
     pub fn field(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self { param: Some(param.into()), ..Self::body(message) }
     }
@@ -42,7 +42,7 @@ impl ApiError {
     }
 
     pub fn stopping() -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "the server stops").code("server_stopping")
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping").code("server_stopping")
     }
 
     fn kind(&self) -> &'static str {
@@ -61,15 +61,15 @@ impl ApiError {
     }
 }
 
-impl From<Refusal> for ApiError {
-    fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::Full => {
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        match error {
+            SubmitError::Full => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, "too many requests are waiting; try again later")
                     .code("queue_full")
             }
-            Refusal::Stopping => Self::stopping(),
-            Refusal::Dead => Self::new(StatusCode::SERVICE_UNAVAILABLE, "the model's engine has failed")
+            SubmitError::Stopping => Self::stopping(),
+            SubmitError::Dead => Self::new(StatusCode::SERVICE_UNAVAILABLE, "the model's engine has failed")
                 .code("engine_failed"),
         }
     }
@@ -86,7 +86,7 @@ impl IntoResponse for ApiError {
             StatusCode::UNAUTHORIZED => {
                 headers.insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
             }
-            // What is left of the body is not read.
+            // The rest of the body is not read.
             StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT => {
                 headers.insert(header::CONNECTION, header::HeaderValue::from_static("close"));
             }
