@@ -87,7 +87,7 @@ fn main() {
     let command = Command::parse();
     let Command { width, layers, heads, ff, vocab, seq, batch, rounds, .. } = command;
     let device = device("flex").expect("flex is compiled in");
-    // GPT-2's layers, in the size of the reference model unless it is told otherwise.
+    // GPT-2's layers, in the size of the reference model by default.
     let model = DuckConfig::duck()
         .with_vocab_size(vocab)
         .with_context(seq)

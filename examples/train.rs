@@ -16,7 +16,7 @@ static ALLOCATOR: ternary_kernels::ExitAllocator = ternary_kernels::ExitAllocato
 fn main() -> ExitCode {
     match TrainCommand::parse().run() {
         Ok(result) => match writeln!(std::io::stdout(), "{}", result.summary()) {
-            // Whoever reads this may have gone away (`| head`).
+            // The reader of a pipe may have gone (`| head`).
             Err(error) if error.kind() != ErrorKind::BrokenPipe => {
                 say(format_args!("error: standard output: {error}"));
                 ExitCode::from(5)

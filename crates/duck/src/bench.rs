@@ -1,4 +1,4 @@
-//! `duck bench`: how fast a model is on this machine.
+//! `duck bench`: speed of a model on this machine.
 
 use crate::{
     Error,
@@ -15,7 +15,7 @@ Examples:
   duck bench model.gguf
   duck bench model.gguf --threads 2 --prompt 512 --generate 128 --batch 8 --json";
 
-/// Measure tokens a second: reading a prompt, generating, generating several texts side by side.
+/// Measure tokens per second: prefill of a prompt, decoding of one sequence, decoding of a batch.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
@@ -27,10 +27,10 @@ pub struct Command {
     /// Tokens to generate [default: 128, or half of the context]
     #[arg(long, value_name = "N")]
     generate: Option<usize>,
-    /// Texts side by side
+    /// Number of sequences in the batch
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
     batch: usize,
-    /// The median of so many measurements counts, after one that does not
+    /// Number of measurements after a warm-up; the median is reported
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
     repetitions: usize,
     #[command(flatten)]
@@ -55,16 +55,16 @@ struct Report {
     batch: usize,
     repetitions: usize,
     load_s: f64,
-    /// All in tokens a second.
+    /// Tokens per second, like the two below.
     prompt_speed: Speed,
     generate_speed: Speed,
-    /// Of all texts together.
+    /// Of all sequences of the batch together.
     batch_speed: Speed,
-    /// Keys and values of one sequence.
+    /// KV cache of one sequence.
     cache_bytes: usize,
 }
 
-/// Of repeated measurements, in tokens a second.
+/// Repeated measurements, in tokens per second.
 #[derive(Serialize)]
 struct Speed {
     median: f64,
@@ -190,11 +190,11 @@ impl Report {
         };
         [
             format!("{}, {} threads, loaded in {:.2} s", self.model, self.threads, self.load_s),
-            format!("{:<26}{:>10}{:>10}{:>10}", "tokens a second", "median", "least", "most"),
-            row(format!("prompt of {}", self.prompt), &self.prompt_speed),
-            row(format!("generation of {}", self.generate), &self.generate_speed),
-            row(format!("{} texts side by side", self.batch), &self.batch_speed),
-            format!("keys and values of a text: {:.1} MiB", self.cache_bytes as f64 / f64::from(1 << 20)),
+            format!("{:<26}{:>10}{:>10}{:>10}", "tokens per second", "median", "least", "most"),
+            row(format!("prefill of {}", self.prompt), &self.prompt_speed),
+            row(format!("decode of {}", self.generate), &self.generate_speed),
+            row(format!("decode, batch of {}", self.batch), &self.batch_speed),
+            format!("KV cache per sequence: {:.1} MiB", self.cache_bytes as f64 / f64::from(1 << 20)),
         ]
         .join("\n")
     }

@@ -29,41 +29,42 @@ Examples:
   duck chat runs/mine-1 --temperature 0.5
   printf 'Hello\\nWho are you?\\n' | duck chat model.gguf --seed 1 --json
 
-Lines of a pipe are questions, answered line by line. A model that was trained on plain text goes on with each line.
-/help lists the commands, Ctrl-C ends an answer, Ctrl-D the dialogue. Questions are kept for the next session in
-~/.local/state/duck/history, or in the file that DUCK_HISTORY names; an empty DUCK_HISTORY keeps none.";
+From a pipe, each line is one question. A model that was trained on plain text continues each line.
+In a terminal, /help lists the commands, Ctrl-C stops an answer, and Ctrl-D ends the dialogue. The history of questions is
+saved in ~/.local/state/duck/history, or in the file named by DUCK_HISTORY; an empty DUCK_HISTORY disables it.";
 
-/// What a model without a chat template does.
-const CONTINUES: &str = "This model was trained on plain text: it goes on with what you write.";
+/// Shown for a model without a chat template.
+const CONTINUES: &str = "This model was trained on plain text: it continues what you write.";
 
 const HELP: &str = "\
 /help            this list
-/reset           begin a new dialogue
-/system TEXT     begin a new dialogue with a system message
-/regenerate      another answer to the last question
+/reset           start a new dialogue
+/system TEXT     start a new dialogue with a system message
+/regenerate      generate another answer to the last question
 /set             show temperature, top_k, top_p, min_p, repetition_penalty, seed and max_tokens
 /set KEY=VALUE   change one of them
-/stats           tokens and speed
-/save FILE       write the dialogue as JSON; /save --overwrite FILE replaces a file
-/quit            leave
+/stats           show tokens and speed
+/save FILE       save the dialogue as JSON; /save --overwrite FILE replaces a file
+/quit            exit
 
-A question of several lines begins and ends with \"\"\". Ctrl-C ends an answer, Ctrl-D leaves.";
+A question of several lines starts and ends with \"\"\"; in it, a / is text. Ctrl-C stops an answer, Ctrl-D exits.";
 
-/// The most that temperature may be: as in the server's API.
-const HOTTEST: f32 = 2.0;
-/// Begins and ends a question of several lines.
-const LINES: &str = "\"\"\"";
-/// Where questions are kept; an empty value: nowhere.
+/// Maximum temperature, as in the server's API.
+const MAX_TEMPERATURE: f32 = 2.0;
+/// Starts and ends a question of several lines.
+const QUOTES: &str = "\"\"\"";
+/// Environment variable with the path of the history; empty: no history.
 const HISTORY: &str = "DUCK_HISTORY";
-const KEPT: usize = 1000;
+/// Maximum number of questions in the history.
+const HISTORY_SIZE: usize = 1000;
 
-/// Talk to a model.
+/// Chat with a model in the terminal or over a pipe.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
     #[command(flatten)]
     model: ModelArgument,
-    /// System message, for models that have seen one
+    /// System message, for models trained with one
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     #[command(flatten)]
@@ -81,7 +82,8 @@ impl Command {
         let engine = self.engine.load(self.model.path())?;
         let dialogue = DuckChatQuantized::new(Arc::new(engine), self.sampling.options(Vec::new()));
         let dialogue = dialogue.map_err(Error::engine(&name))?;
-        let mut chat = Chat { name, dialogue, json: self.json, last: Took::default(), total: 0, again: 0 };
+        let mut chat =
+            Chat { name, dialogue, json: self.json, last: Stats::default(), total: 0, regenerations: 0 };
         if let Some(text) = self.system {
             chat.restart(Some(&text))?;
         }
@@ -99,72 +101,77 @@ struct Chat {
     name: String,
     dialogue: DuckChatQuantized,
     json: bool,
-    last: Took,
+    last: Stats,
     /// Tokens of all answers.
     total: usize,
-    /// How often the last question was answered again.
-    again: u64,
+    /// How often the last answer was regenerated.
+    regenerations: u64,
 }
 
-/// What `--json` prints of a turn.
+/// The output of `--json` for a turn.
 #[derive(Serialize)]
 struct Turn<'a> {
     question: &'a str,
     answer: &'a str,
     finish: &'static str,
     #[serde(flatten)]
-    took: Took,
+    stats: Stats,
 }
 
-/// What `--json` prints of a question that was too long.
+/// The output of `--json` for a question that is too long.
 #[derive(Serialize)]
 struct Unanswered<'a> {
     question: &'a str,
     error: &'a str,
 }
 
-/// What an answer took; of the prompt only what was not known from earlier turns.
+/// Tokens and seconds of an answer. Of the prompt, only the tokens that earlier turns had not computed.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
-struct Took {
+struct Stats {
     prompt_tokens: usize,
     tokens: usize,
     prompt_s: f64,
     generate_s: f64,
 }
 
-/// Set by Ctrl-C, which ends an answer.
+/// Set by Ctrl-C, which stops an answer.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 impl Chat {
-    /// With a line editor; what goes wrong in a turn is said, and the dialogue goes on.
+    /// A dialogue with a line editor. Errors of a turn are printed, and the dialogue continues.
     fn talk(&mut self) -> Result<(), Error> {
         let failed = |error: ReadlineError| Error::Input(io::Error::other(error));
-        let config = Config::builder().max_history_size(KEPT).map_err(failed)?.auto_add_history(true).build();
+        let config =
+            Config::builder().max_history_size(HISTORY_SIZE).map_err(failed)?.auto_add_history(true).build();
         let mut editor: Editor<Dimmed, FileHistory> = Editor::with_config(config).map_err(failed)?;
         editor.set_helper(Some(Dimmed));
         let history = history();
         if let Some(path) = &history {
-            // There is none before the first session.
+            // The file is missing before the first session.
             let _ = editor.load_history(path);
         }
         watch_interrupts();
         terminal::say(self.greeting());
         loop {
-            let question = match question(&mut editor) {
-                Ok(question) => question,
+            let entry = match read_entry(&mut editor) {
+                Ok(entry) => entry,
                 Err(ReadlineError::Interrupted) => {
-                    terminal::say("Ctrl-D leaves");
+                    terminal::say("Ctrl-D exits");
                     continue;
                 }
                 Err(ReadlineError::Eof) => return Ok(()),
                 Err(error) => return Err(failed(error)),
             };
             if let Some(path) = &history {
-                // What cannot be kept is known until the end of the session.
+                // A history that cannot be saved lasts for this session.
                 let _ = path.parent().map(std::fs::create_dir_all);
                 let _ = editor.append_history(path);
             }
-            match self.take(&question) {
+            let taken = match entry {
+                Entry::Line(line) => self.take_line(&line),
+                Entry::Block(text) => self.ask(&text).map(|()| true),
+            };
+            match taken {
                 Ok(true) => (),
                 Ok(false) => return Ok(()),
                 Err(error @ (Error::Output(_) | Error::Input(_))) => return Err(error),
@@ -180,21 +187,21 @@ impl Chat {
         let (name, context) = (&self.name, spec.context);
         let invitation = match self.dialogue.continues_text() {
             true => CONTINUES,
-            false => "Ask it something, such as: Who are you?",
+            false => "Ask a question, such as: Who are you?",
         };
         format!(
-            "{name}: {millions:.1} M weights, a context of {context} tokens. {invitation}\n\
-             /help lists the commands, {LINES} begins and ends several lines, Ctrl-C ends an answer, Ctrl-D leaves."
+            "{name}: {millions:.1} M weights, context of {context} tokens. {invitation}\n\
+             /help lists the commands, {QUOTES} starts and ends a block of lines, Ctrl-C stops an answer, Ctrl-D exits."
         )
     }
 
-    /// Without one; what goes wrong ends it, but for a question that is too long.
+    /// A dialogue over a pipe. Errors end it, except for questions that are too long.
     fn answer_lines(&mut self, lines: impl BufRead) -> Result<(), Error> {
         let (mut questions, mut unanswered) = (0, 0);
         for line in lines.lines() {
             let question = line.map_err(Error::Input)?;
             questions += usize::from(!question.trim().is_empty() && !question.starts_with('/'));
-            match self.take(&question) {
+            match self.take_line(&question) {
                 Ok(true) => (),
                 Ok(false) => break,
                 Err(
@@ -216,14 +223,11 @@ impl Chat {
         if unanswered > 0 { Err(Error::Unanswered { unanswered, questions }) } else { Ok(()) }
     }
 
-    /// Answers a line, or does what it commands; whether to go on.
-    fn take(&mut self, line: &str) -> Result<bool, Error> {
+    /// Answers a line, or executes its command. Returns whether the dialogue continues.
+    fn take_line(&mut self, line: &str) -> Result<bool, Error> {
         let line = line.trim();
         let Some(command) = line.strip_prefix('/') else {
-            if !line.is_empty() {
-                self.again = 0;
-                self.answer(line)?;
-            }
+            self.ask(line)?;
             return Ok(true);
         };
         let (word, rest) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
@@ -238,9 +242,19 @@ impl Chat {
             ("stats", "") => terminal::say(self.stats()),
             ("save", file) if !file.is_empty() => self.save(file)?,
             ("quit" | "exit", "") => return Ok(false),
-            _ => return Err(Error::Usage(format!("`{line}` is no command; /help lists them"))),
+            _ => return Err(Error::Usage(format!("`{line}` is not a command; /help lists them"))),
         }
         Ok(true)
+    }
+
+    /// Answers a question, unless it is blank.
+    fn ask(&mut self, question: &str) -> Result<(), Error> {
+        let question = question.trim();
+        if question.is_empty() {
+            return Ok(());
+        }
+        self.regenerations = 0;
+        self.answer(question)
     }
 
     fn answer(&mut self, question: &str) -> Result<(), Error> {
@@ -255,7 +269,7 @@ impl Chat {
                 terminal::stream(&piece)?;
             }
         }
-        self.last = Took {
+        self.last = Stats {
             prompt_tokens: answer.prompt_tokens(),
             tokens: answer.tokens(),
             prompt_s,
@@ -270,19 +284,19 @@ impl Chat {
                 question,
                 answer: answer.text(),
                 finish: finish_name(finish),
-                took: self.last,
+                stats: self.last,
             }),
         }
     }
 
-    /// Draws differently each time, and the same way in each session with the same seed.
+    /// Each time with another seed, which is the same in every session with the same `seed`.
     fn regenerate(&mut self) -> Result<(), Error> {
         let question = self.dialogue.take_back();
-        let question = question.ok_or_else(|| Error::Usage("there is no question to answer again".into()))?;
-        self.again += 1;
+        let question = question.ok_or_else(|| Error::Usage("there is no answer to regenerate".into()))?;
+        self.regenerations += 1;
         let options = self.dialogue.options().clone();
         let mut other = options.clone();
-        other.sampling.seed = options.sampling.seed.wrapping_add(self.again << 32);
+        other.sampling.seed = options.sampling.seed.wrapping_add(self.regenerations << 32);
         let set = |dialogue: &mut DuckChatQuantized, options| {
             dialogue.set_options(options).map_err(|error| Error::Usage(error.to_string()))
         };
@@ -302,13 +316,13 @@ impl Chat {
     }
 
     fn restart(&mut self, system: Option<&str>) -> Result<(), Error> {
-        let told = self.dialogue.restart(system).map_err(Error::engine(&self.name))?;
-        if system.is_some() && !told {
+        let accepted = self.dialogue.restart(system).map_err(Error::engine(&self.name))?;
+        if system.is_some() && !accepted {
             let why = match self.dialogue.continues_text() {
                 true => CONTINUES,
-                false => "Its chat template leaves them out.",
+                false => "Its chat template omits them.",
             };
-            terminal::say(format_args!("{} takes no system messages. {why}", self.name));
+            terminal::say(format_args!("{} has no system messages. {why}", self.name));
         }
         Ok(())
     }
@@ -326,10 +340,10 @@ impl Chat {
             "repetition_penalty" => value.parse().map(|number| sampling.repetition_penalty = number).is_ok(),
             "seed" => value.parse().map(|number| sampling.seed = number).is_ok(),
             "max_tokens" => value.parse().map(|number| options.max_tokens = number).is_ok(),
-            _ => return Err(Error::Usage(format!("`{key}` cannot be set; /help lists what can"))),
+            _ => return Err(Error::Usage(format!("`{key}` cannot be set; /help lists the settings"))),
         };
-        if key == "temperature" && sampling.temperature > HOTTEST {
-            return Err(Error::Usage(format!("`temperature` is {value}, expected 0 to {HOTTEST}")));
+        if key == "temperature" && sampling.temperature > MAX_TEMPERATURE {
+            return Err(Error::Usage(format!("`temperature` is {value}, expected 0 to {MAX_TEMPERATURE}")));
         }
         if !taken {
             return Err(Error::Usage(format!("`{key}` is `{value}`, expected a number")));
@@ -339,11 +353,11 @@ impl Chat {
     }
 
     fn stats(&self) -> String {
-        let Took { prompt_tokens, tokens, prompt_s, generate_s } = self.last;
+        let Stats { prompt_tokens, tokens, prompt_s, generate_s } = self.last;
         let speed = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
         format!(
-            "last answer: {prompt_tokens} tokens read at {:.0} a second, {tokens} written at {:.0} a second\n\
-             dialogue: {} messages, {} of {} tokens of the context, {} tokens written",
+            "last answer: prompt of {prompt_tokens} tokens at {:.0} tokens/s, {tokens} tokens generated at {:.0} tokens/s\n\
+             dialogue: {} messages, {} of {} tokens of the context, {} tokens generated",
             speed(prompt_tokens, prompt_s),
             speed(tokens, generate_s),
             self.dialogue.messages().len(),
@@ -361,7 +375,7 @@ impl Chat {
     }
 }
 
-/// The prompt is dimmed, so that what people write stands out.
+/// Dims the prompt, so that the user's text stands out.
 struct Dimmed;
 
 impl Helper for Dimmed {}
@@ -378,21 +392,28 @@ impl Highlighter for Dimmed {
     }
 }
 
-/// A question: a line, or several between triple quotes.
-fn question(editor: &mut Editor<Dimmed, FileHistory>) -> Result<String, ReadlineError> {
+/// What the user entered.
+enum Entry {
+    /// One line: a question or a command.
+    Line(String),
+    /// The lines between triple quotes: a question, whatever it starts with.
+    Block(String),
+}
+
+fn read_entry(editor: &mut Editor<Dimmed, FileHistory>) -> Result<Entry, ReadlineError> {
     let line = editor.readline("> ")?;
-    let Some(first) = line.trim_start().strip_prefix(LINES) else { return Ok(line) };
+    let Some(first) = line.trim_start().strip_prefix(QUOTES) else { return Ok(Entry::Line(line)) };
     let mut text = String::from(first);
-    while !text.trim_end().ends_with(LINES) {
+    while !text.trim_end().ends_with(QUOTES) {
         text.push('\n');
         text += &editor.readline(". ")?;
     }
-    let end = text.trim_end().len() - LINES.len();
+    let end = text.trim_end().len() - QUOTES.len();
     text.truncate(end);
-    Ok(text)
+    Ok(Entry::Block(text))
 }
 
-/// The file of earlier questions; none where the system has no place for it, or nothing is to be kept.
+/// The path of the history. `None`: the system has no place for it, or the user disabled it.
 fn history() -> Option<PathBuf> {
     let named = |name: &str| std::env::var_os(name).map(PathBuf::from);
     if let Some(file) = named(HISTORY) {
@@ -402,7 +423,7 @@ fn history() -> Option<PathBuf> {
     Some(state.join("duck/history"))
 }
 
-/// Lets Ctrl-C end answers from now on, not the program.
+/// From now on, Ctrl-C stops answers instead of the program.
 fn watch_interrupts() {
     let watch = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -413,6 +434,6 @@ fn watch_interrupts() {
             }
         })
     };
-    // Where signals cannot be watched, Ctrl-C ends the program, as everywhere.
+    // If signals cannot be watched, Ctrl-C ends the program, as usual.
     std::thread::spawn(move || -> io::Result<()> { watch() });
 }

@@ -1,4 +1,4 @@
-//! `duck convert`: a pretrained float model becomes a ternary one, by training on with itself as the teacher.
+//! `duck convert`: makes a pretrained float model ternary, by quantization-aware training with itself as the teacher.
 
 use crate::{Error, train};
 use burn_ternary::{
@@ -11,35 +11,35 @@ use toml::Value;
 const EXAMPLES: &str = "\
 Examples:
   duck convert --from SmolLM2-135M --data my_texts/ --steps 2000
-  duck convert --from llama.gguf --data my_texts/ --set model.family=bitnet     with norms before two of the products
+  duck convert --from llama.gguf --data my_texts/ --set model.family=bitnet     adds norms before two of the matrix products
   duck convert --from SmolLM2-135M --experiment mine.toml
   duck export runs/converted-1 converted.gguf
 
-The texts should be like those that the model was trained on. The summary tells the validation loss of the model in float,
-after rounding alone, and at the end.";
+The texts should resemble those that the model was trained on. The summary reports the validation loss of the float model,
+of the rounded model before training, and of the trained model.";
 
-/// Make a pretrained float model ternary: round it, and train it on with itself as the teacher.
+/// Make a pretrained float model ternary, by quantization-aware training with itself as the teacher.
 ///
-/// The shape, the tokenizer, the first weights and the teacher are those of the model; all else is as in `duck train`.
+/// Shape, tokenizer, initial weights and teacher are those of the model. Everything else works as in `duck train`.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES, mut_arg("experiment", |experiment| {
-    experiment.long("experiment").value_name("FILE").help("Experiment file; keys that it leaves out have the values of the recipe of this command")
+    experiment.long("experiment").value_name("FILE").help("Experiment file; keys that it omits have the values of this command's recipe")
 }))]
 pub struct Command {
-    /// Model to convert: a folder of Hugging Face's, a GGUF file, or the folder of a float run
+    /// Model to convert: a Hugging Face folder, a GGUF file, or the run folder of a float model
     #[arg(long, value_name = "MODEL")]
     from: PathBuf,
     #[command(flatten)]
     train: TrainCommand,
 }
 
-/// The recipe: settings besides the shape of the model, for keys that no experiment file sets.
+/// The recipe: settings for keys that the experiment file does not set, besides the shape of the model.
 const RECIPE: [&str; 15] = [
     "run.name=converted",
     "run.sample_prompts=[]",
     "distill.weight=0.9",
     "distill.temperature=1.0",
-    // Weights that are nearly right already move little: lower rates than from nothing, and down to zero.
+    // Pretrained weights change little: lower learning rates than from scratch, which decay to zero.
     "optim.lr=0.001",
     "optim.muon_lr=0.005",
     "optim.weight_decay=0.0",
@@ -62,19 +62,19 @@ impl Command {
         }
         let spec = match packed_model(&self.from) {
             Ok(model) => model.spec,
-            // As every other command says it.
+            // Reported as by other commands.
             Err(TrainError::Import(ImportError::Format(error))) => return Err(Error::Model(error)),
             Err(error) => return Err(error.into()),
         };
         let path = |path: &Path| Value::from(path.display().to_string());
         let from = path(&self.from);
-        // The bare name of a folder would be taken for a kind of tokenizer.
+        // The bare name of a folder could also be a kind of tokenizer.
         let tokenizer = if self.from.is_dir() { self.from.join("tokenizer.json") } else { self.from.clone() };
         let value = |value: Result<Value, _>| {
             value.unwrap_or_else(|_: toml::ser::Error| unreachable!("names and numbers"))
         };
         let file = self.file();
-        // The recipe takes the place of the defaults: a key of the file stays.
+        // The recipe replaces defaults, not keys of the file.
         let left_out = |setting: &str| {
             let key = setting.split_once('=').map_or(setting, |(key, _)| key);
             let (section, key) = key.split_once('.').expect("a key has a section");
@@ -99,14 +99,14 @@ impl Command {
             format!("model.rope_theta={:?}", spec.rope_theta),
         ]);
         if left_out("model.context") {
-            // Longer windows than these cost more than they teach; `--set model.context=` says otherwise.
+            // Longer windows cost more than they gain; `--set model.context=` overrides this.
             first.push(format!("model.context={}", spec.context.min(256)));
         }
         self.train.args.first = first;
         train::run(&self.train)
     }
 
-    /// The keys of the experiment file; none without one, and of one that cannot be read, which `train` reports.
+    /// The keys of the experiment file. Empty without a file, or if it cannot be read, which `train` reports.
     fn file(&self) -> toml::Table {
         let text = self.train.args.experiment.as_deref().map(ternary_format::disk::read_to_string);
         text.and_then(|text| text.ok()?.parse().ok()).unwrap_or_default()

@@ -1,4 +1,4 @@
-//! `duck distill-logits`: what a teacher thinks of a training text, written down once for many runs.
+//! `duck distill-logits`: caches the top-k logits of a teacher on a training text, for many runs.
 
 use crate::{Error, terminal};
 use burn_ternary::run::{ExperimentArgs, TEACHER_LOGITS, cache_teacher_logits};
@@ -11,25 +11,25 @@ Examples:
   duck train mine.toml --set distill.teacher=runs/mine-1/teacher.logits
   duck distill-logits mine.toml --teacher SmolLM2-135M --top 64 --to smol.logits
 
-The texts and the tokenizer must be those of the run that reads the file. It takes 6 bytes for each of TOP tokens at every
+A run that reads the file must have the same texts and tokenizer. The file takes 6 bytes for each of TOP tokens at each
 position of the training text.";
 
-/// Write down what a teacher thinks of the training text of an experiment: the likeliest next tokens at every position
+/// Cache a teacher's logits of the most likely next tokens, at each position of an experiment's training text.
 ///
-/// A run whose distill.teacher is that file learns from the teacher without computing it at every step.
+/// A run whose distill.teacher is that file learns from the teacher without computing it in each step.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
-    /// Teacher: a run folder or a model file; without it, distill.teacher of the experiment
+    /// Teacher: a run folder or a model file [default: distill.teacher of the experiment]
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
-    /// Tokens that are kept at a position; all others are one
+    /// Number of most likely tokens that are stored per position; the others share one probability
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     top: u32,
-    /// File to write; without it, teacher.logits in the run folder
+    /// File to write [default: teacher.logits in the run folder]
     #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
-    /// Replace the file if it is there and a plain file
+    /// Replace the file if it exists
     #[arg(long)]
     overwrite: bool,
     #[command(flatten)]

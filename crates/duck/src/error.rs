@@ -1,4 +1,4 @@
-//! [`Error`]: what went wrong, and the exit code that tells scripts.
+//! [`Error`]: the errors of all commands, and their exit codes.
 
 use std::{io, path::PathBuf};
 use ternary_eval::ExampleError;
@@ -7,16 +7,16 @@ use ternary_infer::EngineError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// An argument that cannot be.
+    /// An invalid argument.
     #[error("{0}")]
     Usage(String),
     /// A model file that cannot be read.
     #[error(transparent)]
     Model(FormatError),
-    /// A model that cannot do what is asked, or a prompt that does not fit.
+    /// A model that the command cannot use, or a prompt that does not fit.
     #[error("{model}: {source}")]
     Engine { model: String, source: EngineError },
-    /// A model that does not fit the kind of file, or a file that cannot be written.
+    /// A model that the format cannot store, or a file that cannot be written.
     #[error(transparent)]
     Export(FormatError),
     /// An evaluation file that cannot be read.
@@ -24,16 +24,16 @@ pub enum Error {
     Examples(#[from] ExampleError),
     #[error("{}: cannot write: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
-    /// A file that is not what it has to be.
+    /// A file with other content than expected.
     #[error("{origin}: expected {expected}, found {found}")]
     Data { origin: String, expected: String, found: String },
     /// A run folder that another process writes.
     #[error(transparent)]
     Lock(#[from] LockError),
-    /// Lines of a pipe that a chat could not answer; the errors were said.
+    /// Questions of a pipe that a chat could not answer; their errors have been printed.
     #[error("{unanswered} of {questions} questions were not answered")]
     Unanswered { unanswered: usize, questions: usize },
-    /// What the program writes has nowhere to go.
+    /// Standard output cannot be written.
     #[error("standard output: {0}")]
     Output(io::Error),
     #[error("standard input: {0}")]
@@ -51,7 +51,7 @@ impl Error {
     /// An error of the engine that runs `model`.
     pub fn engine(model: &str) -> impl FnOnce(EngineError) -> Self {
         move |source| match source {
-            // These have their path.
+            // These messages have the path.
             EngineError::Format(source @ (FormatError::Io { .. } | FormatError::InFile { .. })) => {
                 Self::Model(source)
             }
@@ -59,17 +59,17 @@ impl Error {
         }
     }
 
-    /// Whether a reader of the output went away, as `head` does: no error of ours.
+    /// Whether the reader of standard output has gone, as `head` does. That is not an error.
     pub fn is_closed_pipe(&self) -> bool {
         matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
     }
 
-    /// 2 usage, 3 data or model file, 4 device or memory, 5 disk, 1 anything else; 0 where a reader went away.
+    /// 2 usage, 3 data or model file, 4 device or memory, 5 disk, 1 other errors; 0 if the reader of the output has gone.
     pub fn exit_code(&self) -> u8 {
         use EngineError::{ContextFull, EmptyPrompt, MessageTooLong, Option as OutOfRange};
         match self {
             _ if self.is_closed_pipe() => 0,
-            // Wherever it was refused.
+            // In any of the errors below.
             _ if memory::is_cause_of(self) => 4,
             Self::Threads(ThreadError::TooMany { .. }) => 2,
             Self::Threads(_) => 4,

@@ -1,4 +1,4 @@
-//! `duck export`: writes a model as another kind of file.
+//! `duck export`: writes a model in another format.
 
 use crate::{
     Error,
@@ -12,31 +12,31 @@ const EXAMPLES: &str = "\
 Examples:
   duck export runs/mine-1 mine.gguf --type Q2_0
   duck export runs/mine-1 mine.onnx
-  duck export mine.gguf folder/ --type F32     a folder of Hugging Face's
+  duck export mine.gguf folder/ --type F32     a Hugging Face folder
   duck export float.gguf merged.gguf --adapter runs/lora-1/adapter
 
-The ending of OUT decides: .gguf, .onnx, .ternary (the smallest, for shipping); a name without an ending, or one that ends
-in /, is a folder. Codes and scales are those of the model; nothing is rounded a second time, and a model that the kind of
-file cannot hold is an error. An adapter becomes part of float weights; with ternary ones its sum is not ternary, and it
-stays beside them.";
+The extension of OUT decides the format: .gguf, .onnx or .ternary (the smallest, for distribution). A name without an
+extension, or one that ends in /, is a Hugging Face folder. Codes and scales are those of the model, without a second
+rounding; a model that the format cannot store is an error. An adapter is merged into float weights. It cannot be merged
+into ternary weights, and is stored next to them.";
 
 /// Write a model as GGUF, ONNX or a Hugging Face folder.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
-    /// Run folder, model file or folder of Hugging Face's
+    /// Run folder, model file or Hugging Face folder
     model: PathBuf,
-    /// What to write: NAME.gguf, NAME.onnx, NAME.ternary or a folder
+    /// Output: NAME.gguf, NAME.onnx, NAME.ternary or a folder
     out: PathBuf,
-    /// Weights of the blocks: TQ2_0, TQ1_0, Q2_0, F16, BITNET, INT2, MATMULNBITS4 and so on
+    /// Type of the weights of the blocks: TQ2_0, TQ1_0, Q2_0, F16, BITNET, INT2, MATMULNBITS4 and others
     #[arg(long = "type", value_name = "TYPE")]
     weights: Option<WeightType>,
-    /// Token embedding and untied head: F32, F16, Q8_0 and so on; without it, as they were trained
+    /// Type of the token embedding and the untied head: F32, F16, Q8_0 and others [default: as trained]
     #[arg(long, value_name = "TYPE")]
     embedding: Option<Encoding>,
     #[command(flatten)]
     adapter: AdapterFlag,
-    /// Replace OUT if it is there and a plain file; a folder is never replaced
+    /// Replace OUT if it is an existing file; folders are never replaced
     #[arg(long)]
     overwrite: bool,
     /// Print the sizes as JSON
@@ -60,7 +60,7 @@ impl Command {
     }
 }
 
-/// Refuses a name with an ending of no kind of model file: a folder of that name is rarely meant.
+/// Refuses a name with an unknown extension, since a folder of that name is rarely intended.
 fn expect_kind(out: &Path) -> Result<(), Error> {
     let Some(ending) = out.extension() else { return Ok(()) };
     let is_folder = out.to_string_lossy().ends_with(is_separator);

@@ -1,4 +1,4 @@
-//! `duck generate`: goes on with a text.
+//! `duck generate`: continues a text.
 
 use crate::{
     Error,
@@ -20,13 +20,13 @@ Examples:
   duck generate base.gguf --adapter runs/lora-1/adapter --prompt 'One day'
   echo 'The little duck' | duck generate model.gguf --seed 1 --json";
 
-/// Go on with a text: writes what follows it.
+/// Continue a text.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
     #[command(flatten)]
     model: ModelArgument,
-    /// Text to go on with, or `<|user|>question`; without it, standard input
+    /// Text to continue, or `<|user|>question`; without it, standard input
     #[arg(long, short, value_name = "TEXT")]
     prompt: Option<String>,
     #[command(flatten)]
@@ -38,13 +38,13 @@ pub struct Command {
     json: bool,
 }
 
-/// What `--json` prints.
+/// The output of `--json`.
 #[derive(Serialize)]
 struct Report<'a> {
     model: &'a str,
     prompt: &'a str,
     text: &'a str,
-    /// `stop`: the model ended the text; `max_tokens`; `context`: it is full.
+    /// `stop`: the model ended the text; `max_tokens`: the limit is reached; `context`: the context is full.
     finish: &'static str,
     seed: u64,
     prompt_tokens: usize,
@@ -71,7 +71,7 @@ impl Command {
         let prompt_s = start.elapsed().as_secs_f64();
         let mut decoder = tokenizer.decoder();
         let (mut text, mut tokens) = (String::new(), 0);
-        // What is streamed shows by itself how far it is.
+        // Streamed text shows the progress itself.
         let progress = self.json.then(|| Progress::new("tokens", self.sampling.max_tokens as u64));
         let write = |piece: &str| match &progress {
             Some(progress) => {
@@ -110,7 +110,7 @@ impl Command {
     }
 }
 
-/// What came to an end, in a word for scripts.
+/// The reason of the end, for scripts.
 pub fn finish_name(finish: Option<FinishReason>) -> &'static str {
     match finish {
         Some(FinishReason::Stop(_)) => "stop",
@@ -120,7 +120,7 @@ pub fn finish_name(finish: Option<FinishReason>) -> &'static str {
     }
 }
 
-/// Standard input without its last line end; nothing from a terminal.
+/// Standard input without its last line end; empty if that is a terminal.
 fn read_prompt() -> Result<String, Error> {
     let mut text = String::new();
     if io::stdin().is_terminal() {

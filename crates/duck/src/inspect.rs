@@ -1,4 +1,4 @@
-//! `duck inspect`: what a model file holds.
+//! `duck inspect`: shape, tensors and sizes of a model.
 
 use crate::{
     Error,
@@ -14,7 +14,7 @@ Examples:
   duck inspect model.gguf
   duck inspect runs/mine-1 --json | jq .sizes.blocks.bits_per_weight";
 
-/// Show what a model file holds: shape, tensors, encodings, bytes, bits a weight, zero fractions.
+/// Show a model's shape, tensors, encodings, sizes, bits per weight and zero fractions.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
@@ -30,13 +30,13 @@ struct Report<'a> {
     model: String,
     name: &'a str,
     spec: &'a ModelSpec,
-    /// Tokens of the tokenizer; `None`: the model knows ids only.
+    /// Vocabulary size of the tokenizer; `None`: there is no tokenizer.
     tokens: Option<usize>,
     chat_template: bool,
     sizes: SizeReport,
-    /// Of the ternary matrices.
+    /// Share of zeros in the ternary matrices.
     zero_fraction: Option<f64>,
-    /// The first weight that is NaN or infinite: no other command takes such a model.
+    /// The first tensor with NaN or infinite values. Other commands refuse such a model.
     not_finite: Option<String>,
     tensors: Vec<TensorReport<'a>>,
 }
@@ -48,7 +48,7 @@ struct TensorReport<'a> {
     encoding: String,
     bytes: usize,
     bits_per_weight: f64,
-    /// Weights that are 0, over all.
+    /// Share of zeros.
     zero_fraction: f64,
 }
 
@@ -101,7 +101,7 @@ impl<'a> Report<'a> {
         let ModelSpec { family, vocab_size, context, d_model, n_layers, .. } = self.spec;
         let ModelSpec { n_heads, n_kv_heads, d_ff, activation, tied, norm_eps, rope_theta, .. } = self.spec;
         let lower = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
-        let tokens = self.tokens.map_or("none: the model knows ids only".into(), |n| format!("{n} tokens"));
+        let tokens = self.tokens.map_or("none".into(), |n| format!("{n} tokens"));
         let zeros = self.zero_fraction.map_or("no ternary matrices".into(), |share| format!("{share:.4}"));
         let rows = [
             ("model", self.model.clone()),

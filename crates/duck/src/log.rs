@@ -1,7 +1,7 @@
-//! [`Log`]: the log of a server on standard error, which never blocks the server.
+//! [`Log`]: the log of a server on standard error. It never blocks the server.
 //!
-//! A thread writes the lines. While it is blocked, because nobody reads standard error, lines beyond a bounded queue are
-//! dropped and counted; lines that cannot be written, to a full disk or a closed pipe, are lost.
+//! A thread writes the lines. While standard error is not read, lines beyond a bounded queue are dropped and counted. Lines
+//! that cannot be written, to a full disk or a closed pipe, are lost.
 
 use std::{
     io::{self, IsTerminal, Write},
@@ -15,10 +15,10 @@ use std::{
 };
 use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
-/// Lines that wait to be written.
+/// Maximum number of queued lines.
 const QUEUE: usize = 1024;
-/// How long the end of the program waits for them.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// How long the program waits for queued lines at its end.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Writes lines in the background. Its clones share the queue.
 #[derive(Clone)]
@@ -29,12 +29,12 @@ pub struct Log {
 
 enum Message {
     Line(Vec<u8>),
-    /// Answered when all lines before it are written.
+    /// Confirmed when all lines before it have been written.
     Flush(SyncSender<()>),
 }
 
 impl Log {
-    /// Logs events of `tracing` and panics to standard error, as the environment variable `DUCK_LOG` says.
+    /// Logs events of `tracing` and panics to standard error, at the level in the environment variable `DUCK_LOG`.
     ///
     /// # Errors
     /// No thread can be started.
@@ -50,7 +50,7 @@ impl Log {
         Ok(log)
     }
 
-    /// A log that is written to `out`.
+    /// A log to `out`.
     fn to(out: impl Write + Send + 'static) -> io::Result<Self> {
         let (queue, messages) = mpsc::sync_channel(QUEUE);
         let dropped = Arc::new(AtomicU64::new(0));
@@ -59,11 +59,11 @@ impl Log {
         Ok(log)
     }
 
-    /// Waits until the lines so far are written, but not for long.
+    /// Waits until queued lines have been written, for at most [`DRAIN_TIMEOUT`].
     pub fn drain(&self) {
         let (written, done) = mpsc::sync_channel(1);
         if self.queue.try_send(Message::Flush(written)).is_ok() {
-            let _ = done.recv_timeout(PATIENCE);
+            let _ = done.recv_timeout(DRAIN_TIMEOUT);
         }
     }
 }
@@ -111,7 +111,7 @@ mod tests {
         time::Instant,
     };
 
-    /// Takes nothing until it is opened.
+    /// Blocks until it is opened.
     #[derive(Clone, Default)]
     struct Gate(Arc<Mutex<Vec<u8>>>);
 
@@ -162,6 +162,6 @@ mod tests {
         log.write_all(b"a line\n").unwrap();
         let begun = Instant::now();
         log.drain();
-        assert!(begun.elapsed() < PATIENCE, "the thread has ended");
+        assert!(begun.elapsed() < DRAIN_TIMEOUT, "the thread has ended");
     }
 }

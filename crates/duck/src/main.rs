@@ -1,4 +1,4 @@
-//! `duck` trains, converts, measures, serves and talks to language models with ternary weights.
+//! `duck`: trains, converts, evaluates, serves and chats with language models with ternary weights.
 
 mod bench;
 mod chat;
@@ -31,20 +31,20 @@ static ALLOCATOR: ternary_kernels::ExitAllocator = ternary_kernels::ExitAllocato
 
 const EXAMPLES: &str = "\
 Examples:
-  duck chat                               talk to the Duck that is part of this program
-  duck new poems.toml --data poems/       begin a model of your own text
-  duck train poems.toml                   train it; its run folder is a MODEL
+  duck chat                               chat with the built-in Duck
+  duck new poems.toml --data poems/       write an experiment for your own text
+  duck train poems.toml                   train it; the run folder is a MODEL
   duck generate runs/mine-1 --prompt 'One day'
   duck convert --from SmolLM2-135M --data my_texts/
   duck eval runs/mine-1 runs/float-1 --data valid.txt
   duck export runs/mine-1 mine.onnx
   duck serve mine.gguf --port 8080
 
-A MODEL is a file (.gguf, .ternary), a folder of Hugging Face's, or a run folder; without one, it is the Duck of this
-program. Exit codes: 0 done, 2 usage, 3 data or model file, 4 device or memory, 5 disk, 6 a training that diverged, 7 one
-that was interrupted, 1 anything else.";
+A MODEL is a file (.gguf, .ternary), a Hugging Face folder, or a run folder. Without one, most commands use the built-in
+Duck. Exit codes: 0 success, 2 usage, 3 data or model file, 4 device or memory, 5 disk, 6 training diverged, 7 training
+interrupted, 1 other errors.";
 
-/// Train, convert, measure, serve and talk to language models with ternary weights.
+/// Train, convert, evaluate, serve and chat with language models with ternary weights.
 #[derive(Parser)]
 #[command(name = "duck", version, propagate_version = true, after_help = EXAMPLES)]
 struct Duck {

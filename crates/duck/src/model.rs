@@ -1,4 +1,4 @@
-//! The model that a command works with, and the flags of the engine and the sampler.
+//! The model of a command, and the flags of the engine and the sampler.
 
 use crate::{Error, terminal};
 use clap::{Args, ValueEnum};
@@ -10,22 +10,22 @@ use std::{
 use ternary_format::{PackedModel, Tokenizer, gguf, huggingface, read_model};
 use ternary_infer::{ActivationMode, CacheType, Engine, EngineOptions, GenerateOptions, Sampling};
 
-/// The Duck of this program.
+/// The built-in Duck.
 const DUCK: &[u8] = include_bytes!("../duck.gguf");
 
-/// What the Duck of this program is called where others have their path.
+/// Name of the built-in Duck, where other models have a path.
 const NAME: &str = "duck";
 
-/// What a run folder holds, among others.
+/// Files of a run folder.
 const RUN_MODEL: &str = "model.gguf";
 const RUN_EXPERIMENT: &str = "experiment.toml";
 
-/// How a model is called: by its path.
+/// The name of a model: its path.
 pub fn name(path: Option<&Path>) -> String {
     path.map_or(NAME.into(), |path| path.display().to_string())
 }
 
-/// Reads a model file of any kind or a run folder; `None`: the Duck of this program.
+/// Reads a model file of any format or a run folder; `None`: the built-in Duck.
 pub fn read(path: Option<&Path>) -> Result<PackedModel, Error> {
     let Some(path) = path else {
         return gguf::parse(DUCK.to_vec().into()).map_err(Error::Model);
@@ -44,7 +44,7 @@ pub fn read(path: Option<&Path>) -> Result<PackedModel, Error> {
     Ok(model)
 }
 
-/// Says what the reader of a file did not understand.
+/// Prints what the reader of a file ignored.
 fn warn(path: &Path, warnings: &[String]) {
     for warning in warnings {
         let warning = format!("warning: {}: {warning}", path.display());
@@ -52,7 +52,7 @@ fn warn(path: &Path, warnings: &[String]) {
     }
 }
 
-/// The model of a run that has not ended, or that no GGUF file can hold: that of its last checkpoint.
+/// The model of the last checkpoint, for a run that has not ended or that GGUF cannot store.
 fn unfinished(run: &Path) -> Result<PackedModel, Error> {
     let data =
         |expected: String, found: String| Error::Data { origin: run.display().to_string(), expected, found };
@@ -62,27 +62,27 @@ fn unfinished(run: &Path) -> Result<PackedModel, Error> {
         _ => data(format!("a run folder with {RUN_MODEL} or a good checkpoint"), error.to_string()),
     });
     #[cfg(not(feature = "train"))]
-    Err(data(format!("a run folder with {RUN_MODEL}, as a finished run leaves it"), "none".into()))
+    Err(data(format!("a run folder with {RUN_MODEL}, which a finished run has"), "none".into()))
 }
 
-/// How keys and values are kept.
+/// Data type of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Cache {
     F16,
     Int8,
 }
 
-/// What matrices multiply.
+/// Data type of activations in matrix products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Activations {
     Int8,
     F32,
 }
 
-/// How the model is run.
+/// Flags of the engine.
 #[derive(Args, Clone, Debug)]
 pub struct EngineFlags {
-    /// Threads; 0: one per core
+    /// Number of threads; 0: one per core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
     /// Context length in tokens, at most the model's
@@ -91,30 +91,30 @@ pub struct EngineFlags {
     /// KV cache: f16, or int8 at half the memory
     #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
     pub cache: Cache,
-    /// Activations: int8, or f32, which is exact and slow
+    /// Activations: int8, or f32, which is exact and slower
     #[arg(long, value_enum, value_name = "TYPE", default_value = "int8")]
     pub activations: Activations,
     #[command(flatten)]
     pub adapter: AdapterFlag,
 }
 
-/// What stands beside the matrices of a model.
+/// The flag of a LoRA adapter.
 #[derive(Args, Clone, Debug)]
 pub struct AdapterFlag {
-    /// LoRA adapter of the model: the folder `adapter` of a run, or one of PEFT's
+    /// LoRA adapter: the folder `adapter` of a run, or a PEFT adapter folder
     #[arg(long, value_name = "FOLDER")]
     pub adapter: Option<PathBuf>,
 }
 
 impl AdapterFlag {
-    /// Reads a model, and its adapter beside it.
+    /// Reads a model with its adapter.
     pub fn read(&self, path: Option<&Path>) -> Result<PackedModel, Error> {
         let mut model = read(path)?;
         if let Some(folder) = &self.adapter {
             if model.adapter.is_some() {
                 let name = name(path);
                 return Err(Error::Usage(format!(
-                    "{name}: has an adapter of its own; expected the model that it started from for --adapter"
+                    "{name}: has an adapter already; --adapter expects the model from which that run started"
                 )));
             }
             let adapter = huggingface::read_adapter(folder, &model.spec).map_err(Error::Model)?;
@@ -140,7 +140,7 @@ impl EngineFlags {
             })
     }
 
-    /// Reads a model and makes it ready to run.
+    /// Reads a model and packs its weights for the engine.
     pub fn load(&self, path: Option<&Path>) -> Result<Engine, Error> {
         let (model, name) = (self.adapter.read(path)?, name(path));
         let bytes = bytes(&model);
@@ -149,39 +149,39 @@ impl EngineFlags {
     }
 }
 
-/// Of the tensors.
+/// Size of the tensors, in bytes.
 pub fn bytes(model: &PackedModel) -> usize {
     model.tensors.values().map(|tensor| tensor.bytes().len()).sum()
 }
 
-/// How tokens are drawn.
+/// Flags of the sampler.
 #[derive(Args, Clone, Debug)]
 pub struct SamplingFlags {
-    /// Sampling temperature; 0 takes the most likely token
+    /// Sampling temperature; 0: greedy decoding
     #[arg(long, value_name = "X", default_value_t = 0.7, allow_negative_numbers = true)]
     pub temperature: f32,
-    /// Top-k: sample from the N most likely tokens; 0 takes all
+    /// Top-k: sample from the N most likely tokens; 0: from all
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub top_k: usize,
-    /// Top-p (nucleus): sample from the fewest most likely tokens whose probabilities add up to SHARE
+    /// Top-p (nucleus): sample from the smallest set of most likely tokens with a total probability of SHARE
     #[arg(long, value_name = "SHARE", default_value_t = 0.95, allow_negative_numbers = true)]
     pub top_p: f32,
     /// Min-p: sample from tokens at least SHARE times as likely as the most likely one
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, allow_negative_numbers = true)]
     pub min_p: f32,
-    /// Repetition penalty on tokens that the text already has; 1 is none
+    /// Repetition penalty of tokens that are already in the text; 1: none
     #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
     pub repetition_penalty: f32,
-    /// Random seed: equal seeds give equal texts; without one, each text is another
+    /// Random seed, for reproducible text [default: random]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// Most tokens to generate
+    /// Maximum number of tokens to generate
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_tokens: usize,
 }
 
 impl SamplingFlags {
-    /// What to generate, until one of `stop`.
+    /// Options of a generation that ends at one of `stop`.
     pub fn options(&self, stop: Vec<u32>) -> GenerateOptions {
         let sampling = Sampling::default()
             .with_repetition_penalty(self.repetition_penalty)
@@ -194,7 +194,7 @@ impl SamplingFlags {
     }
 }
 
-/// The tokens at which a text or an answer ends.
+/// The tokens that end a text or an answer.
 pub fn stop(tokenizer: &Tokenizer) -> Vec<u32> {
     tokenizer.specials().map(|(_, id)| id).chain(tokenizer.ends().eos).collect()
 }
@@ -202,7 +202,7 @@ pub fn stop(tokenizer: &Tokenizer) -> Vec<u32> {
 /// The argument MODEL of a command.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgument {
-    /// Model file (.gguf, .ternary), folder of Hugging Face's or run folder; without it, the Duck of this program
+    /// Model file (.gguf, .ternary), Hugging Face folder or run folder; without it, the built-in Duck
     pub model: Option<PathBuf>,
 }
 
@@ -217,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_duck_of_this_program_can_be_read_from_its_bytes_and_talk() {
+    fn the_built_in_duck_has_a_tokenizer_and_a_chat_template() {
         let duck = read(None).unwrap();
         duck.validate().unwrap();
         assert!(duck.tokenizer.is_some() && duck.chat_template.is_some());

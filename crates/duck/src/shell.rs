@@ -1,4 +1,4 @@
-//! `duck completions` and `duck man`: what shells and manuals want to know of this program.
+//! `duck completions` and `duck man`: shell completions and manual pages.
 
 use crate::{Error, terminal};
 use clap::CommandFactory;
@@ -15,7 +15,7 @@ const MAN: &str = "\
 Examples:
   duck man ~/.local/share/man/man1";
 
-/// Print the completions of a shell.
+/// Print shell completions.
 #[derive(clap::Args)]
 #[command(after_help = COMPLETIONS)]
 pub struct Completions {
@@ -30,13 +30,13 @@ impl Completions {
     }
 }
 
-/// Write manual pages into a folder.
+/// Write man pages into a folder.
 #[derive(clap::Args)]
 #[command(after_help = MAN)]
 pub struct Man {
-    /// Folder; made where it is missing
+    /// Folder, which is created if it is missing
     dir: PathBuf,
-    /// Replace the pages that are there
+    /// Replace existing pages
     #[arg(long)]
     overwrite: bool,
 }
@@ -49,13 +49,13 @@ impl Man {
         let pages = std::iter::once(&command).chain(command.get_subcommands());
         let pages = pages.map(|command| clap_mangen::Man::new(command.clone())).collect::<Vec<_>>();
         fs::create_dir_all(&dir).map_err(|source| Error::Write { path: dir.clone(), source })?;
-        // All of them are written or none is.
+        // Checked first, so that all pages are written or none.
         for page in &pages {
             terminal::expect_free(&dir.join(page.get_filename()), overwrite)?;
         }
         for page in &pages {
             let mut text = Vec::new();
-            page.render(&mut text).expect("memory takes every page");
+            page.render(&mut text).expect("writing to memory never fails");
             terminal::write_file(&dir.join(page.get_filename()), &text, overwrite)?;
         }
         Ok(())

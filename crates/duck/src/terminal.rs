@@ -1,4 +1,4 @@
-//! What is written where: results on standard output, progress and everything else on standard error.
+//! Output: results on standard output, everything else on standard error.
 
 use crate::Error;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -12,10 +12,10 @@ use std::{
 };
 use ternary_format::disk;
 
-/// Work that is done sooner shows no progress.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// Models beyond so many bytes take long enough to read or write that waiting is shown.
-const MANY: usize = 128 << 20;
+/// Work that takes less time shows no progress bar.
+const PROGRESS_DELAY: Duration = Duration::from_secs(1);
+/// Reading or writing a model of more bytes shows a spinner.
+const SPINNER_BYTES: usize = 128 << 20;
 
 /// Writes a line to standard output.
 pub fn print(line: impl Display) -> Result<(), Error> {
@@ -24,14 +24,14 @@ pub fn print(line: impl Display) -> Result<(), Error> {
 
 pub use ternary_format::say;
 
-/// Writes text to standard output, at once and without a line end.
+/// Writes text to standard output immediately, without a line end.
 pub fn stream(text: &str) -> Result<(), Error> {
     let mut out = io::stdout().lock();
     let shown = if out.is_terminal() { harmless(text) } else { text.into() };
     out.write_all(shown.as_bytes()).and_then(|()| out.flush()).map_err(Error::Output)
 }
 
-/// Without what would command a terminal: models and files may say anything.
+/// Replaces control characters, which models and files may contain and which control a terminal.
 fn harmless(text: &str) -> Cow<'_, str> {
     let commands = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
     if text.contains(commands) { text.replace(commands, "\u{fffd}").into() } else { text.into() }
@@ -42,8 +42,8 @@ pub fn print_json(value: &impl serde::Serialize) -> Result<(), Error> {
     print(serde_json::to_string(value).expect("texts and numbers are JSON"))
 }
 
-/// Refuses to write where there is something already. With `overwrite` a plain file may be replaced, and nothing else:
-/// no folder, link, FIFO, socket or device.
+/// Refuses to write to a path that exists. With `overwrite` a plain file may be replaced, but no folder, link, FIFO, socket or
+/// device.
 pub fn expect_free(path: &Path, overwrite: bool) -> Result<(), Error> {
     let entry = match fs::symlink_metadata(path) {
         Ok(entry) => entry,
@@ -63,19 +63,19 @@ pub fn expect_free(path: &Path, overwrite: bool) -> Result<(), Error> {
     }
 }
 
-/// Writes a file that appears as a whole, by the rule of [`expect_free`].
+/// Writes a file atomically, if [`expect_free`] permits it.
 pub fn write_file(path: &Path, contents: &[u8], overwrite: bool) -> Result<(), Error> {
     expect_free(path, overwrite)?;
     disk::write(path, contents).map_err(|source| Error::Write { path: path.into(), source })
 }
 
-/// The message of an error on one line, whatever a file put into it.
+/// The message of an error on one line, without the control characters that a file may have brought into it.
 pub fn line(error: &impl Display) -> String {
     let text = error.to_string();
     text.split(char::is_control).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-/// A bar on standard error: only on a terminal, and only once the work takes a while.
+/// A progress bar on standard error. It appears on terminals only, and only if the work takes a while.
 pub struct Progress {
     bar: ProgressBar,
     start: Instant,
@@ -92,7 +92,7 @@ impl Progress {
 
     pub fn advance(&self, done: usize) {
         self.bar.inc(done as u64);
-        if self.bar.is_hidden() && self.start.elapsed() > PATIENCE {
+        if self.bar.is_hidden() && self.start.elapsed() > PROGRESS_DELAY {
             self.bar.set_draw_target(ProgressDrawTarget::stderr());
         }
     }
@@ -104,10 +104,9 @@ impl Drop for Progress {
     }
 }
 
-/// Does work that does not say how far it is; where it is about many bytes and standard error is a terminal, shows that
-/// it goes on.
+/// Runs work without known progress. Shows a spinner if it is about many bytes and standard error is a terminal.
 pub fn waiting<T>(what: String, bytes: usize, work: impl FnOnce() -> T) -> T {
-    let spinner = (bytes > MANY).then(|| {
+    let spinner = (bytes > SPINNER_BYTES).then(|| {
         let spinner = ProgressBar::new_spinner().with_message(what);
         spinner.enable_steady_tick(Duration::from_millis(200));
         spinner
@@ -127,13 +126,13 @@ mod tests {
     }
 
     #[test]
-    fn what_a_model_says_commands_no_terminal() {
+    fn control_characters_of_a_model_are_replaced() {
         assert_eq!(harmless("a\u{1b}[2Jb\tc\u{9b}\n"), "a\u{fffd}[2Jb\tc\u{fffd}\n");
         assert_eq!(harmless("\u{1f986}\n"), "\u{1f986}\n");
     }
 
     #[test]
-    fn a_file_that_cannot_be_written_leaves_nothing() {
+    fn a_file_that_cannot_be_written_leaves_no_scratch_file() {
         let folder = tempfile::tempdir().unwrap();
         let error = write_file(&folder.path().join("missing/file"), b"x", false).unwrap_err();
         assert_eq!(error.exit_code(), 5);

@@ -77,7 +77,7 @@ fn a_weight_that_is_not_finite_is_named_by_every_command() {
         let end = damaged.len() - 4;
         damaged[end..].copy_from_slice(&value.to_le_bytes());
         fs::write(&file, damaged).unwrap();
-        // What looks at a model tells it, and goes on.
+        // `inspect` reports the damage; all other commands refuse the model.
         let table = crate::output(&home, &["inspect", "floats"]);
         assert!(table.contains("\ndamaged       tensor `"), "{table}");
         for command in COMMANDS.into_iter().filter(|command| command[0] != "inspect") {

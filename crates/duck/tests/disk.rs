@@ -204,7 +204,7 @@ fn a_repository_around_a_run_is_not_looked_at() {
     assert!(!home.path().join("executed").exists());
     let result = fs::read_to_string(home.path().join("runs/00-default-1/result.json")).unwrap();
     let result: serde_json::Value = serde_json::from_str(&result).unwrap();
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let head = Command::new("git").current_dir(source).args(["rev-parse", "HEAD"]).output().unwrap();
     let head = String::from_utf8(head.stdout).unwrap();
     match result["git"].as_str() {

@@ -65,7 +65,7 @@ fn an_exported_model_is_the_same_model() {
     assert_eq!(sizes["total"]["bytes"], file);
     let error = failure(&home, &["export", "model.gguf", "missing/out.gguf"], 5);
     assert!(error.ends_with("missing/out.gguf: the folder missing does not exist\n"), "{error}");
-    // Rows of 64 weights do not fit blocks of 256, and codes with a scale a row not those with one a matrix.
+    // TQ2_0 needs rows of whole blocks of 256 weights, and bitnet one scale per matrix.
     assert!(failure(&home, &["export", "model.gguf", "a.gguf", "--type", "TQ2_0"], 3).contains("256"));
     let error = failure(&home, &["export", "model.gguf", "bitnet"], 3);
     assert!(error.contains("one scale per matrix") && error.contains("`--type F32`"), "{error}");
@@ -158,7 +158,7 @@ fn bench_gives_speeds_for_scripts_and_people() {
     }
     assert_eq!((&report["cache"], &report["prompt"]), (&"int8".into(), &16.into()));
     let table = output(&home, &flags);
-    assert!(table.contains("prompt of 16") && table.contains("2 texts side by side"), "{table}");
+    assert!(table.contains("prefill of 16") && table.contains("decode, batch of 2"), "{table}");
 }
 
 #[test]

@@ -204,8 +204,8 @@ impl DuckChatQuantized {
         let mut dialogue = [&messages[..], &[Message::new(Role::User, text)]].concat();
         let ids = match template {
             Some(template) => {
-                let room = answer_room(engine.context(), None).min(options.max_tokens).max(1);
-                engine.fit_dialogue(template, &mut dialogue, room)?
+                let room = answer_room(engine.context(), Some(options.max_tokens));
+                engine.fit_dialogue(template, &mut asked, room)?
             }
             None => encode_prompt(tokenizer, text)?,
         };
