@@ -31,7 +31,7 @@ fn loss(home: &TempDir, model: &str, flags: &[&str]) -> f64 {
 }
 
 #[test]
-fn an_adapter_speaks_in_every_command_and_becomes_part_of_a_float_model() {
+fn every_command_uses_an_adapter_and_export_merges_it_into_a_float_model() {
     let home = adapted();
     let beside = ["--adapter", "adapter"];
     for model in ["model.gguf", "float.gguf"] {
@@ -47,7 +47,7 @@ fn an_adapter_speaks_in_every_command_and_becomes_part_of_a_float_model() {
 }
 
 #[test]
-fn an_adapter_that_cannot_be_says_why() {
+fn an_invalid_adapter_is_an_error() {
     let home = adapted();
     let error = failure(&home, &["export", "model.gguf", "merged.gguf", "--adapter", "adapter"], 3);
     assert!(error.contains("cannot be merged") && error.contains("--adapter"), "{error}");

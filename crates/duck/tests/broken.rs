@@ -42,7 +42,7 @@ fn a_model_file_that_cannot_be_read_is_one_line_and_exit_code_3() {
 }
 
 #[test]
-fn what_is_no_model_is_told_what_a_model_is() {
+fn a_path_that_is_not_a_model_is_an_error_with_what_is_expected() {
     let home = home();
     fs::write(home.path().join("text.txt"), "a text").unwrap();
     crate::output(&home, &["export", "model.gguf", "model.onnx", "--type", "INT2"]);
@@ -91,7 +91,7 @@ fn a_weight_that_is_not_finite_is_named_by_every_command() {
 }
 
 #[test]
-fn a_model_that_knows_ids_only_cannot_write_but_can_be_measured() {
+fn a_model_without_a_tokenizer_has_bench_and_inspect_only() {
     let home = home();
     let source = home.path().join("model.gguf");
     let mut model = ternary_format::read_model(&source).unwrap();

@@ -11,7 +11,7 @@ fn turns(text: &str) -> Vec<Value> {
 }
 
 #[test]
-fn questions_of_a_pipe_are_answered_line_by_line() {
+fn each_line_of_a_pipe_is_a_question() {
     let home = home();
     let json = [&CHAT[..], &["--json"]].concat();
     let turns = turns(&piped(&home, &json, "Hello\n\n Who are you? \n"));
@@ -56,7 +56,7 @@ fn commands_change_and_save_the_dialogue() {
 }
 
 #[test]
-fn a_question_is_answered_again_in_another_way() {
+fn regenerate_gives_another_answer() {
     let home = home();
     let json = [&CHAT[..], &["--json", "--temperature", "1.5"]].concat();
     let talk = |input: &str| turns(&piped(&home, &json, input));
@@ -75,7 +75,7 @@ fn a_question_is_answered_again_in_another_way() {
 }
 
 #[test]
-fn what_commands_say_is_no_answer() {
+fn output_of_commands_is_on_standard_error() {
     let home = home();
     let assert = duck(&home, &CHAT).write_stdin("/help\n/system Be brief.\n/stats\n").assert().success();
     assert!(assert.get_output().stdout.is_empty());
@@ -87,7 +87,7 @@ fn what_commands_say_is_no_answer() {
 }
 
 #[test]
-fn what_goes_wrong_over_a_pipe_ends_it() {
+fn an_error_ends_a_pipe() {
     let home = home();
     for (input, code, found) in [
         ("/quack\n", 2, "not a command"),
@@ -133,7 +133,7 @@ fn a_dialogue_longer_than_the_context_goes_on() {
 }
 
 #[test]
-fn a_model_without_a_chat_template_goes_on_with_each_line_by_itself() {
+fn a_model_without_a_chat_template_continues_each_line_by_itself() {
     let home = home();
     let mut model = crate::model(ternary_format::Encoding::Q2_0, ternary_format::Encoding::Q8_0, 1);
     model.chat_template = None;
@@ -161,7 +161,7 @@ fn a_model_without_a_chat_template_goes_on_with_each_line_by_itself() {
 }
 
 #[test]
-fn the_duck_inside_answers_the_question_and_not_the_turn_before() {
+fn the_built_in_duck_answers_the_question_and_not_the_turn_before() {
     let answers =
         piped(&home(), &["chat", "--temperature", "0"], "Good morning!\nWhat is your name?\nI am sad\n");
     let answers: Vec<&str> = answers.lines().collect();

@@ -5,7 +5,7 @@ use std::fs;
 use ternary_format::{Encoding, WriteOptions, write_model};
 
 #[test]
-fn a_float_model_becomes_a_ternary_one_and_its_loss_is_told_before_and_after() {
+fn convert_reports_the_loss_of_a_float_model_before_and_after() {
     let home = home();
     let float = model(Encoding::F32, Encoding::F32, 3);
     write_model(&float, &home.path().join("float.gguf"), &WriteOptions::default()).unwrap();
@@ -43,7 +43,7 @@ fn a_folder_is_named_without_a_slash() {
 }
 
 #[test]
-fn a_conversion_that_cannot_be_says_why() {
+fn an_impossible_conversion_is_an_error() {
     let home = home();
     fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
     let error = failure(&home, &["convert", "--from", "model.gguf"], 2);
@@ -57,7 +57,7 @@ fn a_conversion_that_cannot_be_says_why() {
 }
 
 #[test]
-fn a_teacher_is_written_down_once_and_a_run_reads_it() {
+fn a_run_reads_the_cached_logits_of_a_teacher() {
     let home = home();
     let float = model(Encoding::F32, Encoding::F32, 3);
     write_model(&float, &home.path().join("float.gguf"), &WriteOptions::default()).unwrap();

@@ -18,7 +18,7 @@ fn fifo(home: &TempDir, name: &str) {
 }
 
 #[test]
-fn an_export_leaves_everything_beside_it_alone() {
+fn an_export_changes_no_other_file() {
     let home = home();
     let at = |name: &str| home.path().join(name);
     fs::create_dir_all(at("folder.partial/deep")).unwrap();
@@ -41,7 +41,7 @@ fn an_export_leaves_everything_beside_it_alone() {
 
 /// Every command that writes a file, with the path last, or as the input of `chat`.
 #[test]
-fn no_command_replaces_a_file_unless_told_to() {
+fn no_command_replaces_a_file_without_overwrite() {
     let home = home();
     let out = home.path().join("out.gguf");
     fs::write(home.path().join("qa.jsonl"), r#"{"question": "Who?", "answer": "A duck."}"#).unwrap();
@@ -84,7 +84,7 @@ fn no_command_replaces_a_file_unless_told_to() {
 }
 
 #[test]
-fn a_dialogue_and_manual_pages_replace_no_file_unless_told_to() {
+fn save_and_man_replace_no_file_without_overwrite() {
     let home = home();
     let saved = home.path().join("d.json");
     fs::write(&saved, "mine").unwrap();
@@ -110,7 +110,7 @@ fn a_dialogue_and_manual_pages_replace_no_file_unless_told_to() {
 }
 
 #[test]
-fn an_export_into_a_run_folder_waits_for_no_writer_and_says_who_it_is() {
+fn an_export_into_a_locked_run_folder_names_the_writer() {
     let home = home();
     let run = home.path().join("run");
     fs::create_dir(&run).unwrap();
@@ -184,7 +184,7 @@ fn every_input_is_a_plain_file() {
 /// The commit in a result is that of the program: git, whose configuration names programs to run, is not run.
 #[cfg(feature = "train")]
 #[test]
-fn a_repository_around_a_run_is_not_looked_at() {
+fn a_repository_around_a_run_is_ignored() {
     let home = home();
     let git = |arguments: &[&str]| {
         let mut command = Command::new("git");

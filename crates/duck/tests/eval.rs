@@ -26,7 +26,7 @@ fn number(value: &Value) -> f64 {
 }
 
 #[test]
-fn loss_perplexity_and_bits_a_byte_are_one_number() {
+fn loss_perplexity_and_bits_per_byte_are_consistent() {
     let home = school();
     let report = json(&output(&home, &["eval", "model.gguf", "--data", "texts.txt", "--json"]));
     assert_eq!(report["files"][0]["documents"], 3);
@@ -63,7 +63,7 @@ fn a_window_that_moves_less_sees_more_and_equal_seeds_give_equal_intervals() {
 }
 
 #[test]
-fn models_stand_side_by_side() {
+fn models_are_columns_of_one_table() {
     let home = school();
     let models = [
         "eval",
@@ -93,7 +93,7 @@ fn models_stand_side_by_side() {
 }
 
 #[test]
-fn answers_are_compared_with_those_that_are_known() {
+fn answers_are_compared_with_references() {
     let home = school();
     let flags = ["eval", "model.gguf", "--data", "dialogues.jsonl", "--answers", "--max-tokens", "8"];
     let save = [&flags[..], &["--save-answers", "answers.jsonl", "--json"]].concat();
@@ -122,7 +122,7 @@ fn answers_are_compared_with_those_that_are_known() {
 }
 
 #[test]
-fn the_likeliest_choice_is_compared_with_the_right_one() {
+fn the_most_likely_choice_is_compared_with_the_correct_one() {
     let home = school();
     let report = json(&output(&home, &["eval", "model.gguf", "--data", "quiz.jsonl", "--json"]));
     let model = &report["files"][0]["models"][0];
@@ -133,7 +133,7 @@ fn the_likeliest_choice_is_compared_with_the_right_one() {
 }
 
 #[test]
-fn texts_that_cannot_be_used_are_named() {
+fn unusable_texts_are_named() {
     let home = school();
     let path = |name: &str| home.path().join(name);
     fs::write(path("empty.txt"), "").unwrap();
@@ -174,7 +174,7 @@ fn a_story_model_reads_stories_better_than_other_texts() {
 
 /// Of a model that says the likeliest answer to everything it would be one in a hundred.
 #[test]
-fn the_duck_inside_knows_the_answers_to_most_questions_that_it_was_not_taught() {
+fn the_built_in_duck_answers_most_held_out_questions() {
     let questions = concat!(env!("CARGO_MANIFEST_DIR"), "/../burn-ternary/data/duck_questions.jsonl");
     let report = json(&output(&home(), &["eval", "--answers", "--data", questions, "--json"]));
     let exact = number(&report["files"][0]["models"][0]["exact_match"]["value"]);

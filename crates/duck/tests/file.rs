@@ -26,7 +26,7 @@ fn inspect_counts_what_is_in_the_file() {
 }
 
 #[test]
-fn the_duck_of_the_program_stands_in_for_a_model_that_is_not_named() {
+fn without_a_model_commands_use_the_built_in_duck() {
     let home = home();
     assert_eq!(json(&output(&home, &["inspect", "--json"]))["model"], "duck");
     let generate = ["generate", "--prompt", "a", "--max-tokens", "4", "--json"];
@@ -104,7 +104,7 @@ fn generate_repeats_itself_with_a_seed_only() {
 }
 
 #[test]
-fn generate_tells_scripts_what_it_did() {
+fn generate_reports_to_scripts_as_json() {
     let home = home();
     let arguments = ["generate", "model.gguf", "--max-tokens", "20", "--seed", "3", "--json"];
     let report = json(&piped(&home, &arguments, "One day\n"));
@@ -123,7 +123,7 @@ fn generate_tells_scripts_what_it_did() {
 }
 
 #[test]
-fn a_published_model_goes_on_as_its_authors_say() {
+fn a_published_model_continues_as_its_authors_report() {
     let Some(folder) = shared("models/stories260k") else { return };
     let reference = fs::read_to_string(folder.join("reference.json")).unwrap();
     let reference: serde_json::Value = serde_json::from_str(&reference).unwrap();
@@ -146,7 +146,7 @@ fn a_published_model_goes_on_as_its_authors_say() {
 }
 
 #[test]
-fn bench_gives_speeds_for_scripts_and_people() {
+fn bench_reports_speeds_as_a_table_and_as_json() {
     let home = home();
     let flags =
         ["bench", "model.gguf", "--prompt", "16", "--generate", "8", "--batch", "2", "--repetitions", "3"];
@@ -162,7 +162,7 @@ fn bench_gives_speeds_for_scripts_and_people() {
 }
 
 #[test]
-fn two_models_of_one_name_can_be_told_apart() {
+fn two_models_of_one_name_are_distinguished() {
     let home = home();
     write(&home.path().join("other.gguf"), 2);
     let one = output(&home, &["generate", "model.gguf", "--prompt", "a", "--temperature", "0"]);

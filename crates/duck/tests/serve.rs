@@ -51,7 +51,7 @@ fn ask(address: &str, method: &str, path: &str, body: &str) -> String {
 }
 
 #[test]
-fn a_server_says_where_it_is_answers_and_stops_when_asked() {
+fn a_server_prints_its_address_answers_and_stops_at_a_signal() {
     let home = home();
     let (mut server, address) = start(&home, "0");
     let response = ask(&address, "GET", "/v1/models", "");
@@ -60,7 +60,7 @@ fn a_server_says_where_it_is_answers_and_stops_when_asked() {
 }
 
 #[test]
-fn a_server_leaves_out_old_turns_where_it_is_told_to() {
+fn truncation_is_a_flag_of_the_server() {
     let home = home();
     let turns =
         r#"{"role": "user", "content": "quack"}, {"role": "assistant", "content": "quack"}, "#.repeat(500);
@@ -156,7 +156,7 @@ fn time(address: &str) -> Duration {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn forty_prompts_of_a_megabyte_take_little_memory_and_hold_up_nobody() {
+fn forty_prompts_of_a_megabyte_take_little_memory_and_delay_no_request() {
     let home = home();
     // The Duck of the program, whose tokenizer is byte-pair encoding.
     let (mut server, address) = spawn(&home, &["--port", "0"], Stdio::null());

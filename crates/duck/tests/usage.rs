@@ -48,7 +48,7 @@ fn wrong_arguments_are_usage_errors() {
 }
 
 #[test]
-fn shells_get_their_completions_and_manuals_their_pages() {
+fn completions_and_man_pages_are_printed() {
     let home = home();
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         assert!(output(&home, &["completions", shell]).contains("duck"), "{shell}");

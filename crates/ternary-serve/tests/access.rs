@@ -12,7 +12,7 @@ fn body() -> String {
 }
 
 #[test]
-fn without_a_key_nothing_but_loopback_is_served() {
+fn without_a_key_only_loopback_addresses_are_served() {
     let everywhere = |change: fn(&mut ServeOptions)| {
         let mut options = ServeOptions::default().with_address("0.0.0.0:0".parse().unwrap());
         change(&mut options);
@@ -75,7 +75,7 @@ fn everything_but_the_page_and_the_health_check_requires_the_key() {
 }
 
 #[test]
-fn pages_of_other_origins_get_nothing() {
+fn pages_of_other_origins_are_refused() {
     let site = Site::new(|_| ());
     let post = |headers: &str| site.send(&site.request("POST", TEXT, headers, body().as_bytes()));
     assert_eq!(post(&format!("Origin: http://{}\r\n", site.address)).status, 200);
@@ -93,7 +93,7 @@ fn pages_of_other_origins_get_nothing() {
 }
 
 #[test]
-fn a_name_that_was_bound_to_this_machine_gets_nothing() {
+fn dns_rebinding_is_refused() {
     let site = Site::new(|_| ());
     let get = |host: &str| {
         site.send(format!("GET /v1/models HTTP/1.1\r\n{host}Connection: close\r\n\r\n").as_bytes())
@@ -106,7 +106,7 @@ fn a_name_that_was_bound_to_this_machine_gets_nothing() {
 }
 
 #[test]
-fn a_server_has_the_names_that_it_was_given() {
+fn a_server_accepts_the_host_names_of_its_options() {
     let options = ServeOptions::default()
         .with_address("0.0.0.0:0".parse().unwrap())
         .with_allow_remote(true)

@@ -32,7 +32,7 @@ fn seeded(seed: u64) -> Sampling {
 }
 
 #[test]
-fn a_chat_completion_is_what_the_engine_says() {
+fn a_chat_completion_is_the_text_of_the_engine() {
     let site = Site::new(|_| ());
     let ids = chat_ids("Who are you?");
     let (text, tokens, finish) = alone(&engine(), &ids, seeded(3), 40);
@@ -58,7 +58,7 @@ fn a_chat_completion_is_what_the_engine_says() {
 }
 
 #[test]
-fn a_stream_is_the_whole_in_pieces() {
+fn the_chunks_of_a_stream_are_the_whole_completion() {
     let site = Site::new(|_| ());
     for n in [1, 3] {
         let ask = |more: Value| {
@@ -117,7 +117,7 @@ fn each_choice_draws_with_its_own_seed() {
 }
 
 #[test]
-fn a_text_ends_before_its_stop_string() {
+fn a_completion_ends_before_its_stop_sequence() {
     let site = Site::new(|_| ());
     let ids = engine().tokenizer().unwrap().encode("One day").unwrap();
     let (text, ..) = alone(&engine(), &ids, seeded(2), 60);
@@ -208,7 +208,7 @@ fn messages_come_as_strings_or_parts() {
 }
 
 #[test]
-fn without_a_number_a_chat_goes_on_to_the_end_and_a_text_for_sixteen_tokens() {
+fn max_tokens_defaults_to_the_context_in_chats_and_to_sixteen_in_texts() {
     let site = Site::new(|_| ());
     let greedy = json!({ "temperature": 0, "max_tokens": null });
     let body = site.post(CHAT, &chat(greedy)).json();
@@ -228,7 +228,7 @@ fn without_a_number_a_chat_goes_on_to_the_end_and_a_text_for_sixteen_tokens() {
 }
 
 #[test]
-fn several_models_are_told_apart_by_name() {
+fn several_models_are_selected_by_name() {
     let other = crate::site::engine_of(256, 2);
     let site = Site::of([("duck".into(), engine()), ("org/swan 2".into(), other.clone())], |_| ());
     let list = site.get("/v1/models").json();
@@ -263,7 +263,7 @@ fn a_model_of_plain_text_continues_and_does_not_chat() {
 }
 
 #[test]
-fn what_cannot_be_done_is_refused_and_not_ignored() {
+fn unsupported_fields_are_refused() {
     let site = Site::new(|_| ());
     for (more, param) in [
         (json!({ "tools": [{ "type": "function" }] }), "tools"),

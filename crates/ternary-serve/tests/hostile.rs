@@ -17,7 +17,7 @@ fn alive(site: &Site) {
 }
 
 #[test]
-fn bodies_that_are_no_request_are_refused() {
+fn invalid_bodies_are_refused() {
     let site = Site::new(|_| ());
     let deep = format!("{{\"messages\": {}{}}}", "[".repeat(10_000), "]".repeat(10_000));
     let bodies: [&[u8]; 14] = [
@@ -67,7 +67,7 @@ fn logits_that_are_not_finite_end_a_request_with_an_error() {
 
 /// Found by the fuzz target `request`: a name that is not UTF-8 was refused, but not in the form of the API.
 #[test]
-fn paths_that_name_nothing_are_refused() {
+fn unknown_paths_are_refused() {
     let site = Site::new(|_| ());
     for path in ["/v1/models/%ff", "/v1/models/%00%c3%28"] {
         site.get(path).refused(400);
@@ -81,7 +81,7 @@ fn paths_that_name_nothing_are_refused() {
 }
 
 #[test]
-fn values_that_cannot_be_are_refused_by_name() {
+fn invalid_values_are_refused_with_the_name_of_the_field() {
     let site = Site::new(|_| ());
     let huge = json!(1e300);
     for (key, values) in [
@@ -199,7 +199,7 @@ fn long_bodies_are_refused() {
 }
 
 #[test]
-fn slow_bodies_and_headers_are_given_up() {
+fn slow_bodies_and_headers_time_out() {
     let site = Site::new(|options| options.limits.timeout = Duration::from_millis(700));
     let begun = Instant::now();
     let mut body = site.connect();
@@ -229,7 +229,7 @@ fn slow_bodies_and_headers_are_given_up() {
 }
 
 #[test]
-fn patience_is_for_clients_and_not_for_work() {
+fn timeouts_do_not_end_requests_that_are_being_answered() {
     let site = Site::endless(|options| options.limits.timeout = Duration::from_millis(200));
     // Longer than the patience, with no byte in either direction.
     let prompt = "quack ".repeat(1500);
@@ -258,7 +258,7 @@ fn stream_to_end(mut stream: std::net::TcpStream) -> Vec<u8> {
 }
 
 #[test]
-fn long_headers_and_bytes_that_are_no_http_are_refused() {
+fn long_headers_and_invalid_http_are_refused() {
     let site = Site::new(|_| ());
     let header = format!("X-Long: {}\r\n", "x".repeat(17 << 10));
     site.send(&site.request("GET", "/health", &header, b"")).refused(431);
@@ -306,7 +306,7 @@ fn long_headers_and_bytes_that_are_no_http_are_refused() {
 }
 
 #[test]
-fn streams_are_utf8_whatever_the_model_says() {
+fn streams_are_utf8_for_any_tokens() {
     // A random model speaks random bytes; all pieces together are what a decoder makes of them.
     let site = Site::new(|_| ());
     for seed in 0..10 {

@@ -24,7 +24,7 @@ fn streamed(mut body: Value) -> Value {
 }
 
 #[test]
-fn a_client_that_goes_away_stops_its_work() {
+fn a_client_that_disconnects_ends_its_work() {
     let site = Site::endless(|options| options.limits.batch = 4);
     for stream in [false, true] {
         let mut body = endless();
@@ -48,7 +48,7 @@ fn a_client_that_goes_away_stops_its_work() {
 }
 
 #[test]
-fn a_client_that_has_closed_its_half_gets_its_answer() {
+fn a_client_that_has_closed_its_half_gets_its_response() {
     let site = Site::endless(|_| ());
     let ask = |version: &str, body: &Value| {
         let body = body.to_string();
@@ -168,7 +168,7 @@ fn a_full_queue_refuses_at_once() {
 }
 
 #[test]
-fn a_long_prompt_does_not_hold_up_the_others() {
+fn a_long_prompt_does_not_delay_other_requests() {
     let site = Site::endless(|options| options.limits.body_bytes = 1 << 20);
     let mut client = begin(&site, &streamed(endless()));
     let mut buffer = vec![0; 1 << 16];
@@ -192,7 +192,7 @@ fn a_long_prompt_does_not_hold_up_the_others() {
 }
 
 #[test]
-fn whoever_does_not_take_what_is_sent_is_let_go() {
+fn a_client_that_does_not_read_is_disconnected() {
     let site = Site::endless(|options| options.limits.timeout = Duration::from_millis(500));
     let mut body = streamed(endless());
     // Much, for the system holds megabytes for a client.
@@ -205,7 +205,7 @@ fn whoever_does_not_take_what_is_sent_is_let_go() {
 }
 
 #[test]
-fn a_server_that_stops_lets_requests_end() {
+fn a_stopping_server_finishes_its_requests() {
     let mut site = Site::endless(|options| options.limits.drain_timeout = Duration::from_secs(30));
     let mut body = streamed(endless());
     body["max_tokens"] = 2000.into();
@@ -220,7 +220,7 @@ fn a_server_that_stops_lets_requests_end() {
 }
 
 #[test]
-fn a_server_that_stops_does_not_wait_for_ever() {
+fn a_stopping_server_does_not_wait_forever() {
     let mut site = Site::endless(|options| options.limits.drain_timeout = Duration::from_millis(300));
     let whole = begin(&site, &endless());
     let stream = begin(&site, &streamed(endless()));

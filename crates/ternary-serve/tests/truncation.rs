@@ -37,7 +37,7 @@ fn kept(response: &Response) -> (usize, u64) {
 }
 
 #[test]
-fn the_oldest_turns_are_left_out_until_an_answer_has_room() {
+fn the_oldest_turns_are_dropped_until_an_answer_has_room() {
     let site = site(Truncation::Disabled);
     let ask = |messages: &[Value], more: Value| {
         let mut more = more;
@@ -66,7 +66,7 @@ fn the_oldest_turns_are_left_out_until_an_answer_has_room() {
 }
 
 #[test]
-fn a_stream_says_too_what_was_left_out() {
+fn a_stream_reports_dropped_messages() {
     let site = site(Truncation::Auto);
     let response = site.post(CHAT, &body(&dialogue(9, 20, "hi? "), json!({ "stream": true })));
     assert_eq!(response.header("x-dropped-messages"), Some("10"));
@@ -74,7 +74,7 @@ fn a_stream_says_too_what_was_left_out() {
 }
 
 #[test]
-fn the_request_says_more_than_the_server() {
+fn truncation_of_the_request_overrides_the_server() {
     let messages = dialogue(9, 20, "hi?");
     for (server, request, status) in [
         (Truncation::Disabled, json!({}), 400),
@@ -93,7 +93,7 @@ fn the_request_says_more_than_the_server() {
 }
 
 #[test]
-fn what_is_too_long_is_refused_with_numbers_and_a_way_out() {
+fn a_prompt_that_is_too_long_is_refused_with_numbers_and_advice() {
     let site = site(Truncation::Disabled);
     let refused = |path: &str, body: Value, param: &str, words: &[&str]| {
         let response = site.post(path, &body);
@@ -122,7 +122,7 @@ fn what_is_too_long_is_refused_with_numbers_and_a_way_out() {
 }
 
 #[test]
-fn many_thousand_turns_are_cut_as_fast_as_a_few() {
+fn thousands_of_turns_are_dropped_as_fast_as_a_few() {
     let site = site(Truncation::Auto);
     let begun = std::time::Instant::now();
     let (dropped, tokens) = kept(&site.post(CHAT, &body(&dialogue(7_000, 1, "hi?"), json!({}))));
@@ -154,7 +154,7 @@ fn a_text_keeps_its_end() {
 }
 
 #[test]
-fn a_model_need_not_be_named_where_there_is_one() {
+fn the_model_is_optional_with_one_model() {
     let one = site(Truncation::Disabled);
     let messages = dialogue(0, 0, "hi?");
     let body = body(&messages, json!({ "max_tokens": 5 }));
@@ -172,7 +172,7 @@ fn a_model_need_not_be_named_where_there_is_one() {
 }
 
 #[test]
-fn a_path_that_is_none_is_answered_with_those_that_are() {
+fn an_unknown_path_is_answered_with_the_known_ones() {
     let site = site(Truncation::Disabled);
     for path in ["/v1/responses", "/v1/embeddings", "/chat"] {
         let response = site.post(path, &json!({}));
