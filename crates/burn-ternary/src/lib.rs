@@ -59,6 +59,8 @@
 //!
 //! Programs that only run models need neither Burn nor this crate: `ternary-infer` builds in a minute.
 
+#![warn(missing_docs)]
+
 pub mod data;
 pub mod device;
 mod export;

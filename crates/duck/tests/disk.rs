@@ -2,7 +2,6 @@
 
 use crate::{duck, failure, home, output, piped};
 #[cfg(feature = "train")]
-use std::path::Path;
 use std::{
     fs,
     process::Command,

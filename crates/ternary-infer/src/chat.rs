@@ -205,7 +205,7 @@ impl DuckChatQuantized {
         let ids = match template {
             Some(template) => {
                 let room = answer_room(engine.context(), Some(options.max_tokens));
-                engine.fit_dialogue(template, &mut asked, room)?
+                engine.fit_dialogue(template, &mut dialogue, room)?
             }
             None => encode_prompt(tokenizer, text)?,
         };

@@ -18,7 +18,9 @@ pub fn special(tokenizer: &Tokenizer, special: Special) -> u32 {
 /// A part of a templated document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part<'a> {
+    /// A special token, such as the end of a turn.
     Special(Special),
+    /// Text between special tokens.
     Text(&'a str),
 }
 

@@ -67,6 +67,7 @@ pub struct ExperimentArgs {
 #[derive(Clone, Debug, Default, clap::Parser)]
 #[command(after_help = EXAMPLES)]
 pub struct TrainCommand {
+    /// The experiment: its file and overrides.
     #[command(flatten)]
     pub args: ExperimentArgs,
     /// Epochs: passes over the training text; fractions are fine

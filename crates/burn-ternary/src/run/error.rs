@@ -10,13 +10,21 @@ use ternary_format::{disk::LockError, memory, threads::ThreadError};
 pub enum TrainError {
     /// The experiment is not what it has to be; `origin` is its file, with the line if known, or the override.
     #[error("{origin}: {message}")]
-    Experiment { origin: String, message: String },
+    Experiment {
+        /// The file, with the line if it is known, or the override.
+        origin: String,
+        /// What was expected and found.
+        message: String,
+    },
     /// The run folder holds a run already.
     #[error(
         "{}: expected an empty run folder, found a run; --resume continues it, --overwrite moves it aside",
         path.display()
     )]
-    NotEmpty { path: PathBuf },
+    NotEmpty {
+        /// The file or folder.
+        path: PathBuf,
+    },
     /// `--resume` of a run that is not this one.
     #[error(
         "{}: expected the settings and inputs of the run to resume it, found others: {}. Restore them to resume it, or \
@@ -25,10 +33,22 @@ pub enum TrainError {
         differences.join("; "),
         path.display()
     )]
-    OtherRun { path: PathBuf, differences: Vec<String> },
+    OtherRun {
+        /// The file or folder.
+        path: PathBuf,
+        /// Each setting or input that differs, with both values.
+        differences: Vec<String>,
+    },
     /// A signal or the terminal interface ended the run; its last checkpoint is of this step.
     #[error("interrupted after step {step} of {steps}; the same command with --resume continues {}", path.display())]
-    Interrupted { step: usize, steps: usize, path: PathBuf },
+    Interrupted {
+        /// The last step.
+        step: usize,
+        /// Steps of the whole run.
+        steps: usize,
+        /// The file or folder.
+        path: PathBuf,
+    },
     /// The run folder cannot be locked: another process writes it, or the disk refuses.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -37,7 +57,10 @@ pub enum TrainError {
         "{}: the run folder was moved or removed during the run; expected it to stay until the run has ended",
         path.display()
     )]
-    Moved { path: PathBuf },
+    Moved {
+        /// The file or folder.
+        path: PathBuf,
+    },
     /// Texts, tokenizer or token files.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -52,10 +75,20 @@ pub enum TrainError {
     Threads(#[from] ThreadError),
     /// A file cannot be read.
     #[error("{}: cannot read: {source}", path.display())]
-    Read { path: PathBuf, source: io::Error },
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// A file cannot be written.
     #[error("{}: cannot write: {source}", path.display())]
-    Write { path: PathBuf, source: io::Error },
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// A checkpoint cannot be read or written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -73,7 +106,14 @@ pub enum TrainError {
             None => "there is no good checkpoint yet".into(),
         }
     )]
-    Diverged { step: usize, rollbacks: usize, checkpoint: Option<PathBuf> },
+    Diverged {
+        /// The last step.
+        step: usize,
+        /// Returns to a checkpoint before it.
+        rollbacks: usize,
+        /// The last good checkpoint.
+        checkpoint: Option<PathBuf>,
+    },
     /// The full-screen display cannot be opened.
     #[error("the terminal: {0}; --plain runs without the full-screen display")]
     Terminal(#[source] io::Error),

@@ -195,8 +195,11 @@ fn ramp(step: usize, from: usize, to: usize) -> f64 {
 /// Its record is the step alone. `step` is the next one: a resumed run sets it to the steps already taken.
 #[derive(Clone, Debug)]
 pub struct PeakSchedule {
+    /// Peak learning rate.
     pub peak: LearningRate,
+    /// Its factor by step.
     pub schedule: Schedule,
+    /// The next step, from 0.
     pub step: usize,
 }
 

@@ -63,16 +63,36 @@ const ASIDE: &str = ".old-";
 pub enum CheckpointError {
     /// A file or folder that cannot be written.
     #[error("cannot write {path}: {source}")]
-    Write { path: PathBuf, source: io::Error },
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// A file or folder that cannot be read.
     #[error("cannot read {path}: {source}")]
-    Read { path: PathBuf, source: io::Error },
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// Checkpoints, each of which was refused.
     #[error("no good checkpoint in {path}: {}", join(refused))]
-    NoneGood { path: PathBuf, refused: Vec<Refusal> },
+    NoneGood {
+        /// The file or folder.
+        path: PathBuf,
+        /// Each checkpoint with the reason.
+        refused: Vec<Refusal>,
+    },
     /// A checkpoint that cannot be read here.
     #[error("{}: {source}", path.display())]
-    Memory { path: PathBuf, source: OutOfMemory },
+    Memory {
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: OutOfMemory,
+    },
     /// A checkpoint that is whole and of another model than its experiment's.
     #[error(transparent)]
     Unfit(Refusal),
@@ -107,25 +127,54 @@ pub struct Refusal {
 pub enum RefusalReason {
     /// A file is missing.
     #[error("{file} is missing")]
-    Missing { file: &'static str },
+    Missing {
+        /// Name of the file in the checkpoint.
+        file: &'static str,
+    },
     /// A file cannot be read.
     #[error("{file} cannot be read: {detail}")]
-    Unreadable { file: &'static str, detail: String },
+    Unreadable {
+        /// Name of the file in the checkpoint.
+        file: &'static str,
+        /// What the reader reported.
+        detail: String,
+    },
     /// A file has another length than the manifest records.
     #[error("{file} holds {found} bytes, expected {expected}")]
-    Length { file: &'static str, expected: u64, found: u64 },
+    Length {
+        /// Name of the file in the checkpoint.
+        file: &'static str,
+        /// Bytes that the manifest records.
+        expected: u64,
+        /// Bytes of the file.
+        found: u64,
+    },
     /// A file has other contents than the manifest records.
     #[error("{file} was altered: its sha256 is not the recorded one")]
-    Altered { file: &'static str },
+    Altered {
+        /// Name of the file in the checkpoint.
+        file: &'static str,
+    },
     /// The manifest cannot be parsed.
     #[error("{MANIFEST} is not valid: {detail}")]
-    Manifest { detail: String },
+    Manifest {
+        /// What the reader reported.
+        detail: String,
+    },
     /// The checkpoint has another format.
     #[error("format version {found}, expected {VERSION}")]
-    Version { found: u64 },
+    Version {
+        /// Version of the checkpoint.
+        found: u64,
+    },
     /// A record does not fit the model.
     #[error("{file} does not hold the expected tensors: {detail}")]
-    Tensors { file: &'static str, detail: String },
+    Tensors {
+        /// Name of the file in the checkpoint.
+        file: &'static str,
+        /// What the reader reported.
+        detail: String,
+    },
 }
 
 /// A checkpoint that was read and verified.
