@@ -309,7 +309,7 @@ fn an_unfinished_run_without_a_checkpoint_starts_again() {
     fs::remove_file(run_dir.join("result.json")).unwrap();
     run(made.clone(), &resume()).unwrap();
     assert!(tensors(&checkpoint(&run_dir, 8)) == expected, "not the same run");
-    // Recording a teacher must not replace the tokenizer of a run that has one either.
+    // Caching the logits of a teacher must not replace the tokenizer of a run that has one either.
     fs::write(home.path().join("text.txt"), "The drake dives into the lake. ".repeat(60)).unwrap();
     let before = hashes(&run_dir);
     let teacher = with(&made, &[&format!("distill.teacher={}", run_dir.display())]);

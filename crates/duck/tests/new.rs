@@ -63,7 +63,7 @@ fn a_model_of_plain_text_is_proposed_trained_and_goes_on_with_what_is_written() 
     let flags = ["--temperature", "0", "--max-tokens", "12"];
     let chat = [&["chat", "runs/poems-1"], &flags[..]].concat();
     let input = format!("{prompt}\n");
-    assert!(said(&home, &chat, &input).contains("trained on plain text: it goes on with what you write"));
+    assert!(said(&home, &chat, &input).contains("trained on plain text: it continues what you write"));
     let generate = [&["generate", "runs/poems-1", "--prompt", prompt], &flags[..]].concat();
     assert_eq!(piped(&home, &chat, &input), output(&home, &generate));
 }

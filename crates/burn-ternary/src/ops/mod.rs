@@ -8,7 +8,7 @@
 //! | file | contents |
 //! |---|---|
 //! | `mod.rs` | tensor functions, the extension trait, and what an override of each method must keep |
-//! | `reference.rs` | default bodies in float ops, the oracle of all others |
+//! | `reference.rs` | default bodies in float ops, the oracle of all others, where an op has one |
 //! | `autodiff.rs` | backward passes, which call the `_backward` methods of the inner backend |
 //! | `flex.rs` | overrides of the CPU backend [`Flex`](burn::backend::Flex), by the kernels of `ternary-kernels` |
 //!

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `data.train`, `data.valid` | contents: the documents that are learned from and the held-out ones, in their order |
 //! | the path in `data.tokenizer` | contents: the tokenizer. Its kind (`byte`, `char`, `bpe` or a file) is compared as a value |
-//! | `distill.teacher` | contents: shape and tensors of the model, or the seal of the recording |
+//! | `distill.teacher` | contents: shape and tensors of the model, or the digest of cached logits |
 //! | `run.start_from` | contents, while the model can be read; a checkpoint has all weights |
 //! | `data.valid_fraction`, `data.bpe_vocab_size` | value, where both experiments hold out a share or train a `bpe` tokenizer |
 //! | `run.steps` | the steps done: another number is fine if the learning rate, the weight decay, the share of ternary weights and the sparsity of every step so far are the same under both |

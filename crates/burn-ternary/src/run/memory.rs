@@ -21,7 +21,8 @@ pub(super) fn check_memory(
     held: u64,
 ) -> Result<(), TrainError> {
     if device::is_cpu(device) {
-        memory::check((memory_estimate(experiment, device) + teacher).saturating_sub(held))?;
+        let tensors = memory_estimate(experiment, device) - PROGRAM + teacher;
+        memory::check(tensors.saturating_sub(held) + PROGRAM)?;
     }
     Ok(())
 }

@@ -109,6 +109,8 @@ struct LoadedInputs {
     /// The checkpoint that the run continues.
     checkpoint: Option<Loaded>,
     teacher: Option<Teacher>,
+    /// The folder of checkpoints, open for writing.
+    checkpoints: Checkpoints,
 }
 
 /// Claims the run folder, reads and checks all inputs, and writes the prepared texts and settings. Nothing is written before all
@@ -198,6 +200,9 @@ fn prepare(
         true => Display::open(format!("{}-{}", run.name, run.seed), run.steps, epochs_per_step),
         false => None,
     };
+    // A folder that cannot be written must not cost the results of an earlier session.
+    let checkpoints =
+        Checkpoints::open(run_dir.join("checkpoints"), run.keep_checkpoints, run.checkpoint_every)?;
     remove_results(&run_dir)?;
     write(&run_dir.join("experiment.toml"), experiment.to_toml().as_bytes())?;
     write_template(&run_dir, chat_template.as_deref())?;
@@ -215,7 +220,7 @@ fn prepare(
         display,
         prints,
     };
-    Ok((run, LoadedInputs { initial, checkpoint, teacher }))
+    Ok((run, LoadedInputs { initial, checkpoint, teacher, checkpoints }))
 }
 
 /// Makes the model and its trainer, and opens the files that the training loop writes.
@@ -226,9 +231,7 @@ fn build(
 ) -> Result<TrainingLoop, TrainError> {
     let RunContext { experiment, run_dir, .. } = &**context;
     let Experiment { run, .. } = experiment;
-    let LoadedInputs { initial, checkpoint, teacher } = inputs;
-    let checkpoints =
-        Checkpoints::open(run_dir.join("checkpoints"), run.keep_checkpoints, run.checkpoint_every)?;
+    let LoadedInputs { initial, checkpoint, teacher, checkpoints } = inputs;
     let autodiff = context.device.clone().autodiff();
     let model = match (initial, &checkpoint) {
         (Some(initial), None) => init_from(experiment, &initial, &autodiff)?,
