@@ -1,7 +1,6 @@
 //! Files that are not the program's stay as they are, and what is no plain file is refused.
 
 use crate::{duck, failure, home, output, piped};
-#[cfg(feature = "train")]
 use std::{
     fs,
     process::Command,

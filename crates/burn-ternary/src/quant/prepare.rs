@@ -235,7 +235,7 @@ pub fn prepare<M: Module>(
 const LAYER_SETTINGS: [&str; 9] = [
     "enabled",
     "activations",
-    "compute",
+    "matmul_precision",
     "dead_bias",
     "input_norm",
     "embedding",

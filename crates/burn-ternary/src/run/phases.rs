@@ -323,8 +323,8 @@ fn train(
     };
     let learned = training.launch(learner);
     let (outcome, error) = StepStrategy::finish(strategy);
-    if screen.is_some() {
-        drop(screen);
+    if let Some(screen) = screen {
+        screen.close();
         // The screen showed them last.
         for (prompt, text) in &outcome.samples {
             let _ = writeln!(std::io::stdout(), "{}", ProgressLine::sample_dimmed(prompt, text));

@@ -15,7 +15,6 @@ mod unix {
     use super::*;
     use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
     use std::fs;
-    use std::sync::Arc;
     use std::time::{Duration, Instant};
 
     /// A signal that comes again so soon is the same one: `timeout`, shells and schedulers signal a process and its group.
@@ -72,7 +71,7 @@ mod unix {
     #[cfg(feature = "cli")]
     pub(in super::super) fn ignore_file_limit() {
         // A handler that does next to nothing; without one more descriptor the signal stays what it is.
-        let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
+        let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, std::sync::Arc::default());
     }
 
     /// The signals that this process ignores, a bit each from signal 1 on; none where the system does not say.
