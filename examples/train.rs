@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release --example train -- --help` lists the flags.
 
-use burn_ternary::format::say;
+use burn_ternary::format::print_stderr;
 use burn_ternary::run::TrainCommand;
 use clap::Parser;
 use std::io::{ErrorKind, Write};
@@ -18,13 +18,13 @@ fn main() -> ExitCode {
         Ok(result) => match writeln!(std::io::stdout(), "{}", result.summary()) {
             // The reader of a pipe may have gone (`| head`).
             Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-                say(format_args!("error: standard output: {error}"));
+                print_stderr(format_args!("error: standard output: {error}"));
                 ExitCode::from(5)
             }
             _ => ExitCode::SUCCESS,
         },
         Err(error) => {
-            say(format_args!("error: {error}"));
+            print_stderr(format_args!("error: {error}"));
             ExitCode::from(error.exit_code())
         }
     }

@@ -91,7 +91,7 @@ impl Command {
             return chat.talk();
         }
         if chat.dialogue.continues_text() {
-            terminal::say(CONTINUES);
+            terminal::print_stderr(CONTINUES);
         }
         chat.answer_lines(io::stdin().lock())
     }
@@ -151,12 +151,12 @@ impl Chat {
             let _ = editor.load_history(path);
         }
         watch_interrupts();
-        terminal::say(self.greeting());
+        terminal::print_stderr(self.greeting());
         loop {
             let entry = match read_entry(&mut editor) {
                 Ok(entry) => entry,
                 Err(ReadlineError::Interrupted) => {
-                    terminal::say("Ctrl-D exits");
+                    terminal::print_stderr("Ctrl-D exits");
                     continue;
                 }
                 Err(ReadlineError::Eof) => return Ok(()),
@@ -175,7 +175,7 @@ impl Chat {
                 Ok(true) => (),
                 Ok(false) => return Ok(()),
                 Err(error @ (Error::Output(_) | Error::Input(_))) => return Err(error),
-                Err(error) => terminal::say(terminal::line(&error)),
+                Err(error) => terminal::print_stderr(terminal::line(&error)),
             }
         }
     }
@@ -215,7 +215,7 @@ impl Chat {
                     if self.json {
                         terminal::print_json(&Unanswered { question: question.trim(), error: &error })?;
                     }
-                    terminal::say(format_args!("error: {error}"));
+                    terminal::print_stderr(format_args!("error: {error}"));
                 }
                 Err(error) => return Err(error),
             }
@@ -233,13 +233,13 @@ impl Chat {
         let (word, rest) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
         let rest = rest.trim();
         match (word, rest) {
-            ("help", "") => terminal::say(HELP),
+            ("help", "") => terminal::print_stderr(HELP),
             ("reset", "") => self.restart(None)?,
             ("system", text) if !text.is_empty() => self.restart(Some(text))?,
-            ("set", "") => terminal::say(self.settings()),
+            ("set", "") => terminal::print_stderr(self.settings()),
             ("set", assignment) => self.set(assignment)?,
             ("regenerate", "") => self.regenerate()?,
-            ("stats", "") => terminal::say(self.stats()),
+            ("stats", "") => terminal::print_stderr(self.stats()),
             ("save", file) if !file.is_empty() => self.save(file)?,
             ("quit" | "exit", "") => return Ok(false),
             _ => return Err(Error::Usage(format!("`{line}` is not a command; /help lists them"))),
@@ -322,7 +322,7 @@ impl Chat {
                 true => CONTINUES,
                 false => "Its chat template omits them.",
             };
-            terminal::say(format_args!("{} has no system messages. {why}", self.name));
+            terminal::print_stderr(format_args!("{} has no system messages. {why}", self.name));
         }
         Ok(())
     }

@@ -49,7 +49,7 @@ impl Command {
         cache_teacher_logits(experiment, self.top as usize, &path, |done, total| {
             progress.get_or_insert_with(|| terminal::Progress::new("recording", total as u64)).advance(done);
         })?;
-        terminal::say(format_args!("wrote {}", path.display()));
+        terminal::print_stderr(format_args!("wrote {}", path.display()));
         Ok(())
     }
 }

@@ -104,7 +104,7 @@ impl Command {
 fn main() -> ExitCode {
     let Err(error) = Duck::parse().command.run() else { return ExitCode::SUCCESS };
     if !error.is_closed_pipe() {
-        terminal::say(format_args!("error: {}", terminal::line(&error)));
+        terminal::print_stderr(format_args!("error: {}", terminal::line(&error)));
     }
     ExitCode::from(error.exit_code())
 }

@@ -48,7 +48,7 @@ pub fn read(path: Option<&Path>) -> Result<PackedModel, Error> {
 fn warn(path: &Path, warnings: &[String]) {
     for warning in warnings {
         let warning = format!("warning: {}: {warning}", path.display());
-        terminal::say(terminal::line(&warning));
+        terminal::print_stderr(terminal::line(&warning));
     }
 }
 

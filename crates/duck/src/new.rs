@@ -62,13 +62,13 @@ impl Command {
         proposal.experiment.run.name = name;
         proposal.experiment.validate(&file.display().to_string())?;
         let summary = summary(&proposal);
-        terminal::say(&summary);
+        terminal::print_stderr(&summary);
         let text = header(&summary, full) + &sections(&proposal.experiment, full);
         if to_output {
             return terminal::stream(&text);
         }
         terminal::write_file(&file, text.as_bytes(), overwrite)?;
-        terminal::say(format_args!("to train it: duck train {}", file.display()));
+        terminal::print_stderr(format_args!("to train it: duck train {}", file.display()));
         terminal::print(file.display())
     }
 }

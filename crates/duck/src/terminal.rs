@@ -22,7 +22,7 @@ pub fn print(line: impl Display) -> Result<(), Error> {
     stream(&format!("{line}\n"))
 }
 
-pub use ternary_format::say;
+pub use ternary_format::print_stderr;
 
 /// Writes text to standard output immediately, without a line end.
 pub fn stream(text: &str) -> Result<(), Error> {

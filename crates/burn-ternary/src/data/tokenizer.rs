@@ -8,7 +8,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use ternary_format::{FormatError, Tokenizer, read_model, say};
+use ternary_format::{FormatError, Tokenizer, print_stderr, read_model};
 use tokenizers::{
     AddedToken, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Trainer,
     models::bpe::{BPE, BpeTrainer},
@@ -90,7 +90,9 @@ fn telling_progress<T>(documents: &[Document], train: impl FnOnce() -> T) -> T {
         let bytes: usize = documents.iter().flat_map(Document::texts).map(str::len).sum();
         while let Err(RecvTimeoutError::Timeout) = waiting.recv_timeout(PROGRESS) {
             let (megabytes, seconds) = (bytes as f64 / 1e6, began.elapsed().as_secs());
-            say(format_args!("training the bpe tokenizer on {megabytes:.1} MB of text: {seconds} s"));
+            print_stderr(format_args!(
+                "training the bpe tokenizer on {megabytes:.1} MB of text: {seconds} s"
+            ));
         }
     };
     thread::scope(|scope| {

@@ -11,8 +11,6 @@ use burn::train::{
     },
 };
 
-pub use ternary_format::say;
-
 /// The lines that a run prints, without line feeds and escape codes. What a report does not have is left out, so the
 /// columns of a run stay where they are.
 pub struct ProgressLine;

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Once};
 use std::time::Duration;
-use ternary_format::say;
+use ternary_format::print_stderr;
 
 /// Time between two frames.
 const TICK: Duration = Duration::from_millis(100);
@@ -33,7 +33,7 @@ impl Display {
     pub fn open(run: String, steps: usize, epochs_per_step: f64) -> Option<Self> {
         #[cfg(unix)]
         if let Err(error) = terminal().and_then(|terminal| Ok(rustix::termios::tcgetattr(terminal)?)) {
-            say(format_args!(
+            print_stderr(format_args!(
                 "warning: the full-screen display cannot read keys ({error}): printing lines instead"
             ));
             return None;

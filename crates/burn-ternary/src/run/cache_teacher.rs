@@ -28,7 +28,7 @@ use std::{
 };
 use ternary_format::{
     disk::{self, RunLock},
-    memory, say,
+    memory, print_stderr,
 };
 
 /// Windows that the teacher reads at once.
@@ -70,7 +70,7 @@ pub fn cache_teacher_logits(
         return Err(TrainError::Experiment { origin: origin(&config), message });
     };
     for warning in &teacher.warnings {
-        say(format_args!("warning: {}: {warning}", config.teacher));
+        print_stderr(format_args!("warning: {}: {warning}", config.teacher));
     }
     let teacher = teacher_model(&teacher, &config, &texts.tokenizer, &experiment.model, &device)
         .map_err(|error| unfit(error, &config))?;

@@ -11,7 +11,7 @@ use crate::quant::QuantConfig;
 use burn::module::Module;
 use burn::tensor::Device;
 use std::path::Path;
-use ternary_format::{PackedModel, Tensor, say};
+use ternary_format::{PackedModel, Tensor, print_stderr};
 
 /// The model that `run.start_from` names, and its digest; `None` where the experiment names none.
 ///
@@ -38,7 +38,7 @@ pub(super) fn load_initial_model(
         }
         // Not a run that started from nothing.
         (Err(error), Some(recorded)) if recorded != Some(None) => {
-            say(format_args!(
+            print_stderr(format_args!(
                 "warning: {error}; run.start_from cannot be compared, the checkpoint has all weights"
             ));
             Ok((None, recorded.flatten()))

@@ -32,7 +32,7 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
-use ternary_format::{PackedModel, disk::RunLock, say};
+use ternary_format::{PackedModel, disk::RunLock, print_stderr};
 
 /// How a run is executed; what it computes depends on the experiment alone.
 #[derive(Clone, Copy, Debug, Default, WithSetters)]
@@ -144,7 +144,7 @@ fn prepare(
         .flat_map(|(path, warnings)| warnings.iter().map(move |warning| (path, warning)))
         .collect();
     for (path, warning) in warnings {
-        say(format_args!("warning: {path}: {warning}"));
+        print_stderr(format_args!("warning: {path}: {warning}"));
     }
     let inputs = Inputs {
         teacher: teacher.as_ref().map(TeacherSource::digest),
@@ -154,7 +154,7 @@ fn prepare(
     let mut identity = Identity::new(&experiment, inputs);
     if let Some(loaded) = &checkpoint {
         if loaded.identity.is_none() {
-            say(format_args!(
+            print_stderr(format_args!(
                 "warning: {} was written by an older version and has no digests; texts, tokenizer, teacher and the model to start \
                  from cannot be compared",
                 loaded.path.display()
@@ -171,7 +171,7 @@ fn prepare(
             }
             Ok(Some(asked.run.steps))
         })?;
-        say(format_args!("resuming {} at step {}", loaded.path.display(), loaded.state.step));
+        print_stderr(format_args!("resuming {} at step {}", loaded.path.display(), loaded.state.step));
     }
     let held = checkpoint.as_ref().map_or(0, |loaded| loaded.bytes);
     let taught = teacher.as_ref().map_or(0, TeacherSource::bytes);
@@ -346,7 +346,7 @@ fn train(
 /// `Moved`.
 fn export(run: &RunContext, trained: &mut Trained) -> Result<Exported, TrainError> {
     for warning in doubtful_end(&trained.outcome.state) {
-        say(format_args!("warning: {warning}"));
+        print_stderr(format_args!("warning: {warning}"));
     }
     run.expect_in_place()?;
     let mut exported = Exported::default();
@@ -412,7 +412,7 @@ fn preflight(
         return Err(DataError::NothingLearned { windows, context: experiment.model.context }.into());
     }
     for warning in without_effect(experiment, data) {
-        say(format_args!("warning: {warning}"));
+        print_stderr(format_args!("warning: {warning}"));
     }
     if !options.quiet {
         let trained = match experiment.lora.is_on() {

@@ -14,7 +14,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
 };
-use ternary_format::{PackedModel, Tokenizer, chat, disk, memory, read_model, say};
+use ternary_format::{PackedModel, Tokenizer, chat, disk, memory, print_stderr, read_model};
 
 /// The model of a run folder, for use after the run.
 pub struct SavedRun {
@@ -162,11 +162,11 @@ pub(super) fn last_checkpoint(run_dir: &Path) -> Result<Option<Loaded>, TrainErr
 /// As [`last_checkpoint`].
 pub(super) fn checkpoint_to_resume(run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
     let Some(loaded) = last_checkpoint(run_dir)? else {
-        say(format_args!("{}: no checkpoint yet, starting from the first step", run_dir.display()));
+        print_stderr(format_args!("{}: no checkpoint yet, starting from the first step", run_dir.display()));
         return Ok(None);
     };
     for refusal in &loaded.refused {
-        say(format_args!("warning: {refusal}"));
+        print_stderr(format_args!("warning: {refusal}"));
     }
     Ok(Some(loaded))
 }

@@ -1,8 +1,9 @@
 //! Signals: the first one ends a run after the current step, with a checkpoint; another one ends it at once.
 
-use crate::report::{progress::say, terminal};
+use crate::report::terminal;
 use burn::train::Interrupter;
 use std::io;
+use ternary_format::print_stderr;
 
 /// Listens until it is dropped.
 pub(super) struct Signals {
@@ -48,7 +49,9 @@ mod unix {
                         first = Some(Instant::now());
                         interrupter.stop(Some("a signal"));
                         if speaks {
-                            say("stopping after this step, with a checkpoint; another signal stops at once");
+                            print_stderr(
+                                "stopping after this step, with a checkpoint; another signal stops at once",
+                            );
                         }
                     } else if first.is_none_or(|first| first.elapsed() > SAME) {
                         // Of a run that a key has stopped, too.

@@ -4,7 +4,7 @@ use super::Experiment;
 use super::experiment::RunConfig;
 use crate::data::{DataError, Dataset};
 use crate::train::TrainState;
-use ternary_format::{Tokenizer, chat::encode_prompt, say};
+use ternary_format::{Tokenizer, chat::encode_prompt, print_stderr};
 
 /// Settings of the run that have no effect.
 pub(super) fn without_effect(Experiment { run, schedule, .. }: &Experiment, data: &Dataset) -> Vec<String> {
@@ -61,7 +61,7 @@ pub(super) fn sample_prompts(run: &RunConfig, tokenizer: &Tokenizer) -> Vec<(Str
             Ok(_) => "the tokenizer makes no token of it".into(),
             Err(error) => DataError::from(error).to_string(),
         };
-        say(format_args!("warning: run.sample_prompts: {prompt:?} is left out: {why}"));
+        print_stderr(format_args!("warning: run.sample_prompts: {prompt:?} is left out: {why}"));
         None
     };
     run.sample_prompts.iter().filter_map(encode).collect()

@@ -1,4 +1,4 @@
-//! [`say`]: messages for the user on standard error.
+//! [`print_stderr`]: messages for the user on standard error.
 
 use std::{
     fmt::Display,
@@ -9,7 +9,7 @@ use std::{
 ///
 /// The line is dropped if standard error is closed, if its disk is full, or if it is a pipe whose reader has not made
 /// room for a second. `eprintln!` would panic in the first two cases, and wait forever in the third.
-pub fn say(line: impl Display) {
+pub fn print_stderr(line: impl Display) {
     if is_writable() {
         let _ = writeln!(io::stderr(), "{line}");
     }
