@@ -63,6 +63,9 @@ impl Command {
         proposal.experiment.validate(&file.display().to_string())?;
         let summary = summary(&proposal);
         terminal::print_stderr(&summary);
+        if proposal.software_renderer {
+            terminal::print_stderr("this device is a software renderer; --device flex will be faster");
+        }
         let text = header(&summary, full) + &sections(&proposal.experiment, full);
         if to_output {
             return terminal::stream(&text);
@@ -75,7 +78,8 @@ impl Command {
 
 /// The text, the model and the training that are proposed, one line each.
 fn summary(proposal: &Proposal) -> String {
-    let Proposal { size, text, tokens, passes, parameters, experiment, seconds, bytes, device } = proposal;
+    let Proposal { size, text, tokens, passes, parameters, experiment, seconds, bytes, device, .. } =
+        proposal;
     let (model, run) = (&experiment.model, &experiment.run);
     let dialogues = match text.dialogues {
         0 => "no dialogues".into(),
@@ -129,7 +133,7 @@ fn header(summary: &str, full: bool) -> String {
         false => "Keys that are missing here have their defaults; `duck new --full` writes every key.",
     };
     format!(
-        "# Question:\n# Expectation:\n# Cost: see below.\n#\n# {}\n#\n\
+        "# {}\n#\n\
          # `duck train FILE` runs this experiment; `--set section.key=value` overrides a key. An unknown key is an error.\n\
          # {keys}\n\nversion = {VERSION}\n",
         summary.replace('\n', "\n# ")

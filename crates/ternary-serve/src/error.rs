@@ -17,8 +17,8 @@ pub enum ServeError {
     },
     /// Other machines could use the models without an API key.
     #[error(
-        "{address} is reachable from other machines, expected a loopback address, an API key, or \
-             `allow_remote`"
+        "{address} is reachable from other machines, expected a loopback address, an API key \
+             (`--api-key`), or `--allow-remote`"
     )]
     Open {
         /// The address of [`ServeOptions`](crate::ServeOptions), or of the listener.
@@ -37,7 +37,7 @@ pub enum ServeError {
     #[error("no models, expected at least one")]
     NoModels,
     /// Names of models must be unique.
-    #[error("two models have the name `{name}`")]
+    #[error("two models have the name `{name}`, expected another name for one of them: NAME=PATH")]
     SameName {
         /// The name.
         name: String,

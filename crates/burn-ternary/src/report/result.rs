@@ -21,6 +21,8 @@ pub struct Place {
     pub prompt: Option<String>,
     /// Name of an archive for a model that fits no GGUF file.
     pub archive: Option<String>,
+    /// The model that the adapters of the run extend, if it trained adapters.
+    pub base: Option<String>,
 }
 
 /// The contents of `result.json`. Losses are in nats per token; an `Option` is null where the run has no such number.
@@ -236,6 +238,14 @@ impl Place {
         let run = self.run_dir.display();
         let files: Vec<&str> = FILES.into_iter().filter(|name| self.run_dir.join(name).exists()).collect();
         let mut rows = vec![("wrote", format!("{run} ({})", files.join(", ")))];
+        if let Some(base) = &self.base {
+            let prompt = self
+                .prompt
+                .as_ref()
+                .map(|prompt| format!(" --prompt {}", quoted(prompt)))
+                .unwrap_or_default();
+            rows.push(("with adapter", format!("duck generate {base} --adapter {run}/adapter{prompt}")));
+        }
         rows.extend(self.archive.as_ref().map(|name| ("as an archive", format!("duck export {run} {name}"))));
         if files.contains(&"model.gguf") {
             if self.chats {

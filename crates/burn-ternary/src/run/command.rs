@@ -22,10 +22,10 @@ const PREPARED: [&str; 4] = ["tokenizer.json", "train.tokens", "valid.tokens", T
 const EXAMPLES: &str = "\
 Examples:
   train                                              the default experiment, on the embedded texts
-  train experiments/11-shakespeare-ternary.toml --seed 2
+  train experiments/60-text-1mb.toml --data my_texts/ --seed 2
   train --data my_texts/ --tokenizer bpe --epochs 5 --set run.name=mine
   train --set quant.scale=learned --set quant.granularity='{ per_group = 64 }' --out scale_runs
-  train experiments/30-duck-persona.toml --resume    go on where that run stopped
+  train --resume                                     continues the default run where it stopped
 
 Ctrl-C, SIGTERM and SIGHUP stop the run after the current step, with a checkpoint; a second one stops it at once.
 Exit codes: 0 finished, 2 usage or experiment, 3 data, 4 device or memory, 5 disk, 6 diverged, 7 interrupted, 1 anything

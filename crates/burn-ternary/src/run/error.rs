@@ -18,7 +18,8 @@ pub enum TrainError {
     },
     /// The run folder holds a run already.
     #[error(
-        "{}: expected an empty run folder, found a run; --resume continues it, --overwrite moves it aside",
+        "{}: expected an empty run folder, found a run; --resume continues it, --overwrite moves it aside, \
+         and --set run.name=NAME starts another",
         path.display()
     )]
     NotEmpty {
@@ -100,7 +101,8 @@ pub enum TrainError {
     Import(#[from] crate::ImportError),
     /// The loss left the finite numbers, or its usual range, once too often.
     #[error(
-        "diverged at step {step} after {rollbacks} rollbacks; {}",
+        "diverged at step {step} after {rollbacks} rollbacks; {}; a lower optim.lr and optim.muon_lr, or a longer \
+         schedule.warmup_steps, can prevent it",
         match checkpoint {
             Some(path) => format!("the last good checkpoint is {}", path.display()),
             None => "there is no good checkpoint yet".into(),

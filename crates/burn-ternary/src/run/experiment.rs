@@ -29,7 +29,7 @@ use toml::{
 ///
 /// In a file, a missing key has its default, and an unknown key is an error. [`Experiment::validate`] refuses an experiment without
 /// `data.train` or `run.name`, which have no default that could be trained. Files of older versions of the format are read too; see
-/// [`VERSION`](super::version::VERSION).
+/// [`VERSION`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
 #[serde(default, deny_unknown_fields)]
 #[getset(set_with = "pub")]

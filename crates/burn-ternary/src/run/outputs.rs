@@ -41,7 +41,9 @@ impl Exported {
             Ok(()) => self.file_bytes = fs::metadata(&path).ok().map(|file| file.len()),
             Err(error) => {
                 self.no_file = Some(error.to_string());
-                self.archive = (!error.is_io()).then(|| format!("{name}.ternary"));
+                // Adapters cannot be merged into ternary weights, in whatever file.
+                let fits = !error.is_io() && !run.experiment.lora.is_on();
+                self.archive = fits.then(|| format!("{name}.ternary"));
             }
         }
     }

@@ -393,6 +393,7 @@ fn summarize(run: &RunContext, trained: Trained, exported: Exported) -> Result<R
         chats: run.data.train.tokens().makes_chat_model(),
         prompt: run.example_prompt.clone(),
         archive: exported.archive,
+        base: exported.adapter_bytes.is_some().then(|| run.experiment.run.start_from.clone()),
     });
     Ok(result)
 }

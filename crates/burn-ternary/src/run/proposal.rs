@@ -133,6 +133,8 @@ pub struct Proposal {
     pub bytes: u64,
     /// The device on which steps were measured.
     pub device: String,
+    /// Whether that device is a program, such as llvmpipe, slower than flex.
+    pub software_renderer: bool,
 }
 
 /// Counts the text of `sources` (files, folders, `embedded`), chooses an experiment for it and measures a few of its steps.
@@ -203,6 +205,7 @@ pub fn propose(sources: &[String], size: Option<Size>, device: &str) -> Result<P
         seconds: BESIDES * step_s * steps as f64,
         bytes: memory_estimate(&measured, &device),
         device: device::describe(&device),
+        software_renderer: device::is_software(&device),
     })
 }
 

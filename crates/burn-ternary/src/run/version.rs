@@ -1,7 +1,7 @@
 //! Versions of the experiment format, and how files of older versions are read.
 //!
 //! A file of version `v` has `version = v` as its first key; a file without this key has version 0. To change the format, raise
-//! [`VERSION`] and append a migration to [`MIGRATIONS`] that turns the keys of the version before into those of the new one. Add
+//! [`VERSION`] and append a migration to `MIGRATIONS` that turns the keys of the version before into those of the new one. Add
 //! a run folder of the version before to `tests/fixtures`.
 
 use serde::Deserialize;

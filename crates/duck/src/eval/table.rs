@@ -116,8 +116,12 @@ impl Table {
     }
 
     fn title(&self) -> String {
-        let plural = if self.documents == 1 { "" } else { "s" };
-        format!("{}, {} document{plural}", self.file, self.documents)
+        match self.documents {
+            1 => {
+                format!("{}, 1 document: no intervals (lines `<|endoftext|>` separate documents)", self.file)
+            }
+            n => format!("{}, {n} documents", self.file),
+        }
     }
 
     /// For terminals.
@@ -181,7 +185,7 @@ mod tests {
     fn a_value_without_an_interval_is_alone_and_nan_is_a_dash() {
         let mut table = Table::new("a.txt".into(), 1);
         table.add("one".into(), vec![measure(f64::NAN, &[])]);
-        assert!(table.text().ends_with("loss  -") && table.text().contains("1 document\n"));
+        assert!(table.text().ends_with("loss  -") && table.text().contains("1 document: no intervals"));
         assert!(serde_json::to_value(table).unwrap()["models"][0]["loss"]["value"].is_null());
     }
 }
