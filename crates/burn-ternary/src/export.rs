@@ -94,7 +94,7 @@ impl ExportError {
 /// # use burn::tensor::Device;
 /// # let folder = tempfile::tempdir()?;
 /// # let path = folder.path().join("duck.gguf");
-/// let config = DuckConfig { vocab_size: 100, ..DuckConfig::duck_tiny() };
+/// let config = DuckConfig::duck_tiny().with_vocab_size(100);
 /// let duck = config.init(&QuantConfig::default(), 1, &Device::default());
 /// let packed = export_for_inference(&duck, None, "duck")?;
 /// write_model(&packed, &path, &WriteOptions::default())?; // GGUF, ONNX, an archive or a folder, by the path

@@ -34,7 +34,7 @@ impl MixedPrecision {
 /// ```
 /// # use burn_ternary::{nn::DuckConfig, quant::QuantConfig};
 /// # use burn::tensor::{Device, Int, Tensor};
-/// let config = DuckConfig { vocab_size: 100, ..DuckConfig::duck_tiny() };
+/// let config = DuckConfig::duck_tiny().with_vocab_size(100);
 /// let device = Device::default();
 /// let duck = config.init(&QuantConfig::default(), 1, &device);
 /// let logits = duck.forward(Tensor::<2, Int>::from_data([[3, 1, 4, 1, 5]], &device));
