@@ -1,4 +1,4 @@
-//! `metrics.jsonl`, one line per report, and the samples beside it.
+//! `metrics.jsonl`, one line per report, and `samples.txt`.
 
 use super::file::{at, write_atomic};
 use super::step_report::{Split, StepReport};

@@ -215,7 +215,7 @@ impl RunResult {
         rows.extend(self.adapter_bytes.map(|bytes| {
             (
                 "adapter",
-                format!("{}, in `adapter` of the run folder: for --adapter beside the base", mib(bytes)),
+                format!("{}, in `adapter` of the run folder: for --adapter with the base model", mib(bytes)),
             )
         }));
         rows.extend(self.peak_rss_bytes.map(|bytes| ("peak memory", mib(bytes))));

@@ -20,8 +20,8 @@ impl From<RunLock> for Claim {
     }
 }
 
-/// Moves what is in a run folder to `<run_dir>.old-N`. The folder and its lock stay, so that nobody else can take the
-/// name meanwhile; a move that fails is undone.
+/// Moves the contents of a run folder to `<run_dir>.old-N`. The folder and its lock stay, so that no other process can take
+/// the name meanwhile; a move that fails is undone.
 pub(super) fn move_aside(run_dir: &Path, mut names: Vec<OsString>) -> io::Result<()> {
     if names.is_empty() {
         return Ok(());
