@@ -2,8 +2,11 @@
 
 use crate::resume::tensors;
 use crate::small_experiment;
-use burn_ternary::run::cache_teacher_logits;
-use burn_ternary::run::{Experiment, RunOptions, TrainError, run, train_duck_quantized};
+use burn_ternary::device;
+use burn_ternary::run::{
+    Experiment, RunOptions, TrainError, cache_teacher_logits, checkpoint::Checkpoints, run,
+    train_duck_quantized,
+};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs;
@@ -110,6 +113,9 @@ fn a_resume_with_other_settings_names_each_and_changes_nothing() {
         let error = run(changed, &resume()).unwrap_err();
         assert!(matches!(error, TrainError::OtherRun { .. }) && error.exit_code() == 2, "{error}");
     }
+    let loaded = Checkpoints::existing(made.run_dir().join("checkpoints")).latest_good().unwrap().unwrap();
+    let flex = device::describe(&device::device("flex").unwrap());
+    assert_eq!(loaded.identity.unwrap().device, Some(flex));
     // Epochs of another text are not counted.
     let epochs = resume().with_epochs(Some(2.0));
     refused_with(with(&made, &["data.valid_fraction=0.3"]), &epochs, &["the training text"]);

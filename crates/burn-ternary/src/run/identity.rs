@@ -17,7 +17,9 @@ use super::checkpoint::{Identity, Inputs, Loaded, sha256};
 use super::version::{self, VERSION};
 use super::{Experiment, TrainError};
 use crate::data::Texts;
+use crate::device;
 use crate::train::schedule::{Schedule, ScheduleConfig};
+use burn::tensor::Device;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,7 +28,8 @@ use ternary_format::PackedModel;
 use toml::{Table, Value};
 
 /// Keys that change no weight and no validation loss. `run.device` is here because `auto` and the device's own name are one device;
-/// only on the same device is a resumed run the same bit for bit. `run.checkpoint_every` says where a later rollback goes back to.
+/// only on the same device is a resumed run the same bit for bit, and [`Identity::other_device`] warns of another one.
+/// `run.checkpoint_every` says where a later rollback goes back to.
 const FREE: [&str; 10] = [
     "run.name",
     "run.out_dir",
@@ -50,10 +53,11 @@ const OPTIONAL: [&str; 2] = ["data.bpe_vocab_size", "data.valid_fraction"];
 const TOKENIZER: &str = "data.tokenizer";
 
 impl Identity {
-    /// The identity of a run of `experiment`, whose vocabulary and steps are resolved.
-    pub fn new(experiment: &Experiment, inputs: Inputs) -> Self {
+    /// The identity of a run of `experiment`, whose vocabulary and steps are resolved, on `device`.
+    pub fn new(experiment: &Experiment, inputs: Inputs, device: &Device) -> Self {
         let table = Table::try_from(experiment).expect("an experiment is tables, lists, strings and numbers");
-        Self { settings: settings(&table), steps: experiment.run.steps, inputs }
+        let device = Some(device::describe(device));
+        Self { settings: settings(&table), steps: experiment.run.steps, inputs, device }
     }
 
     /// The identity with the keys of the current version of experiments, from that of a checkpoint of `version`.
@@ -100,6 +104,17 @@ impl Identity {
         expect_none(differences, run_dir)
     }
 
+    /// A warning if this run continues on another device than the one that computed `recorded`, if that is known.
+    pub(crate) fn other_device(&self, recorded: &Self) -> Option<String> {
+        let (before, now) = (recorded.device.as_ref()?, self.device.as_ref()?);
+        (before != now).then(|| {
+            format!(
+                "the run was on {before} and continues on {now}: its losses may differ in the last bits from those of an \
+                 uninterrupted run"
+            )
+        })
+    }
+
     /// Checks that prepared texts may replace those of a run.
     ///
     /// # Errors
@@ -132,7 +147,7 @@ impl Identity {
             );
             return Err(TrainError::Experiment { origin: "--resume".into(), message });
         };
-        Ok(Self { settings: settings(&table), steps, inputs: self.inputs.clone() })
+        Ok(Self { settings: settings(&table), steps, inputs: self.inputs.clone(), device: None })
     }
 
     /// What differs in `now`, but for the steps.
@@ -239,4 +254,21 @@ pub(crate) fn model_digest(model: &PackedModel) -> String {
 
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_device_is_a_warning_and_no_difference() {
+        let on = |device: Option<&str>| Identity { device: device.map(String::from), ..Identity::default() };
+        let flex = on(Some("flex (EPYC)"));
+        let warning = flex.other_device(&on(Some("wgpu (H100)"))).unwrap();
+        assert!(warning.contains("on wgpu (H100) and continues on flex (EPYC)"), "{warning}");
+        for same in [on(Some("flex (EPYC)")), on(None)] {
+            assert_eq!(flex.other_device(&same), None);
+            assert_eq!(flex.differences(&same), [""; 0]);
+        }
+    }
 }

@@ -151,7 +151,7 @@ fn prepare(
         start: initial_digest,
         ..Inputs::of(&texts)
     };
-    let mut identity = Identity::new(&experiment, inputs);
+    let mut identity = Identity::new(&experiment, inputs, &device);
     if let Some(loaded) = &checkpoint {
         if loaded.identity.is_none() {
             print_stderr(format_args!(
@@ -171,6 +171,9 @@ fn prepare(
             }
             Ok(Some(asked.run.steps))
         })?;
+        if let Some(warning) = loaded.identity.as_ref().and_then(|recorded| identity.other_device(recorded)) {
+            print_stderr(format_args!("warning: {warning}"));
+        }
         print_stderr(format_args!("resuming {} at step {}", loaded.path.display(), loaded.state.step));
     }
     let held = checkpoint.as_ref().map_or(0, |loaded| loaded.bytes);

@@ -11,6 +11,7 @@ use crate::train::schedule::Schedule;
 use burn::module::Module;
 use burn::tensor::Device;
 use std::{
+    cmp::Reverse,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -156,19 +157,46 @@ pub(super) fn last_checkpoint(run_dir: &Path) -> Result<Option<Loaded>, TrainErr
     Ok(loaded)
 }
 
-/// The checkpoint that `--resume` continues; warns of those that were refused. `None`: the run was killed before its first checkpoint.
+/// The checkpoint that `--resume` continues; warns of those that were refused. `None`: there is no run, or it was killed before its
+/// first checkpoint.
 ///
 /// # Errors
 /// As [`last_checkpoint`].
 pub(super) fn checkpoint_to_resume(run_dir: &Path) -> Result<Option<Loaded>, TrainError> {
     let Some(loaded) = last_checkpoint(run_dir)? else {
-        print_stderr(format_args!("{}: no checkpoint yet, starting from the first step", run_dir.display()));
+        let run = run_dir.display();
+        match is_run(run_dir) {
+            true => print_stderr(format_args!("{run}: no checkpoint yet, starting from the first step")),
+            false => {
+                let similar = match &similar_runs(run_dir)[..] {
+                    [] => String::new(),
+                    names => format!(" (runs with similar names: {})", names.join(", ")),
+                };
+                print_stderr(format_args!("no run to resume in {run}: starting a new one{similar}"));
+            }
+        }
         return Ok(None);
     };
     for refusal in &loaded.refused {
         print_stderr(format_args!("warning: {refusal}"));
     }
     Ok(Some(loaded))
+}
+
+/// At most three runs in the folder of `run_dir` whose names begin like its name, the most similar first.
+fn similar_runs(run_dir: &Path) -> Vec<String> {
+    const FEWEST_COMMON: usize = 3;
+    const MOST_NAMES: usize = 3;
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let own = name(run_dir);
+    let common = |other: &str| own.chars().zip(other.chars()).take_while(|(a, b)| a == b).count();
+    let folder = run_dir.parent().and_then(|folder| fs::read_dir(folder).ok());
+    let runs = folder.into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| is_run(path));
+    let mut names: Vec<_> =
+        runs.map(|path| name(&path)).filter(|name| common(name) >= FEWEST_COMMON).collect();
+    names.sort_by_cached_key(|name| (Reverse(common(name)), name.clone()));
+    names.truncate(MOST_NAMES);
+    names
 }
 
 /// Removes the results of an earlier end of the run, which would not describe it any more once it continues. They can be made
@@ -203,4 +231,23 @@ pub(super) fn chat_template(
 
 pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     write_atomic(path, bytes).map_err(|source| TrainError::Write { path: path.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn similar_runs_are_named_the_most_similar_first() {
+        let home = tempfile::tempdir().unwrap();
+        for name in ["poems-1", "poems-12", "poem-1", "po-1", "verse-1", "pond-1"] {
+            fs::create_dir(home.path().join(name)).unwrap();
+            fs::write(home.path().join(name).join("experiment.toml"), "").unwrap();
+        }
+        fs::create_dir(home.path().join("poems-2.old")).unwrap();
+        let similar = |name: &str| similar_runs(&home.path().join(name));
+        assert_eq!(similar("poems-2"), ["poems-1", "poems-12", "poem-1"]);
+        assert_eq!(similar("duck-1"), [""; 0]);
+        assert_eq!(similar_runs(Path::new("missing/poems-2")), [""; 0]);
+    }
 }

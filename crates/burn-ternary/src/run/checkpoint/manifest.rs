@@ -42,6 +42,9 @@ pub struct Identity {
     pub steps: usize,
     /// Digests of the inputs.
     pub inputs: Inputs,
+    /// Name and hardware of the device that computed the last step. It is not compared: a resume on another device is a warning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
 }
 
 /// SHA-256 of what an experiment names by path, in hexadecimal.
