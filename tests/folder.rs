@@ -211,7 +211,7 @@ fn links_in_a_run_folder_are_replaced_not_followed() {
     // Files that are read again must be those of the run; the others may be anything.
     let files =
         ["metrics.jsonl", "samples.txt", "experiment.toml", "result.json", "tokenizer.json", "model.gguf"];
-    let more = ["loss.svg", "codes.svg", "train.tokens", "valid.tokens", "run.lock"];
+    let more = ["loss.svg", "codes.svg", "train.tokens", "valid.tokens", "valid.jsonl", "run.lock"];
     for name in files.into_iter().chain(more) {
         fs::rename(run_dir.join(name), mine.join(name)).unwrap();
         symlink(mine.join(name), run_dir.join(name)).unwrap();

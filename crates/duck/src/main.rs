@@ -36,7 +36,7 @@ Examples:
   duck train poems.toml                   train it; the run folder is a MODEL
   duck generate runs/mine-1 --prompt 'One day'
   duck convert --from SmolLM2-135M --data my_texts/
-  duck eval runs/mine-1 runs/float-1 --data valid.txt
+  duck eval runs/mine-1 runs/float-1      compare them on the validation text of the runs
   duck export runs/mine-1 mine.onnx
   duck serve mine.gguf --port 8080
 

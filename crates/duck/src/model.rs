@@ -25,13 +25,18 @@ pub fn name(path: Option<&Path>) -> String {
     path.map_or(NAME.into(), |path| path.display().to_string())
 }
 
+/// Whether a path is a run folder.
+pub fn is_run(path: &Path) -> bool {
+    path.join(RUN_EXPERIMENT).exists()
+}
+
 /// Reads a model file of any format or a run folder; `None`: the built-in Duck.
 pub fn read(path: Option<&Path>) -> Result<PackedModel, Error> {
     let Some(path) = path else {
         return gguf::parse(DUCK.to_vec().into()).map_err(Error::Model);
     };
     let mut file = path.to_path_buf();
-    if path.join(RUN_EXPERIMENT).exists() {
+    if is_run(path) {
         file.push(RUN_MODEL);
         if !file.exists() {
             return unfinished(path);

@@ -93,6 +93,36 @@ fn models_are_columns_of_one_table() {
 }
 
 #[test]
+fn without_data_run_folders_are_compared_on_their_validation_documents() {
+    let home = school();
+    let one = "{\"text\": \"One duck.\"}\n{\"text\": \"Two ducks.\"}\n";
+    for (run, documents) in
+        [("a-1", Some(one)), ("b-1", Some(one)), ("c-1", Some("{\"text\": \"A fox.\"}\n")), ("d-1", None)]
+    {
+        let run = home.path().join(run);
+        fs::create_dir(&run).unwrap();
+        fs::write(run.join("experiment.toml"), "").unwrap();
+        fs::copy(home.path().join("model.gguf"), run.join("model.gguf")).unwrap();
+        if let Some(documents) = documents {
+            fs::write(run.join("valid.jsonl"), documents).unwrap();
+        }
+    }
+    let report = json(&output(&home, &["eval", "other.gguf", "a-1", "b-1", "--json"]));
+    let file = &report["files"][0];
+    assert_eq!((&file["file"], &file["documents"]), (&"a-1/valid.jsonl".into(), &2.into()));
+    assert_eq!(file["models"].as_array().unwrap().len(), 3);
+    let error = failure(&home, &["eval", "a-1", "c-1"], 3);
+    assert!(
+        error.contains("c-1: expected the validation documents of a-1") && error.contains("--data"),
+        "{error}"
+    );
+    let error = failure(&home, &["eval", "a-1", "d-1"], 3);
+    assert!(error.contains("d-1: expected its validation documents in valid.jsonl"), "{error}");
+    assert!(failure(&home, &["eval", "model.gguf"], 2).contains("--data FILE, or a run folder"));
+    output(&home, &["eval", "a-1", "c-1", "d-1", "--data", "texts.txt"]);
+}
+
+#[test]
 fn answers_are_compared_with_references() {
     let home = school();
     let flags = ["eval", "model.gguf", "--data", "dialogues.jsonl", "--answers", "--max-tokens", "8"];

@@ -57,6 +57,10 @@ fn a_model_of_plain_text_is_proposed_trained_and_goes_on_with_what_is_written() 
     );
     assert!(summary.contains(&format!("--prompt '{prompt}'")) && !summary.contains("duck chat"), "{summary}");
 
+    // A twentieth of the documents was held out.
+    let report = json(&output(&home, &["eval", "runs/poems-1", "--json"]));
+    assert_eq!(report["files"][0]["documents"], 10, "{report}");
+
     assert!(!has_template(&home, "runs/poems-1"));
     output(&home, &["export", "runs/poems-1", "poems.ternary"]);
     assert!(!has_template(&home, "poems.ternary"));

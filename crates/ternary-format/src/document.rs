@@ -4,7 +4,7 @@
 //! object with `text`, or with `question` and `answer`.
 
 use crate::Special;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// One text or dialogue.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -33,6 +33,14 @@ impl Document {
     /// Whether the document is a question and its answer.
     pub fn is_dialogue(&self) -> bool {
         matches!(self, Self::Dialogue { .. })
+    }
+
+    /// The JSON object of this document: a line of a `.jsonl` file. [`from_json`](Self::from_json) is the inverse.
+    pub fn to_json(&self) -> Value {
+        match self {
+            Self::Text(text) => json!({ "text": text }),
+            Self::Dialogue { question, answer } => json!({ "question": question, "answer": answer }),
+        }
     }
 
     /// The document that a JSON object describes. Keys besides `text`, `question` and `answer` are ignored.
@@ -123,6 +131,15 @@ mod tests {
         let lines = "{\"question\": \"q\", \"answer\": \"a\", \"more\": 1}\n\n{\"text\": \"t\"}";
         let dialogue = Document::Dialogue { question: "q".into(), answer: "a".into() };
         assert_eq!(parse_jsonl(lines, Document::from_json).unwrap(), [dialogue, text("t")]);
+    }
+
+    #[test]
+    fn a_written_document_is_the_same_document() {
+        let odd = "\u{feff} \"a\"\r\n<|endoftext|>\n\u{2028}é";
+        let dialogue = Document::Dialogue { question: odd.into(), answer: String::new() };
+        let documents = [text(odd), text(""), dialogue];
+        let lines: String = documents.iter().map(|document| format!("{}\n", document.to_json())).collect();
+        assert_eq!(parse_jsonl(&lines, Document::from_json).unwrap(), documents);
     }
 
     #[test]

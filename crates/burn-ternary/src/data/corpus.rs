@@ -70,6 +70,19 @@ pub fn read(key: &'static str, sources: &[String]) -> Result<Vec<Document>, Data
     Ok(documents)
 }
 
+/// Writes documents as a `.jsonl` file, unless it has them already.
+///
+/// # Errors
+/// `Write`: no permission, no space.
+pub fn write(path: &Path, documents: &[Document]) -> Result<(), DataError> {
+    let lines: String = documents.iter().map(|document| format!("{}\n", document.to_json())).collect();
+    match disk::read(path) {
+        Ok(found) if found == lines.as_bytes() => Ok(()),
+        _ => disk::write(path, lines.as_bytes())
+            .map_err(|source| DataError::Write { path: path.into(), source }),
+    }
+}
+
 /// Looks whether the files of a source can be found.
 ///
 /// # Errors

@@ -28,6 +28,8 @@ pub(crate) const SPLIT_SEED: u64 = 0;
 const TOKENIZER: &str = "tokenizer.json";
 const TRAIN: &str = "train.tokens";
 const VALID: &str = "valid.tokens";
+/// The validation documents as text, for `duck eval`.
+const VALID_TEXT: &str = "valid.jsonl";
 
 /// The `[data]` section of an experiment: the texts, and how they become tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema, WithSetters)]
@@ -75,8 +77,8 @@ pub struct Dataset {
 impl Dataset {
     /// Reads, splits and tokenizes the texts of `config`, and cuts them into windows of `seq_len` inputs.
     ///
-    /// Leaves `tokenizer.json`, `train.tokens` and `valid.tokens` in `cache_dir`; what is there from the same texts and
-    /// settings is used again, the trained tokenizer too.
+    /// Leaves `tokenizer.json`, `train.tokens`, `valid.tokens` and `valid.jsonl` (the validation documents) in `cache_dir`; what is there
+    /// from the same texts and settings is used again, the trained tokenizer too.
     ///
     /// # Errors
     /// Every [`DataError`]: bad settings, texts that cannot be read, a tokenizer that cannot be used or does not fit
@@ -186,6 +188,7 @@ impl Texts {
         let Self { tokenizer, recipe, train, valid } = self;
         let train = tokens::prepare(&cache_dir.join(TRAIN), &train, &tokenizer, &recipe)?;
         let train = TokenWindows::new(Arc::new(train), seq_len, seed)?;
+        corpus::write(&cache_dir.join(VALID_TEXT), &valid)?;
         let valid = tokens::prepare(&cache_dir.join(VALID), &valid, &tokenizer, &recipe)?;
         let valid = TokenWindows::sequential(Arc::new(valid), seq_len)?;
         tokenizer.save(&cache_dir.join(TOKENIZER)).map_err(|error| match error {
@@ -270,6 +273,21 @@ mod tests {
             assert!((0..train.len()).all(|i| (train.id(i) as usize) < data.tokenizer.vocab_size()));
             let reopened = tokenizer::load(&folder.path().join("tokenizer.json")).unwrap();
             assert_eq!(reopened.to_json(), data.tokenizer.to_json());
+        }
+    }
+
+    #[test]
+    fn the_validation_documents_are_stored_as_text() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config("embedded", None, "byte");
+        let documents = corpus::read("train", &config.train).unwrap();
+        let (_, expected) = corpus::split(documents, config.valid_fraction, SPLIT_SEED);
+        let path = folder.path().join(VALID_TEXT);
+        for _ in 0..2 {
+            Dataset::prepare(&config, 32, 1, folder.path()).unwrap();
+            assert_eq!(corpus::read("valid", &[path.display().to_string()]).unwrap(), expected);
+            // Those of another text are replaced.
+            fs::write(&path, "{\"text\": \"quack\"}\n").unwrap();
         }
     }
 

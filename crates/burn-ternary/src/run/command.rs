@@ -17,7 +17,7 @@ use toml::Value;
 pub const TEACHER_LOGITS: &str = "teacher.logits";
 
 /// What preparing the texts leaves there before a run.
-const PREPARED: [&str; 4] = ["tokenizer.json", "train.tokens", "valid.tokens", TEACHER_LOGITS];
+const PREPARED: [&str; 5] = ["tokenizer.json", "train.tokens", "valid.tokens", "valid.jsonl", TEACHER_LOGITS];
 
 const EXAMPLES: &str = "\
 Examples:

@@ -73,9 +73,9 @@ impl Drop for AllocatorGuard {
 
 /// Runs an experiment, or continues it.
 ///
-/// Writes to the run folder: `experiment.toml` (resolved), `tokenizer.json`, token files, `metrics.jsonl`, `samples.txt`,
-/// `chat_template.jinja` (where the model has one), `checkpoints/`, `model.gguf` (where a model file can hold the model),
-/// `adapter/` (where `[lora]` is on), `loss.svg`, `codes.svg` (with the feature `plot`; codes not for a float twin) and
+/// Writes to the run folder: `experiment.toml` (resolved), `tokenizer.json`, token files, `valid.jsonl` (the validation documents),
+/// `metrics.jsonl`, `samples.txt`, `chat_template.jinja` (where the model has one), `checkpoints/`, `model.gguf` (where a model file
+/// can hold the model), `adapter/` (where `[lora]` is on), `loss.svg`, `codes.svg` (with the feature `plot`; codes not for a float twin) and
 /// `result.json`; the last three also when the run stops with an error after its first step.
 ///
 /// The run folder is locked from the start to the end: [`TrainError::Lock`] names the process that has it already.

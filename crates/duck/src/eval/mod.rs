@@ -26,6 +26,7 @@ use ternary_infer::{Engine, EngineError};
 
 const EXAMPLES: &str = "\
 Examples:
+  duck eval runs/poems-1 runs/float-1                    on the validation documents of the two runs
   duck eval model.gguf --data valid.txt
   duck eval ternary.gguf float.gguf --data valid.txt --format markdown
   duck eval runs/duck-1 --data dialogues.jsonl --answers --save-answers answers.jsonl
@@ -37,6 +38,8 @@ Data:
     \"question\" and \"answer\"           the answer is scored, with the token that ends it
     \"question\", \"choices\", \"answer\"  the likelihoods of the choices are compared; \"answer\" is an index
                                         from 0 on, or one of the choices
+  Without --data, the documents are those that the run folders among the models held out from training
+  (valid.jsonl). They must be the same in all of them: other documents may have been trained on.
 
 Measures:
   Loss is the mean of -ln p, in nats per token, of each document by itself; the validation loss of a training run is
@@ -51,8 +54,8 @@ pub struct Command {
     /// Model files, Hugging Face folders or run folders; without one, the built-in Duck
     #[arg(value_name = "MODEL")]
     models: Vec<PathBuf>,
-    /// Texts: a .txt or .jsonl file (repeatable)
-    #[arg(long, value_name = "FILE", required = true)]
+    /// Texts: a .txt or .jsonl file (repeatable) [default: the validation documents of the run folders]
+    #[arg(long, value_name = "FILE")]
     data: Vec<PathBuf>,
     /// Stride of the evaluation window, in tokens [default: half of the context]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
@@ -120,6 +123,9 @@ fn smoothings() -> impl TypedValueParser<Value = Smoothing> {
     PossibleValuesParser::new(Smoothing::ALL.map(value)).try_map(|name| name.parse::<Smoothing>())
 }
 
+/// The validation documents in a run folder.
+const RUN_VALID: &str = "valid.jsonl";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Format {
     Text,
@@ -158,6 +164,42 @@ impl File {
         Ok(Self { name: path.display().to_string(), examples: read_examples(path)? })
     }
 
+    /// The documents that a run held out from training.
+    fn held_out(run: &Path) -> Result<Self, Error> {
+        let path = run.join(RUN_VALID);
+        if path.exists() {
+            return Self::read(&path);
+        }
+        let expected = format!("its validation documents in {RUN_VALID}, or --data FILE");
+        let found = "no such file, as in run folders of earlier versions; a `duck train --resume` of the run writes it";
+        Err(Error::Data { origin: run.display().to_string(), expected, found: found.into() })
+    }
+
+    /// The validation documents of the run folders among the models.
+    fn held_out_of_all(models: &[PathBuf]) -> Result<Self, Error> {
+        let mut runs = models.iter().filter(|path| model::is_run(path));
+        let first = runs.next().ok_or_else(|| {
+            Error::Usage(
+                "expected --data FILE, or a run folder among the models, for its validation documents".into(),
+            )
+        })?;
+        let file = Self::held_out(first)?;
+        for run in runs {
+            if Self::held_out(run)?.examples != file.examples {
+                let expected = format!(
+                    "the validation documents of {}, or --data FILE with documents that no model was trained on",
+                    first.display()
+                );
+                return Err(Error::Data {
+                    origin: run.display().to_string(),
+                    expected,
+                    found: "others".into(),
+                });
+            }
+        }
+        Ok(file)
+    }
+
     /// Questions and answers.
     fn dialogues(&self) -> Vec<(&str, &str)> {
         let pair = |example| match example {
@@ -176,7 +218,10 @@ impl Command {
         if let Some(path) = &self.save_answers {
             terminal::expect_free(path, self.overwrite)?;
         }
-        let files = self.data.iter().map(|path| File::read(path)).collect::<Result<Vec<_>, _>>()?;
+        let files = match &self.data[..] {
+            [] => vec![File::held_out_of_all(&self.models)?],
+            data => data.iter().map(|path| File::read(path)).collect::<Result<_, _>>()?,
+        };
         if self.answers && files.iter().all(|file| file.dialogues().is_empty()) {
             let origin = files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>().join(", ");
             let expected = "objects with \"question\" and \"answer\", for --answers".into();
