@@ -6,7 +6,7 @@ use crate::{
     terminal::{self, Progress},
 };
 use serde::Serialize;
-use std::fmt::Write;
+use std::{fmt::Write, path::Path};
 use ternary_format::{ModelSpec, PackedModel, SizeReport, Tensor};
 
 const EXAMPLES: &str = "\
@@ -33,7 +33,10 @@ struct Report<'a> {
     /// Vocabulary size of the tokenizer; `None`: there is no tokenizer.
     tokens: Option<usize>,
     chat_template: bool,
+    /// Sizes of the tensors below; of an archive, those of the compressed file.
     sizes: SizeReport,
+    #[serde(skip)]
+    compressed: bool,
     /// Share of zeros in the ternary matrices.
     zero_fraction: Option<f64>,
     /// The first tensor with NaN or infinite values. Other commands refuse such a model.
@@ -58,13 +61,19 @@ impl Command {
         let model = model::read(path)?;
         let name = model::name(path);
         model.validate().map_err(|error| Error::engine(&name)(error.into()))?;
-        let report = Report::new(name, &model);
+        let report = Report::new(path, &model)?;
         if self.json { terminal::print_json(&report) } else { terminal::print(report.table().trim_end()) }
     }
 }
 
 impl<'a> Report<'a> {
-    fn new(path: String, model: &'a PackedModel) -> Self {
+    fn new(path: Option<&Path>, model: &'a PackedModel) -> Result<Self, Error> {
+        let archive =
+            path.filter(|path| path.is_file() && path.extension().is_some_and(|end| end == "ternary"));
+        let sizes = match archive {
+            Some(path) => SizeReport::of_file(path, &model.spec).map_err(Error::Model)?,
+            None => SizeReport::of_model(model),
+        };
         let all: usize = model.tensors.values().map(weights).sum();
         let progress = Progress::new("weights", all as u64);
         let mut tensors = Vec::new();
@@ -84,17 +93,18 @@ impl<'a> Report<'a> {
                 zero_fraction: zeros as f64 / all,
             });
         }
-        Self {
-            model: path,
+        Ok(Self {
+            model: model::name(path),
             name: &model.name,
             spec: &model.spec,
             tokens: model.tokenizer.as_ref().map(|tokenizer| tokenizer.vocab_size()),
             chat_template: model.chat_template.is_some(),
-            sizes: SizeReport::of_model(model),
+            sizes,
+            compressed: archive.is_some(),
             zero_fraction: (ternary_weights > 0).then(|| ternary_zeros as f64 / ternary_weights as f64),
             not_finite: model.check_finite().err().map(|error| error.to_string()),
             tensors,
-        }
+        })
     }
 
     fn table(&self) -> String {
@@ -136,6 +146,9 @@ impl<'a> Report<'a> {
                 text,
                 "{name:<width$}  {shape:>15}  {encoding:<8}  {bytes:>12}  {bits_per_weight:>11.3}  {zero_fraction:>6.3}"
             );
+        }
+        if self.compressed {
+            text += "\nThe bytes above are those of the unpacked tensors; those below are compressed, as in the file.\n";
         }
         let _ = write!(text, "\n{}", self.sizes);
         text

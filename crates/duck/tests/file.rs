@@ -60,6 +60,13 @@ fn an_exported_model_is_the_same_model() {
             if out == "folder" { "folder: a folder is there already" } else { "--overwrite replaces it" };
         assert!(error.contains(expected), "{error}");
     }
+    // Sizes of an archive are those of the file.
+    let report = json(&output(&home, &["inspect", "archive.ternary", "--json"]));
+    assert_eq!(
+        report["sizes"]["total"]["bytes"],
+        fs::metadata(home.path().join("archive.ternary")).unwrap().len()
+    );
+    assert!(output(&home, &["inspect", "archive.ternary"]).contains("compressed, as in the file"));
     let sizes = json(&output(&home, &["export", "model.gguf", "model.onnx", "--type", "INT2", "--json"]));
     let file = fs::metadata(home.path().join("model.onnx")).unwrap().len();
     assert_eq!(sizes["total"]["bytes"], file);
