@@ -3,10 +3,13 @@
 //! ndarray and libtorch are deprecated in Burn and still supported here.
 #![allow(deprecated)]
 
-use std::fs;
+use std::{fs, sync::Once};
 
 use burn::tensor::Device;
-use ternary_format::threads::{self, ThreadError};
+use ternary_format::{
+    print_stderr,
+    threads::{self, ThreadError},
+};
 
 /// Every backend by its Cargo feature, in the order of `auto`.
 const NAMES: [&str; 5] = ["cuda", "wgpu", "tch", "ndarray", "flex"];
@@ -57,14 +60,14 @@ pub fn compiled() -> Vec<&'static str> {
 }
 
 /// The device of a name: `auto`, `flex`, `ndarray`, `wgpu`, `tch` or `cuda`. `auto` is the first of cuda, wgpu, tch, ndarray and
-/// flex that is compiled in.
+/// flex that is compiled in; a software renderer is passed over for the next one, with a line on standard error.
 ///
 /// # Errors
 /// `Unknown`: no such name. `NotCompiled`, `NoneCompiled`: a Cargo feature is off. `Missing`: the machine has no
-/// such hardware. `auto` does not fall back to another device, since such a run would only look slow.
+/// such hardware. `auto` does not fall back to another device for that, since such a run would only look slow.
 pub fn device(name: &str) -> Result<Device, DeviceError> {
     let name = match name {
-        "auto" => compiled().first().copied().ok_or(DeviceError::NoneCompiled)?,
+        "auto" => automatic()?,
         _ => name,
     };
     let owned = || name.to_owned();
@@ -73,6 +76,23 @@ pub fn device(name: &str) -> Result<Device, DeviceError> {
     }
     let device = construct(name).ok_or_else(|| DeviceError::NotCompiled { name: owned() })?;
     if present(name) { Ok(device) } else { Err(DeviceError::Missing { name: owned() }) }
+}
+
+/// The name of the device that `auto` is.
+fn automatic() -> Result<&'static str, DeviceError> {
+    static PASSED_OVER: Once = Once::new();
+    let names = compiled();
+    let first = *names.first().ok_or(DeviceError::NoneCompiled)?;
+    let renderer = |name: &str| present(name) && construct(name).is_some_and(|device| is_software(&device));
+    let chosen = names.into_iter().find(|name| !renderer(name)).unwrap_or(first);
+    if chosen != first {
+        PASSED_OVER.call_once(|| {
+            print_stderr(format_args!(
+                "device auto: {first} is a software renderer here, so {chosen} is used; --device {first} selects it"
+            ));
+        });
+    }
+    Ok(chosen)
 }
 
 /// Name and hardware of a device, as in `flex (AMD EPYC 7B13)`, for `result.json`.
@@ -93,8 +113,13 @@ pub fn is_cpu(device: &Device) -> bool {
 
 /// Whether the GPU is a software renderer (such as llvmpipe), which is slower than flex.
 pub fn is_software(device: &Device) -> bool {
+    !is_cpu(device) && hardware(device).is_some_and(|adapter| is_renderer(&adapter))
+}
+
+/// Whether a driver describes an adapter as a software renderer.
+fn is_renderer(adapter: &str) -> bool {
     const RENDERERS: [&str; 4] = ["llvmpipe", "softpipe", "SwiftShader", "Basic Render"];
-    !is_cpu(device) && hardware(device).is_some_and(|name| RENDERERS.iter().any(|part| name.contains(part)))
+    RENDERERS.iter().any(|name| adapter.contains(name))
 }
 
 /// Peak resident memory of this process, in bytes; `None` if the system does not report it.
@@ -192,14 +217,32 @@ mod tests {
     }
 
     #[test]
-    fn auto_takes_the_first_compiled_in() {
+    fn software_renderers_are_known_by_their_description() {
+        for adapter in [
+            "llvmpipe (LLVM 19.1.7, 256 bits)",
+            "SwiftShader Device (Subzero)",
+            "Microsoft Basic Render Driver",
+        ] {
+            assert!(is_renderer(adapter), "{adapter}");
+        }
+        for adapter in ["NVIDIA H100 PCIe", "AMD Radeon RX 7900 XT (RADV NAVI31)", "Apple M3"] {
+            assert!(!is_renderer(adapter), "{adapter}");
+        }
+    }
+
+    #[test]
+    fn auto_is_the_first_compiled_in_that_is_no_software_renderer() {
         let order = ["cuda", "wgpu", "tch", "ndarray", "flex"];
         let mut position = 0;
         for name in compiled() {
             position += order[position..].iter().position(|&n| n == name).unwrap();
         }
         match device("auto") {
-            Ok(auto) => assert_eq!(auto, construct(compiled()[0]).unwrap()),
+            Ok(auto) => {
+                let mut devices = compiled().into_iter().map(|name| construct(name).unwrap());
+                let expected = devices.find(|device| compiled().len() == 1 || !is_software(device));
+                assert_eq!(auto, expected.unwrap());
+            }
             Err(error) => assert!(matches!(error, DeviceError::Missing { .. }), "{error}"),
         }
     }

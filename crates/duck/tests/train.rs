@@ -54,8 +54,8 @@ fn a_second_training_with_a_wrong_argument_reports_that_argument() {
     let home = home();
     fs::create_dir_all(home.path().join("runs/00-default-1")).unwrap();
     fs::write(home.path().join("runs/00-default-1/metrics.jsonl"), "").unwrap();
-    assert!(failure(&home, &["train"], 2).contains("--resume continues it"));
-    let error = failure(&home, &["train", "--data", "nofolder"], 3);
+    assert!(failure(&home, &["train", "--device", "flex"], 2).contains("--resume continues it"));
+    let error = failure(&home, &["train", "--device", "flex", "--data", "nofolder"], 3);
     assert!(error.contains("nofolder") && !error.contains("--resume"), "{error}");
     assert!(failure(&home, &["train", "--device", "abacus"], 2).contains("abacus"));
 }

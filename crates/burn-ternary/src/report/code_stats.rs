@@ -151,12 +151,13 @@ fn scales(model: &DuckQuantized) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::{self, device};
     use crate::nn::DuckConfig;
     use crate::quant::QuantConfig;
 
     fn model(seed: u64, width: usize) -> DuckQuantized {
         let config = DuckConfig { vocab_size: 61, d_ff: width, ..DuckConfig::duck_tiny() };
-        config.init(&QuantConfig::default(), seed, &crate::device::device("auto").unwrap())
+        config.init(&QuantConfig::default(), seed, &device(device::compiled()[0]).unwrap())
     }
 
     #[test]

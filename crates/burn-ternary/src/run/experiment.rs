@@ -71,7 +71,8 @@ pub struct RunConfig {
     pub start_from: String,
     /// Seed of weights, data order and dropout.
     pub seed: u64,
-    /// Device: `"auto"` (the fastest of those that were compiled in), `"flex"`, `"ndarray"`, `"wgpu"`, `"tch"` or `"cuda"`.
+    /// Device: `"auto"` (the first of cuda, wgpu, tch, ndarray and flex that was compiled in and is no software renderer), `"flex"`,
+    /// `"ndarray"`, `"wgpu"`, `"tch"` or `"cuda"`.
     pub device: String,
     /// Number of optimizer steps.
     pub steps: usize,
