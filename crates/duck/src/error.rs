@@ -42,6 +42,10 @@ pub enum Error {
     Threads(#[from] ThreadError),
     #[error("the network: {0}")]
     Network(String),
+    /// A run folder without a model file, whose checkpoints cannot be exported either.
+    #[cfg(feature = "train")]
+    #[error("{}: there is no model.gguf, and no checkpoint can be exported: {source}", run.display())]
+    Run { run: PathBuf, source: Box<burn_ternary::run::TrainError> },
     #[cfg(feature = "train")]
     #[error(transparent)]
     Train(#[from] burn_ternary::run::TrainError),
@@ -86,6 +90,8 @@ impl Error {
             Self::Export(error) if !matches!(error.kind(), FormatError::Io { .. }) => 3,
             Self::Export(_) | Self::Write { .. } | Self::Lock(_) | Self::Output(_) => 5,
             Self::Network(_) => 1,
+            #[cfg(feature = "train")]
+            Self::Run { .. } => 3,
             #[cfg(feature = "train")]
             Self::Train(error) => error.exit_code(),
         }

@@ -53,9 +53,11 @@ impl Command {
         let model = adapter.read(Some(&model))?;
         let options = WriteOptions::default().with_weights(weights).with_embedding(embedding);
         let write = || write_model(&model, &out, &options);
-        terminal::waiting(format!("writing {}", out.display()), model::bytes(&model), write)
+        let written = terminal::waiting(format!("writing {}", out.display()), model::bytes(&model), write)
             .map_err(Error::Export)?;
         let report = SizeReport::of_file(&out, &model.spec).map_err(Error::Export)?;
+        let size = terminal::size(report.total.bytes);
+        terminal::print_stderr(format_args!("wrote {} ({size}, weights as {written})", out.display()));
         if json { terminal::print_json(&report) } else { terminal::print(report) }
     }
 }

@@ -58,16 +58,19 @@ fn warn(path: &Path, warnings: &[String]) {
 }
 
 /// The model of the last checkpoint, for a run that has not ended or that GGUF cannot store.
+#[cfg(feature = "train")]
 fn unfinished(run: &Path) -> Result<PackedModel, Error> {
-    let data =
-        |expected: String, found: String| Error::Data { origin: run.display().to_string(), expected, found };
-    #[cfg(feature = "train")]
-    return burn_ternary::run::packed_model(run).map_err(|error| match error.exit_code() {
+    burn_ternary::run::packed_model(run).map_err(|error| match error.exit_code() {
         4 => Error::Train(error),
-        _ => data(format!("a run folder with {RUN_MODEL} or a good checkpoint"), error.to_string()),
-    });
-    #[cfg(not(feature = "train"))]
-    Err(data(format!("a run folder with {RUN_MODEL}, which a finished run has"), "none".into()))
+        _ => Error::Run { run: run.into(), source: error.into() },
+    })
+}
+
+/// Without training, the program cannot read checkpoints.
+#[cfg(not(feature = "train"))]
+fn unfinished(run: &Path) -> Result<PackedModel, Error> {
+    let expected = format!("a run folder with {RUN_MODEL}, which a finished run has");
+    Err(Error::Data { origin: run.display().to_string(), expected, found: "none".into() })
 }
 
 /// Data type of the KV cache.

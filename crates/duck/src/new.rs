@@ -90,11 +90,11 @@ fn summary(proposal: &Proposal) -> String {
     let documents = if text.documents == 1 { "document" } else { "documents" };
     let size = format!("{size:?}").to_lowercase();
     format!(
-        "text: {:.1} MB in {} {documents}, {dialogues}; {} distinct characters; about {} tokens (tokenizer: {})\n\
+        "text: {} in {} {documents}, {dialogues}; {} distinct characters; about {} tokens (tokenizer: {})\n\
          model: {size}, {} parameters; {} blocks, width {}, context {} tokens\n\
          training: {} steps of {} tokens, which are {passes:.1} epochs; about {} and {} MiB of memory on {device}, \
          estimated from a few steps",
-        text.bytes as f64 / 1e6,
+        terminal::size(text.bytes as u64),
         text.documents,
         text.alphabet,
         count(*tokens as f64),

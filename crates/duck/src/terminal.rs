@@ -69,6 +69,15 @@ pub fn write_file(path: &Path, contents: &[u8], overwrite: bool) -> Result<(), E
     disk::write(path, contents).map_err(|source| Error::Write { path: path.into(), source })
 }
 
+/// Bytes in a decimal unit: `12.3 MB`.
+pub fn size(bytes: u64) -> String {
+    match bytes {
+        0..1_000 => format!("{bytes} bytes"),
+        1_000..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        _ => format!("{:.1} MB", bytes as f64 / 1e6),
+    }
+}
+
 /// The message of an error on one line, without the control characters that a file may have brought into it.
 pub fn line(error: &impl Display) -> String {
     let text = error.to_string();
@@ -123,6 +132,12 @@ mod tests {
     #[test]
     fn an_error_is_one_line() {
         assert_eq!(line(&"a\nb\r\n\u{1b}[31mc"), "a b [31mc");
+    }
+
+    #[test]
+    fn a_size_has_the_unit_that_fits() {
+        let sizes = [0, 999, 1_000, 56_789, 1_250_000, 2_000_000_000].map(size);
+        assert_eq!(sizes, ["0 bytes", "999 bytes", "1.0 kB", "56.8 kB", "1.2 MB", "2000.0 MB"]);
     }
 
     #[test]

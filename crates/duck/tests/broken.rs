@@ -51,6 +51,10 @@ fn a_path_that_is_not_a_model_is_an_error_with_what_is_expected() {
             "text.txt",
             "text.txt: expected a model (a .gguf or .ternary file, a Hugging Face folder), found a file that begins with \"a te\"",
         ),
+        (
+            "none.gguf",
+            "none.gguf: expected a model (a .gguf or .ternary file, a Hugging Face folder or a run folder), found no file",
+        ),
         ("model.onnx", "model.onnx: ONNX files are written for onnxruntime and not read"),
         (
             ".",

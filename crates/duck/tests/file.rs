@@ -60,6 +60,15 @@ fn an_exported_model_is_the_same_model() {
             if out == "folder" { "folder: a folder is there already" } else { "--overwrite replaces it" };
         assert!(error.contains(expected), "{error}");
     }
+    let export = ["export", "model.gguf", "again.gguf"];
+    let assert = duck(&home, &export).assert().success();
+    let said = String::from_utf8(assert.get_output().stderr.clone()).unwrap();
+    assert!(said.starts_with("wrote again.gguf (") && said.ends_with(" kB, weights as Q2_0)\n"), "{said}");
+    let error = failure(&home, &["export", "model.gguf", "a.gguf", "--type", "INT2"], 3);
+    assert!(
+        error.contains("weight type INT2, expected F32, F16, Q8_0, Q4_0, TQ1_0, TQ2_0 or Q2_0"),
+        "{error}"
+    );
     // Sizes of an archive are those of the file.
     let report = json(&output(&home, &["inspect", "archive.ternary", "--json"]));
     assert_eq!(

@@ -74,3 +74,20 @@ fn a_model_that_fits_no_gguf_file_names_the_command_that_writes_it() {
     output(&home, &command.split(' ').collect::<Vec<_>>());
     output(&home, &["generate", "x.ternary", "--prompt", "The", "--max-tokens", "2"]);
 }
+
+#[test]
+fn a_run_that_no_file_can_store_is_refused_with_the_setting() {
+    let home = home();
+    fs::write(home.path().join("text.txt"), "The duck swims on the pond.\n".repeat(200)).unwrap();
+    let train = ["train", "--quiet", "--data", "text.txt", "--tokenizer", "byte", "--device", "flex"];
+    let small =
+        ["--steps", "2", "--batch-size", "2", "--set", "model.context=64", "--set", "run.sample_tokens=0"];
+    output(&home, &[&train[..], &small, &["--set", "quant.input_norm=true"]].concat());
+    let error = failure(&home, &["chat", "runs/00-default-1"], 3);
+    for part in [
+        "runs/00-default-1: there is no model.gguf, and no checkpoint can be exported: ",
+        "input_norm = false",
+    ] {
+        assert!(error.contains(part), "{error}");
+    }
+}

@@ -50,6 +50,11 @@ pub enum FormatError {
          exported from"
     )]
     Onnx,
+    /// There is nothing at the path of a model.
+    #[error(
+        "expected a model (a .gguf or .ternary file, a Hugging Face folder or a run folder), found no file or folder of this name"
+    )]
+    NoModel,
     /// The folder is neither a run folder nor a Hugging Face folder.
     #[error(
         "expected a Hugging Face folder (with config.json) or a run folder (with experiment.toml), found neither"
@@ -251,7 +256,7 @@ pub enum FormatError {
     },
     /// A setting of the model does not fit the blocks of a GGUF type.
     #[error(
-        "{setting} is {width}, {encoding} needs a multiple of {block}: {instead} or train with {setting} a multiple \
+        "{setting} is {width}, {encoding} needs a multiple of {block}: {instead}, or train with {setting} a multiple \
          of {block}"
     )]
     Width {
@@ -263,7 +268,7 @@ pub enum FormatError {
         encoding: Encoding,
         /// Weights per block.
         block: usize,
-        /// A type that fits.
+        /// How to store the model as it is.
         instead: String,
     },
 
@@ -338,7 +343,8 @@ pub enum FormatError {
     },
     /// Weights that are not ternary cannot be stored in a ternary encoding.
     #[error(
-        "{found} weights cannot become {expected}: only ternary weights can; train with a ternary quantizer"
+        "{found} weights cannot become {expected}: only ternary weights can; make the model ternary (duck convert), or use \
+         a float type (`--type F16` of duck export)"
     )]
     NotTernary {
         /// The encoding of the weights.
@@ -348,8 +354,9 @@ pub enum FormatError {
     },
     /// One block would need several scales.
     #[error(
-        "row {row}: scales differ within {block} weights, {encoding} stores one scale per {block}: \
-         train with granularity \"per_tensor\", \"per_channel\" or groups of a multiple of {block}"
+        "row {row}: scales differ within {block} weights, {encoding} stores one scale per {block}: use F16 (`--type F16` of \
+         duck export), a .ternary or an .onnx file, which keep all scales, or train with granularity \"per_tensor\", \
+         \"per_channel\" or groups of a multiple of {block}"
     )]
     ScalesDiffer {
         /// The requested encoding.

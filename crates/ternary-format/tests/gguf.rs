@@ -109,8 +109,8 @@ fn errors_of_widths_name_the_setting() {
     let narrow = spec(Family::Llama, 256, 384, true);
     assert_eq!(
         error(narrow.clone(), Encoding::Tq2_0).to_string(),
-        "tensor `blk.0.ffn_down.weight`: d_ff is 384, TQ2_0 needs a multiple of 256: use Q2_0 or train with d_ff a \
-         multiple of 256"
+        "tensor `blk.0.ffn_down.weight`: d_ff is 384, TQ2_0 needs a multiple of 256: use Q2_0 (`--type Q2_0` of duck export), \
+         a .ternary or an .onnx file, or train with d_ff a multiple of 256"
     );
     assert!(error(spec(Family::Llama, 96, 96, true), Encoding::Q2_0).to_string().contains("d_model is 96"));
     let squared = narrow.with_activation(Activation::SquaredRelu);

@@ -282,11 +282,23 @@ fn describe(mut error: toml::de::Error) -> String {
     error.set_input(None);
     let text = error.to_string();
     let (message, key) = text.split_once("\nin ").unwrap_or((&text, ""));
-    let message = message.trim_end().replace('\n', " ");
+    let message = with_toml_types(&message.trim_end().replace('\n', " "));
     match key.trim_end() {
         "" => message,
         key => format!("in {key}: {message}"),
     }
+}
+
+/// A message of serde whose expected type is named as users of TOML know it, not as in Rust.
+fn with_toml_types(message: &str) -> String {
+    let Some((found, expected)) = message.rsplit_once(", expected ") else { return message.into() };
+    let expected = match expected {
+        "usize" | "u64" => "a whole number, at least 0",
+        "f64" => "a number",
+        _ if expected.starts_with("struct ") => "a table",
+        other => other,
+    };
+    format!("{found}, expected {expected}")
 }
 
 fn names(table: &toml::Table) -> String {

@@ -38,7 +38,7 @@ impl Exported {
             }
         };
         match write_model(&packed, &path, &WriteOptions::default()).map_err(ExportError::from) {
-            Ok(()) => self.file_bytes = fs::metadata(&path).ok().map(|file| file.len()),
+            Ok(_) => self.file_bytes = fs::metadata(&path).ok().map(|file| file.len()),
             Err(error) => {
                 self.no_file = Some(error.to_string());
                 // Adapters cannot be merged into ternary weights, in whatever file.

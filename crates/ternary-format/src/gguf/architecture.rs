@@ -51,7 +51,12 @@ impl FileTensor {
         let narrower = if encoding.is_ternary() { Encoding::Q2_0 } else { Encoding::F16 };
         let fits = width.is_multiple_of(narrower.block_weights());
         let instead = if fits { narrower } else { Encoding::F16 };
-        let instead = format!("use {instead}");
+        let instead = match self.name.as_str() {
+            "token_embd.weight" | "output.weight" => {
+                format!("use {instead} (`--embedding {instead}` of duck export)")
+            }
+            _ => format!("use {instead} (`--type {instead}` of duck export), a .ternary or an .onnx file"),
+        };
         Err(FormatError::Width { setting, width, encoding, block, instead }.in_tensor(&self.name))
     }
 }

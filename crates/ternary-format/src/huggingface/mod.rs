@@ -35,6 +35,7 @@ mod write;
 
 pub use peft::{read as read_adapter, write as write_adapter};
 pub use read::read;
+pub(crate) use write::DEFAULT_TYPE;
 pub use write::write;
 
 use crate::Family;

@@ -11,6 +11,9 @@ use half::f16;
 use serde_json::Value;
 use std::{io::Write, path::Path};
 
+/// The type of the matrices of the blocks where none is selected.
+pub(crate) const DEFAULT_TYPE: WeightType = WeightType::Bitnet;
+
 /// Writes a new folder. Weights are packed codes unless `options` select F32 or F16.
 ///
 /// # Errors
@@ -20,7 +23,7 @@ use std::{io::Write, path::Path};
 pub fn write(model: &PackedModel, folder: &Path, options: &WriteOptions) -> Result<(), FormatError> {
     model.validate()?;
     let model = &*model.merged()?;
-    let weights = options.weights.unwrap_or(WeightType::Bitnet);
+    let weights = options.weights.unwrap_or(DEFAULT_TYPE);
     let tables = options.table(&model.tensors["token_embd.weight"], &[Encoding::F16]);
     float_type(tables, "F32 or F16")?;
     let entries = match weights {

@@ -25,6 +25,9 @@ use prost::Message;
 use proto::{Model, OperatorSet, Property, Size};
 use std::{io::Write, path::Path};
 
+/// The type of the matrices of the blocks where none is selected.
+pub(crate) const DEFAULT_TYPE: WeightType = WeightType::Int2;
+
 /// Writes a model atomically.
 ///
 /// `INT2`, the default, is a type of ONNX 1.20 (opset 25), which onnxruntime supports since 1.25. `MATMULNBITS2` and
@@ -45,7 +48,7 @@ pub fn write(model: &PackedModel, path: &Path, options: &WriteOptions) -> Result
 pub fn encode(model: &PackedModel, options: &WriteOptions) -> Result<Vec<u8>, FormatError> {
     model.validate()?;
     let model = &*model.merged()?;
-    let weight_type = options.weights.unwrap_or(WeightType::Int2);
+    let weight_type = options.weights.unwrap_or(DEFAULT_TYPE);
     if let WeightType::Bitnet | WeightType::Encoded(Encoding::Tq2_0 | Encoding::Tq1_0 | Encoding::Q2_0) =
         weight_type
     {

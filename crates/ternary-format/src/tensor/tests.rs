@@ -148,7 +148,9 @@ fn weights_that_are_not_ternary_are_never_rounded_to_ternary() {
         scales.iter_mut().enumerate().for_each(|(i, s)| *s = f16::from_f32(i as f32));
     });
     let groups = groups.unwrap();
-    assert!(matches!(groups.encode(Encoding::Tq1_0), Err(FormatError::ScalesDiffer { row: 0, .. })));
+    let error = groups.encode(Encoding::Tq1_0).unwrap_err();
+    assert!(matches!(error, FormatError::ScalesDiffer { row: 0, .. }));
+    assert!(error.to_string().contains("`--type F16` of duck export"), "{error}");
     assert!(groups.encode(Encoding::Q2_0).is_ok());
     assert!(matches!(groups.encode(Encoding::Q6K), Err(FormatError::ReadOnly { .. })));
 }
