@@ -230,9 +230,11 @@ fn a_signal_that_was_ignored_stays_ignored() {
     assert!(child.wait().unwrap().success());
 }
 
-/// Instead of a signal: the command gets no more memory, or its terminal is closed.
+/// Instead of a signal: the command gets no more memory, its terminal is closed, or its terminal accepts no output and the
+/// command gets TERM twice.
 const NO_MEMORY: i32 = 99;
 const CLOSED: i32 = 98;
+const STUCK: i32 = 97;
 
 /// Hides the cursor.
 const HIDE: &[u8] = b"\x1b[?25l";
@@ -265,6 +267,12 @@ while code is None and time.time() - start < 60:
                 os.close(keeper); os.close(slave)
                 print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}))
                 sys.exit()
+            elif number == 97:
+                # Nobody reads: the terminal's buffer fills.
+                time.sleep(4)
+                for signal_number, pause in ((signal.SIGTERM, 1.5), (signal.SIGTERM, 4), (signal.SIGKILL, 0.1)):
+                    os.kill(child, signal_number)
+                    time.sleep(pause)
             else: os.kill(child, number)
             sent += 1
     done, status = os.waitpid(child, os.WNOHANG)
@@ -395,6 +403,15 @@ fn the_terminal_is_restored_however_a_run_ends() {
         // Without memory it may live long enough for its first one.
         assert!(name == "memory" || (saved > 0) != ["kill", "QUIT"].contains(&name), "{name}");
     }
+}
+
+/// As after Ctrl-S, or if the window hangs.
+#[test]
+fn a_second_signal_ends_a_run_whose_terminal_is_stuck() {
+    let home = tempfile::tempdir().unwrap();
+    let long = ["--steps", "100000", "--set", "schedule.warmup_steps=5"];
+    let Some(seen) = in_terminal(home.path(), "xterm-256color", "", STUCK, &long) else { return };
+    assert_eq!((&seen["code"], &seen["same"]), (&7.into(), &true.into()), "{seen}");
 }
 
 /// A window that is closed, or a connection that is lost.

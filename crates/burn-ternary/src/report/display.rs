@@ -61,6 +61,16 @@ impl Display {
         picture.samples = samples.to_vec();
     }
 
+    /// Shows that the run returned to its last checkpoint after `step`, for the `number`th time.
+    pub fn rolled_back(&self, number: usize, step: usize) {
+        self.picture().rollback = Some((number, step));
+    }
+
+    /// Whether Ctrl-C is a signal, a second one of which ends the process. Otherwise it is a key.
+    pub fn set_interrupts(&self, interrupts: bool) {
+        self.picture().interrupts = interrupts;
+    }
+
     pub fn draw(&self, frame: &mut Frame, stopping: bool) {
         self.picture().draw(frame, stopping);
     }
@@ -91,6 +101,10 @@ struct Picture {
     reported: Vec<(usize, f64)>,
     sampled: usize,
     samples: Vec<(String, String)>,
+    /// Number and step of the last rollback of this session.
+    rollback: Option<(usize, usize)>,
+    /// Whether Ctrl-C is a signal.
+    interrupts: bool,
     /// Whether `q` was pressed, and how to stop is not yet answered.
     asks: bool,
 }
@@ -211,8 +225,13 @@ impl Picture {
     fn draw_progress(&self, frame: &mut Frame, head: Rect, bar: Rect) {
         let epochs = |steps: usize| format!("{:.1}", steps as f64 * self.epochs_per_step);
         let Self { run, step, steps, .. } = self;
-        let progress =
-            format!(" {run}   step {step} of {steps}   epoch {} of {} ", epochs(*step), epochs(*steps));
+        let rollback = self.rollback.map(|(number, step)| format!("  rollback {number} after step {step} "));
+        let progress = format!(
+            " {run}   step {step} of {steps}   epoch {} of {} {}",
+            epochs(*step),
+            epochs(*steps),
+            rollback.unwrap_or_default()
+        );
         let now = match (self.validating, self.seconds_left()) {
             (Some((done, all)), _) => format!("validating, batch {done} of {all} "),
             (None, Some(seconds)) => format!("about {} left ", duration(seconds)),
@@ -239,9 +258,10 @@ impl Picture {
     /// What keys do.
     fn keys(&self, stopping: bool) -> Line<'static> {
         let keys: &[(&str, &str)] = match (stopping, self.asks) {
-            (true, _) => {
+            (true, _) if self.interrupts => {
                 &[("", "stopping after this step, with a checkpoint; "), ("Ctrl-C", "stops at once")]
             }
+            (true, _) => &[("", "stopping after this step, with a checkpoint")],
             (false, true) => &[
                 ("s", "stop, with a checkpoint  "),
                 ("k", "stop at once, without a checkpoint  "),
@@ -450,6 +470,15 @@ mod tests {
     }
 
     #[test]
+    fn a_rollback_is_shown() {
+        let display = display(45);
+        assert!(!drawn(&display, (80, 24), false).contains("rollback"));
+        display.rolled_back(2, 41);
+        let screen = drawn(&display, (80, 24), false);
+        assert!(screen.contains("epoch 2.2 of 5.0   rollback 2 after step 41"), "{screen}");
+    }
+
+    #[test]
     fn any_size_and_any_moment_can_be_drawn() {
         for step in [0, 1, 100] {
             let display = display(step);
@@ -499,7 +528,13 @@ mod tests {
         assert_eq!(press(&display, KeyCode::Char('k')), Some(KeyAction::Kill));
         let interrupt = KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL);
         assert_eq!(display.key(interrupt), Some(KeyAction::Stop));
-        assert!(drawn(&display, (80, 24), true).contains("stopping after this step"));
+        // Only a second signal ends the process.
+        for interrupts in [false, true] {
+            display.set_interrupts(interrupts);
+            let screen = drawn(&display, (80, 24), true);
+            assert!(screen.contains("stopping after this step"), "{screen}");
+            assert_eq!(screen.contains("Ctrl-C stops at once"), interrupts, "{screen}");
+        }
     }
 
     #[test]

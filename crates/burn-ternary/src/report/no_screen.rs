@@ -19,13 +19,15 @@ impl Display {
     }
 
     pub fn sampled(&self, _step: usize, _samples: &[(String, String)]) {}
+
+    pub fn rolled_back(&self, _number: usize, _step: usize) {}
 }
 
 /// The screen of a display.
 pub(crate) struct Screen(());
 
 impl Screen {
-    pub fn open(_display: Display, _interrupter: Interrupter, _signals: bool) -> io::Result<Self> {
+    pub fn open(_display: Display, _interrupter: Interrupter, _interrupts: bool) -> io::Result<Self> {
         Ok(Self(()))
     }
 

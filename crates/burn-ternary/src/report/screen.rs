@@ -50,12 +50,13 @@ pub(crate) struct Screen {
 }
 
 impl Screen {
-    /// Draws `display` from now on, and executes the actions of its keys. Ctrl-C is a signal where the run listens to `signals`,
-    /// otherwise a key.
+    /// Draws `display` from now on, and executes the actions of its keys. Ctrl-C is a signal where the run listens to it
+    /// (`interrupts`), otherwise a key.
     ///
     /// # Errors
     /// There is no terminal that can be read key by key.
-    pub fn open(display: Display, interrupter: Interrupter, signals: bool) -> io::Result<Self> {
+    pub fn open(display: Display, interrupter: Interrupter, interrupts: bool) -> io::Result<Self> {
+        display.set_interrupts(interrupts);
         let (open, closed) = channel();
         let closing = Arc::new(AtomicBool::new(false));
         let screen = Self { closing: closing.clone(), closed };
@@ -64,7 +65,7 @@ impl Screen {
         restore_before_panics();
         OPEN.store(true, Ordering::Relaxed);
         enable_raw_mode()?;
-        if signals {
+        if interrupts {
             keep_interrupt_key()?;
         }
         execute!(io::stdout(), EnterAlternateScreen)?;
@@ -135,13 +136,16 @@ impl Write for Output {
     }
 }
 
-/// Restores the terminal where a [`Screen`] is open.
+/// Restores the terminal where a [`Screen`] is open. Its attributes come first: a terminal that accepts no output, as after Ctrl-S,
+/// blocks the thread that draws, which has standard output locked then.
 pub(crate) fn restore() {
+    if OPEN.load(Ordering::Relaxed) {
+        let _ = disable_raw_mode();
+    }
     let mut out = io::stdout().lock();
     if !OPEN.swap(false, Ordering::Relaxed) {
         return;
     }
-    let _ = disable_raw_mode();
     let _ = execute!(out, LeaveAlternateScreen, Show);
     #[cfg(all(unix, feature = "flex"))]
     restore_without_memory::disarm();

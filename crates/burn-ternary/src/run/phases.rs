@@ -312,11 +312,12 @@ fn train(
     let interrupter = training.interrupter();
     let signals =
         options.signals.then(|| Signals::listen(interrupter.clone(), display.is_none())).transpose();
-    let _signals = signals.map_err(TrainError::Signals)?;
+    let signals = signals.map_err(TrainError::Signals)?;
     let screen = match display {
         Some(display) => {
             training = training.renderer(display.renderer());
-            let opened = Screen::open(display.clone(), interrupter, options.signals);
+            let interrupts = signals.as_ref().is_some_and(Signals::interrupts);
+            let opened = Screen::open(display.clone(), interrupter, interrupts);
             Some(opened.map_err(TrainError::Terminal)?)
         }
         None => {

@@ -9,6 +9,14 @@ use ternary_format::print_stderr;
 pub(super) struct Signals {
     #[cfg(unix)]
     handle: signal_hook::iterator::Handle,
+    interrupts: bool,
+}
+
+impl Signals {
+    /// Whether Ctrl-C is one of the signals: not where the process was started to ignore it.
+    pub fn interrupts(&self) -> bool {
+        self.interrupts
+    }
 }
 
 #[cfg(unix)]
@@ -29,9 +37,8 @@ mod unix {
         /// The system refuses a handler or a thread.
         pub fn listen(interrupter: Interrupter, speaks: bool) -> io::Result<Self> {
             let ignored = ignored();
-            let listened = [SIGINT, SIGTERM, SIGHUP, SIGQUIT]
-                .into_iter()
-                .filter(|signal| ignored & 1 << (signal - 1) == 0);
+            let is_listened = |signal: &i32| ignored & 1 << (signal - 1) == 0;
+            let listened = [SIGINT, SIGTERM, SIGHUP, SIGQUIT].into_iter().filter(is_listened);
             let mut signals = signal_hook::iterator::Signals::new(listened)?;
             let handle = signals.handle();
             let listen = move || {
@@ -60,7 +67,7 @@ mod unix {
                 }
             };
             std::thread::Builder::new().name("signals".into()).spawn(listen)?;
-            Ok(Self { handle })
+            Ok(Self { handle, interrupts: is_listened(&SIGINT) })
         }
     }
 
@@ -96,7 +103,7 @@ impl Signals {
     /// # Errors
     /// None.
     pub fn listen(_interrupter: Interrupter, _speaks: bool) -> io::Result<Self> {
-        Ok(Self {})
+        Ok(Self { interrupts: false })
     }
 }
 

@@ -401,6 +401,9 @@ impl TrainingLoop {
         self.run.print(|| {
             format!("step {step}: too many bad steps, back to the weights of {}", loaded.path.display())
         });
+        if let Some(display) = &self.run.display {
+            display.rolled_back(rollbacks + 1, step);
+        }
         self.trainer.roll_back(loaded.model, loaded.optimizer, &loaded.state);
         Ok(())
     }
