@@ -133,6 +133,9 @@ fn adapters_learn_on_ternary_weights_that_keep_every_bit() {
         assert!(result.summary().contains("adapter"));
         let read = read_adapter(&run_dir.join("adapter"), &file.spec).unwrap();
         assert_eq!(read, adapter);
+        // The base in the run folder and the file are one model.
+        assert!(read.was_trained_on(&packed.tensors) && read.was_trained_on(&file.tensors));
+        assert!(result.summary().contains(&format!("duck generate {} --adapter", place.display())));
 
         // With the file it computes what the run did, in the engine and in a module.
         let saved = SavedRun::open(&run_dir, &device()).unwrap();
@@ -180,6 +183,7 @@ fn a_float_base_takes_its_adapter_into_the_file() {
     let file = read_model(&base.join("model.gguf")).unwrap();
     let adapter = read_adapter(&run_dir.join("adapter"), &file.spec).unwrap();
     assert_eq!(adapter.pairs.len(), 4);
+    assert!(adapter.base_signs.is_some() && adapter.was_trained_on(&file.tensors));
     let adapted = file.with_adapter(Some(adapter));
     assert!(error(&engine(&adapted, ActivationMode::F32, &ids), &expected) < 1e-4);
     // A run may start from it, including its adapters.

@@ -189,9 +189,10 @@ fn pack(
     let mut rest = Floats { path: Vec::new(), tensors, error: None };
     model.visit(&mut rest);
     rest.error.map_or(Ok(()), Err)?;
+    let adapter = model.adapter()?.map(|adapter| adapter.with_base(&rest.tensors));
     Ok(PackedModel::new(name, model.config().spec(), rest.tensors)
         .with_tokenizer(tokenizer.cloned())
-        .with_adapter(model.adapter()?))
+        .with_adapter(adapter))
 }
 
 /// Collects the parameters without a quantizer: biases, norms and positions.

@@ -127,6 +127,14 @@ impl AdapterFlag {
             }
             let adapter = huggingface::read_adapter(folder, &model.spec).map_err(Error::Model)?;
             warn(folder, &adapter.warnings);
+            if !adapter.was_trained_on(&model.tensors) {
+                let other = format!(
+                    "trained on other weights than those of {}, so its output may be wrong; expected the model that its run \
+                     started from (a float model in 8 bits or more)",
+                    name(path)
+                );
+                warn(folder, &[other]);
+            }
             model.adapter = Some(adapter);
         }
         Ok(model)

@@ -1,10 +1,14 @@
 //! Adapters beside models.
 
-use crate::{failure, home, json, model, output};
+use crate::{duck, failure, home, json, model, output};
 use serde_json::Value;
 use std::fs;
 use tempfile::TempDir;
-use ternary_format::{Adapter, Encoding, LowRank, WriteOptions, huggingface::write_adapter, write_model};
+use ternary_format::{
+    Adapter, Encoding, LowRank, WriteOptions,
+    huggingface::{read_adapter, write_adapter},
+    read_model, write_model,
+};
 
 /// A home with `adapter`, of a pair beside the queries and values of `model.gguf`, and `float.gguf` of the same shape.
 fn adapted() -> TempDir {
@@ -44,6 +48,37 @@ fn every_command_uses_an_adapter_and_export_merges_it_into_a_float_model() {
     output(&home, &["export", "float.gguf", "merged.gguf", "--adapter", "adapter"]);
     let (merged, with) = (loss(&home, "merged.gguf", &[]), loss(&home, "float.gguf", &beside));
     assert!((merged - with).abs() < 1e-5, "{merged} {with}");
+}
+
+#[test]
+fn an_adapter_of_another_model_of_the_same_shape_is_reported() {
+    let home = adapted();
+    let path = |name: &str| home.path().join(name);
+    let float = read_model(&path("float.gguf")).unwrap();
+    let own = read_adapter(&path("adapter"), &float.spec).unwrap();
+    write_adapter(&own.with_base(&float.tensors), &float.spec, "float.gguf", &path("own")).unwrap();
+    output(&home, &["export", "float.gguf", "half.gguf", "--type", "F16"]);
+    output(&home, &["export", "float.gguf", "eight.ternary", "--type", "Q8_0"]);
+    output(&home, &["export", "float.gguf", "folder", "--type", "F32"]);
+    for (model, adapter, reported) in [
+        ("float.gguf", "own", false),
+        ("half.gguf", "own", false),
+        ("eight.ternary", "own", false),
+        ("folder", "own", false),
+        ("model.gguf", "own", true),
+        // As PEFT writes them.
+        ("model.gguf", "adapter", false),
+    ] {
+        let generate = ["generate", model, "--prompt", "a", "--max-tokens", "1", "--adapter", adapter];
+        let assert = duck(&home, &generate).assert().success();
+        let said = String::from_utf8(assert.get_output().stderr.clone()).unwrap();
+        assert_eq!(
+            said.contains("own: trained on other weights than those of model.gguf"),
+            reported,
+            "{model}: {said}"
+        );
+        assert_eq!(said.is_empty(), !reported, "{model}: {said}");
+    }
 }
 
 #[test]

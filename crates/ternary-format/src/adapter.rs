@@ -1,6 +1,6 @@
 //! [`Adapter`]: LoRA fine-tuning weights of a frozen model.
 
-use crate::{FormatError, ModelSpec};
+use crate::{FormatError, ModelSpec, Tensor};
 use std::collections::BTreeMap;
 
 /// A LoRA adapter: low-rank pairs for some matrices `W` of a frozen model. A layer with a pair computes `W x + alpha
@@ -13,9 +13,17 @@ use std::collections::BTreeMap;
 pub struct Adapter {
     /// Pairs by the name of the matrix that they adapt, such as `blk.0.attn_q.weight`.
     pub pairs: BTreeMap<String, LowRank>,
+    /// Signs of 512 weights of the base model, in the first matrix that has a pair: `+`, `-` or `0` each. Every file of the
+    /// model has the same ones, and another model of the same shape has others. `None` for adapters of other programs.
+    pub base_signs: Option<String>,
     /// Warnings for the user about unknown keys in the configuration.
     pub warnings: Vec<String>,
 }
+
+/// Weights of [`Adapter::base_signs`], or all weights of a smaller matrix.
+const SAMPLED_WEIGHTS: usize = 512;
+/// One in this many signs may differ, since rounding to 8 bits makes small weights zero.
+const SIGNS_PER_DIFFERENCE: usize = 50;
 
 /// A low-rank pair `alpha / rank B A`, of the shape `[out, in]` of the adapted matrix.
 #[derive(Clone, Debug, PartialEq)]
@@ -126,7 +134,39 @@ pub(crate) fn require(
 impl Adapter {
     /// Creates an adapter from pairs by the name of the matrix that they adapt.
     pub fn new(pairs: BTreeMap<String, LowRank>) -> Self {
-        Self { pairs, warnings: Vec::new() }
+        Self { pairs, ..Self::default() }
+    }
+
+    /// Records the base model, of which these are the tensors, in `base_signs`.
+    pub fn with_base(self, base: &BTreeMap<String, Tensor>) -> Self {
+        Self { base_signs: self.signs(base), ..self }
+    }
+
+    /// Returns whether the adapter was trained on the model of these tensors; `true` where that is not known.
+    pub fn was_trained_on(&self, base: &BTreeMap<String, Tensor>) -> bool {
+        let (Some(expected), Some(found)) = (&self.base_signs, self.signs(base)) else { return true };
+        let differ =
+            expected.bytes().zip(found.bytes()).filter(|(expected, found)| expected != found).count();
+        expected.len() == found.len() && differ * SIGNS_PER_DIFFERENCE <= found.len()
+    }
+
+    /// Signs of weights at equal distances in the first matrix that has a pair.
+    fn signs(&self, base: &BTreeMap<String, Tensor>) -> Option<String> {
+        let (name, _) = self.pairs.first_key_value()?;
+        let matrix = base.get(name)?;
+        let (cols, weights) = (matrix.cols(), matrix.rows() * matrix.cols());
+        let count = SAMPLED_WEIGHTS.min(weights);
+        let mut row = vec![0.0; cols];
+        let sign = |i: usize| {
+            let place = i * weights / count;
+            matrix.read_row(place / cols, &mut row);
+            match row[place % cols] {
+                weight if weight > 0.0 => '+',
+                weight if weight < 0.0 => '-',
+                _ => '0',
+            }
+        };
+        Some((0..count).map(sign).collect())
     }
 
     /// Checks that each pair adapts a matrix of a transformer block, and has its shape.

@@ -8,6 +8,7 @@ use safetensors::{
     SafeTensorError, SafeTensors,
     tensor::{Dtype, Metadata, TensorInfo},
 };
+use serde::{Serialize, Serializer, ser::SerializeMap};
 use std::{
     collections::{BTreeMap, HashMap},
     fs::File,
@@ -52,6 +53,20 @@ impl Stored {
 /// # Errors
 /// `Io`, `Safetensors`
 pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Stored>, FormatError> {
+    Ok(read_annotated(path)?.tensors)
+}
+
+/// The tensors of a file, and the texts of its `__metadata__`.
+pub(crate) struct Annotated {
+    pub tensors: BTreeMap<String, Stored>,
+    pub texts: HashMap<String, String>,
+}
+
+/// [`read`] with the texts of the file.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn read_annotated(path: &Path) -> Result<Annotated, FormatError> {
     let file = Bytes::map(path)?;
     let (header, metadata) =
         SafeTensors::read_metadata(&file).map_err(|source| FormatError::from(source).in_file(path))?;
@@ -60,7 +75,10 @@ pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Stored>, FormatError>
         let (from, to) = info.data_offsets;
         Stored { dtype: info.dtype, shape: info.shape.clone(), bytes: file.slice(start + from..start + to) }
     };
-    Ok(metadata.tensors().into_iter().map(|(name, info)| (name, stored(info))).collect())
+    Ok(Annotated {
+        tensors: metadata.tensors().into_iter().map(|(name, info)| (name, stored(info))).collect(),
+        texts: metadata.metadata().clone().unwrap_or_default(),
+    })
 }
 
 /// Writes the data of a tensor.
@@ -79,9 +97,21 @@ pub(crate) struct Entry<'a> {
 /// # Errors
 /// `Io`, `Safetensors`
 pub(crate) fn write(path: &Path, entries: Vec<Entry>) -> Result<(), FormatError> {
+    write_annotated(path, entries, &[])
+}
+
+/// [`write`] with texts for the file's `__metadata__`.
+///
+/// # Errors
+/// As [`write`].
+pub(crate) fn write_annotated(
+    path: &Path,
+    entries: Vec<Entry>,
+    texts: &[(&str, &str)],
+) -> Result<(), FormatError> {
     let io = |source| FormatError::io(path)(source);
     let mut file = BufWriter::with_capacity(1 << 20, File::create_new(path).map_err(io)?);
-    write_to(&mut file, path, entries)?;
+    write_to(&mut file, path, entries, texts)?;
     let file = file.into_inner().map_err(|error| io(error.into_error()))?;
     file.sync_all().map_err(io)
 }
@@ -94,6 +124,7 @@ pub(crate) fn write_to(
     file: &mut impl Write,
     path: &Path,
     mut entries: Vec<Entry>,
+    texts: &[(&str, &str)],
 ) -> Result<(), FormatError> {
     entries.sort_by(|a, b| b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(&b.name)));
     let mut end = 0;
@@ -103,10 +134,9 @@ pub(crate) fn write_to(
         let info = TensorInfo { dtype: entry.dtype, shape: entry.shape.clone(), data_offsets: (start, end) };
         (entry.name.clone(), info)
     });
-    // transformers refuses a file whose metadata does not name the framework whose conventions it follows.
-    let about = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let metadata = Metadata::new(Some(about), infos.collect()).map_err(FormatError::from)?;
-    let mut header = serde_json::to_vec(&metadata).expect("names and numbers are JSON");
+    let infos: Vec<_> = infos.collect();
+    Metadata::new(None, infos.clone()).map_err(FormatError::from)?;
+    let mut header = serde_json::to_vec(&Header { texts, infos }).expect("names and numbers are JSON");
     header.resize(header.len().next_multiple_of(8), b' ');
 
     let mut write = || {
@@ -115,6 +145,23 @@ pub(crate) fn write_to(
         entries.iter().try_for_each(|entry| (entry.produce)(file))
     };
     write().map_err(FormatError::io(path))
+}
+
+/// The header of a file. Its order is that of its parts, so that equal contents are equal files.
+struct Header<'a> {
+    texts: &'a [(&'a str, &'a str)],
+    infos: Vec<(String, TensorInfo)>,
+}
+
+impl Serialize for Header<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // transformers refuses a file whose metadata does not name the framework whose conventions it follows.
+        let texts: BTreeMap<_, _> = self.texts.iter().copied().chain([("format", "pt")]).collect();
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("__metadata__", &texts)?;
+        self.infos.iter().try_for_each(|(name, info)| map.serialize_entry(name, info))?;
+        map.end()
+    }
 }
 
 impl From<SafeTensorError> for FormatError {

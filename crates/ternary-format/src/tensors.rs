@@ -66,7 +66,7 @@ pub fn write(tensors: &BTreeMap<String, Tensor>, path: &Path) -> Result<(), Form
     }
     disk::atomic_write(path, |file| {
         let mut file = BufWriter::with_capacity(1 << 20, file);
-        safetensors::write_to(&mut file, path, entries.into_values().collect())?;
+        safetensors::write_to(&mut file, path, entries.into_values().collect(), &[])?;
         std::io::Write::flush(&mut file).map_err(FormatError::io(path))
     })
 }

@@ -352,4 +352,23 @@ mod tests {
         let failed = RunResult { error: Some("loss is NaN".into()), ..RunResult::default() };
         assert!(failed.summary().contains("stopped: loss is NaN"));
     }
+
+    #[test]
+    fn the_summary_of_adapters_has_the_command_that_uses_them() {
+        let place = Place {
+            run_dir: "runs/poems-1".into(),
+            chats: false,
+            prompt: Some("the duck's".into()),
+            archive: None,
+            base: Some("base.gguf".into()),
+        };
+        let result = RunResult { adapter_bytes: Some(3 << 20), place: Some(place), ..result() };
+        let summary = result.summary();
+        for row in [
+            "3.00 MiB, in `adapter` of the run folder: for --adapter with the base model",
+            r"duck generate base.gguf --adapter runs/poems-1/adapter --prompt 'the duck'\''s'",
+        ] {
+            assert!(summary.contains(row), "{row} is not in\n{summary}");
+        }
+    }
 }

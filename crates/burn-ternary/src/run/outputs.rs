@@ -8,7 +8,7 @@ use crate::nn::DuckQuantized;
 use crate::report::RunResult;
 #[cfg(feature = "plot")]
 use crate::report::{History, plot};
-use crate::{ExportError, export_for_inference};
+use crate::{ExportError, export::export_quantized, export_for_inference};
 use std::fs;
 use ternary_format::{WriteOptions, huggingface::write_adapter, write_model};
 
@@ -53,9 +53,10 @@ impl Exported {
     /// # Errors
     /// `Model`: the folder cannot be written.
     pub fn write_adapter(&mut self, run: &RunContext, model: &DuckQuantized) -> Result<(), TrainError> {
-        let Some(adapter) = model.adapter().map_err(ExportError::from)? else {
+        if !run.experiment.lora.is_on() {
             return Ok(());
-        };
+        }
+        let Some(adapter) = export_quantized(model, None, "")?.adapter else { return Ok(()) };
         let (path, base) = (run.run_dir.join("adapter"), &run.experiment.run.start_from);
         write_adapter(&adapter, &model.config().spec(), base, &path).map_err(ExportError::from)?;
         self.adapter_bytes = Some(adapter.bytes() as u64);

@@ -30,7 +30,7 @@ use crate::{
     Adapter, Family, FormatError, LowRank, ModelSpec,
     adapter::{matrices, require},
     disk::{self, NewFolder},
-    safetensors::{self, Entry, Stored},
+    safetensors::{self, Annotated, Entry, Stored},
 };
 use ::safetensors::tensor::Dtype;
 use config::{Config, Patterns, check_targets};
@@ -42,6 +42,8 @@ use std::{
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
+/// Key of [`Adapter::base_signs`] in the metadata of the tensors. PEFT ignores it.
+const BASE_SIGNS: &str = "base_signs";
 /// Projections that share `c_attn` in the gpt2 family.
 const THIRDS: usize = 3;
 
@@ -76,10 +78,10 @@ pub fn read(folder: &Path, spec: &ModelSpec) -> Result<Adapter, FormatError> {
         (rank, if config.use_rslora { alpha * (rank as f64).sqrt() } else { alpha })
     };
     let path = folder.join(WEIGHTS);
-    let tensors = safetensors::read(&path)?;
+    let Annotated { tensors, mut texts } = safetensors::read_annotated(&path)?;
     let adapter = read_pairs(of, &tensors, spec).map_err(|error| error.in_file(&path))?;
     check_targets(&config, &adapter, spec.family).map_err(|error| error.in_file(&folder.join(CONFIG)))?;
-    Ok(Adapter { warnings: Vec::from_iter(warning), ..adapter })
+    Ok(Adapter { base_signs: texts.remove(BASE_SIGNS), warnings: Vec::from_iter(warning), ..adapter })
 }
 
 /// The pairs of all modules. `of` returns rank and alpha of a module.
@@ -203,7 +205,8 @@ pub fn write(adapter: &Adapter, spec: &ModelSpec, base: &str, folder: &Path) -> 
     let text = serde_json::to_value(&config).expect("names and numbers are JSON");
     let path = new.scratch().join(CONFIG);
     disk::write_new(&path, format!("{text:#}\n").as_bytes()).map_err(FormatError::io(&path))?;
-    safetensors::write(&new.scratch().join(WEIGHTS), entries)?;
+    let signs = adapter.base_signs.as_deref().map(|signs| (BASE_SIGNS, signs));
+    safetensors::write_annotated(&new.scratch().join(WEIGHTS), entries, signs.as_slice())?;
     new.commit().map_err(FormatError::io(folder))
 }
 
