@@ -1,6 +1,7 @@
 //! [`ServeOptions`]: the address of a server, who may use it, and its limits.
 
 use crate::ServeError;
+use getset::WithSetters;
 use std::{
     net::{Ipv4Addr, SocketAddr},
     str::FromStr,
@@ -20,7 +21,8 @@ use std::{
 /// options.check()?;
 /// # Ok::<(), ternary_serve::ServeError>(())
 /// ```
-#[derive(Clone)]
+#[derive(Clone, WithSetters)]
+#[getset(set_with = "pub")]
 #[non_exhaustive]
 pub struct ServeOptions {
     /// Address to listen on; port 0: any free port. Default: port 8080 of 127.0.0.1.
@@ -88,29 +90,7 @@ impl std::fmt::Debug for ServeOptions {
     }
 }
 
-/// Builder methods, one per field.
-macro_rules! builder {
-    ($($with:ident $field:ident: $type:ty;)*) => {
-        $(
-            #[doc = concat!("Sets [`", stringify!($field), "`](Self::", stringify!($field), ").")]
-            #[must_use]
-            pub fn $with(self, $field: $type) -> Self {
-                Self { $field, ..self }
-            }
-        )*
-    };
-}
-
 impl ServeOptions {
-    builder! {
-        with_address address: SocketAddr;
-        with_api_key api_key: Option<String>;
-        with_allow_remote allow_remote: bool;
-        with_host_names host_names: Vec<String>;
-        with_truncation truncation: Truncation;
-        with_limits limits: Limits;
-    }
-
     /// Checks that a server can start with these options.
     ///
     /// # Errors
@@ -139,7 +119,8 @@ fn is_host_name(name: &str) -> bool {
 }
 
 /// Limits of one client, or of all together. Requests beyond a limit are refused, not reduced.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, WithSetters)]
+#[getset(set_with = "pub")]
 #[non_exhaustive]
 pub struct Limits {
     /// Maximum length of a request body, in bytes; more: status 413. Default: 1 MiB.
@@ -186,20 +167,6 @@ impl Default for Limits {
 }
 
 impl Limits {
-    builder! {
-        with_body_bytes body_bytes: usize;
-        with_header_bytes header_bytes: usize;
-        with_timeout timeout: Duration;
-        with_connections connections: usize;
-        with_unauthenticated_connections unauthenticated_connections: usize;
-        with_batch batch: usize;
-        with_queue queue: usize;
-        with_max_tokens max_tokens: usize;
-        with_choices choices: usize;
-        with_stop_sequences stop_sequences: usize;
-        with_drain_timeout drain_timeout: Duration;
-    }
-
     fn check(&self) -> Result<(), ServeError> {
         for (key, found) in [
             ("body_bytes", self.body_bytes),
