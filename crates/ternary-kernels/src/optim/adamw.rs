@@ -17,7 +17,7 @@ use crate::{
 /// # Source
 /// Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
+pub struct AdamWStep {
     /// Learning rate.
     pub lr: f32,
     /// Decay of the first moment.
@@ -42,10 +42,10 @@ pub struct AdamW {
 ///
 /// # Example
 /// ```
-/// use ternary_kernels::{Pool, optim::{AdamW, adamw}};
+/// use ternary_kernels::{Pool, optim::{AdamWStep, adamw}};
 /// let (beta1, beta2) = (0.9, 0.95);
 /// // The first step: moments are zero, and bias corrections make the direction the sign of the gradient.
-/// let step = AdamW {
+/// let step = AdamWStep {
 ///     lr: 0.1,
 ///     beta1,
 ///     beta2,
@@ -58,7 +58,7 @@ pub struct AdamW {
 /// adamw(&Pool::new(1), step, &mut weight, &[3.0], &mut m, &mut v);
 /// assert!((weight[0] - 0.9).abs() < 1e-6);
 /// ```
-pub fn adamw(pool: &Pool, step: AdamW, weight: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32]) {
+pub fn adamw(pool: &Pool, step: AdamWStep, weight: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32]) {
     assert!(weight.len() == grad.len() && m.len() == grad.len() && v.len() == grad.len());
     let (m, v) = (DisjointSlices::new(m), DisjointSlices::new(v));
     pool.chunks(weight, TASK_LEN, |index, _, weight| {
@@ -71,7 +71,7 @@ pub fn adamw(pool: &Pool, step: AdamW, weight: &mut [f32], grad: &[f32], m: &mut
 
 /// One step of some weights.
 struct Step<'a> {
-    step: AdamW,
+    step: AdamWStep,
     /// One task.
     weight: &'a mut [f32],
     /// As long as `weight`, like the moments.
@@ -85,7 +85,7 @@ impl Kernel for Step<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = self.step;
+        let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = self.step;
         let c = |value: f32| s.splat_f32(value);
         // lr m / c1 / (sqrt(v / c2) + e), with its constants combined.
         let root = corrections[1].sqrt();
@@ -143,7 +143,7 @@ mod tests {
                     let corrections = [0.9f32, 0.95].map(|beta| 1.0 - beta.powi(time as i32));
                     let keep = 1.0 - 0.02 * 0.1;
                     let (lr, beta1, beta2, epsilon, grad_factor) = (0.02, 0.9, 0.95, 1e-8, 0.3);
-                    let step = AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor };
+                    let step = AdamWStep { lr, beta1, beta2, epsilon, keep, corrections, grad_factor };
                     adamw(&pool, step, &mut weight, &grad, &mut m, &mut v);
                     for ([w, m, v], grad) in exact.iter_mut().zip(&grad) {
                         let grad = f64::from(*grad) * f64::from(0.3f32);

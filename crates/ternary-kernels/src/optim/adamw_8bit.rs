@@ -26,7 +26,7 @@
 //!     scales = largest / largest code;  encode                                                   (second pass, in the cache)
 //! ```
 
-use super::AdamW;
+use super::AdamWStep;
 use crate::{
     Pool,
     simd::{
@@ -107,7 +107,13 @@ impl MomentBlock {
 ///
 /// # Panics
 /// When lengths do not fit.
-pub fn adamw_8bit(pool: &Pool, step: AdamW, weight: &mut [f32], grad: &[f32], moments: &mut [MomentBlock]) {
+pub fn adamw_8bit(
+    pool: &Pool,
+    step: AdamWStep,
+    weight: &mut [f32],
+    grad: &[f32],
+    moments: &mut [MomentBlock],
+) {
     assert!(weight.len() == grad.len() && moments.len() == grad.len().div_ceil(MOMENT_BLOCK));
     let moments = DisjointSlices::new(moments);
     pool.chunks(weight, TASK_BLOCKS * MOMENT_BLOCK, |index, _, weight| {
@@ -124,7 +130,7 @@ pub fn adamw_8bit(pool: &Pool, step: AdamW, weight: &mut [f32], grad: &[f32], mo
 
 /// One step of one block.
 struct Step<'a> {
-    step: AdamW,
+    step: AdamWStep,
     /// At most a block.
     weight: &'a mut [f32],
     grad: &'a [f32],
@@ -136,7 +142,7 @@ impl Kernel for Step<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = self.step;
+        let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = self.step;
         let c = |value: f32| s.splat_f32(value);
         let zero = c(0.0);
         // As in AdamW with f32 moments.
@@ -235,9 +241,17 @@ mod tests {
         testing::{numbers, pools},
     };
 
-    fn step(time: i32) -> AdamW {
+    fn step(time: i32) -> AdamWStep {
         let corrections = [0.9f32, 0.95].map(|beta| 1.0 - beta.powi(time));
-        AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, keep: 0.998, corrections, grad_factor: 0.5 }
+        AdamWStep {
+            lr: 0.02,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            keep: 0.998,
+            corrections,
+            grad_factor: 0.5,
+        }
     }
 
     #[test]
@@ -294,7 +308,7 @@ mod tests {
             let quiet = vec![0.0; MOMENT_BLOCK];
             let steps = 4000;
             for time in 0..steps {
-                let step = AdamW { beta2, ..step(100_000) };
+                let step = AdamWStep { beta2, ..step(100_000) };
                 adamw_8bit(&pool, step, &mut weight, if time < 10 { &grad } else { &quiet }, &mut blocks);
             }
             let [first, second] = blocks[0].values();
@@ -322,7 +336,7 @@ mod tests {
                 weight.iter().zip(&curvature).zip(&noise).map(|((w, c), n)| c * (2.0 * w + n)).collect()
             };
             let lr = 0.02 * (1.0 - time as f32 / 600.0);
-            let step = AdamW { lr, keep: 1.0, ..step(time) };
+            let step = AdamWStep { lr, keep: 1.0, ..step(time) };
             let grad = gradient(&bytes);
             adamw_8bit(&pool, step, &mut bytes, &grad, &mut blocks);
             let grad = gradient(&floats);

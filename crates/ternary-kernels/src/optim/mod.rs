@@ -5,7 +5,7 @@ mod adamw_8bit;
 #[cfg(feature = "rayon")]
 mod muon;
 
-pub use adamw::{AdamW, adamw, square_sum};
+pub use adamw::{AdamWStep, adamw, square_sum};
 pub use adamw_8bit::{MOMENT_BLOCK, MomentBlock, adamw_8bit};
 #[cfg(feature = "rayon")]
-pub use muon::{Muon, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, muon};
+pub use muon::{MuonStep, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, muon};

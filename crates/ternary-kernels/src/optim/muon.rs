@@ -38,7 +38,7 @@ use std::ops::Range;
 
 /// The parameters of a Muon step.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Muon {
+pub struct MuonStep {
     /// Learning rate, including the factor for the shape.
     pub rate: f32,
     /// Factor of the weight for decoupled weight decay.
@@ -74,14 +74,21 @@ const NORM_MIN: f64 = 1e-7;
 ///
 /// # Example
 /// ```
-/// use ternary_kernels::{Pool, optim::{Muon, muon}};
-/// let step = Muon { rate: 0.1, keep: 1.0, momentum: 0.95, grad_factor: 1.0 };
+/// use ternary_kernels::{Pool, optim::{MuonStep, muon}};
+/// let step = MuonStep { rate: 0.1, keep: 1.0, momentum: 0.95, grad_factor: 1.0 };
 /// let (mut weight, mut velocity) = ([0.0; 4], [0.0; 4]);
 /// // The gradient is diagonal, with singular values 3 and 1; the update is nearly the identity.
 /// muon(&Pool::new(1), step, 2, &mut weight, &[3.0, 0.0, 0.0, 1.0], &mut velocity);
 /// assert!(weight[0] < -0.06 && weight[3] < -0.06 && weight[1] == 0.0 && weight[2] == 0.0);
 /// ```
-pub fn muon(pool: &Pool, step: Muon, cols: usize, weight: &mut [f32], grad: &[f32], velocity: &mut [f32]) {
+pub fn muon(
+    pool: &Pool,
+    step: MuonStep,
+    cols: usize,
+    weight: &mut [f32],
+    grad: &[f32],
+    velocity: &mut [f32],
+) {
     assert!(weight.len() == grad.len() && velocity.len() == grad.len() && grad.len().is_multiple_of(cols));
     if grad.is_empty() {
         return;
@@ -105,7 +112,7 @@ pub fn muon(pool: &Pool, step: Muon, cols: usize, weight: &mut [f32], grad: &[f3
 
 /// Updates the velocity, and computes the update before orthogonalization.
 struct UpdateMomentum<'a> {
-    step: Muon,
+    step: MuonStep,
     grad: &'a [f32],
     /// `v`, which is updated.
     velocity: &'a mut [f32],
@@ -131,7 +138,7 @@ impl Kernel for UpdateMomentum<'_> {
 
 /// `weight = keep weight - rate update`
 struct UpdateWeight<'a> {
-    step: Muon,
+    step: MuonStep,
     update: &'a [f32],
     weight: &'a mut [f32],
 }
@@ -301,7 +308,7 @@ mod tests {
 
     #[test]
     fn steps_follow_float64() {
-        let step = Muon { rate: 0.5, keep: 0.9, momentum: 0.95, grad_factor: 1.0 };
+        let step = MuonStep { rate: 0.5, keep: 0.9, momentum: 0.95, grad_factor: 1.0 };
         for (rows, cols) in
             [(1, 1), (1, 9), (5, 3), (16, 16), (33, 70), (90, 31), (170, 190), (170, 400), (350, 165)]
         {
@@ -338,7 +345,7 @@ mod tests {
 
     #[test]
     fn nothing_moves_without_a_gradient() {
-        let step = Muon { rate: 0.5, keep: 1.0, momentum: 0.95, grad_factor: 1.0 };
+        let step = MuonStep { rate: 0.5, keep: 1.0, momentum: 0.95, grad_factor: 1.0 };
         let (mut weight, mut velocity) = (numbers(60, 1.0, 1), vec![0.0; 60]);
         muon(&Pool::new(1), step, 10, &mut weight, &[0.0; 60], &mut velocity);
         assert_eq!(weight, numbers(60, 1.0, 1));

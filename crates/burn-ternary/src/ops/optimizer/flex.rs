@@ -56,7 +56,7 @@ impl OptimizerOps for Flex {
             return reference::muon_step::<Flex>(weight, grad, velocity, step);
         }
         let MuonStep { rate, keep, momentum, grad_factor } = step;
-        let step = optim::Muon { rate, keep, momentum, grad_factor };
+        let step = optim::MuonStep { rate, keep, momentum, grad_factor };
         let [_, cols] = shape(&weight).dims();
         let grad = dense(grad);
         let [mut weight, mut velocity] = [weight, velocity].map(into_owned);
@@ -73,7 +73,8 @@ impl OptimizerOps for Flex {
     }
 }
 
-fn kernel_step(step: AdamWStep) -> optim::AdamW {
+/// The same parameters in the type of the kernels, which other backends are built without.
+fn kernel_step(step: AdamWStep) -> optim::AdamWStep {
     let AdamWStep { lr, beta1, beta2, epsilon, keep, corrections, grad_factor } = step;
-    optim::AdamW { lr, beta1, beta2, epsilon, keep, corrections, grad_factor }
+    optim::AdamWStep { lr, beta1, beta2, epsilon, keep, corrections, grad_factor }
 }

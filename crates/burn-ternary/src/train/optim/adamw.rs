@@ -1,16 +1,29 @@
-//! AdamW as one op, with moments in floats or at eight bits.
+//! AdamW as one op, with moments in f32 or at 8 bits.
 
 use super::moment::Moment;
-use super::{Decay, Moments};
+use super::schedule_handle::Decay;
 use crate::ops::{AdamWStep, adamw, adamw_int8, int8_moments};
 use crate::quant::ScheduledValue;
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource, join_path};
 use burn::tensor::{Device, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
-/// Fewer numbers keep their moments in floats: they are nothing beside the others, and the scales of their blocks are
-/// of few numbers.
-const FEW: usize = 4096;
+/// Smallest parameter with 8-bit moments, in elements. Those of smaller ones would save next to nothing, and have scales of few
+/// elements.
+const MIN_INT8_LEN: usize = 4096;
 
+/// Precision of the two moments of AdamW.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Moments {
+    /// 8 bytes per weight.
+    Float,
+    /// 2 bytes per weight, in blocks with scales of their own, for parameters of at least 4096 numbers; on flex only.
+    Int8,
+}
+
+/// AdamW as a Burn optimizer: the state and the hyperparameters of a group. A step is the op [`adamw`] or [`adamw_int8`].
 #[derive(Clone)]
 pub(super) struct AdamW {
     pub beta1: f32,
@@ -21,11 +34,11 @@ pub(super) struct AdamW {
     pub clip: ScheduledValue,
 }
 
-/// Where Burn's AdamW has time and moments in floats.
+/// Leaves of a record, named as in Burn's AdamW.
 const MOMENTUM: &str = "momentum";
 const FLOAT_TIME: &str = "time";
 const FLOAT_MOMENTS: [&str; 2] = ["moment_1", "moment_2"];
-/// Names of leaves that Burn's state has not.
+/// Leaves of a record with 8-bit moments, which Burn's AdamW lacks.
 const INT8_TIME: &str = "int8_time";
 const INT8_MOMENTS: &str = "int8_moments";
 
@@ -33,15 +46,15 @@ const INT8_MOMENTS: &str = "int8_moments";
 #[derive(Clone)]
 pub(super) struct State<const D: usize> {
     time: usize,
-    moments: Held<D>,
+    moments: MomentTensors<D>,
 }
 
-/// There is one a parameter, and its numbers lie elsewhere.
+/// The moments of a parameter. Boxing them would save nothing: there is one value per parameter, and its data is on the heap.
 #[derive(Clone)]
 #[expect(clippy::large_enum_variant)]
-enum Held<const D: usize> {
+enum MomentTensors<const D: usize> {
     Float([Moment<D>; 2]),
-    /// As [`adamw_int8`] has them.
+    /// Both in one tensor, in the layout of [`adamw_int8`].
     Int8(Moment<1>),
 }
 
@@ -55,17 +68,17 @@ impl Optimizer for AdamW {
         grad: Tensor<D>,
         state: Option<State<D>>,
     ) -> (Tensor<D>, Option<State<D>>) {
-        let State { time, moments } = state.unwrap_or_else(|| self.begin(&grad));
+        let State { time, moments } = state.unwrap_or_else(|| self.initial_state(&grad));
         let time = time + 1;
-        let step = self.at(lr, time);
+        let step = self.step_parameters(lr, time);
         let (tensor, moments) = match moments {
-            Held::Float(moments) => {
+            MomentTensors::Float(moments) => {
                 let (tensor, moments) = adamw(tensor, grad, moments.map(Moment::into_tensor), step);
-                (tensor, Held::Float(moments.map(Moment::from)))
+                (tensor, MomentTensors::Float(moments.map(Moment::from)))
             }
-            Held::Int8(moments) => {
+            MomentTensors::Int8(moments) => {
                 let (tensor, moments) = adamw_int8(tensor, grad, moments.into_tensor(), step);
-                (tensor, Held::Int8(moments.into()))
+                (tensor, MomentTensors::Int8(moments.into()))
             }
         };
         (tensor, Some(State { time, moments }))
@@ -73,25 +86,29 @@ impl Optimizer for AdamW {
 
     fn to_device<const D: usize>(State { time, moments }: State<D>, device: &Device) -> State<D> {
         let moments = match moments {
-            Held::Float(moments) => Held::Float(moments.map(|moment| moment.placed(device))),
-            Held::Int8(moments) => Held::Int8(moments.placed(device)),
+            MomentTensors::Float(moments) => {
+                MomentTensors::Float(moments.map(|moment| moment.placed(device)))
+            }
+            MomentTensors::Int8(moments) => MomentTensors::Int8(moments.placed(device)),
         };
         State { time, moments }
     }
 }
 
 impl AdamW {
-    /// Before the first step.
-    fn begin<const D: usize>(&self, grad: &Tensor<D>) -> State<D> {
+    /// The state before the first step: moments of zero.
+    fn initial_state<const D: usize>(&self, grad: &Tensor<D>) -> State<D> {
         let moments = match self.moments {
-            Moments::Int8 if grad.shape().num_elements() >= FEW => Held::Int8(int8_moments(grad).into()),
-            _ => Held::Float([grad.zeros_like(), grad.zeros_like()].map(Moment::from)),
+            Moments::Int8 if grad.shape().num_elements() >= MIN_INT8_LEN => {
+                MomentTensors::Int8(int8_moments(grad).into())
+            }
+            _ => MomentTensors::Float([grad.zeros_like(), grad.zeros_like()].map(Moment::from)),
         };
         State { time: 0, moments }
     }
 
-    /// The numbers of step `time`, from 1 on.
-    fn at(&self, lr: LearningRate, time: usize) -> AdamWStep {
+    /// Parameters of step `time`, from 1 on.
+    fn step_parameters(&self, lr: LearningRate, time: usize) -> AdamWStep {
         let Self { beta1, beta2, epsilon, .. } = *self;
         AdamWStep {
             lr: lr as f32,
@@ -105,18 +122,18 @@ impl AdamW {
     }
 }
 
-/// The leaves of either, which have other names.
+/// Float and 8-bit moments have leaves of different names.
 impl<const D: usize> RecordState for State<D> {
     fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
         match &self.moments {
-            Held::Float(moments) => {
+            MomentTensors::Float(moments) => {
                 let prefix = join_path(prefix, MOMENTUM);
                 out.push_scalar(&prefix, FLOAT_TIME, self.time.into());
                 for (moment, leaf) in moments.iter().zip(FLOAT_MOMENTS) {
                     moment.flatten(&prefix, leaf, out);
                 }
             }
-            Held::Int8(moments) => {
+            MomentTensors::Int8(moments) => {
                 out.push_scalar(prefix, INT8_TIME, self.time.into());
                 moments.flatten(prefix, INT8_MOMENTS, out);
             }
@@ -126,19 +143,19 @@ impl<const D: usize> RecordState for State<D> {
     fn state_unflatten(prefix: &str, src: &mut StateSource, _default: &Device) -> Option<Self> {
         if let Some(moments) = Moment::unflatten(prefix, INT8_MOMENTS, src) {
             let time = src.take_scalar(prefix, INT8_TIME)?.try_into().ok()?;
-            return Some(Self { time, moments: Held::Int8(moments) });
+            return Some(Self { time, moments: MomentTensors::Int8(moments) });
         }
         let prefix = join_path(prefix, MOMENTUM);
         let time = src.take_scalar(&prefix, FLOAT_TIME)?.try_into().ok()?;
         let [first, second] = FLOAT_MOMENTS.map(|leaf| Moment::unflatten(&prefix, leaf, src));
-        Some(Self { time, moments: Held::Float([first?, second?]) })
+        Some(Self { time, moments: MomentTensors::Float([first?, second?]) })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{MatrixOptimizer, OptimConfig, OptimScheduleHandle};
     use super::*;
+    use crate::train::optim::{MatrixOptimizer, OptimConfig, OptimScheduleHandle};
     use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
     use burn::module::ParamGroup;
     use burn::nn::{Linear, LinearConfig};

@@ -1,7 +1,7 @@
 //! Muon as one op.
 
-use super::Decay;
 use super::moment::Moment;
+use super::schedule_handle::Decay;
 use crate::ops::{MuonStep, muon};
 use crate::quant::ScheduledValue;
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource, join_path};
@@ -56,7 +56,7 @@ impl Optimizer for Muon {
     }
 }
 
-/// Where Burn's Muon has it.
+/// Leaves of a record, named as in Burn's Muon.
 const MOMENTUM: &str = "momentum";
 const VELOCITY: &str = "velocity";
 
