@@ -41,20 +41,22 @@
 //!
 //! Tried: 64 columns of codes transposed at once, instead of 16: half as slow again.
 
+mod code_source;
+mod column_stats;
+mod saved_tensors;
+mod transpose;
+
+pub use column_stats::column_sums;
+pub use saved_tensors::{SavedTensors, SavedTensorsMut};
+
 use crate::{
     Activations, CodeRange, Int8Activations, Int8TrainingMatrix, Matrix, MemoryOrder, Pool, Product,
-    matmul::{
-        activations::{ABSMAX_MIN, SumGranularity},
-        format::int8_training::ColumnSource,
-    },
+    matmul::activations::{ABSMAX_MIN, SumGranularity},
     multiply,
-    simd::{
-        CacheLine, Kernel, LANES, Simd,
-        vector_ops::{abs, load, load_codes, store, store_codes},
-    },
-    thread_pool::{DisjointSlices, TASK_LEN, rows_per_task},
+    thread_pool::{DisjointSlices, TASK_LEN},
 };
-use std::ops::Range;
+use code_source::{GradientCodes, SignCodes};
+use column_stats::column_stats;
 
 /// The smallest absolute maximum by which a gradient is quantized; keeps zeros from dividing by zero.
 const GRADIENT_ABSMAX_MIN: f32 = 1e-30;
@@ -98,77 +100,6 @@ pub struct TernaryLinear {
     matrix: Int8TrainingMatrix,
     /// The int8 left factor of the current product.
     tokens: Int8Activations,
-}
-
-/// What the backward pass of a [`TernaryLinear`] needs: one byte per activation and one byte per weight.
-#[derive(Clone, Copy, Debug)]
-pub struct SavedTensors<'a> {
-    /// `[tokens, d_input padded to 16]`
-    pub input: &'a [i8],
-    /// `[tokens]`
-    pub input_scales: &'a [f32],
-    /// -1, 0, +1: `[d_input, d_output]`
-    pub weight: &'a [i8],
-    /// `[d_output]`
-    pub weight_scales: &'a [f32],
-}
-
-/// Memory for [`SavedTensors`], which [`TernaryLinear::forward`] fills.
-#[derive(Debug)]
-pub struct SavedTensorsMut<'a> {
-    /// `[tokens, d_input padded to 16]`
-    pub input: &'a mut [i8],
-    /// `[tokens]`
-    pub input_scales: &'a mut [f32],
-    /// -1, 0, +1: `[d_input, d_output]`
-    pub weight: &'a mut [i8],
-    /// `[d_output]`
-    pub weight_scales: &'a mut [f32],
-}
-
-impl SavedTensors<'_> {
-    /// Length of [`input`](Self::input) for `tokens` tokens: rows are padded to whole blocks of 16.
-    pub fn input_len(tokens: usize, d_input: usize) -> usize {
-        tokens * d_input.next_multiple_of(LANES)
-    }
-
-    /// The activations that were multiplied: codes times scales, `[tokens, d_input]`.
-    ///
-    /// # Panics
-    /// When lengths do not fit.
-    pub fn activations(&self, pool: &Pool, out: &mut [f32]) {
-        let tokens = self.input_scales.len();
-        let (d, stride) = (out.len() / tokens, self.input.len() / tokens);
-        assert_eq!(self.input.len(), Self::input_len(tokens, d), "activations of {tokens} tokens");
-        let rows = rows_per_task(d);
-        pool.chunks(out, rows * d, |index, _, out| {
-            for (row, out) in (index * rows..).zip(out.chunks_mut(d)) {
-                let (codes, scale) = (&self.input[row * stride..][..d], self.input_scales[row]);
-                pool.isa().run(Dequantize { codes, scale, out });
-            }
-        });
-    }
-}
-
-/// `out = codes * scale`
-struct Dequantize<'a> {
-    /// `[d]`
-    codes: &'a [i8],
-    scale: f32,
-    /// `[d]`
-    out: &'a mut [f32],
-}
-
-impl Kernel for Dequantize<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let scale = s.splat_f32(self.scale);
-        for (out, codes) in self.out.chunks_mut(LANES).zip(self.codes.chunks(LANES)) {
-            store(s, s.mul_f32(s.to_float(load_codes(s, codes)), scale), out);
-        }
-    }
 }
 
 /// The weight of a [`TernaryLinear`], `[d_input, d_output]`.
@@ -359,220 +290,6 @@ fn column_scales(weight: &[f32], scales: &mut [f32]) {
             if *scale == 0.0 && *weight != 0.0 {
                 *scale = weight.abs();
                 missing -= 1;
-            }
-        }
-    }
-}
-
-/// A source of ternary codes: the sign of each weight whose magnitude exceeds its threshold. The codes are also kept.
-struct SignCodes<'a> {
-    /// `[d_input, d_output]`
-    weight: &'a [f32],
-    /// `[d_output]`
-    thresholds: &'a [f32],
-    /// `[d_input, d_output]`
-    codes: DisjointSlices<'a, i8>,
-}
-
-impl ColumnSource for SignCodes<'_> {
-    #[inline(always)]
-    fn codes<S: Simd>(&self, s: S, col: usize, rows: Range<usize>) -> S::Int {
-        let n = self.thresholds.len();
-        let at = col * n + rows.start;
-        // Prefetch the next block of columns: the CPU does not predict pieces this short.
-        s.prefetch(&self.weight[at], n * LANES * size_of::<f32>() / size_of::<CacheLine>());
-        let x = load(s, &self.weight[at..at + rows.len()]);
-        let threshold = load(s, &self.thresholds[rows.clone()]);
-        let (zero, one) = (s.splat_f32(0.0), s.splat_f32(1.0));
-        let above = s.select_greater(x, threshold, one, zero);
-        let negative = s.select_greater(s.sub_f32(zero, x), threshold, s.splat_f32(-1.0), above);
-        let sign = s.to_int(negative);
-        // SAFETY: each column of each 16 rows is read once.
-        store_codes(s, sign, unsafe { self.codes.slice(at, rows.len()) });
-        sign
-    }
-}
-
-/// Of each column of `[rows, n]`: the largest magnitude, of numbers times the factor of their row, and the sum, of the numbers
-/// themselves. Each row is also passed to `visit(row, values)` while it is in the cache.
-fn column_stats(
-    pool: &Pool,
-    x: &[f32],
-    n: usize,
-    factors: Option<&[f32]>,
-    visit: impl Fn(usize, &[f32]) + Sync,
-) -> (Vec<f32>, Vec<f32>) {
-    // At most 16 tasks: each has results of its own, which one thread adds up.
-    let rows = x.len() / n;
-    let parts = pool.map_ranges(rows, rows_per_task(n).max(rows.div_ceil(16)), |rows| {
-        let mut part = (vec![0.0; n], vec![0.0; n]);
-        for start in rows.clone().step_by(ROWS_PER_PASS) {
-            let rows = start..rows.end.min(start + ROWS_PER_PASS);
-            let x = &x[rows.start * n..rows.end * n];
-            let factors = factors.map(|factors| &factors[rows.clone()]);
-            pool.isa().run(ColumnStats { x, factors, maxima: &mut part.0, sums: &mut part.1 });
-            rows.zip(x.chunks_exact(n)).for_each(|(row, x)| visit(row, x));
-        }
-        part
-    });
-    let mut all = (vec![0.0f32; n], vec![0.0; n]);
-    for (maxima, sums) in parts {
-        all.0.iter_mut().zip(maxima).for_each(|(max, part)| *max = max.max(part));
-        all.1.iter_mut().zip(sums).for_each(|(sum, part)| *sum += part);
-    }
-    all
-}
-
-/// The sum of each column of `[rows, n]`.
-///
-/// # Panics
-/// When `x` is not a whole number of rows.
-pub fn column_sums(pool: &Pool, x: &[f32], n: usize) -> Vec<f32> {
-    assert!(x.len().is_multiple_of(n), "{} numbers are no whole rows of {n}", x.len());
-    column_stats(pool, x, n, None, |_, _| {}).1
-}
-
-/// Rows per pass of [`column_stats`]: maxima and sums are loaded and stored once for all of them.
-const ROWS_PER_PASS: usize = 8;
-
-/// Updates maxima and sums of columns by at most [`ROWS_PER_PASS`] rows.
-struct ColumnStats<'a> {
-    /// `[rows, n]`
-    x: &'a [f32],
-    /// `[rows]`
-    factors: Option<&'a [f32]>,
-    /// `[n]`
-    maxima: &'a mut [f32],
-    /// `[n]`
-    sums: &'a mut [f32],
-}
-
-impl Kernel for ColumnStats<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let n = self.maxima.len();
-        let mut factors = [1.0; ROWS_PER_PASS];
-        if let Some(given) = self.factors {
-            factors[..given.len()].copy_from_slice(given);
-        }
-        let columns = self.maxima.chunks_mut(LANES).zip(self.sums.chunks_mut(LANES));
-        for (column, (maxima, sums)) in columns.enumerate() {
-            let (mut max, mut sum) = (load(s, maxima), load(s, sums));
-            for (row, factor) in self.x.chunks_exact(n).zip(factors) {
-                let x = load(s, &row[column * LANES..][..maxima.len()]);
-                // In this order of arguments, max ignores a NaN.
-                max = s.max_f32(abs(s, s.mul_f32(x, s.splat_f32(factor))), max);
-                sum = s.add_f32(sum, x);
-            }
-            store(s, max, maxima);
-            store(s, sum, sums);
-        }
-    }
-}
-
-/// A source of int8 codes: `round(grad[t, o] * factors[t] / scales[o])` of a gradient `[tokens, d_output]`.
-struct GradientCodes<'a> {
-    /// `[tokens, d_output]`
-    grad: &'a [f32],
-    /// `[tokens]`
-    factors: &'a [f32],
-    /// Inverse scales, `[d_output]`.
-    inverse: &'a [f32],
-}
-
-impl ColumnSource for GradientCodes<'_> {
-    #[inline(always)]
-    fn codes<S: Simd>(&self, s: S, token: usize, outputs: Range<usize>) -> S::Int {
-        let n = self.inverse.len();
-        let grad = &self.grad[token * n..][outputs.clone()];
-        // As in `SignCodes`.
-        s.prefetch(&grad[0], n * LANES * size_of::<f32>() / size_of::<CacheLine>());
-        let grad = load(s, grad);
-        let factor = s.splat_f32(self.factors[token]);
-        // At most 127, but for a rounding error, which to_int rounds off.
-        s.to_int(s.mul_f32(s.mul_f32(grad, factor), load(s, &self.inverse[outputs])))
-    }
-}
-
-impl Int8Activations {
-    /// Becomes the transpose of `codes`, `[tokens, cols padded to 16]`: int8 activations `[cols, tokens]` with scales of 1.
-    fn transpose(&mut self, pool: &Pool, codes: &[i8], cols: usize, tokens: usize) {
-        let stride = cols.next_multiple_of(LANES);
-        self.resize(cols, tokens, SumGranularity::PerToken);
-        self.scales.fill(1.0);
-        let blocks = self.blocks;
-        let (out, sums) = self.codes_and_sums();
-        let sums = DisjointSlices::new(sums);
-        pool.chunks(out, LINE_CODES * blocks, |index, _, out| {
-            // SAFETY: each column is written once.
-            let sums = unsafe { sums.slice(index * LINE_CODES * 2, out.len() / blocks * 2) };
-            let (sums, _) = sums.as_chunks_mut();
-            pool.isa().run(Transpose { codes, stride, first: index * LINE_CODES, tokens, blocks, out, sums });
-        });
-    }
-}
-
-/// Codes per cache line: columns, and tokens, that are transposed together.
-const LINE_CODES: usize = size_of::<CacheLine>();
-
-/// Transposes the columns of `[tokens, stride]` from `first` on, one cache line of them: `[columns, blocks]`. The last line may have
-/// fewer columns, since `stride` is padded.
-struct Transpose<'a> {
-    /// `[tokens, stride]`
-    codes: &'a [i8],
-    /// Codes per token, a multiple of 16.
-    stride: usize,
-    /// The first column.
-    first: usize,
-    /// Number of tokens.
-    tokens: usize,
-    /// Blocks of 16 tokens per column.
-    blocks: usize,
-    /// `[columns, blocks]`
-    out: &'a mut [[i8; LANES]],
-    /// The sum of all codes of a column, in the second place.
-    sums: &'a mut [[i32; 2]],
-}
-
-impl Kernel for Transpose<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { codes, stride, first, tokens, blocks, out, sums } = self;
-        let mut all = [s.splat(0); LINE_CODES / LANES];
-        for start in (0..tokens).step_by(LINE_CODES) {
-            let here = start / LANES..blocks.min((start + LINE_CODES) / LANES);
-            for (group, columns) in out.chunks_mut(LANES * blocks).enumerate() {
-                // Four tokens of a column in each lane.
-                let mut quads = [s.splat(0); LANES];
-                for (quad, lanes) in quads.iter_mut().enumerate() {
-                    let start = start + 4 * quad;
-                    for token in (start..tokens.min(start + 4)).rev() {
-                        let at = token * stride + first + group * LANES;
-                        let row: &[i8; LANES] = codes[at..].first_chunk().expect("a row is padded");
-                        // The next tokens.
-                        s.prefetch(row, stride);
-                        let row = s.load_i8(row);
-                        all[group] = s.add(all[group], row);
-                        *lanes = s.add(s.shl::<8>(*lanes), s.and(row, s.splat(0xff)));
-                    }
-                }
-                for (column, lanes) in columns.chunks_exact_mut(blocks).zip(s.transpose(quads)) {
-                    let mut line = CacheLine([0; LINE_CODES]);
-                    s.store(lanes, &mut line);
-                    let codes = line.0.map(|byte| byte as i8);
-                    column[here.clone()].copy_from_slice(&codes.as_chunks().0[..here.len()]);
-                }
-            }
-        }
-        for (sums, all) in sums.chunks_mut(LANES).zip(all) {
-            let mut line = CacheLine([0; LINE_CODES]);
-            s.store(all, &mut line);
-            for (sums, sum) in sums.iter_mut().zip(line.0.as_chunks::<4>().0) {
-                sums[1] = i32::from_ne_bytes(*sum);
             }
         }
     }
