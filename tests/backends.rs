@@ -8,10 +8,10 @@ use burn_ternary::data::LmBatch;
 use burn_ternary::device;
 use burn_ternary::nn::{DuckQuantized, Family};
 use burn_ternary::ops::{
-    AdamWStep, FactorPrecision, Heads, RowScale, StraightThrough, WeightGradientPrecision, absmax_quantize,
-    adamw, causal_attention, divergences, embed, float_linear, gelu, kth_magnitude, latent_linear,
-    layer_norm, lm_head, log_likelihood, mean_abs, rms_norm, round_scale, silu_mul, square_sum,
-    ternary_codes, ternary_linear, ternary_quantize,
+    AdamWStep, FactorPrecision, Heads, OutsideGradient, RowScale, StraightThrough, WeightGradientPrecision,
+    absmax_quantize, adamw, causal_attention, divergences, embed, float_linear, gelu, kth_magnitude,
+    latent_linear, layer_norm, lm_head, log_likelihood, mean_abs, rms_norm, round_scale, silu_mul,
+    square_sum, ternary_codes, ternary_linear, ternary_quantize,
 };
 use burn_ternary::quant::{
     ActivationPrecision, Estimator, Granularity, MatmulPrecision, QuantConfig, ScaleRule, ScheduleHandle,
@@ -84,7 +84,7 @@ impl Inputs {
     }
 
     /// Codes, fake quantized weights, the gradient of the weight and that of the scale.
-    fn run(&self, device: &Device, masked: bool, pruned: bool) -> [Vec<f32>; 4] {
+    fn run(&self, device: &Device, outside: OutsideGradient, pruned: bool) -> [Vec<f32>; 4] {
         let device = device.clone().autodiff();
         let scales = [self.shape[0], 1, self.shape[2]];
         let weight = tensor(&self.weight, self.shape, &device).require_grad();
@@ -92,7 +92,7 @@ impl Inputs {
         let threshold = tensor(&self.threshold, scales, &device);
         let mask = pruned.then(|| tensor(&self.mask, self.shape, &device));
         let codes = ternary_codes(weight.clone(), threshold.clone(), mask.clone());
-        let estimator = StraightThrough { clip: 1.0, masked };
+        let estimator = StraightThrough { clip: 1.0, outside };
         let output = ternary_quantize(weight.clone(), scale.clone(), threshold, mask, estimator);
         let grads = (output.clone() * tensor(&self.upstream, self.shape, &device)).sum().backward();
         [
@@ -110,10 +110,10 @@ fn ternary_ops_and_their_gradients_agree() {
     let cases = [[1, 1, 1], [1, 35, 1], [1, 33, 7], [4, 6, 5]].map(|shape| Inputs::new(rng, shape));
     for (name, device) in others() {
         for inputs in &cases {
-            for (masked, pruned) in [(false, false), (true, true)] {
-                let case = format!("{name} {:?} {masked} {pruned}", inputs.shape);
-                let [codes, quantized, dw, dscale] = inputs.run(&cpu(), masked, pruned);
-                let got = inputs.run(&device, masked, pruned);
+            for (outside, pruned) in [(OutsideGradient::Pass, false), (OutsideGradient::Zero, true)] {
+                let case = format!("{name} {:?} {outside:?} {pruned}", inputs.shape);
+                let [codes, quantized, dw, dscale] = inputs.run(&cpu(), outside, pruned);
+                let got = inputs.run(&device, outside, pruned);
                 // Equal bits except for the sign of zero: the comparison has no division and no sum.
                 assert_eq!(got[0], codes, "codes, {case}");
                 assert_eq!(got[1], quantized, "fake quantized, {case}");

@@ -7,7 +7,9 @@ use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use burn_ternary::nn::{
     Activation, DuckConfig, DuckQuantized, Family, MixedPrecision, QuantizedLinearConfig,
 };
-use burn_ternary::ops::{RowScale, StraightThrough, absmax_quantize, round_scale, ternary_quantize};
+use burn_ternary::ops::{
+    OutsideGradient, RowScale, StraightThrough, absmax_quantize, round_scale, ternary_quantize,
+};
 use burn_ternary::quant::{
     Estimator, Granularity, QuantConfig, ScaleRule, ScheduleHandle, Sparsity, TernaryQuantizerConfig,
 };
@@ -100,16 +102,22 @@ fn ternary_quantize_has_the_gradient_of_its_surrogate() {
     for seed in 0..5 {
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
         for shape in [[1, 1, 1], [1, 35, 1], [1, 13, 9], [4, 6, 5], [7, 1, 3]] {
-            for (clip, masked, pruned) in
-                [(0, false, false), (0, true, false), (1, true, false), (1, false, true), (0, true, true)]
+            use OutsideGradient::{Pass, Zero};
+            for (clip, outside, pruned) in
+                [(0, Pass, false), (0, Zero, false), (1, Zero, false), (1, Pass, true), (0, Zero, true)]
             {
                 let clip = CLIPS[clip];
-                let call = Call::new(rng, shape, pruned, StraightThrough { clip: clip as f32, masked });
+                let call = Call::new(rng, shape, pruned, StraightThrough { clip: clip as f32, outside });
                 let [weight_grad, scale_grad] = &call.grads;
                 for (index, got) in weight_grad.iter().enumerate() {
-                    let passes = !masked || call.ratio(index).abs() <= clip;
+                    let passes = outside == Pass || call.ratio(index).abs() <= clip;
                     let expected = if passes { call.upstream[index] } else { 0.0 };
-                    assert_eq!(*got, expected, "{shape:?} {clip} {masked} {pruned}: {}", call.ratio(index));
+                    assert_eq!(
+                        *got,
+                        expected,
+                        "{shape:?} {clip} {outside:?} {pruned}: {}",
+                        call.ratio(index)
+                    );
                 }
                 for (owner, got) in scale_grad.iter().enumerate() {
                     let terms: Vec<(f64, f64)> = (0..call.weight.len())
@@ -136,7 +144,7 @@ fn the_edge_of_the_clipping_range_is_inside() {
     let values = [clip, -clip, clip.next_down(), -clip.next_up(), clip.next_up(), 0.0];
     let weight = tensor(&values, shape, &device).require_grad();
     let scale = tensor(&[1.0], [1, 1, 1], &device);
-    let estimator = StraightThrough { clip, masked: true };
+    let estimator = StraightThrough { clip, outside: OutsideGradient::Zero };
     let output = ternary_quantize(weight.clone(), scale.clone(), scale * 0.5, None, estimator);
     let grads = output.sum().backward();
     assert_eq!(floats(weight.grad(&grads).unwrap()), [1.0, 1.0, 1.0, 0.0, 0.0, 1.0]);

@@ -54,6 +54,6 @@ pub use loss::{LossOps, divergences, log_likelihood};
 pub use norm::{NormOps, layer_norm, rms_norm};
 pub use optimizer::{AdamWStep, MuonStep, OptimizerOps, adamw, adamw_int8, int8_moments, muon, square_sum};
 pub use quantize::{
-    QuantizeOps, RowScale, SCALE_MAX, SCALE_MIN, StraightThrough, absmax_quantize, absmax_scales,
-    kth_magnitude, mean_abs, round_scale, ternary_codes, ternary_quantize,
+    OutsideGradient, QuantizeOps, RowScale, SCALE_MAX, SCALE_MIN, StraightThrough, absmax_quantize,
+    absmax_scales, kth_magnitude, mean_abs, round_scale, ternary_codes, ternary_quantize,
 };

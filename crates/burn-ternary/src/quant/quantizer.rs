@@ -1,7 +1,7 @@
 //! [`TernaryQuantizer`]: computes codes, scales and the fake-quantized weight from a latent weight.
 
 use super::{Estimator, Granularity, QuantConfig, ScaleRule, ScheduleHandle, Sparsity};
-use crate::ops::{StraightThrough, round_scale, ternary_codes};
+use crate::ops::{OutsideGradient, StraightThrough, round_scale, ternary_codes};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
@@ -204,7 +204,11 @@ impl TernaryQuantizer {
             // Codes by rank do not depend on the scale, which then has the exact gradient.
             Sparsity::ZeroFraction(_) | Sparsity::NOfM(_) => 0.0,
         };
-        StraightThrough { clip, masked: self.config.estimator == Estimator::Masked }
+        let outside = match self.config.estimator {
+            Estimator::Masked => OutsideGradient::Zero,
+            Estimator::Identity | Estimator::Annealed => OutsideGradient::Pass,
+        };
+        StraightThrough { clip, outside }
     }
 }
 

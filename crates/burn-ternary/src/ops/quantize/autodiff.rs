@@ -1,6 +1,6 @@
 //! Gradients of the quantizers: straight-through, and for a learned scale that of learned step size quantization.
 
-use super::{QuantizeOps, RowScale, StraightThrough, pruned, reference::beyond};
+use super::{OutsideGradient, QuantizeOps, RowScale, StraightThrough, pruned, reference::beyond};
 use crate::ops::autodiff::straight_through;
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -20,7 +20,7 @@ impl<B: QuantizeOps, C: CheckpointStrategy> QuantizeOps for Autodiff<B, C> {
         threshold: FloatTensor<Self>,
         estimator: StraightThrough,
     ) -> FloatTensor<Self> {
-        let reads_inputs = scale.is_tracked() || estimator.masked;
+        let reads_inputs = scale.is_tracked() || estimator.outside == OutsideGradient::Zero;
         let (weight, weight_node) = weight.into_parts();
         let (scale, scale_node) = scale.into_parts();
         let (threshold, _) = threshold.into_parts();
@@ -89,7 +89,10 @@ impl<B: QuantizeOps> Backward<B, 2> for TernaryQuantize {
             grads.register::<B>(node.id, B::float_mul_scalar(sum, n.sqrt().recip().into()));
         }
         if let Some(node) = weight_node {
-            let grad = if estimator.masked { B::float_mul(grad, inside) } else { grad };
+            let grad = match estimator.outside {
+                OutsideGradient::Pass => grad,
+                OutsideGradient::Zero => B::float_mul(grad, inside),
+            };
             grads.register::<B>(node.id, grad);
         }
     }

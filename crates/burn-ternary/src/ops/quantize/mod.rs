@@ -75,13 +75,22 @@ pub struct StraightThrough {
     /// Where the quantizer saturates: 1 for LSQ-style scales, 1.485 for SEQ (`0.99 a` with `scale = 2a / 3`), 0 for codes
     /// that do not depend on the scale.
     pub clip: f32,
-    /// `true`: `dw = G` inside and 0 outside. `false`: `dw = G` everywhere.
-    pub masked: bool,
+    /// The gradient of the weights outside.
+    pub outside: OutsideGradient,
+}
+
+/// What a [`StraightThrough`] estimator does with the gradient `G` of a weight outside its clip range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutsideGradient {
+    /// `dw = G`, as inside.
+    Pass,
+    /// `dw = 0`.
+    Zero,
 }
 
 impl StraightThrough {
     /// `dw = G` everywhere: BitNet's estimator.
-    pub const IDENTITY: Self = Self { clip: 1.0, masked: false };
+    pub const IDENTITY: Self = Self { clip: 1.0, outside: OutsideGradient::Pass };
 }
 
 /// The codes -1, 0, +1 of a weight: `sign(w)` where `|w| > threshold`, else 0; times the mask.
@@ -103,7 +112,7 @@ pub fn ternary_codes(weight: Tensor<3>, threshold: Tensor<3>, mask: Option<Tenso
 /// step size quantization for the scale.
 ///
 /// With `G` the gradient of the output, `v = w / scale`, codes `t` and `n` the weights that share a scale:
-/// `dw = G` (inside the clip range only, when masked), and
+/// `dw = G` (outside the clip range, that of [`StraightThrough::outside`]), and
 /// `dscale = 1/sqrt(n) * sum G * (t - v inside, t outside)`. Masked weights do not contribute to the gradient of the scale.
 ///
 /// # Shapes
