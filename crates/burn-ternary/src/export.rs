@@ -266,7 +266,7 @@ fn table(table: &Param<Tensor<2>>, precision: TablePrecision) -> Result<ternary_
     let scales = host(precision.scales(table).expect("a table that is not float has scales"));
     ternary_format::Tensor::from_codes(encoding, rows, cols, |row, row_codes, row_scales| {
         let values = &values[row * cols..(row + 1) * cols];
-        // The value is a scale times a code, both with few bits, so the quotient is exact.
+        // Each value is the product of a code and a scale of few bits, so the quotient is exact.
         row_codes.iter_mut().zip(values).for_each(|(to, value)| *to = (value / scales[row]).round() as i8);
         row_scales.fill(f16::from_f32(scales[row]));
     })

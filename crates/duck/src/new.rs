@@ -78,7 +78,7 @@ impl Command {
 
 /// The text, the model and the training that are proposed, one line each.
 fn summary(proposal: &Proposal) -> String {
-    let Proposal { size, text, tokens, passes, parameters, experiment, seconds, bytes, device, .. } =
+    let Proposal { size, text, tokens, epochs, parameters, experiment, seconds, bytes, device, .. } =
         proposal;
     let (model, run) = (&experiment.model, &experiment.run);
     let dialogues = match text.dialogues {
@@ -92,7 +92,7 @@ fn summary(proposal: &Proposal) -> String {
     format!(
         "text: {} in {} {documents}, {dialogues}; {} distinct characters; about {} tokens (tokenizer: {})\n\
          model: {size}, {} parameters; {} blocks, width {}, context {} tokens\n\
-         training: {} steps of {} tokens, which are {passes:.1} epochs; about {} and {} MiB of memory on {device}, \
+         training: {} steps of {} tokens, which are {epochs:.1} epochs; about {} and {} MiB of memory on {device}, \
          estimated from a few steps",
         terminal::size(text.bytes as u64),
         text.documents,

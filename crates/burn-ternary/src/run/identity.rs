@@ -1,4 +1,4 @@
-//! What makes a run the run that it is, and what `--resume` therefore compares before it writes anything.
+//! The identity of a run: what `--resume` compares before it writes anything.
 //!
 //! Every key of an experiment belongs to one of these:
 //!
@@ -10,7 +10,7 @@
 //! | `run.start_from` | contents, while the model can be read; a checkpoint has all weights |
 //! | `data.valid_fraction`, `data.bpe_vocab_size` | value, where both experiments hold out a share or train a `bpe` tokenizer |
 //! | `run.steps` | the steps done: another number is fine if the learning rate, the weight decay, the share of ternary weights and the sparsity of every step so far are the same under both |
-//! | `FREE`: where a run is, how it is reported, when it gives up | nothing |
+//! | [`NOT_COMPARED`]: the folder and device of a run, what it prints, when it gives up | nothing |
 //! | all others | value |
 
 use super::checkpoint::{Identity, Inputs, Loaded, sha256};
@@ -27,10 +27,10 @@ use std::path::Path;
 use ternary_format::PackedModel;
 use toml::{Table, Value};
 
-/// Keys that change no weight and no validation loss. `run.device` is here because `auto` and the device's own name are one device;
+/// Keys that change no weight and no validation loss. `run.device` is one of them because `auto` and a name may mean the same device;
 /// only on the same device is a resumed run the same bit for bit, and [`Identity::other_device`] warns of another one.
-/// `run.checkpoint_every` says where a later rollback goes back to.
-const FREE: [&str; 10] = [
+/// `run.checkpoint_every` sets the steps that a later rollback returns to.
+const NOT_COMPARED: [&str; 10] = [
     "run.name",
     "run.out_dir",
     "run.device",
@@ -43,13 +43,13 @@ const FREE: [&str; 10] = [
     "run.max_rollbacks",
 ];
 
-/// Keys whose contents are compared.
-const CONTENTS: [&str; 4] = ["data.train", "data.valid", "distill.teacher", "run.start_from"];
+/// Keys that name texts or models, whose contents are compared.
+const COMPARED_BY_CONTENT: [&str; 4] = ["data.train", "data.valid", "distill.teacher", "run.start_from"];
 
-/// Keys that mean something in some experiments only.
+/// Keys without a meaning in some experiments, compared where both have one.
 const OPTIONAL: [&str; 2] = ["data.bpe_vocab_size", "data.valid_fraction"];
 
-/// Compared by kind: `byte`, `char`, `bpe` or a file.
+/// Key compared by kind: `byte`, `char`, `bpe` or a file.
 const TOKENIZER: &str = "data.tokenizer";
 
 impl Identity {
@@ -81,8 +81,8 @@ impl Identity {
         Ok(Self { settings: settings(&table), ..self })
     }
 
-    /// Compares this run with that of a checkpoint. `steps` returns its steps and is told whether all else is the same: the steps
-    /// of so many epochs are not known for another text (`None`).
+    /// Compares this run with that of a checkpoint. `steps` receives whether all else is the same, and returns the steps of this
+    /// run, or `None`: for another text, the number of steps per epoch is unknown.
     ///
     /// # Errors
     /// `OtherRun`: every setting and input that differs. What `steps` returns.
@@ -95,7 +95,7 @@ impl Identity {
     ) -> Result<(), TrainError> {
         let recorded = match &loaded.identity {
             Some(recorded) => recorded.clone(),
-            None => self.of_old(loaded, run_dir)?,
+            None => self.of_old_checkpoint(loaded, run_dir)?,
         };
         let mut differences = recorded.differences(self);
         if let Some(steps) = steps(differences.is_empty())? {
@@ -133,8 +133,9 @@ impl Identity {
         expect_none(recorded.differences(&now), run_dir)
     }
 
-    /// The identity that a checkpoint without one has if its inputs are these; its settings are those of the run folder.
-    fn of_old(&self, loaded: &Loaded, run_dir: &Path) -> Result<Self, TrainError> {
+    /// The identity of a checkpoint of an earlier version, which stores none: settings from the run folder's experiment, inputs
+    /// from this run.
+    fn of_old_checkpoint(&self, loaded: &Loaded, run_dir: &Path) -> Result<Self, TrainError> {
         let text = fs::read_to_string(run_dir.join("experiment.toml")).unwrap_or_default();
         let table = version::migrated(&text).ok();
         let table = table.filter(|_| loaded.experiment_sha256.as_ref() == Some(&sha256(text.as_bytes())));
@@ -150,7 +151,7 @@ impl Identity {
         Ok(Self { settings: settings(&table), steps, inputs: self.inputs.clone(), device: None })
     }
 
-    /// What differs in `now`, but for the steps.
+    /// A sentence for each difference of `now`, except in its steps.
     fn differences(&self, now: &Self) -> Vec<String> {
         let (was, is) = (&self.inputs, &now.inputs);
         let same = |was: &Option<String>, is: &Option<String>| was == is;
@@ -187,13 +188,13 @@ impl Inputs {
     }
 }
 
-/// The values that are compared.
+/// The keys that are compared by value, with their values.
 fn settings(experiment: &Table) -> BTreeMap<String, String> {
     let mut settings = BTreeMap::new();
     for (section, keys) in experiment {
         for (key, value) in keys.as_table().into_iter().flatten() {
             let key = format!("{section}.{key}");
-            if !FREE.contains(&&*key) && !CONTENTS.contains(&&*key) && key != "run.steps" {
+            if !NOT_COMPARED.contains(&&*key) && !COMPARED_BY_CONTENT.contains(&&*key) && key != "run.steps" {
                 settings.insert(key, value.to_string());
             }
         }
@@ -211,7 +212,7 @@ fn settings(experiment: &Table) -> BTreeMap<String, String> {
     settings
 }
 
-/// Why a run of `was` steps, of which `done` are done, is not one of `now`.
+/// The difference between a run of `was` steps, of which `done` are done, and one of `now`.
 fn steps_differ(was: usize, now: usize, done: usize, schedule: &ScheduleConfig) -> Option<String> {
     if now == was {
         return None;
@@ -235,7 +236,7 @@ fn expect_none(differences: Vec<String>, run_dir: &Path) -> Result<(), TrainErro
     }
 }
 
-/// SHA-256 of what a model computes with: its shape and its tensors, whatever it is called and wherever it is.
+/// SHA-256 of a model's shape and tensors, independent of its name and path.
 pub(crate) fn model_digest(model: &PackedModel) -> String {
     let mut digest = Sha256::new();
     let spec = serde_json::to_vec(&model.spec).expect("names and numbers are JSON");

@@ -1,4 +1,4 @@
-//! From a text to an experiment: shape, tokenizer, steps, and what they cost on this machine.
+//! An experiment for a text: shape, tokenizer and steps, with their cost on this machine.
 
 use super::experiment::RunConfig;
 use super::memory::{check_memory, memory_estimate};
@@ -15,22 +15,22 @@ use std::collections::HashSet;
 use std::time::Instant;
 use ternary_format::Tokenizer;
 
-/// Bytes of text that a tokenizer is tried on.
-const SAMPLE: usize = 1 << 20;
+/// Length of the sample of text that a tokenizer is trained on, to count tokens per byte.
+const SAMPLE_BYTES: usize = 1 << 20;
 /// Texts whose alphabet has at most this many characters (DNA, digits) have no words: each character is a token.
 const SMALL_ALPHABET: usize = 16;
 /// Windows per step.
 const BATCH_SIZE: usize = 16;
-/// Windows that the held-out share has at least.
-const FEWEST_WINDOWS: usize = 2;
-/// The shortest context, and the bytes below which not even that is possible.
-const SHORTEST_CONTEXT: usize = 16;
-/// Passes over a text from which on the model has dropout, as in our experiments with such texts.
-const OFTEN: f64 = 4.0;
-/// Seconds for which steps are measured, after a first one.
-const MEASURED: f64 = 2.0;
-/// What evaluations, samples and checkpoints add to the time of the steps.
-const BESIDES: f64 = 1.1;
+/// Minimum number of windows of the held-out share.
+const MIN_VALIDATION_WINDOWS: usize = 2;
+/// Minimum context, in tokens. A text whose held-out share is too short for it is refused.
+const MIN_CONTEXT: usize = 16;
+/// Epochs from which on the model has dropout, as in our experiments with small texts.
+const DROPOUT_EPOCHS: f64 = 4.0;
+/// Duration of the measurement of steps, after a first one.
+const MEASUREMENT_SECONDS: f64 = 2.0;
+/// Time of a run relative to that of its steps: evaluations, samples and checkpoints take the rest.
+const OVERHEAD: f64 = 1.1;
 
 /// A shape that goes with an amount of text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,32 +119,31 @@ pub struct Proposal {
     pub size: Size,
     /// Counts of the text.
     pub text: TextCounts,
-    /// Training tokens, about.
+    /// Training tokens, estimated.
     pub tokens: usize,
-    /// Passes over them.
-    pub passes: f64,
+    /// Epochs: passes over the training tokens.
+    pub epochs: f64,
     /// Parameters of the model.
     pub parameters: usize,
-    /// Its name is for the caller to give.
+    /// The experiment, without a name of its own.
     pub experiment: Experiment,
-    /// Seconds of the whole run, by steps that were measured on this machine with whatever else it was doing.
+    /// Seconds of the whole run, from steps measured on this machine under its current load.
     pub seconds: f64,
     /// Memory of the run, estimated.
     pub bytes: u64,
     /// The device on which steps were measured.
     pub device: String,
-    /// Whether that device is a program, such as llvmpipe, slower than flex.
+    /// Whether that device is a software renderer, such as llvmpipe, which is slower than flex.
     pub software_renderer: bool,
 }
 
 /// Counts the text of `sources` (files, folders, `embedded`), chooses an experiment for it and measures a few of its steps.
 ///
-/// The size is that of the text where none is given. The other settings are the defaults of an experiment, which did best in
-/// our runs. How often the text is read falls with its length `b` in bytes: `2 sqrt(10 MB / b)` times, from 1 to 12; that is
-/// a rule of thumb between our experiments, not a result.
+/// Without a size, the text decides. The other settings are the defaults of an experiment, which did best in our runs. A text of
+/// `b` bytes gets `2 sqrt(10 MB / b)` epochs, from 1 to 12: a rule of thumb between our experiments, not a result.
 ///
 /// # Errors
-/// `Data`: texts that cannot be read, or too little text. `Device`, `Memory`: the device is not there, or the model does not fit.
+/// `Data`: texts that cannot be read, or too little text. `Device`: no such device. `Memory`: the model does not fit.
 pub fn propose(sources: &[String], size: Option<Size>, device: &str) -> Result<Proposal, TrainError> {
     let documents = corpus::read("train", sources)?;
     let text = TextCounts::of(&documents);
@@ -168,17 +167,17 @@ pub fn propose(sources: &[String], size: Option<Size>, device: &str) -> Result<P
     let (tokens, held_out) = (count(&train), count(&valid));
 
     let mut model = size.model();
-    while model.context > SHORTEST_CONTEXT && held_out < FEWEST_WINDOWS * (model.context + 1) {
+    while model.context > MIN_CONTEXT && held_out < MIN_VALIDATION_WINDOWS * (model.context + 1) {
         model.context /= 2;
     }
-    let least = FEWEST_WINDOWS * (model.context + 1);
+    let least = MIN_VALIDATION_WINDOWS * (model.context + 1);
     if held_out < least {
         return Err(DataError::TooLittle { bytes: text.bytes, documents: text.documents }.into());
     }
-    let passes = (2.0 * (1e7 / text.bytes as f64).sqrt()).clamp(1.0, 12.0);
-    model.dropout = if passes >= OFTEN { 0.1 } else { 0.0 };
+    let epochs = (2.0 * (1e7 / text.bytes as f64).sqrt()).clamp(1.0, 12.0);
+    model.dropout = if epochs >= DROPOUT_EPOCHS { 0.1 } else { 0.0 };
     let step = BATCH_SIZE * model.context;
-    let steps = two_digits(passes * tokens as f64 / step as f64).max(100);
+    let steps = two_digits(epochs * tokens as f64 / step as f64).max(100);
     let experiment = Experiment {
         data,
         model,
@@ -199,19 +198,19 @@ pub fn propose(sources: &[String], size: Option<Size>, device: &str) -> Result<P
         size,
         text,
         tokens,
-        passes: (steps * step) as f64 / tokens as f64,
+        epochs: (steps * step) as f64 / tokens as f64,
         parameters: measured.model.num_params(),
         experiment,
-        seconds: BESIDES * step_s * steps as f64,
+        seconds: OVERHEAD * step_s * steps as f64,
         bytes: memory_estimate(&measured, &device),
         device: device::describe(&device),
         software_renderer: device::is_software(&device),
     })
 }
 
-/// The first documents, up to [`SAMPLE`] bytes.
+/// The first documents, up to [`SAMPLE_BYTES`] bytes.
 fn sample(documents: &[Document]) -> Vec<Document> {
-    let mut left = SAMPLE;
+    let mut left = SAMPLE_BYTES;
     let mut taken = Vec::new();
     for document in documents {
         let bytes: usize = document.texts().map(str::len).sum();
@@ -238,7 +237,7 @@ fn tokens_per_byte(documents: &[Document], tokenizer: &Tokenizer) -> Result<f64,
     Ok(tokens as f64 / bytes as f64)
 }
 
-/// A count of which only the first two digits mean something.
+/// `count`, rounded to two significant digits.
 fn two_digits(count: f64) -> usize {
     let unit = 10_f64.powf((count.max(10.0)).log10().floor() - 1.0);
     ((count / unit).round() * unit).max(1.0) as usize
@@ -260,10 +259,10 @@ fn measure(experiment: &Experiment) -> Result<(f64, Device), TrainError> {
     };
     let windows: Vec<_> = (0..run.batch_size).map(|i| window(7 * i)).collect();
     let batch = LmBatcher.batch(&windows, &autodiff);
-    // The first step makes what the others use again.
+    // The first step also compiles kernels and allocates memory.
     trainer.train_step(vec![batch.clone()]);
     let (start, mut steps) = (Instant::now(), 0);
-    while steps == 0 || start.elapsed().as_secs_f64() < MEASURED {
+    while steps == 0 || start.elapsed().as_secs_f64() < MEASUREMENT_SECONDS {
         trainer.train_step(vec![batch.clone()]);
         steps += 1;
     }
@@ -283,14 +282,14 @@ mod tests {
 
     #[test]
     fn a_sample_ends_within_a_document() {
-        let long = Document::Text("é".repeat(SAMPLE));
+        let long = Document::Text("é".repeat(SAMPLE_BYTES));
         let taken = sample(&[Document::Text("a".into()), long, Document::Text("b".into())]);
         assert_eq!(taken.len(), 2);
-        assert_eq!(TextCounts::of(&taken).bytes, SAMPLE - 1);
+        assert_eq!(TextCounts::of(&taken).bytes, SAMPLE_BYTES - 1);
     }
 
     #[test]
-    fn more_text_gets_a_larger_model_and_fewer_passes() {
+    fn more_text_gets_a_larger_model() {
         let sizes = [1_000_000, 10_000_000, 100_000_000].map(Size::of_text);
         assert_eq!(sizes, [Size::Tiny, Size::Small, Size::Base]);
         for (size, most) in sizes.into_iter().zip([2_000_000, 10_000_000, 40_000_000]) {
@@ -313,7 +312,7 @@ mod tests {
         let digits = proposed("3141592653589793\n".repeat(200)).unwrap();
         assert_eq!((digits.experiment.data.tokenizer.as_str(), digits.text.alphabet), ("char", 10));
         assert_eq!(digits.experiment.model.context, 64);
-        assert!(digits.seconds > 0.0 && digits.bytes > 0 && digits.passes >= 12.0);
+        assert!(digits.seconds > 0.0 && digits.bytes > 0 && digits.epochs >= 12.0);
         let error = proposed("One day".into()).unwrap_err();
         assert!(error.to_string().contains("7 bytes in 1 document"), "{error}");
         assert_eq!(error.exit_code(), 3);
