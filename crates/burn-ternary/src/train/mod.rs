@@ -2,12 +2,16 @@
 
 pub mod distill;
 mod gradients;
+mod language_model;
 pub mod loss;
 pub mod optim;
 pub mod schedule;
+mod spike_guard;
 mod state;
 mod trainer;
 
+pub use language_model::LanguageModel;
+pub use spike_guard::SpikeGuard;
 pub use state::{StartLoss, TrainState};
-pub use trainer::{LanguageModel, QuantizationTrainer, SpikeGuard};
+pub use trainer::QuantizationTrainer;
 pub(crate) use trainer::{TrainPlan, restore};
