@@ -81,8 +81,8 @@ impl Command {
             file.get(section).and_then(|section| section.get(key)).is_none()
         };
         let recipe = RECIPE.into_iter().filter(|setting| left_out(setting));
-        let mut first: Vec<String> = recipe.map(String::from).collect();
-        first.extend([
+        let mut defaults: Vec<String> = recipe.map(String::from).collect();
+        defaults.extend([
             format!("run.start_from={from}"),
             format!("distill.teacher={from}"),
             format!("data.tokenizer={}", path(&tokenizer)),
@@ -100,9 +100,9 @@ impl Command {
         ]);
         if left_out("model.context") {
             // Longer windows cost more than they gain; `--set model.context=` overrides this.
-            first.push(format!("model.context={}", spec.context.min(256)));
+            defaults.push(format!("model.context={}", spec.context.min(256)));
         }
-        self.train.args.first = first;
+        self.train.args.defaults = defaults;
         train::run(&self.train)
     }
 

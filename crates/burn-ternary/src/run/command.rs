@@ -1,4 +1,4 @@
-//! The command line of training: an experiment file, and what overrides it.
+//! The command line of training: an experiment file, and flags that override its keys.
 
 use std::{
     fs, io,
@@ -16,7 +16,7 @@ use toml::Value;
 /// File of a run folder that `duck distill-logits` writes.
 pub const TEACHER_LOGITS: &str = "teacher.logits";
 
-/// What preparing the texts leaves there before a run.
+/// Files of a run folder with prepared texts, which exist before a run starts.
 const PREPARED: [&str; 5] = ["tokenizer.json", "train.tokens", "valid.tokens", "valid.jsonl", TEACHER_LOGITS];
 
 const EXAMPLES: &str = "\
@@ -28,12 +28,12 @@ Examples:
   train --resume                                     continues the default run where it stopped
 
 Ctrl-C, SIGTERM and SIGHUP stop the run after the current step, with a checkpoint; a second one stops it at once.
-Exit codes: 0 finished, 2 usage or experiment, 3 data, 4 device or memory, 5 disk, 6 diverged, 7 interrupted, 1 anything
-else.
+Exit codes: 0 finished, 1 any other error, 2 usage or experiment, 3 data, 4 device or memory, 5 disk, 6 diverged,
+7 interrupted.
 
-On a terminal a full-screen display shows the progress and, in its last line, its keys; --plain prints lines instead.";
+On a terminal, a full-screen display shows the progress; its last line lists its keys. --plain prints lines instead.";
 
-/// Which experiment: a file, and what overrides it.
+/// An experiment file, and flags that override its keys.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct ExperimentArgs {
     /// Experiment file; without it, the small default experiment
@@ -44,21 +44,21 @@ pub struct ExperimentArgs {
     /// byte, char, bpe (trained on the texts), or the path of a tokenizer.json or a model
     #[arg(long)]
     pub tokenizer: Option<String>,
-    /// auto, flex, ndarray, wgpu, tch or cuda, of those that were compiled in
+    /// auto, flex, ndarray, wgpu, tch or cuda; it must be compiled in
     #[arg(long)]
     pub device: Option<String>,
     /// Seed of weights, data order and dropout; part of the run folder's name
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Folder in which run folders are made
+    /// Folder of the run folders
     #[arg(long, value_name = "DIR")]
     pub out: Option<String>,
     /// Override any other key, after the flags above (repeatable); the value is TOML, a bare word is a string
     #[arg(long, value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
-    /// Overrides that come before all flags, for commands that are built on this one.
+    /// Overrides with lower precedence than all flags, for commands built on this one.
     #[arg(skip)]
-    pub first: Vec<String>,
+    pub defaults: Vec<String>,
 }
 
 /// Train a language model with ternary weights.
@@ -85,13 +85,13 @@ pub struct TrainCommand {
     /// Continue the run folder from its last good checkpoint; texts, tokenizer, teacher and settings must be those of the run
     #[arg(long, conflicts_with = "overwrite")]
     pub resume: bool,
-    /// Start anew in an existing run folder; the old one is moved to FOLDER.old-N, never deleted
+    /// Start a new run in an existing run folder; the old run is moved to FOLDER.old-N, never deleted
     #[arg(long)]
     pub overwrite: bool,
     /// Print nothing but warnings, errors and the summary
     #[arg(long)]
     pub quiet: bool,
-    /// Print lines on a terminal too, in place of the full-screen display
+    /// Print lines instead of the full-screen display
     #[arg(long, conflicts_with = "quiet")]
     pub plain: bool,
 }
@@ -107,12 +107,12 @@ impl ExperimentArgs {
     /// The experiment that these arguments describe, validated.
     ///
     /// # Errors
-    /// [`TrainError::Experiment`] when the file or an override is not what it has to be.
+    /// [`TrainError::Experiment`]: the file or an override is invalid.
     pub fn experiment(&self) -> Result<Experiment, TrainError> {
         self.overridden(vec![])
     }
 
-    /// With what further flags assign: `first`, all flags, then `set`.
+    /// The experiment with `defaults`, the flags (of `self`, then `flags`) and `set` applied, in this order.
     fn overridden(&self, flags: Vec<(&str, Option<String>)>) -> Result<Experiment, TrainError> {
         let (text, origin) = match &self.experiment {
             Some(path) => experiment::read(path)?,
@@ -121,17 +121,17 @@ impl ExperimentArgs {
         let texts = (!self.data.is_empty()).then(|| Value::from(self.data.clone()).to_string());
         let own = [
             ("data.valid", texts.as_ref().map(|_| "[]".into())),
-            // Those of the default experiment are for its own text.
+            // The prompts of the default experiment continue its own text.
             ("run.sample_prompts", texts.as_ref().filter(|_| self.experiment.is_none()).map(|_| "[]".into())),
             ("data.train", texts),
-            ("data.tokenizer", assigned(&self.tokenizer)),
-            ("run.device", assigned(&self.device)),
+            ("data.tokenizer", toml_value(&self.tokenizer)),
+            ("run.device", toml_value(&self.device)),
             ("run.seed", self.seed.map(|n| n.to_string())),
-            ("run.out_dir", assigned(&self.out)),
+            ("run.out_dir", toml_value(&self.out)),
         ];
         let flags = own.into_iter().chain(flags).filter_map(|(key, value)| Some(format!("{key}={}", value?)));
         let overrides: Vec<String> =
-            self.first.iter().cloned().chain(flags).chain(self.set.iter().cloned()).collect();
+            self.defaults.iter().cloned().chain(flags).chain(self.set.iter().cloned()).collect();
         let mut experiment = Experiment::parse(&text, &origin)?;
         for assignment in &overrides {
             experiment.set(assignment)?;
@@ -144,26 +144,26 @@ impl ExperimentArgs {
     }
 }
 
-/// A flag's value as TOML.
-fn assigned<T: Clone + Into<Value>>(flag: &Option<T>) -> Option<String> {
+/// The value of a flag as TOML.
+fn toml_value<T: Clone + Into<Value>>(flag: &Option<T>) -> Option<String> {
     flag.clone().map(|value| value.into().to_string())
 }
 
 impl TrainCommand {
-    /// The experiment that this command line describes, validated. `epochs` is not in it: steps an epoch are known
-    /// once the texts are tokens.
+    /// The experiment that this command line describes, validated, without `epochs`: the number of steps per epoch is known only
+    /// after tokenization.
     ///
     /// # Errors
-    /// [`TrainError::Experiment`] when the file or an override is not what it has to be.
+    /// [`TrainError::Experiment`]: the file or an override is invalid.
     pub fn experiment(&self) -> Result<Experiment, TrainError> {
         self.args.overridden(vec![
             ("run.steps", self.steps.map(|n| n.to_string())),
             ("run.batch_size", self.batch_size.map(|n| n.to_string())),
-            ("optim.lr", assigned(&self.lr)),
+            ("optim.lr", toml_value(&self.lr)),
         ])
     }
 
-    /// Does what the command line says: claims the run folder and runs the experiment.
+    /// Claims the run folder and runs the experiment.
     ///
     /// # Errors
     /// Every [`TrainError`].
