@@ -7,6 +7,7 @@ mod claim;
 pub mod command;
 mod context;
 mod error;
+mod events;
 pub mod experiment;
 mod identity;
 mod initial_model;

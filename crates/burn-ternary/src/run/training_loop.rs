@@ -1,11 +1,12 @@
-//! The training loop, which Burn's training runs instead of its loop by epochs.
+//! The training loop by steps, which Burn's training runs instead of its loop by epochs.
 //!
-//! Validation and checkpoints go by step, a skipped step or a rollback is part of the loop, and a resumed run seeks
-//! in the data instead of starting the shuffle again.
+//! Validation and checkpoints are due by step, skipped steps and rollbacks are part of the loop, and a resumed run seeks in the data
+//! instead of restarting the shuffle.
 
 use super::TrainError;
 use super::checkpoint::Checkpoints;
 use super::context::RunContext;
+use super::events::Events;
 use crate::ImportError;
 use crate::data::{LmBatch, chat};
 use crate::nn::{DuckQuantized, ModelSize};
@@ -14,11 +15,10 @@ use crate::report::code_stats::{CodeStats, CodeTracker};
 use crate::report::progress::ProgressLine;
 use crate::report::{History, MetricsFile, Split, StepReport, terminal};
 use crate::train::{LanguageModel, QuantizationTrainer, StartLoss, TrainState};
-use burn::data::dataloader::Progress;
 use burn::module::Module;
 use burn::train::{
-    EventProcessorTraining, InferenceStep, Interrupter, Learner, LearnerEvent, SupervisedLearningStrategy,
-    SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem, ValidLoader,
+    InferenceStep, Learner, SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader,
+    TrainingComponents, ValidLoader,
 };
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -96,6 +96,32 @@ impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
     }
 }
 
+/// Sums over steps.
+#[derive(Default)]
+struct StepSums {
+    steps: usize,
+    duration: Duration,
+    /// Learned tokens.
+    tokens: usize,
+    /// Nats, over these tokens.
+    loss: f64,
+    /// Tokens predicted right.
+    correct: f64,
+}
+
+impl StepSums {
+    fn add(&mut self, report: &StepReport, duration: Duration) {
+        self.steps += 1;
+        self.duration += duration;
+        self.tokens += report.tokens;
+        // The loss of a step without learned tokens is NaN.
+        if report.tokens > 0 {
+            self.loss += report.loss * report.tokens as f64;
+            self.correct += report.accuracy * report.tokens as f64;
+        }
+    }
+}
+
 /// The steps of one session of a run, from its start or its last checkpoint to its end.
 pub(super) struct TrainingLoop {
     run: Arc<RunContext>,
@@ -111,12 +137,10 @@ pub(super) struct TrainingLoop {
     started: Instant,
     /// Seconds of earlier sessions of this run.
     elapsed_before: f64,
-    /// Time in steps and tokens trained on since the last log line.
-    stepping: Duration,
-    tokens: usize,
-    /// Sums over these tokens, in this session.
-    loss: f64,
-    accuracy: f64,
+    /// Steps since the last log line.
+    since_log: StepSums,
+    /// Steps of this session.
+    session: StepSums,
     interrupted: bool,
     error: Option<TrainError>,
 }
@@ -142,10 +166,8 @@ impl TrainingLoop {
             samples: Vec::new(),
             stats: None,
             started: Instant::now(),
-            stepping: Duration::ZERO,
-            tokens: 0,
-            loss: 0.0,
-            accuracy: 0.0,
+            since_log: StepSums::default(),
+            session: StepSums::default(),
             interrupted: false,
             error: None,
         }
@@ -168,60 +190,18 @@ impl TrainingLoop {
             .to_device(&self.run.device.clone().autodiff());
         let valid = valid.to_device(&self.run.device);
         let mut batches = train.iter();
-        let mut session_steps = 0usize;
-        let mut session_stepping = Duration::ZERO;
-        let model = self.trainer.model().valid();
-        self.stats = self.codes.as_ref().and_then(|codes| codes.recall(&model));
-        if self.stats.is_none() {
-            self.update_code_stats();
-        }
-        if first == 0 && !run.start_from.is_empty() {
-            self.evaluate_initial_weights(&valid)?;
-        }
-        if self.run.display.is_some() {
-            events.recall(&self.history);
-        }
-        events.start_interval(first);
-        let evaluated = self.history.valid.last().map_or(0, |report| report.step);
-        if first % run.eval_every == 0 && evaluated < first {
-            // The last session was stopped before.
-            self.evaluate(events, &valid, false)?;
-        }
+        self.start_session(events, &valid, first)?;
         for step in first + 1..=steps {
-            let mut micro_batches: Vec<LmBatch> = Vec::with_capacity(run.gradient_accumulation);
-            for _ in 0..run.gradient_accumulation {
-                let batch = batches.next().expect("the loader holds every step of the run");
-                micro_batches.push(batch.map_err(|error| TrainError::Burn(error.into()))?);
-            }
-            let began = Instant::now();
-            let report = self.trainer.train_step(micro_batches);
-            // The model's own logits are finite.
-            if report.loss.is_finite() && report.divergence.is_some_and(|divergence| !divergence.is_finite())
-            {
-                return Err(ImportError::NotFinite.into());
-            }
-            session_steps += 1;
-            session_stepping += began.elapsed();
-            self.stepping += began.elapsed();
-            self.tokens += report.tokens;
-            if report.tokens > 0 {
-                self.loss += report.loss * report.tokens as f64;
-                self.accuracy += report.accuracy * report.tokens as f64;
-            }
-            let report = self.complete(report);
+            let micro_batches: Vec<LmBatch> = (0..run.gradient_accumulation)
+                .map(|_| batches.next().expect("the loader holds every step of the run"))
+                .collect::<Result<_, _>>()
+                .map_err(|error| TrainError::Burn(error.into()))?;
+            let report = self.train_step(micro_batches)?;
             events.trained(report);
 
             let last = step == steps;
             if step % run.log_every == 0 || last {
-                let eta = session_stepping.as_secs_f64() / session_steps as f64 * (steps - step) as f64;
-                self.log(Split::Train, report)?;
-                // One batch is noise: a person sees the mean since the last line, `metrics.jsonl` each step as it was.
-                let tokens = self.tokens as f64;
-                let means = (self.loss / tokens, self.accuracy / tokens);
-                let shown = StepReport { loss: means.0, accuracy: means.1, tokens: self.tokens, ..report };
-                self.run.print(|| ProgressLine::train(&shown, steps, eta));
-                (self.stepping, self.tokens) = (Duration::ZERO, 0);
-                (self.loss, self.accuracy) = (0.0, 0.0);
+                self.log_train(report)?;
             }
             let rolled_back = self.trainer.state().bad_steps >= run.max_bad_steps.max(1);
             if rolled_back {
@@ -247,6 +227,62 @@ impl TrainingLoop {
         Ok(())
     }
 
+    /// Evaluates the initial weights of a new run, shows the reports of earlier sessions, and catches up on the evaluation that an
+    /// earlier session was stopped before.
+    fn start_session(
+        &mut self,
+        events: &mut Events,
+        valid: &ValidLoader<LanguageModel>,
+        first: usize,
+    ) -> Result<(), TrainError> {
+        let model = self.trainer.model().valid();
+        self.stats = self.codes.as_ref().and_then(|codes| codes.recall(&model));
+        if self.stats.is_none() {
+            self.update_code_stats();
+        }
+        let run = &self.run.experiment.run;
+        let eval_every = run.eval_every;
+        if first == 0 && !run.start_from.is_empty() {
+            self.evaluate_initial_weights(valid)?;
+        }
+        if self.run.display.is_some() {
+            events.recall(&self.history);
+        }
+        events.start_interval(first);
+        let evaluated = self.history.valid.last().map_or(0, |report| report.step);
+        if first % eval_every == 0 && evaluated < first {
+            self.evaluate(events, valid, false)?;
+        }
+        Ok(())
+    }
+
+    /// One optimizer step, timed.
+    fn train_step(&mut self, micro_batches: Vec<LmBatch>) -> Result<StepReport, TrainError> {
+        let began = Instant::now();
+        let report = self.trainer.train_step(micro_batches);
+        let duration = began.elapsed();
+        // The model's own logits are finite, so the teacher's are not.
+        if report.loss.is_finite() && report.divergence.is_some_and(|divergence| !divergence.is_finite()) {
+            return Err(ImportError::NotFinite.into());
+        }
+        self.since_log.add(&report, duration);
+        self.session.add(&report, duration);
+        Ok(self.complete(report))
+    }
+
+    /// Writes the report of a step to `metrics.jsonl`, and prints the means since the last line: one batch is noise.
+    fn log_train(&mut self, report: StepReport) -> Result<(), TrainError> {
+        self.log(Split::Train, report)?;
+        let steps = self.run.experiment.run.steps;
+        let step_s = self.session.duration.as_secs_f64() / self.session.steps as f64;
+        let eta = step_s * (steps - report.step) as f64;
+        let StepSums { tokens, loss, correct, .. } = std::mem::take(&mut self.since_log);
+        let (loss, accuracy) = (loss / tokens as f64, correct / tokens as f64);
+        let shown = StepReport { loss, accuracy, tokens, ..report };
+        self.run.print(|| ProgressLine::train(&shown, steps, eta));
+        Ok(())
+    }
+
     /// Adds to a report what the loop knows and the step does not.
     fn complete(&self, report: StepReport) -> StepReport {
         let run = &self.run.experiment.run;
@@ -256,7 +292,7 @@ impl TrainingLoop {
         StepReport {
             epoch: (report.step * windows_per_step) as f64 / self.run.data.train.per_epoch() as f64,
             bits_per_byte: Some(self.run.data.train.tokens().bits_per_byte(report.loss)),
-            tokens_per_s: self.tokens as f64 / self.stepping.as_secs_f64().max(1e-9),
+            tokens_per_s: self.since_log.tokens as f64 / self.since_log.duration.as_secs_f64().max(1e-9),
             zero_fraction: shares.map(|shares| shares.zero_fraction),
             bits_per_weight: ternary.map(|size| size.bits_per_weight()),
             compression: ternary.map(|size| size.compression()),
@@ -268,8 +304,8 @@ impl TrainingLoop {
         }
     }
 
-    /// Validation loss over the held-out windows, and a text sample. One that can wait is left to the next session where the run
-    /// is to stop: false.
+    /// Validation loss over the held-out windows, and text samples. Returns false if it `can_wait` for the next session and the run is
+    /// to stop.
     fn evaluate(
         &mut self,
         events: &mut Events,
@@ -312,7 +348,7 @@ impl TrainingLoop {
         Ok(true)
     }
 
-    /// What the weights that the run starts from are worth, in float and rounded.
+    /// Validation loss of the weights that the run starts from, in float and rounded.
     fn evaluate_initial_weights(&mut self, valid: &ValidLoader<LanguageModel>) -> Result<(), TrainError> {
         let model = self.trainer.validation_model();
         let lambda = &model.model.schedule_handle().lambda;
@@ -336,7 +372,7 @@ impl TrainingLoop {
         Ok(())
     }
 
-    /// Writes what the model says to each prompt into `samples.txt`, and shows it.
+    /// Continues each prompt, writes the texts to `samples.txt` and shows them.
     fn sample(&mut self, model: &DuckQuantized, step: usize) -> Result<(), TrainError> {
         let run = &self.run.experiment.run;
         self.run.expect_in_place()?;
@@ -390,7 +426,7 @@ impl TrainingLoop {
         Ok(())
     }
 
-    /// Back to the weights of the last good checkpoint that is regular, on with the next texts.
+    /// Restores the weights of the last good regular checkpoint; the run continues with the next texts.
     fn roll_back(&mut self, step: usize) -> Result<(), TrainError> {
         let rollbacks = self.trainer.state().rollbacks;
         let loaded = self.checkpoints.latest_regular()?;
@@ -424,72 +460,4 @@ fn losses<'a>(
         let LmItem(part) = InferenceStep::step(model, batch);
         Ok(part)
     })
-}
-
-/// Burn's metrics and renderer; an interval between evaluations is what Burn calls an epoch, and its items are steps of the run.
-struct Events {
-    processor: SupervisedTrainingEventProcessor<LanguageModel>,
-    interrupter: Interrupter,
-    steps: usize,
-    eval_every: usize,
-}
-
-impl Events {
-    fn train(&mut self, event: LearnerEvent<LmItem>) {
-        self.interrupter.fail_on_error(self.processor.process_train(event));
-    }
-
-    fn valid(&mut self, event: LearnerEvent<LmItem>) {
-        self.interrupter.fail_on_error(self.processor.process_valid(event));
-    }
-
-    /// What earlier sessions of the run reported.
-    fn recall(&mut self, history: &History) {
-        let mut trained = history.train.iter().peekable();
-        for report in &history.valid {
-            while let Some(before) = trained.next_if(|before| before.step <= report.step) {
-                self.trained(*before);
-            }
-            self.start_validation(report.step, 1);
-            self.validated(*report, 1, 1);
-            self.end_validation(report.step);
-        }
-        for report in trained {
-            self.trained(*report);
-        }
-        self.train(LearnerEvent::EndSplit(1));
-    }
-
-    /// The interval of the step after `done`.
-    fn start_interval(&mut self, done: usize) {
-        let epoch_number = done / self.eval_every + 1;
-        self.train(LearnerEvent::StartSplit { epoch_number, total_items: self.steps });
-    }
-
-    fn trained(&mut self, report: StepReport) {
-        let progress = Progress::new(report.step, self.steps, Some("steps".into()));
-        let item = TrainingItem::new(LmItem(report), progress, Some(report.step), Some(report.lr.into()));
-        self.train(LearnerEvent::ProcessedItem(item));
-    }
-
-    fn start_validation(&mut self, step: usize, batches: usize) {
-        let epoch_number = step.div_ceil(self.eval_every);
-        self.valid(LearnerEvent::StartSplit { epoch_number, total_items: batches });
-    }
-
-    fn validated(&mut self, report: StepReport, batch: usize, batches: usize) {
-        let progress = Progress::new(batch, batches, Some("batches".into()));
-        let item = TrainingItem::new(LmItem(report), progress, Some(batch), None);
-        self.valid(LearnerEvent::ProcessedItem(item));
-    }
-
-    fn end_validation(&mut self, step: usize) {
-        self.valid(LearnerEvent::EndSplit(step.div_ceil(self.eval_every)));
-    }
-
-    fn end_interval(&mut self, step: usize) {
-        let number = step.div_ceil(self.eval_every);
-        self.train(LearnerEvent::EndSplit(number));
-        self.train(LearnerEvent::EndEpoch(number));
-    }
 }
