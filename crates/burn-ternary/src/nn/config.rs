@@ -277,6 +277,17 @@ impl DuckConfig {
         )?;
         size("n_kv_heads", n_kv_heads)?;
         size("d_ff", self.d_ff)?;
+        self.check_family()?;
+        require((0.0..1.0).contains(&self.dropout), "dropout", self.dropout, "at least 0 and below 1")?;
+        let small = self.norm_eps > 0.0 && self.norm_eps < 1.0;
+        require(small, "norm_eps", self.norm_eps, "above 0 and below 1")?;
+        let finite = self.rope_theta >= 1.0 && self.rope_theta.is_finite();
+        require(finite, "rope_theta", self.rope_theta, "a finite number, at least 1")
+    }
+
+    /// Checks the heads and the activation that the family allows.
+    fn check_family(&self) -> Result<(), InvalidValue> {
+        let Self { n_heads, n_kv_heads, .. } = *self;
         let activations: (&[Activation], &str) = match self.family {
             Family::Gpt2 => {
                 require(
@@ -306,12 +317,7 @@ impl DuckConfig {
                 )
             }
         };
-        require(activations.0.contains(&self.activation), "activation", self.activation, activations.1)?;
-        require((0.0..1.0).contains(&self.dropout), "dropout", self.dropout, "at least 0 and below 1")?;
-        let small = self.norm_eps > 0.0 && self.norm_eps < 1.0;
-        require(small, "norm_eps", self.norm_eps, "above 0 and below 1")?;
-        let finite = self.rope_theta >= 1.0 && self.rope_theta.is_finite();
-        require(finite, "rope_theta", self.rope_theta, "a finite number, at least 1")
+        require(activations.0.contains(&self.activation), "activation", self.activation, activations.1)
     }
 }
 

@@ -23,6 +23,9 @@ const INK: RGBColor = RGBColor(40, 44, 52);
 const SILVER: RGBColor = RGBColor(200, 204, 210);
 const GRID: RGBColor = RGBColor(228, 231, 235);
 
+/// The codes, each with its color.
+const CODES: [(RGBColor, &str); 3] = [(BLUE, "-1"), (SILVER, "0"), (ORANGE, "+1")];
+
 type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn Error>>;
 type LossChart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordusize, RangedCoordf64>>;
@@ -158,20 +161,8 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
 
     let title = text(22).pos(Pos::new(HPos::Center, VPos::Center));
     canvas.draw_text("Ternary codes by layer", &title, (450, 28))?;
-    let entries = [(BLUE, "-1"), (SILVER, "0"), (ORANGE, "+1")];
     let (left, top) = pixel(0.0, rows);
-    for (index, (color, name)) in entries.into_iter().enumerate() {
-        let x = left + 62 * index as i32;
-        canvas.draw(&Rectangle::new([(x, top - 25), (x + 14, top - 11)], color.filled()))?;
-        canvas.draw_text(name, &aligned(HPos::Left), (x + 20, top - 18))?;
-    }
-    let x = left + 62 * entries.len() as i32;
-    for dash in [x, x + 10, x + 20] {
-        let line = vec![(dash, top - 18), (dash + 6, top - 18)];
-        canvas.draw(&PathElement::new(line, INK.stroke_width(2)))?;
-    }
-    let reference = format!("{:.1} % zeros: absmean of Gaussian weights", 100.0 * GAUSSIAN_ZEROS);
-    canvas.draw_text(&reference, &aligned(HPos::Left), (x + 32, top - 18))?;
+    draw_codes_legend(canvas, (left, top))?;
     canvas.draw_text("zeros", &aligned(HPos::Right), (pixel(1.0, rows).0 + 62, top - 18))?;
 
     for (index, (name, (_, counts))) in names.iter().zip(layers).enumerate() {
@@ -185,7 +176,7 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
         canvas.draw_text(name, &aligned(HPos::Right), (left - 10, y))?;
         canvas.draw_text(&zeros, &aligned(HPos::Right), (right + 62, y))?;
         let mut start = 0.0;
-        for (count, (color, _)) in counts.iter().zip(entries) {
+        for (count, (color, _)) in counts.iter().zip(CODES) {
             let end = start + *count as f64 / total;
             let (x, x_end) = (pixel(start, middle).0, pixel(end, middle).0);
             canvas.draw(&Rectangle::new([(x, y - 9), (x_end, y + 9)], color.filled()))?;
@@ -207,6 +198,23 @@ fn draw_codes(canvas: &Canvas, layers: &[(String, [u64; 3])]) -> Drawn {
         let reference = [(share, 0.0), (share, rows)];
         chart.draw_series(DashedLineSeries::new(reference, 6, 4, INK.stroke_width(2)))?;
     }
+    Ok(())
+}
+
+/// Draws the colors of the codes and the reference line, above the chart's corner.
+fn draw_codes_legend(canvas: &Canvas, (left, top): (i32, i32)) -> Drawn {
+    for (index, (color, name)) in CODES.into_iter().enumerate() {
+        let x = left + 62 * index as i32;
+        canvas.draw(&Rectangle::new([(x, top - 25), (x + 14, top - 11)], color.filled()))?;
+        canvas.draw_text(name, &aligned(HPos::Left), (x + 20, top - 18))?;
+    }
+    let x = left + 62 * CODES.len() as i32;
+    for dash in [x, x + 10, x + 20] {
+        let line = vec![(dash, top - 18), (dash + 6, top - 18)];
+        canvas.draw(&PathElement::new(line, INK.stroke_width(2)))?;
+    }
+    let reference = format!("{:.1} % zeros: absmean of Gaussian weights", 100.0 * GAUSSIAN_ZEROS);
+    canvas.draw_text(&reference, &aligned(HPos::Left), (x + 32, top - 18))?;
     Ok(())
 }
 

@@ -376,6 +376,20 @@ fn check_quant(
     check_sparsity(quant, model)?;
     let open = quant.threshold > 0.0 && quant.threshold < 1.0;
     require(open, "quant.threshold", quant.threshold, "above 0 and below 1")?;
+    check_estimator(quant, schedule)?;
+    not_negative("quant.dead_bias", quant.dead_bias)?;
+    if quant.dead_bias > 0.0 {
+        let expected = "0 (off), because quant.sparsity selects zeros";
+        require(quant.sparsity == Sparsity::None, "quant.dead_bias", quant.dead_bias, expected)?;
+        let expected = "0 (off), because only model.family = \"gpt2\" has biases in files";
+        require(model.family == Family::Gpt2, "quant.dead_bias", quant.dead_bias, expected)?;
+    }
+    check_matmul_precision(quant, model)?;
+    not_negative("quant.quantization_penalty", quant.quantization_penalty)?;
+    not_negative("quant.scale_penalty", quant.scale_penalty)
+}
+
+fn check_estimator(quant: &QuantConfig, schedule: &ScheduleConfig) -> Result<(), InvalidValue> {
     let rule = quant.scale.rule();
     let (holds, expected) = match quant.estimator {
         Estimator::Identity => (true, ""),
@@ -391,14 +405,10 @@ fn check_quant(
             "identity, because soft weights require a computed scale: absmean, absmedian or twn",
         ),
     };
-    require(holds, "quant.estimator", quant.estimator, expected)?;
-    not_negative("quant.dead_bias", quant.dead_bias)?;
-    if quant.dead_bias > 0.0 {
-        let expected = "0 (off), because quant.sparsity selects zeros";
-        require(quant.sparsity == Sparsity::None, "quant.dead_bias", quant.dead_bias, expected)?;
-        let expected = "0 (off), because only model.family = \"gpt2\" has biases in files";
-        require(model.family == Family::Gpt2, "quant.dead_bias", quant.dead_bias, expected)?;
-    }
+    require(holds, "quant.estimator", quant.estimator, expected)
+}
+
+fn check_matmul_precision(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidValue> {
     let required = |holds: bool, what: &str| {
         require(
             holds,
@@ -412,13 +422,12 @@ fn check_quant(
         required(activations, "quant.activations = \"int8\"")?;
         let whole = !matches!(quant.granularity, Granularity::PerGroup(_));
         required(whole, "one scale per tensor or per channel")?;
-        required(rule.scales_per_group() == 1, "another scale than ttq, which has two")?;
+        required(quant.scale.rule().scales_per_group() == 1, "another scale than ttq, which has two")?;
     }
     if quant.matmul_precision != MatmulPrecision::Float {
         required(model.mixed_precision == MixedPrecision::F32, "model.mixed_precision = \"f32\"")?;
     }
-    not_negative("quant.quantization_penalty", quant.quantization_penalty)?;
-    not_negative("quant.scale_penalty", quant.scale_penalty)
+    Ok(())
 }
 
 fn check_sparsity(quant: &QuantConfig, model: &DuckConfig) -> Result<(), InvalidValue> {

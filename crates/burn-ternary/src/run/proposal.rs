@@ -100,6 +100,13 @@ impl TextCounts {
         corpus::make_chat_model(self.dialogues, self.documents)
     }
 
+    fn tokenizer(&self) -> &'static str {
+        match self.dialogues == 0 && self.alphabet <= SMALL_ALPHABET {
+            true => "char",
+            false => "bpe",
+        }
+    }
+
     fn of(documents: &[Document]) -> Self {
         let characters: HashSet<char> =
             documents.iter().flat_map(Document::texts).flat_map(str::chars).collect();
@@ -139,7 +146,7 @@ pub struct Proposal {
 
 /// Counts the text of `sources` (files, folders, `embedded`), chooses an experiment for it and measures a few of its steps.
 ///
-/// Without a size, the text decides. The other settings are the defaults of an experiment, which did best in our runs. A text of
+/// Without `size`, the length of the text decides. The other settings are the defaults of an experiment, which did best in our runs. A text of
 /// `b` bytes gets `2 sqrt(10 MB / b)` epochs, from 1 to 12: a rule of thumb between our experiments, not a result.
 ///
 /// # Errors
@@ -148,7 +155,7 @@ pub fn propose(sources: &[String], size: Option<Size>, device: &str) -> Result<P
     let documents = corpus::read("train", sources)?;
     let text = TextCounts::of(&documents);
     let size = size.unwrap_or(Size::of_text(text.bytes));
-    let kind = if text.dialogues == 0 && text.alphabet <= SMALL_ALPHABET { "char" } else { "bpe" };
+    let kind = text.tokenizer();
     let data = DataConfig {
         train: sources.to_vec(),
         tokenizer: kind.into(),
@@ -167,12 +174,11 @@ pub fn propose(sources: &[String], size: Option<Size>, device: &str) -> Result<P
     let (tokens, held_out) = (count(&train), count(&valid));
 
     let mut model = size.model();
-    while model.context > MIN_CONTEXT && held_out < MIN_VALIDATION_WINDOWS * (model.context + 1) {
+    while held_out < MIN_VALIDATION_WINDOWS * (model.context + 1) {
+        if model.context <= MIN_CONTEXT {
+            return Err(DataError::TooLittle { bytes: text.bytes, documents: text.documents }.into());
+        }
         model.context /= 2;
-    }
-    let least = MIN_VALIDATION_WINDOWS * (model.context + 1);
-    if held_out < least {
-        return Err(DataError::TooLittle { bytes: text.bytes, documents: text.documents }.into());
     }
     let epochs = (2.0 * (1e7 / text.bytes as f64).sqrt()).clamp(1.0, 12.0);
     model.dropout = if epochs >= DROPOUT_EPOCHS { 0.1 } else { 0.0 };

@@ -81,25 +81,30 @@ fn parse(state: &ServerState, mut fields: JsonFields) -> Result<Dialogue, ApiErr
         "verbosity",
     ])?;
     fields.reject_unknown()?;
+    let before = messages.len();
+    let ids = encode(&request, &mut messages)?;
+    let dropped = before - messages.len();
+    Ok(Dialogue { request, ids, dropped })
+}
+
+/// The tokens of a dialogue, from which truncation may drop messages.
+fn encode(request: &CompletionRequest, messages: &mut Vec<Message>) -> Result<Vec<u32>, ApiError> {
     let model = &request.served.model;
     let Some(template) = &model.template else {
         let message =
             format!("model `{}` has no chat template; it continues text at /v1/completions", model.name);
         return Err(ApiError::field("model", message).code("no_chat_template"));
     };
-    let before = messages.len();
-    let ids = match request.truncation {
+    match request.truncation {
         Truncation::Disabled => {
-            let ids = template.ids_within(model.tokenizer(), &messages, true, model.engine.context());
-            ids.map_err(|error| not_encoded(Chat::PROMPT, &error))?
+            let ids = template.ids_within(model.tokenizer(), messages, true, model.engine.context());
+            ids.map_err(|error| not_encoded(Chat::PROMPT, &error))
         }
         Truncation::Auto => {
-            let ids = model.engine.fit_dialogue(template, &mut messages, request.answer_room());
-            ids.map_err(not_fitted)?
+            let ids = model.engine.fit_dialogue(template, messages, request.answer_room());
+            ids.map_err(not_fitted)
         }
-    };
-    let dropped = before - messages.len();
-    Ok(Dialogue { request, ids, dropped })
+    }
 }
 
 /// The error for a dialogue that does not fit, even without its older turns.

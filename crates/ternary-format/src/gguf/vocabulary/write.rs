@@ -100,18 +100,36 @@ fn model_keys(model: &str, pre: &str) -> Vec<(String, Value)> {
     ]
 }
 
-/// Keys of a `tokenizer.json`.
+/// The error for a tokenizer that GGUF's keys cannot describe.
+fn not_in_gguf(what: String) -> FormatError {
+    let why = "llama.cpp would split text differently: train with tokenizer \"bpe\" or \"byte\"";
+    FormatError::NotInGguf { what, why: why.into() }
+}
+
+/// Vocabulary and keys of a `tokenizer.json`.
 fn hugging_face(text: &str, size: usize) -> Result<(Vocabulary, Vec<(String, Value)>), FormatError> {
-    let refuse = |what: String| {
-        let why = "llama.cpp would split text differently: train with tokenizer \"bpe\" or \"byte\"";
-        Err(FormatError::NotInGguf { what, why: why.into() })
-    };
     let json: Json =
         serde_json::from_str(text).map_err(|error| FormatError::Tokenizer { why: error.to_string() })?;
     let model = &json["model"];
     if model["type"] != "BPE" {
-        return refuse(format!("a tokenizer of type {}", model["type"]));
+        return Err(not_in_gguf(format!("a tokenizer of type {}", model["type"])));
     }
+    let vocabulary = hugging_face_vocabulary(&json, size);
+    let pairs = model["merges"].as_array().into_iter().flatten().map(|merge| match merge {
+        Json::String(merge) => merge.clone(),
+        pair => format!("{} {}", pair[0].as_str().unwrap_or_default(), pair[1].as_str().unwrap_or_default()),
+    });
+    let mut keys = match model["byte_fallback"] == true {
+        true => sentence_piece_keys(&json, &vocabulary, pairs)?,
+        false => byte_level_keys(&json, pairs)?,
+    };
+    keys.push((HF_JSON.into(), Value::Text(text.into())));
+    Ok((vocabulary, keys))
+}
+
+/// Tokens and their types, in the order of their ids.
+fn hugging_face_vocabulary(json: &Json, size: usize) -> Vocabulary {
+    let model = &json["model"];
     let mut vocabulary = Vocabulary { tokens: vec![String::new(); size], types: vec![UNUSED; size] };
     let mut put = |token: &str, id: Option<u64>, kind: i32| {
         let id = id.and_then(|id| usize::try_from(id).ok()).filter(|&id| id < size);
@@ -135,45 +153,50 @@ fn hugging_face(text: &str, size: usize) -> Result<(Vocabulary, Vec<(String, Val
         );
     }
     for (id, token) in vocabulary.tokens.iter_mut().enumerate().filter(|(_, token)| token.is_empty()) {
-        *token = format!("[UNUSED{id}]"); // an unused id
+        *token = format!("[UNUSED{id}]");
     }
-    let pairs = model["merges"].as_array().into_iter().flatten().map(|merge| match merge {
-        Json::String(merge) => merge.clone(),
-        pair => format!("{} {}", pair[0].as_str().unwrap_or_default(), pair[1].as_str().unwrap_or_default()),
-    });
-    let mut keys;
-    if fallback {
-        let known = |add_prefix| json["normalizer"] == sentence_piece_normalizer(add_prefix);
-        let add_prefix = known(true);
-        if !json["pre_tokenizer"].is_null() || !(add_prefix || known(false)) {
-            return refuse("a normalizer or pre-tokenizer that SentencePiece does not have".into());
-        }
-        // SentencePiece joins the pair whose token has the highest score. The score here is the negative rank of its
-        // first merge.
-        let mut scores = vec![-1e6f32; size];
-        let ids: HashMap<&str, usize> =
-            vocabulary.tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
-        for (rank, pair) in pairs.enumerate() {
-            if let Some(&id) = ids.get(pair.replacen(' ', "", 1).as_str()) {
-                scores[id] = scores[id].max(-(rank as f32));
-            }
-        }
-        keys = model_keys("llama", "default");
-        keys.push(("tokenizer.ggml.scores".into(), Value::f32s(scores)));
-        keys.push(("tokenizer.ggml.add_space_prefix".into(), Value::Bool(add_prefix)));
-    } else {
-        let known = pre_tokenizers().into_iter().find(|known| known.1 == json["pre_tokenizer"]);
-        let Some((names, _)) = known.filter(|_| json["normalizer"].is_null()) else {
-            return refuse(format!(
-                "normalizer {}, pre-tokenizer {}",
-                json["normalizer"], json["pre_tokenizer"]
-            ));
-        };
-        keys = model_keys("gpt2", names[0]);
-        keys.push(("tokenizer.ggml.merges".into(), Value::Texts(pairs.collect())));
+    vocabulary
+}
+
+/// Keys of a SentencePiece tokenizer, which joins the pair whose token has the highest score. The score here is the negative rank of
+/// its first merge.
+fn sentence_piece_keys(
+    json: &Json,
+    vocabulary: &Vocabulary,
+    pairs: impl Iterator<Item = String>,
+) -> Result<Vec<(String, Value)>, FormatError> {
+    let known = |add_prefix| json["normalizer"] == sentence_piece_normalizer(add_prefix);
+    let add_prefix = known(true);
+    if !json["pre_tokenizer"].is_null() || !(add_prefix || known(false)) {
+        return Err(not_in_gguf("a normalizer or pre-tokenizer that SentencePiece does not have".into()));
     }
-    keys.push((HF_JSON.into(), Value::Text(text.into())));
-    Ok((vocabulary, keys))
+    let mut scores = vec![-1e6f32; vocabulary.tokens.len()];
+    let ids: HashMap<&str, usize> =
+        vocabulary.tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
+    for (rank, pair) in pairs.enumerate() {
+        if let Some(&id) = ids.get(pair.replacen(' ', "", 1).as_str()) {
+            scores[id] = scores[id].max(-(rank as f32));
+        }
+    }
+    let mut keys = model_keys("llama", "default");
+    keys.push(("tokenizer.ggml.scores".into(), Value::f32s(scores)));
+    keys.push(("tokenizer.ggml.add_space_prefix".into(), Value::Bool(add_prefix)));
+    Ok(keys)
+}
+
+/// Keys of a byte-level BPE tokenizer, whose pre-tokenizer llama.cpp must have by name.
+fn byte_level_keys(
+    json: &Json,
+    pairs: impl Iterator<Item = String>,
+) -> Result<Vec<(String, Value)>, FormatError> {
+    let (normalizer, pre_tokenizer) = (&json["normalizer"], &json["pre_tokenizer"]);
+    let known = pre_tokenizers().into_iter().find(|known| known.1 == *pre_tokenizer);
+    let Some((names, _)) = known.filter(|_| normalizer.is_null()) else {
+        return Err(not_in_gguf(format!("normalizer {normalizer}, pre-tokenizer {pre_tokenizer}")));
+    };
+    let mut keys = model_keys("gpt2", names[0]);
+    keys.push(("tokenizer.ggml.merges".into(), Value::Texts(pairs.collect())));
+    Ok(keys)
 }
 
 /// A character in the notation of byte-level BPE.
