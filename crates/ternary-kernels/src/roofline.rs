@@ -1,5 +1,10 @@
 //! The machine's limits, measured: int8 operations per second and memory bandwidth. Benchmarks report kernels as a share of
 //! these.
+//!
+//! Both are measured in the same run as the kernels, since speeds of our shared machines vary by a fifth between runs: a share of
+//! the peak is comparable, a time is not. The peak is that of the instructions that the kernels use: `vpmaddubsw` and `vpaddw`
+//! with AVX2 (313 GOP/s per core of a Zen 3), `vpdpbusd` with VNNI (552 GOP/s of a Xeon). Tiles of AMX are not measured: their
+//! share is counted in cycles (`simd/x86_64/amx.rs`).
 
 use crate::{
     Arena, Isa, Pool,

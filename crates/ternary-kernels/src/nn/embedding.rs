@@ -1,4 +1,11 @@
 //! The gradient of a table of token embeddings.
+//!
+//! A scatter-add of `[rows, d]` into `[vocab, d]`. Sorting the pairs (id, row) gives each task a range of the table and its rows
+//! without atomics, and fixes the order of the sums: they are the same on any number of threads.
+//!
+//! # Measured
+//! A training step of 768 x 12 on two threads with AMX, where Burn's gradient took 50 MB of fresh pages per step: 1586, 1568 and 1572
+//! tokens/s before, 1620, 1636 and 1607 with this kernel, in cached memory, and two smaller changes.
 
 use crate::{
     Pool,

@@ -1,4 +1,7 @@
 //! Softmax of one row, as methods of [`Isa`].
+//!
+//! Three passes over a row: maximum; exponentials and their sum; division. Subtracting the maximum keeps every exponential in 0 to 1,
+//! and their sum at least 1. Sampling takes [`Isa::softmax_weights`], which leaves out the last pass: a draw only needs weights.
 
 use crate::simd::{
     Isa, Kernel, LANES, Simd,

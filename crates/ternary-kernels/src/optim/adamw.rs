@@ -1,7 +1,8 @@
 //! AdamW in one pass over memory, and the norm of gradients.
 //!
 //! A step reads weight, gradient and both moments and writes weight and moments: 28 bytes per parameter, so that it runs at the
-//! speed of the memory. Gradient clipping is a factor of the same pass.
+//! speed of the memory. Gradient clipping is a factor of the same pass: with it, and means of magnitudes in vectors, a training step of
+//! 768 x 12 on two threads with AMX went from 1300 and 1327 to 1358 and 1329 tokens/s.
 
 use crate::{
     Pool,

@@ -9,6 +9,15 @@
 //! | `amx` | the same and AMX-TILE, AMX-INT8 | the same, and tile products for many tokens |
 //! | `neon` | NEON with dot products | `sdot` |
 //!
+//! # Measured
+//! One Xeon with AMX, two threads, the same program with each set (`TERNARY_ISA`): a training step of 768 x 12 with int8 products,
+//! and eight texts generated together (768 x 12, ternary).
+//!
+//! | | `avx2` | `avx512vnni` | `amx` |
+//! |---|---|---|---|
+//! | training step, tokens/s | 525 | 1061 | 1738 |
+//! | eight texts, tokens/s | 989, 1023 | | 1544, 1543, 1560 |
+//!
 //! Results do not depend on the choice, except for products of bfloat16. Every instruction set of the CPU is tested against
 //! the same oracles, whichever is in use.
 

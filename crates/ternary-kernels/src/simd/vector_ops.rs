@@ -75,10 +75,12 @@ pub(crate) fn load_codes<S: Simd>(s: S, codes: &[i8]) -> S::Int {
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::Float) -> S::Float {
     let c = |value: f32| s.splat_f32(value);
+    // `Simd` has a maximum and no minimum: `min(x, 88)` is `-max(-x, -88)`.
     let negative = s.sub_f32(c(0.0), x);
     let x = s.max_f32(s.sub_f32(c(0.0), s.max_f32(negative, c(-88.0))), c(-87.0));
     let n = s.to_int(s.mul_f32(x, c(std::f32::consts::LOG2_E)));
     let n_float = s.to_float(n);
+    // The first part of ln 2 has few bits, so that its product with n is exact.
     let r = s.fma(n_float, c(-0.693_359_4), x);
     let r = s.fma(n_float, c(2.121_944_4e-4), r);
     let mut poly = c(1.987_569_1e-4);
@@ -86,6 +88,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::Float) -> S::Float {
         poly = s.fma(poly, r, c(coefficient));
     }
     let mantissa = s.add_f32(s.fma(s.mul_f32(r, r), poly, r), c(1.0));
+    // n is in -126..=127, so that n + 127 is the exponent of a normal number.
     s.mul_f32(mantissa, s.bits_to_float(s.shl::<23>(s.add(n, s.splat(127)))))
 }
 

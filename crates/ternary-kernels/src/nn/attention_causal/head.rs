@@ -1,4 +1,22 @@
 //! The forward and the backward pass of one head.
+//!
+//! # Softmax
+//! The factor `scale = 1 / sqrt(width)` is not a pass over the scores of its own. With `max` the largest score of a row:
+//!
+//! ```text
+//! forward:   e = exp(scale x - scale max)       one multiply-add and the exponential
+//!            log_partition = scale max + log(sum e)
+//!            p = e / sum e
+//! backward:  p = exp(scale x - log_partition)   no maximum, no sum, no division
+//! ```
+//!
+//! So the forward pass stores one float per row for the backward pass, and the `[seq, seq]` probabilities are computed twice
+//! instead of kept.
+//!
+//! # Memory
+//! A thread has one `[seq, seq]` matrix in the forward pass and two in the backward pass, whatever the number of heads and
+//! sequences; all others are `[seq, width]`. The query heads that share a key-value head run one after the other, so their
+//! gradients of keys and values are summed without a lock.
 
 use super::{
     padded_matrix::PaddedMatrix,

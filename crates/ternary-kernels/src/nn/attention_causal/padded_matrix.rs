@@ -1,4 +1,19 @@
 //! [`PaddedMatrix`]: one head of a tensor, copied to memory of a thread.
+//!
+//! ```text
+//! tensor [batch, seq, heads * width]                 PaddedMatrix [seq padded to 16, width padded to 16]
+//!   position 0:  head 0 | head 1 | head 2              head 1 at position 0 | 0 0 0
+//!   position 1:  head 0 | head 1 | head 2    ->        head 1 at position 1 | 0 0 0
+//!                         <----->                      0 0 0 0 0 0 0 0 0 0 0 0 0 0 0
+//!                          width
+//! ```
+//!
+//! In the tensor, rows of a head are `heads * width` floats apart, of which only `width` belong to it. A copy costs `seq * width`
+//! floats where each product of the head costs up to `seq * seq * width`. Padded with zeros, inner loops have no remainder:
+//! zeros add nothing to a sum, and what is computed in rows and columns of the padding is not copied back.
+//!
+//! The copy back bypasses the caches with non-temporal stores, as the results of large products do (`matmul/multiply.rs`). Such stores
+//! are not ordered with others, hence the fence before another thread may read them.
 
 use super::shape::AttentionShape;
 use crate::{

@@ -1,4 +1,42 @@
 //! Products of matrices of which one triangle is zero or not needed.
+//!
+//! # Micro-kernel
+//! ```text
+//!           k                         C vectors of 16 columns
+//!         +--------------------+     +------------------------+
+//! 4 rows  | left[row + r, k]   |  x  | right[k, col + 0..16 C]|    =    sums[4][C], in registers
+//!         +--------------------+     +------------------------+
+//!
+//! for k in range:
+//!     load C vectors of right[k]
+//!     for r in 0..4:  broadcast left[row + r, k];  C fused multiply-adds
+//! store the 4 x C vectors, or add them to those of `out`
+//! ```
+//!
+//! A vector of 16 floats takes one register of AVX-512, two of AVX2 and four of NEON:
+//!
+//! | CPU | C | registers for sums, of all |
+//! |---|---|---|
+//! | AVX-512 | 2 | 8 of 32 |
+//! | AVX2 | 1 | 8 of 16 |
+//! | NEON | 1 | 16 of 32 |
+//!
+//! # Triangles
+//! Only the ranges differ between the three products (drawn with steps of 2 rows and 2 columns instead of 4 and 16):
+//!
+//! ```text
+//! multiply_visible              multiply_lower                add_upper
+//! out[row, cols]                left[row, k]                  left[row, k], the transpose of a lower triangle
+//!   # # . . . . .                 # . . . . . .                 # # # # # # #
+//!   # # . . . . .                 # # . . . . .                 . # # # # # #
+//!   # # # # . . .                 # # # . . . .                 . . # # # # #
+//!   # # # # . . .                 # # # # . . .                 . . . # # # #
+//!   cols 0..row + 4, in vectors   k in 0..row + 4               k in row..seq
+//! ```
+//!
+//! A range that is rounded up reads zeros (`multiply_lower`, `add_upper`) or writes scores that the caller clears
+//! (`multiply_visible`). The transpose of a lower triangle is read in place: a column of it is four neighbours in memory
+//! ([`TransposedFactor`]).
 
 use super::padded_matrix::PaddedMatrix;
 use crate::simd::{LANES, Simd};

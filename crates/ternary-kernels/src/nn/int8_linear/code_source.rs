@@ -1,4 +1,9 @@
 //! Codes of a weight and of a gradient, computed while they are packed.
+//!
+//! Neither a fake quantized weight nor a matrix of the gradient's codes is written to memory: [`Int8TrainingMatrix`] asks for 16 rows
+//! of a column at a time, and the answer goes into its cache lines.
+//!
+//! [`Int8TrainingMatrix`]: crate::Int8TrainingMatrix
 
 use crate::{
     matmul::format::int8_training::ColumnSource,

@@ -1,4 +1,18 @@
 //! The transpose of int8 codes, for the gradient of the weight.
+//!
+//! ```text
+//! codes [tokens, stride]  ->  [columns, tokens padded to 16], a task per 64 columns
+//!
+//! for each 64 tokens:
+//!     for each 16 of the 64 columns:
+//!         quads[q] = token 4q | token 4q + 1 << 8 | 4q + 2 << 16 | 4q + 3 << 24          q in 0..16; a lane per column
+//!         lines = transpose(quads)                     16 x 16 lanes of 4 bytes: line c has column c, 64 tokens in order
+//!         store line c as 64 codes of column c
+//! ```
+//!
+//! A byte transpose thus becomes one of 32-bit lanes, which all instruction sets have, and every load and store is a whole
+//! vector. 64 tokens per column fill a cache line of the output. The sums of columns, which correct for offsets of the other
+//! factor, are added on the way.
 
 use crate::{
     Int8Activations, Pool,

@@ -3,6 +3,13 @@
 //! `sdot` multiplies signed bytes and adds the four products of a lane to 32 bits. So signed weights need no offset, but
 //! ternary planes may only be used unshifted up to weights of 127 ([`Simd::UNSHIFTED_PLANES`] is 2).
 //!
+//! ```text
+//! plane p of ternary codes + 1, not shifted down:     0..=2 * 4^p     p = 2: at most 32     p = 3: 128, beyond a signed byte
+//! ```
+//!
+//! So for one or two tokens, planes 2 and 3 are shifted down by 4 bits onto planes 0 and 1, and two sums per token serve four planes. For
+//! more tokens, every plane is shifted to plane 0, and there is one sum per token.
+//!
 //! There are 32 registers, and a sum takes four of them: 4 tokens have their sums in registers, for one tile.
 //!
 //! Tested under emulation (see CONTRIBUTING.md); speed was not measured.

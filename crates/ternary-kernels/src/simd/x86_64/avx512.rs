@@ -9,6 +9,14 @@
 //! There are 32 registers, and a sum takes one of them. So 8 tokens have their sums in registers, for two tiles at once:
 //! each broadcast of activations serves two products. At 512 tokens that reaches 93 % of the peak of `vpdpbusd`, at 8 tokens
 //! 78 % (768 x 3072, in cache).
+//!
+//! # Transposition
+//! 16 x 16 lanes take 64 shuffles and no memory, in two steps of 32:
+//!
+//! ```text
+//! unpack within quarters    quads[4 i + j]: quarter q has lane 4 q + j of rows 4 i to 4 i + 3          i, j, q in 0..4
+//! shuffle quarters          out[4 q + j] = quarter q of quads[j], quads[4 + j], quads[8 + j], quads[12 + j]
+//! ```
 
 use super::amx::{self, AmxUnit};
 use crate::simd::vector::{AccumulatorSink, CacheLine, Kernel, LANES, Simd, UnpackedBlock};
