@@ -134,18 +134,7 @@ fn prepare(
     resolve_vocabulary(&mut experiment, &texts.tokenizer)?;
     let teacher = TeacherSource::open(&experiment.distill)?;
     let (initial, initial_digest) = load_initial_model(&experiment, checkpoint.as_ref())?;
-    let read = [
-        (&experiment.run.start_from, initial.as_ref().map_or(&[][..], |model| &model.warnings)),
-        (&experiment.distill.teacher, teacher.as_ref().map_or(&[][..], TeacherSource::warnings)),
-    ];
-    // `duck convert` starts from the model that teaches.
-    let warnings: BTreeSet<_> = read
-        .into_iter()
-        .flat_map(|(path, warnings)| warnings.iter().map(move |warning| (path, warning)))
-        .collect();
-    for (path, warning) in warnings {
-        print_stderr(format_args!("warning: {path}: {warning}"));
-    }
+    print_reader_warnings(&experiment, initial.as_ref(), teacher.as_ref());
     let inputs = Inputs {
         teacher: teacher.as_ref().map(TeacherSource::digest),
         start: initial_digest,
@@ -153,35 +142,14 @@ fn prepare(
     };
     let mut identity = Identity::new(&experiment, inputs, &device);
     if let Some(loaded) = &checkpoint {
-        if loaded.identity.is_none() {
-            print_stderr(format_args!(
-                "warning: {} was written by an older version and has no digests; texts, tokenizer, teacher and the model to start \
-                 from cannot be compared",
-                loaded.path.display()
-            ));
-        }
-        let mut asked = experiment.clone();
-        identity.expect_same(loaded, &run_dir, &experiment.schedule, |same_text| {
-            if options.epochs.is_some() {
-                if !same_text {
-                    return Ok(None);
-                }
-                let windows = texts.windows(asked.model.context, &run_dir)?;
-                resolve_steps(&mut asked, options.epochs, windows)?;
-            }
-            Ok(Some(asked.run.steps))
-        })?;
-        if let Some(warning) = loaded.identity.as_ref().and_then(|recorded| identity.other_device(recorded)) {
-            print_stderr(format_args!("warning: {warning}"));
-        }
-        print_stderr(format_args!("resuming {} at step {}", loaded.path.display(), loaded.state.step));
+        expect_same_run(&experiment, options, &texts, &identity, loaded)?;
     }
-    let held = checkpoint.as_ref().map_or(0, |loaded| loaded.bytes);
-    let taught = teacher.as_ref().map_or(0, TeacherSource::bytes);
-    check_memory(&experiment, &device, taught, held)?;
-    let automatic = texts.sample_prompts();
+    let checkpoint_bytes = checkpoint.as_ref().map_or(0, |loaded| loaded.bytes);
+    let teacher_bytes = teacher.as_ref().map_or(0, TeacherSource::bytes);
+    check_memory(&experiment, &device, teacher_bytes, checkpoint_bytes)?;
+    let text_prompts = texts.sample_prompts();
     if experiment.run.sample_prompts.is_empty() {
-        experiment.run.sample_prompts = automatic.clone();
+        experiment.run.sample_prompts = text_prompts.clone();
     }
     // From here on files are written.
     move_aside(&run_dir, replaced).map_err(|source| TrainError::Write { path: run_dir.clone(), source })?;
@@ -192,17 +160,12 @@ fn prepare(
     let chats = data.train.tokens().makes_chat_model();
     let chat_template = chat_template(chats, &experiment, initial.as_ref(), &run_dir)?;
     let prompts = sample_prompts(&experiment.run, &data.tokenizer);
-    let example_prompt = prompts.first().map(|(prompt, _)| prompt).or(automatic.first()).cloned();
+    let example_prompt = prompts.first().map(|(prompt, _)| prompt).or(text_prompts.first()).cloned();
     let Experiment { distill, model, run, .. } = &experiment;
     let text = data.train.tokens();
     let teacher =
         teacher.map(|source| source.load(distill, &data.tokenizer, text, model, &device)).transpose()?;
-
-    let epochs_per_step = (run.batch_size * run.gradient_accumulation) as f64 / data.train.per_epoch() as f64;
-    let display = match terminal::can_draw() && !options.quiet && !options.plain {
-        true => Display::open(format!("{}-{}", run.name, run.seed), run.steps, epochs_per_step),
-        false => None,
-    };
+    let display = open_display(&experiment, options, &data);
     // A folder that cannot be written must not cost the results of an earlier session.
     let checkpoints =
         Checkpoints::open(run_dir.join("checkpoints"), run.keep_checkpoints, run.checkpoint_every)?;
@@ -224,6 +187,72 @@ fn prepare(
         prints,
     };
     Ok((run, LoadedInputs { initial, checkpoint, teacher, checkpoints }))
+}
+
+/// Prints what the readers of the initial model and of the teacher warned of, once where they are one file, as in `duck convert`.
+fn print_reader_warnings(
+    experiment: &Experiment,
+    initial: Option<&PackedModel>,
+    teacher: Option<&TeacherSource>,
+) {
+    let read = [
+        (&experiment.run.start_from, initial.map_or(&[][..], |model| &model.warnings)),
+        (&experiment.distill.teacher, teacher.map_or(&[][..], TeacherSource::warnings)),
+    ];
+    let warnings: BTreeSet<_> = read
+        .into_iter()
+        .flat_map(|(path, warnings)| warnings.iter().map(move |warning| (path, warning)))
+        .collect();
+    for (path, warning) in warnings {
+        print_stderr(format_args!("warning: {path}: {warning}"));
+    }
+}
+
+/// Checks that the checkpoint to continue is one of this run; prints its step, and a warning if this is another device.
+///
+/// # Errors
+/// `OtherRun`: every setting and input that differs.
+fn expect_same_run(
+    experiment: &Experiment,
+    options: &RunOptions,
+    texts: &Texts,
+    identity: &Identity,
+    loaded: &Loaded,
+) -> Result<(), TrainError> {
+    if loaded.identity.is_none() {
+        print_stderr(format_args!(
+            "warning: {} was written by an older version and has no digests; texts, tokenizer, teacher and the model to start \
+             from cannot be compared",
+            loaded.path.display()
+        ));
+    }
+    let run_dir = experiment.run_dir();
+    identity.expect_same(loaded, &run_dir, &experiment.schedule, |same_text| {
+        let mut requested = experiment.clone();
+        if options.epochs.is_some() {
+            if !same_text {
+                return Ok(None);
+            }
+            let windows = texts.windows(requested.model.context, &run_dir)?;
+            resolve_steps(&mut requested, options.epochs, windows)?;
+        }
+        Ok(Some(requested.run.steps))
+    })?;
+    if let Some(warning) = loaded.identity.as_ref().and_then(|recorded| identity.other_device(recorded)) {
+        print_stderr(format_args!("warning: {warning}"));
+    }
+    print_stderr(format_args!("resuming {} at step {}", loaded.path.display(), loaded.state.step));
+    Ok(())
+}
+
+/// The full-screen display, where standard output is a terminal and plain lines were not requested.
+fn open_display(experiment: &Experiment, options: &RunOptions, data: &Dataset) -> Option<Display> {
+    if options.quiet || options.plain || !terminal::can_draw() {
+        return None;
+    }
+    let run = &experiment.run;
+    let epochs_per_step = (run.batch_size * run.gradient_accumulation) as f64 / data.train.per_epoch() as f64;
+    Display::open(format!("{}-{}", run.name, run.seed), run.steps, epochs_per_step)
 }
 
 /// Makes the model and its trainer, and opens the files that the training loop writes.
@@ -275,7 +304,7 @@ struct Trained {
     outcome: Outcome,
     /// The first error of the run.
     error: Option<TrainError>,
-    /// Seconds of all sessions.
+    /// Wall time of all sessions, in seconds.
     wall_s: f64,
     peak_rss_bytes: Option<u64>,
 }
@@ -402,7 +431,7 @@ fn summarize(run: &RunContext, trained: Trained, exported: Exported) -> Result<R
     Ok(result)
 }
 
-/// Prints what is about to happen, and refuses a text without learned tokens.
+/// Refuses a text without learned tokens, and prints what is about to be trained.
 fn preflight(
     experiment: &Experiment,
     data: &Dataset,
