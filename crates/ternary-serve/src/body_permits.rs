@@ -3,12 +3,12 @@
 use std::{num::NonZero, sync::Arc, thread::available_parallelism};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// The longest body, in bytes, that needs no permit to be buffered.
-pub const SMALL: usize = 64 << 10;
+/// Longest body that needs no permit to be buffered.
+pub const SMALL_BODY_BYTES: usize = 64 << 10;
 /// Number of larger bodies that are buffered at the same time.
-const BUFFERED: usize = 32;
+const BUFFER_PERMITS: usize = 32;
 /// Number of larger bodies that are parsed at the same time. Parsed JSON may take eighty times its bytes.
-const LARGE: usize = 4;
+const MAX_LARGE_PARSE_PERMITS: usize = 4;
 
 /// Permits to buffer and to parse bodies. As many are parsed at the same time as there are cores; small ones do not wait
 /// for large ones.
@@ -22,22 +22,22 @@ pub struct BodyPermits {
 impl Default for BodyPermits {
     fn default() -> Self {
         let cores = available_parallelism().map_or(1, NonZero::get);
-        let large = (cores / 2).clamp(1, LARGE);
-        let [buffered, small, large] = [BUFFERED, cores.saturating_sub(large).max(1), large];
+        let large = (cores / 2).clamp(1, MAX_LARGE_PARSE_PERMITS);
+        let [buffered, small, large] = [BUFFER_PERMITS, cores.saturating_sub(large).max(1), large];
         let new = |permits| Arc::new(Semaphore::new(permits));
         Self { buffered: new(buffered), small: new(small), large: new(large) }
     }
 }
 
 impl BodyPermits {
-    /// A permit to buffer a body of more than [`SMALL`] bytes.
+    /// A permit to buffer a body of more than [`SMALL_BODY_BYTES`] bytes.
     pub async fn buffer(&self) -> OwnedSemaphorePermit {
         acquire(&self.buffered).await
     }
 
     /// A permit to parse a body of this length.
     pub async fn parse(&self, bytes: usize) -> OwnedSemaphorePermit {
-        acquire(if bytes > SMALL { &self.large } else { &self.small }).await
+        acquire(if bytes > SMALL_BODY_BYTES { &self.large } else { &self.small }).await
     }
 }
 

@@ -21,9 +21,9 @@ use tokio::{
 };
 
 /// Size of hyper's read buffer besides the headers, in bytes.
-const BUFFER: usize = 64 << 10;
+const READ_BUFFER_BYTES: usize = 64 << 10;
 /// Delay before another attempt when no slot is free.
-const RETRY: Duration = Duration::from_millis(20);
+const RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Delay before another attempt when the system refuses connections.
 const RETRY_ERROR: Duration = Duration::from_secs(1);
 
@@ -61,7 +61,7 @@ async fn accept(listener: &TcpListener, slots: &Arc<ConnectionSlots>) -> (TcpStr
             Ok((stream, address)) => loop {
                 match slots.take(address.ip()) {
                     Some(slot) => return (stream, slot),
-                    None => sleep(RETRY).await,
+                    None => sleep(RETRY_DELAY).await,
                 }
             },
             // The client has already gone.
@@ -69,7 +69,7 @@ async fn accept(listener: &TcpListener, slots: &Arc<ConnectionSlots>) -> (TcpStr
             // Most likely the process has reached its limit of open files.
             Err(error) if slots.close_one().is_some() => {
                 tracing::debug!(%error, "no connection can be accepted");
-                sleep(RETRY).await;
+                sleep(RETRY_DELAY).await;
             }
             Err(error) => {
                 tracing::error!(%error, "no connection can be accepted");
@@ -111,7 +111,7 @@ async fn serve_connection(
     });
     // Otherwise hyper ends the connection of a client that closes its half.
     let mut http = http1::Builder::new();
-    http.half_close(true).max_buf_size(limits.header_bytes.saturating_add(BUFFER));
+    http.half_close(true).max_buf_size(limits.header_bytes.saturating_add(READ_BUFFER_BYTES));
     let mut connection = pin!(http.serve_connection(TokioIo::new(io), service));
     let served = tokio::select! {
         served = &mut connection => served,

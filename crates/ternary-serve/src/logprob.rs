@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 use ternary_format::Tokenizer;
 
 /// Represents minus infinity, which JSON lacks, as in OpenAI's API.
-const NEVER: f32 = -9999.0;
+const MINUS_INFINITY: f32 = -9999.0;
 
 /// A generated token with its natural log probability, and the most likely tokens in its place.
 ///
@@ -28,7 +28,7 @@ impl TokenLogprob {
         let total: f64 = logits.iter().map(|logit| distance(*logit).exp()).sum();
         let logprob = |id: u32| {
             let logprob = (distance(logits[id as usize]) - total.ln()) as f32;
-            if logprob > NEVER { logprob } else { NEVER }
+            if logprob > MINUS_INFINITY { logprob } else { MINUS_INFINITY }
         };
         let order = |a: &u32, b: &u32| -> Ordering {
             let [a_logit, b_logit] = [a, b].map(|id| number(logits[*id as usize]));
@@ -73,7 +73,7 @@ mod tests {
         assert_eq!(token.top.iter().map(|top| top.0).collect::<Vec<_>>(), [3, 4, 0]);
         assert!(token.top.iter().all(|(id, logprob)| (logprob - expected(*id as usize)).abs() < 1e-6));
         assert_eq!(token.offset, 7);
-        assert_eq!(TokenLogprob::new(&logits, 5, 0, 0).logprob, NEVER);
+        assert_eq!(TokenLogprob::new(&logits, 5, 0, 0).logprob, MINUS_INFINITY);
         assert!(TokenLogprob::new(&logits, 0, 0, 0).top.is_empty());
         assert_eq!(TokenLogprob::new(&logits, 0, 99, 0).top.len(), logits.len());
     }

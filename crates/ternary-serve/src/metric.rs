@@ -10,7 +10,7 @@ use std::{
 };
 
 /// Upper bounds of the histogram buckets, in seconds.
-const BOUNDS: [f64; 12] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0];
+const BUCKET_BOUNDS: [f64; 12] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0];
 
 /// Metrics of the server.
 #[derive(Debug, Default)]
@@ -34,7 +34,7 @@ pub struct ModelMetric {
 
 #[derive(Debug, Default)]
 struct Histogram {
-    counts: [AtomicU64; BOUNDS.len() + 1],
+    counts: [AtomicU64; BUCKET_BOUNDS.len() + 1],
     microseconds: AtomicU64,
 }
 
@@ -130,7 +130,10 @@ impl ModelMetric {
 
 impl Histogram {
     fn add(&self, time: Duration) {
-        let bucket = BOUNDS.iter().position(|bound| time.as_secs_f64() <= *bound).unwrap_or(BOUNDS.len());
+        let bucket = BUCKET_BOUNDS
+            .iter()
+            .position(|bound| time.as_secs_f64() <= *bound)
+            .unwrap_or(BUCKET_BOUNDS.len());
         self.counts[bucket].fetch_add(1, Relaxed);
         self.microseconds.fetch_add(time.as_micros() as u64, Relaxed);
     }
@@ -150,7 +153,7 @@ impl Page {
 
     fn histogram(&mut self, name: &str, labels: &str, histogram: &Histogram) {
         let mut sum = 0;
-        let bounds = BOUNDS.iter().map(f64::to_string).chain(["+Inf".into()]);
+        let bounds = BUCKET_BOUNDS.iter().map(f64::to_string).chain(["+Inf".into()]);
         for (bound, count) in bounds.zip(&histogram.counts) {
             sum += count.load(Relaxed);
             self.line(&format!("{name}_bucket"), &format!("{labels},le=\"{bound}\""), sum);

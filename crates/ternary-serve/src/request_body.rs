@@ -3,7 +3,7 @@
 use crate::{
     Limits,
     api_error::ApiError,
-    body_permits::{BodyPermits, SMALL},
+    body_permits::{BodyPermits, SMALL_BODY_BYTES},
 };
 use axum::{
     body::Body,
@@ -51,7 +51,7 @@ impl RequestBody {
                 if is_too_long {
                     bytes = Vec::new();
                 } else {
-                    if permit.is_none() && bytes.len() + chunk.len() > SMALL {
+                    if permit.is_none() && bytes.len() + chunk.len() > SMALL_BODY_BYTES {
                         waits = true;
                         permit = Some(permits.buffer().await);
                         waits = false;

@@ -13,8 +13,8 @@ use std::{sync::Arc, time::Duration};
 use tokio::{net::TcpListener, sync::oneshot, time::sleep};
 use tower_http::set_header::SetResponseHeaderLayer;
 
-/// How long the last responses may take once all work has ended. Clients that read receive them at once.
-const GRACE: Duration = Duration::from_secs(10);
+/// How long the last responses may take to be sent once all work has ended. Clients that read receive them at once.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Named in the error for unknown paths.
 const PATHS: &str = "the paths are POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health, \
@@ -94,7 +94,7 @@ pub async fn serve(
         start.await.ok();
         sleep(drain).await;
         stop();
-        sleep(GRACE).await;
+        sleep(FLUSH_TIMEOUT).await;
     };
     tokio::select! {
         () = listener::accept_connections(listener, routes(&state), &state.limits, state.api_key.is_some(), ending) => (),

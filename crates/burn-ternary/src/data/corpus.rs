@@ -17,8 +17,8 @@ pub use ternary_format::document::Document;
 const STORIES: &str = include_str!("../../data/pond_stories.txt");
 const DIALOGUES: &str = include_str!("../../data/duck_dialogues.jsonl");
 
-/// With fewer documents, the validation set is cut from inside a text.
-const FEW: usize = 20;
+/// Minimum number of documents that are split between documents; with fewer, the validation set is cut from inside a text.
+const MIN_SPLIT_DOCUMENTS: usize = 20;
 
 /// Whether a model that is trained on these documents learns to chat: at least 1 % of them are dialogues. A few dialogues in a large
 /// text teach nothing, and would make every program that loads the model present it as a chat model.
@@ -96,7 +96,7 @@ pub fn expect_there(source: &str) -> Result<(), DataError> {
 /// From 20 documents on, whole documents are held out, chosen by `seed`. Fewer are cut once, near the end of the
 /// text and after a line if there is one, so that the validation text is the tail.
 pub fn split(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<Document>, Vec<Document>) {
-    if documents.len() < FEW {
+    if documents.len() < MIN_SPLIT_DOCUMENTS {
         split_tail(documents, fraction)
     } else {
         split_documents(documents, fraction, seed)
@@ -107,7 +107,7 @@ pub fn split(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<Documen
 ///
 /// Neighbours share windows. In files they often share a subject or an answer as well, which a model then learns to copy.
 pub fn shuffle(documents: &mut [Document], seed: u64) {
-    if documents.len() >= FEW {
+    if documents.len() >= MIN_SPLIT_DOCUMENTS {
         documents.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
     }
 }
@@ -161,9 +161,9 @@ fn cut(text: &str, tail: usize) -> usize {
 
 /// The first words of a text, of at most 24 characters; exactly 24 where it has no spaces.
 pub fn opening(text: &str) -> &str {
-    const LONGEST: usize = 24;
+    const MAX_CHARACTERS: usize = 24;
     let line = text.trim_start().lines().next().unwrap_or_default().trim_end();
-    match line.char_indices().nth(LONGEST) {
+    match line.char_indices().nth(MAX_CHARACTERS) {
         None => line,
         Some((end, _)) => {
             line[..end].rsplit_once(char::is_whitespace).map_or(&line[..end], |(words, _)| words)

@@ -30,7 +30,7 @@ pub(super) fn without_effect(Experiment { run, schedule, .. }: &Experiment, data
 /// Signs that a run which ended has not learned.
 pub(super) fn doubtful_end(state: &TrainState) -> Vec<String> {
     /// Nats per token by which the mean loss may rise again, as it does when weights become ternary.
-    const RISE: f64 = 1.0;
+    const MAX_RISE: f64 = 1.0;
     let mut warnings = Vec::new();
     if state.step > 0 && state.tokens == 0 {
         warnings.push(
@@ -40,7 +40,7 @@ pub(super) fn doubtful_end(state: &TrainState) -> Vec<String> {
         );
     }
     if let (Some(lowest), Some(end)) = (state.lowest_average, state.loss_average)
-        && end > lowest + RISE
+        && end > lowest + MAX_RISE
     {
         warnings.push(format!(
             "the mean training loss rose from {lowest:.3} to {end:.3}: the run diverges; expected a lower optim.lr or \

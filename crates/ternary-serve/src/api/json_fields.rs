@@ -145,8 +145,8 @@ fn display(value: &Value) -> String {
 }
 
 fn shorten(text: &str) -> String {
-    const LENGTH: usize = 60;
-    let short: String = text.chars().take(LENGTH).collect();
+    const MAX_CHARACTERS: usize = 60;
+    let short: String = text.chars().take(MAX_CHARACTERS).collect();
     if short.len() < text.len() { format!("{short}...") } else { short }
 }
 

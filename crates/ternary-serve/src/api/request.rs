@@ -33,8 +33,8 @@ const IGNORED: [&str; 8] = [
     "parallel_tool_calls",
 ];
 
-/// The longest body, in bytes, that is parsed faster than another thread wakes up.
-const SHORT: usize = 4 << 10;
+/// Longest body that is parsed on the thread of its connection, faster than another thread wakes up.
+const INLINE_PARSE_BYTES: usize = 4 << 10;
 
 /// Reads the body of a request and parses its fields with `parse`. Long bodies are parsed on another thread than those that
 /// serve connections.
@@ -50,7 +50,7 @@ pub async fn accept<T: Send + 'static>(
     let (parts, body) = request.into_parts();
     let body = RequestBody::read(&parts.headers, body, &state.limits, &state.body_permits).await?;
     in_flight.as_ref().inspect(|in_flight| in_flight.received());
-    if body.bytes.len() <= SHORT {
+    if body.bytes.len() <= INLINE_PARSE_BYTES {
         return Ok((parse(&state, JsonFields::parse(&body.bytes)?)?, in_flight));
     }
     let permit = state.body_permits.parse(body.bytes.len()).await;

@@ -10,8 +10,8 @@
 //! | `manifest.json` | format version, [`Identity`] of the run, [`TrainState`], length and SHA-256 of the files above |
 //! | `manifest.sha256` | SHA-256 of `manifest.json`, as `sha256sum --check` reads it |
 //!
-//! Beside the checkpoints may lie what a killed process left: scratch folders, unfinished or already given up, are never
-//! read; `.old-step-…`, a checkpoint that was about to be replaced, counts as long as its successor is not there.
+//! A killed process may leave other folders next to the checkpoints. Scratch folders are never read. A checkpoint that
+//! was about to be replaced (`.old-step-…`) counts as long as its successor is missing.
 //! One process writes a folder at a time, the one that has the [`RunLock`] of the run; readers change nothing.
 //!
 //! [`RunLock`]: ternary_format::disk::RunLock
@@ -51,11 +51,13 @@ const MANIFEST_HASH: &str = "manifest.sha256";
 const VERSION: u64 = 1;
 /// Bytes; a manifest has a few thousand, so a larger file is no manifest and is not read.
 const MANIFEST_LIMIT: u64 = 1 << 20;
-const STEP: &str = "step-";
-const SCRATCH: &str = ".tmp-";
-/// How often the newest checkpoint is looked for while it vanishes.
+const STEP_PREFIX: &str = "step-";
+/// Of scratch folders of earlier versions.
+const SCRATCH_PREFIX: &str = ".tmp-";
+/// Attempts to find the newest checkpoint while a run that is being written removes older ones.
 const ATTEMPTS: usize = 5;
-const ASIDE: &str = ".old-";
+/// Of a checkpoint that is about to be replaced.
+const REPLACED_PREFIX: &str = ".old-";
 
 /// Why checkpoints could not be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -289,7 +291,7 @@ impl Checkpoints {
 
     fn latest_now(&self, admits: impl Fn(usize) -> bool) -> Result<Option<Loaded>, CheckpointError> {
         let mut folders = self.folders("")?;
-        folders.extend(self.folders(ASIDE)?);
+        folders.extend(self.folders(REPLACED_PREFIX)?);
         // Stable: of the same step, the checkpoint comes before the one it replaced.
         folders.sort_by_key(|&(step, _)| Reverse(step));
         let mut refused = Vec::new();
@@ -314,11 +316,11 @@ impl Checkpoints {
         disk::remove_leftovers(&self.dir).map_err(write_error(&self.dir))?;
         for path in self.entries()? {
             // As earlier versions called them.
-            if name(&path).starts_with(&format!("{SCRATCH}{STEP}")) {
+            if name(&path).starts_with(&format!("{SCRATCH_PREFIX}{STEP_PREFIX}")) {
                 fs::remove_dir_all(&path).map_err(write_error(&path))?;
             }
         }
-        for (step, aside) in self.folders(ASIDE)? {
+        for (step, aside) in self.folders(REPLACED_PREFIX)? {
             let path = self.dir.join(folder_name(step));
             if path.exists() {
                 fs::remove_dir_all(&aside).map_err(write_error(&aside))?;
@@ -331,7 +333,7 @@ impl Checkpoints {
 
     /// Gives a complete folder its name, in place of an older checkpoint of the same step.
     fn publish(&self, folder: NewFolder, path: &Path, step: usize) -> Result<(), CheckpointError> {
-        let aside = self.dir.join(format!("{ASIDE}{}", folder_name(step)));
+        let aside = self.dir.join(format!("{REPLACED_PREFIX}{}", folder_name(step)));
         // A folder cannot be renamed over a full one, so the old one steps aside first.
         let replaces = path.exists();
         if replaces {
@@ -370,7 +372,7 @@ impl Checkpoints {
     fn folders(&self, prefix: &str) -> Result<Vec<(usize, PathBuf)>, CheckpointError> {
         let step_of = |path: &PathBuf| {
             let name = name(path).strip_prefix(prefix)?;
-            let step = name.strip_prefix(STEP)?.parse().ok()?;
+            let step = name.strip_prefix(STEP_PREFIX)?.parse().ok()?;
             (folder_name(step) == name).then_some(step)
         };
         let mut folders: Vec<_> =
@@ -394,7 +396,7 @@ pub fn sha256(bytes: &[u8]) -> String {
 }
 
 fn folder_name(step: usize) -> String {
-    format!("{STEP}{step:08}")
+    format!("{STEP_PREFIX}{step:08}")
 }
 
 /// The last part of a path; empty where it is not UTF-8, which no name of ours is.

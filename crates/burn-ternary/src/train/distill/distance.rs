@@ -10,8 +10,8 @@ use burn::tensor::{
 
 /// Keeps the norm of a vector of zeros from dividing by zero.
 const EPSILON: f64 = 1e-12;
-/// The least probability of the tokens that a recording leaves out.
-const SMALLEST_REST: f64 = 1e-4;
+/// Minimum probability of all tokens together that a recording leaves out.
+const MIN_REST_PROBABILITY: f64 = 1e-4;
 
 /// `T² D(softmax(teacher / T), softmax(student / T))` of logits, the mean over the `tokens` targets where the mask is 1.
 ///
@@ -61,7 +61,7 @@ pub(super) fn recorded_divergence(
 
 /// Log probabilities, and that of all else; the rest is at least what f16 logarithms can be wrong by.
 fn with_rest(log: Tensor<3>) -> Tensor<3> {
-    let rest = log.clone().exp().sum_dim(2).neg().add_scalar(1.0).clamp_min(SMALLEST_REST).log();
+    let rest = log.clone().exp().sum_dim(2).neg().add_scalar(1.0).clamp_min(MIN_REST_PROBABILITY).log();
     Tensor::cat(vec![log, rest], 2)
 }
 
