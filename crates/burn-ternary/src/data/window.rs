@@ -1,6 +1,7 @@
 //! Windows of a token file. Their order is a pure function of (seed, index).
 
 use super::{DataError, tokens::TokenFile};
+use crate::seed;
 use std::sync::Arc;
 
 /// A run of tokens: inputs `ids[..seq_len]`, targets `ids[1..]`.
@@ -150,14 +151,8 @@ fn permute(index: usize, n: usize, key: u64) -> usize {
 }
 
 /// A bijection of 64-bit words that looks random.
-///
-/// # Source
-/// Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators (2014): SplitMix64's next output after `x`.
 fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
+    seed::mix(x, 0)
 }
 
 #[cfg(test)]
