@@ -250,7 +250,7 @@ impl TrainingLoop {
         }
         events.start_interval(first);
         let evaluated = self.history.valid.last().map_or(0, |report| report.step);
-        if first % eval_every == 0 && evaluated < first {
+        if first.is_multiple_of(eval_every) && evaluated < first {
             self.evaluate(events, valid, false)?;
         }
         Ok(())
