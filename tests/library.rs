@@ -37,26 +37,33 @@ fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
     Tensor::random(shape, Distribution::Normal(0.1, 1.0), &device())
 }
 
-/// The blocks of a language in README's section.
-fn readme_blocks(section: &str, language: &str) -> Vec<String> {
-    let readme = include_str!("../README.md");
-    let section = readme.split("\n## ").find(|text| text.starts_with(section)).expect("the section");
-    let blocks = section.split("\n```").collect::<Vec<_>>();
-    let inside = blocks.iter().skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
-    inside.filter(|(name, _)| *name == language).map(|(_, code)| format!("{code}\n")).collect()
+/// The code blocks of a page that are marked with `language`.
+fn code_blocks(page: &str, language: &str) -> Vec<String> {
+    let parts = page.split("\n```").collect::<Vec<_>>();
+    let blocks = parts.iter().skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
+    blocks.filter(|(name, _)| *name == language).map(|(_, code)| format!("{code}\n")).collect()
 }
 
 #[test]
-fn readme_has_the_crate_that_is_built() {
+fn pages_have_the_crate_that_is_built() {
+    let (readme, chapter) = (include_str!("../README.md"), include_str!("../docs/library.md"));
     let program = include_str!("../examples/library.rs");
-    assert_eq!(readme_blocks("As a library", "rust,no_run"), [program]);
+    assert_eq!(code_blocks(chapter, "rust,no_run"), [program]);
+    // README has lines of it, in their order.
+    let mut lines = program.lines().map(str::trim);
+    for line in code_blocks(readme, "rust").concat().lines() {
+        assert!(lines.any(|of_program| of_program == line.trim()), "not in the program, or not here: {line}");
+    }
+
     let manifest = include_str!("../examples/own-crate/Cargo.toml").replace("../..", "../burn-ternary");
     let (_, dependencies) = manifest.split_once("[dependencies]").unwrap();
-    assert_eq!(readme_blocks("As a library", "toml"), [format!("[dependencies]{dependencies}")]);
+    for page in [readme, chapter] {
+        assert_eq!(code_blocks(page, "toml"), [format!("[dependencies]{dependencies}")]);
+    }
 }
 
 #[test]
-fn the_program_of_the_readme_trains_saves_exports_and_generates() {
+fn the_program_trains_saves_exports_and_generates() {
     let folder = tempfile::tempdir().unwrap();
     let experiment = crate::small_experiment(folder.path(), "library", &["model.d_model=64"]);
     let data = Dataset::prepare(&experiment.data, experiment.model.context, 1, folder.path()).unwrap();

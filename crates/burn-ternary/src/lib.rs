@@ -81,8 +81,3 @@ pub use import::ImportError;
 pub use ternary_format as format;
 #[cfg(feature = "infer")]
 pub use ternary_infer as infer;
-
-/// The README's program compiles.
-#[cfg(doctest)]
-#[doc = include_str!("../../../README.md")]
-struct Readme;
