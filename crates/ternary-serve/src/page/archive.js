@@ -1,22 +1,22 @@
 // All conversations, in memory and in localStorage: one key per conversation, so that tabs do not overwrite each other's.
 //
-// Memory has what is on the screen; storage may be full or forbidden. `save` reads first and merges. Another tab may write
-// between that reading and the writing. Its `storage` event then shows that something of ours is missing, and `open` saves it
-// again.
+// The map in memory is what the page shows, since storage may be full or forbidden. `save` merges what is stored before it
+// writes. If another tab writes between the two, its `storage` event shows that a message of ours is missing, and `open` saves
+// the conversation again.
 
-import { fromTurns, hasMore, merge, revive } from "./conversation.js";
+import { fromTurns, isAhead, merge, parseConversation } from "./conversation.js";
 
 const PREFIX = "duck.conversation.";
-const OLD = "duck.turns"; // the only conversation of earlier versions of this page
+const LEGACY_KEY = "duck.turns"; // earlier versions of this page stored one conversation here
 
 export const conversations = new Map();
 
 const unsaved = new Set(); // ids of conversations that are in memory only
 let onChange = () => {};
-let onTrouble = () => {};
+let onStorageError = () => {};
 
-/** Reads a value that is JSON. */
-export function read(key, otherwise) {
+/** Returns the JSON value of a key, or `otherwise` if there is none. */
+export function readJson(key, otherwise) {
   try {
     return JSON.parse(localStorage.getItem(key)) ?? otherwise;
   } catch {
@@ -24,8 +24,8 @@ export function read(key, otherwise) {
   }
 }
 
-/** Writes text. Returns why it could not be written, or an empty string. */
-function put(key, text) {
+/** Writes text. Returns an error message, or an empty string. */
+function writeText(key, text) {
   try {
     localStorage.setItem(key, text);
     return "";
@@ -36,31 +36,31 @@ function put(key, text) {
   }
 }
 
-export const write = (key, value) => put(key, JSON.stringify(value));
+export const writeJson = (key, value) => writeText(key, JSON.stringify(value));
 
-function stored(id) {
+function readStored(id) {
   try {
-    return revive(localStorage.getItem(PREFIX + id));
+    return parseConversation(localStorage.getItem(PREFIX + id));
   } catch {
     return null;
   }
 }
 
 export function save(conversation) {
-  const before = stored(conversation.id);
-  if (before) merge(conversation, before);
+  const previous = readStored(conversation.id);
+  if (previous) merge(conversation, previous);
   conversations.set(conversation.id, conversation);
-  const trouble = write(PREFIX + conversation.id, conversation);
-  if (trouble) unsaved.add(conversation.id);
+  const problem = writeJson(PREFIX + conversation.id, conversation);
+  if (problem) unsaved.add(conversation.id);
   else unsaved.delete(conversation.id);
-  onTrouble(trouble || (unsaved.size > 0 ? retry() : ""));
+  onStorageError(problem || (unsaved.size > 0 ? retry() : ""));
 }
 
-/** Writes again what could not be written: there may be room now. */
+/** Writes the unsaved conversations again: there may be room now. Returns an error message, or an empty string. */
 function retry() {
   for (const id of unsaved) {
-    const trouble = write(PREFIX + id, conversations.get(id));
-    if (trouble) return trouble;
+    const problem = writeJson(PREFIX + id, conversations.get(id));
+    if (problem) return problem;
     unsaved.delete(id);
   }
   return "";
@@ -71,45 +71,45 @@ export function remove(conversation) {
   unsaved.delete(conversation.id);
   try {
     localStorage.removeItem(PREFIX + conversation.id);
-  } catch { /* then it was not stored either */ }
-  onTrouble(retry());
+  } catch { /* no storage, so nothing to remove */ }
+  onStorageError(retry());
 }
 
 /**
- * Reads what is stored, and from then on what other tabs store. `onChange(id)`: another tab changed a conversation.
- * `onTrouble(text)`: why conversations cannot be stored; empty if they can. Returns the conversation of an earlier version
- * of this page, if there is one.
+ * Reads all stored conversations, and listens to the changes of other tabs. `onChange(id)` is called when another tab changed a
+ * conversation, `onStorageError(text)` with the reason why conversations cannot be stored, or an empty text when they can.
+ * Returns the conversation of an earlier version of this page, if there is one.
  */
 export function open(listeners) {
-  ({ onChange, onTrouble } = listeners);
+  ({ onChange, onStorageError } = listeners);
   try {
     for (const key of Object.keys(localStorage)) {
-      const conversation = key.startsWith(PREFIX) ? revive(localStorage.getItem(key)) : null;
+      const conversation = key.startsWith(PREFIX) ? parseConversation(localStorage.getItem(key)) : null;
       if (conversation) conversations.set(conversation.id, conversation);
     }
-  } catch { /* no storage, so nothing is stored */ }
+  } catch { /* no storage, so nothing to read */ }
   addEventListener("storage", ({ key, newValue }) => {
     if (!key?.startsWith(PREFIX)) return;
     const id = key.slice(PREFIX.length);
-    const theirs = revive(newValue);
+    const theirs = parseConversation(newValue);
     const mine = conversations.get(id);
     if (!theirs) conversations.delete(id);
     else if (!mine) conversations.set(id, theirs);
     else {
       merge(mine, theirs, true);
-      if (hasMore(mine, theirs)) save(mine);
+      if (isAhead(mine, theirs)) save(mine);
     }
     onChange(id);
   });
   addEventListener("beforeunload", (event) => {
-    if (unsaved.size > 0) event.preventDefault(); // the browser asks
+    if (unsaved.size > 0) event.preventDefault(); // the browser asks before it leaves the page
   });
-  const old = fromTurns(read(OLD, []));
-  if (old) save(old);
-  if (!old || !unsaved.has(old.id)) {
+  const migrated = fromTurns(readJson(LEGACY_KEY, []));
+  if (migrated) save(migrated);
+  if (!migrated || !unsaved.has(migrated.id)) {
     try {
-      localStorage.removeItem(OLD);
-    } catch { /* nothing there */ }
+      localStorage.removeItem(LEGACY_KEY);
+    } catch { /* no storage, so nothing to remove */ }
   }
-  return old;
+  return migrated;
 }

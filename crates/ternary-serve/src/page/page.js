@@ -1,34 +1,35 @@
-// The page: the conversation that is shown, the composer, and the answers in the making.
+// The page: the shown conversation, the composer, and the answers that are being generated.
 
 import * as archive from "./archive.js";
-import { add, newConversation, newMessage, path, showBranch, titleOf } from "./conversation.js";
-import { askForKey, authorization, sampling, systemMessage, whenKeyChanges } from "./settings.js";
-import { drawSidebar, focusSearch, toggleSidebar, uncover, watchSidebar } from "./sidebar.js";
-import { ask } from "./stream.js";
-import { drawText, drawThread, edit, watchThread } from "./thread.js";
+import { appendMessage, newConversation, newMessage, path, showBranch, titleOf } from "./conversation.js";
+import { requestApiKey, authorization, samplingFields, systemMessage, setKeyListener } from "./settings.js";
+import { drawSidebar, focusSearch, toggleSidebar, closeOverlay, initSidebar } from "./sidebar.js";
+import { streamCompletion } from "./stream.js";
+import { drawMessage, drawThread, openEditor, setThreadActions } from "./thread.js";
 
 const $ = (id) => document.getElementById(id);
 const [input, status, model, scroll, undo] = ["input", "status", "model", "scroll", "undo"].map($);
 
-const SAVED_EVERY = 1000; // ms, while an answer comes
-const TEXT_TOKENS = 128; // of a continuation, if the settings do not say
+const SAVE_INTERVAL = 1000; // milliseconds between two saves of a streaming answer
+const TEXT_TOKENS = 128; // default `max_tokens` of a text completion
 
-let current = newConversation(); // stored once it has a message
+let current = newConversation(); // the shown conversation; stored once it has a message
 let models = [];
-let deleted = null; // what "Undo" brings back
-const answers = new Map(); // by conversation: the answer in the making, or the last one if it failed or never began
+let deleted = null; // the conversation that "Undo" restores
+// By conversation id: the streaming answer, or the last one if it failed or stayed empty.
+const answers = new Map();
 
 const answerOf = (conversation) => answers.get(conversation.id) ?? {};
 const isBusy = (conversation = current) => Boolean(answerOf(conversation).controller);
 const continuesText = () => models.find(({ id }) => id === model.value)?.chat_template === false;
 
-function say(text, isError = false) {
+function setStatus(text, isError = false) {
   status.textContent = text;
   status.classList.toggle("error", isError);
 }
 
-const atEnd = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
-const toEnd = () => { scroll.scrollTop = scroll.scrollHeight; };
+const isAtEnd = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
+const scrollToEnd = () => { scroll.scrollTop = scroll.scrollHeight; };
 
 // The conversation
 
@@ -50,34 +51,34 @@ function draw() {
   const continues = continuesText();
   $("invitation").textContent = continues ? "Begin a text." : "Say something.";
   $("continues").hidden = !continues;
-  const wanted = isEmpty ? "Write how the text begins" : "Add to the text, or leave this empty";
-  input.placeholder = continues ? wanted : "Write a message";
+  const placeholder = isEmpty ? "Write how the text begins" : "Add to the text, or leave this empty";
+  input.placeholder = continues ? placeholder : "Write a message";
   $("send").textContent = continues ? "Continue" : "Send";
   drawSidebar(current);
 }
 
 function show(conversation) {
   current = conversation;
-  say(isBusy() && !answerOf(current).message.content ? "Reading…" : "");
+  setStatus(isBusy() && !answerOf(current).message.content ? "Reading…" : "");
   draw();
-  toEnd();
+  scrollToEnd();
 }
 
-/** Shows the conversation that the address names, or a new one. */
+/** Shows the conversation whose id is the fragment of the URL, or a new one. */
 function showAddressed() {
   show(archive.conversations.get(location.hash.slice(1)) ?? newConversation());
 }
 
-/** Stores the conversation on the screen, and gives it an address. */
-function keep(conversation) {
+/** Saves a conversation; the URL of the shown one gets its id. */
+function persist(conversation) {
   archive.save(conversation);
   if (conversation === current && location.hash.slice(1) !== current.id) history.replaceState(null, "", `#${current.id}`);
 }
 
-function begin() {
+function startConversation() {
   if (location.hash) history.pushState(null, "", location.pathname);
   if (path(current).length > 0) show(newConversation());
-  uncover();
+  closeOverlay();
   input.focus();
 }
 
@@ -85,9 +86,9 @@ function remove(conversation) {
   answerOf(conversation).controller?.abort();
   deleted = conversation;
   archive.remove(conversation);
-  if (conversation === current) begin();
+  if (conversation === current) startConversation();
   drawSidebar();
-  say(`Deleted “${titleOf(conversation)}”.`);
+  setStatus(`Deleted “${titleOf(conversation)}”.`);
   undo.hidden = false;
   undo.focus();
 }
@@ -103,36 +104,36 @@ undo.addEventListener("click", () => {
 function send() {
   const text = continuesText() ? input.value : input.value.trim();
   if (isBusy() || (!text.trim() && !(continuesText() && path(current).length > 0))) return;
-  if (!model.value) return loadModels(); // the server may be there by now
+  if (!model.value) return loadModels(); // the server may have started meanwhile
   input.value = "";
   input.dispatchEvent(new Event("input"));
-  if (text.trim()) add(current, newMessage(current.head, "user", text));
+  if (text.trim()) appendMessage(current, newMessage(current.head, "user", text));
   undo.hidden = true;
-  answer();
+  generateAnswer();
 }
 
-watchThread({
+setThreadActions({
   copy,
-  /** Another branch for an answer of the model, or an answer to a message without one. */
-  again(message) {
+  /** Generates another branch for an answer, or the answer of a message that has none. */
+  regenerate(message) {
     if (isBusy()) return;
-    const before = current.head;
+    const previousHead = current.head;
     if (message.role === "assistant" && message.id in current.messages) current.head = message.parent;
-    answer(before);
+    generateAnswer(previousHead);
   },
-  proceed: () => !isBusy() && answer(),
-  /** Another branch for the message that is edited. Returns whether it was sent. */
+  continueText: () => !isBusy() && generateAnswer(),
+  /** Sends the edited text as another branch of the message. Returns whether it was sent. */
   edit(message, text) {
     if (isBusy()) return false;
-    add(current, newMessage(message.parent, "user", message.text || continuesText() ? text : text.trim()));
-    answer();
+    appendMessage(current, newMessage(message.parent, "user", message.text || continuesText() ? text : text.trim()));
+    generateAnswer();
     return true;
   },
-  turn(message) {
+  switchBranch(message) {
     if (isBusy()) return;
     answers.delete(current.id);
     showBranch(current, message);
-    keep(current);
+    persist(current);
     draw();
   },
 });
@@ -145,124 +146,124 @@ $("log").addEventListener("click", ({ target }) => {
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
-    say("Copied.");
+    setStatus("Copied.");
   } catch {
-    say("The browser does not let this page copy.", true);
+    setStatus("The browser does not let this page copy.", true);
   }
 }
 
 // An answer
 
-/** What a model that continues texts goes on with: what the user wrote begins a line, unless it says otherwise. */
-const textOf = (messages) => messages.reduce((text, { role, content }) =>
+/** The prompt of a text completion: all messages, a user's on a new line unless white space separates it already. */
+const promptText = (messages) => messages.reduce((text, { role, content }) =>
   text + (role === "user" && text && !/\s$/.test(text) && !/^\s/.test(content) ? "\n" : "") + content, "");
 
 function request(messages) {
-  if (continuesText()) return { model: model.value, prompt: textOf(messages), max_tokens: TEXT_TOKENS, ...sampling() };
+  if (continuesText()) return { model: model.value, prompt: promptText(messages), max_tokens: TEXT_TOKENS, ...samplingFields() };
   const system = systemMessage();
-  const said = messages.map(({ role, content }) => ({ role, content }));
-  return { model: model.value, messages: [...(system ? [{ role: "system", content: system }] : []), ...said], ...sampling() };
+  const turns = messages.map(({ role, content }) => ({ role, content }));
+  return { model: model.value, messages: [...(system ? [{ role: "system", content: system }] : []), ...turns], ...samplingFields() };
 }
 
-// Three digits: no more are measured.
-const brief = (number) => String(Number(number.toPrecision(3)));
-const duration = (ms) => (ms < 1000 ? `${brief(ms)} ms` : `${brief(ms / 1000)} s`);
+// Three significant digits: the measurement has no more.
+const threeDigits = (number) => String(Number(number.toPrecision(3)));
+const duration = (ms) => (ms < 1000 ? `${threeDigits(ms)} ms` : `${threeDigits(ms / 1000)} s`);
 
 /**
- * Has the model answer the conversation that is shown; it goes on when another one is shown meanwhile. `before` is shown
- * again if nothing comes.
+ * Streams the model's answer to the shown conversation. It continues while another conversation is shown. `previousHead`, the
+ * answer that is generated again, is restored if the new one stays empty.
  */
-async function answer(before = null) {
+async function generateAnswer(previousHead = null) {
   const conversation = current;
   const messages = path(conversation);
   const continues = continuesText();
   const message = newMessage(conversation.head, "assistant", "", { model: model.value, ...(continues ? { text: true } : {}) });
   const controller = new AbortController();
   const isShown = () => conversation === current;
-  answers.set(conversation.id, { controller, message, before });
-  if (!before) keep(conversation);
+  answers.set(conversation.id, { controller, message, previousHead });
+  if (!previousHead) persist(conversation);
   // Another tab may have deleted it meanwhile.
-  const store = () => archive.conversations.has(conversation.id) && keep(conversation);
-  const begun = performance.now();
-  let [first, saving, tokens, dropped, why, error] = [0, 0, 0, 0, "", null];
-  const seconds = () => (performance.now() - first) / 1000;
-  const rate = () => (tokens > 1 && seconds() > 0 ? `${brief((tokens - 1) / seconds())} tokens/s` : "");
+  const store = () => archive.conversations.has(conversation.id) && persist(conversation);
+  const startedAt = performance.now();
+  let [firstTokenAt, saveTimer, tokens, dropped, reason, error] = [0, 0, 0, 0, "", null];
+  const seconds = () => (performance.now() - firstTokenAt) / 1000;
+  const rate = () => (tokens > 1 && seconds() > 0 ? `${threeDigits((tokens - 1) / seconds())} tokens/s` : "");
   draw();
-  say("Reading…");
-  toEnd();
+  setStatus("Reading…");
+  scrollToEnd();
   try {
-    for await (const part of ask(request(messages), authorization(), controller.signal)) {
+    for await (const part of streamCompletion(request(messages), authorization(), controller.signal)) {
       dropped = part.dropped ?? dropped;
       tokens = part.tokens ?? tokens;
-      if (part.finish === "length") why = "cut at its longest";
+      if (part.finish === "length") reason = "cut at its longest";
       if (!part.text) continue;
       tokens += 1;
       message.content += part.text;
-      if (!first) {
-        first = performance.now();
-        message.note = "not finished"; // what a reload would find
-        add(conversation, message);
+      if (!firstTokenAt) {
+        firstTokenAt = performance.now();
+        message.note = "not finished"; // the note after a reload
+        appendMessage(conversation, message);
         store();
       }
-      saving ||= setTimeout(() => {
-        saving = 0;
+      saveTimer ||= setTimeout(() => {
+        saveTimer = 0;
         store();
-      }, SAVED_EVERY);
+      }, SAVE_INTERVAL);
       if (!isShown()) continue;
-      const follow = atEnd();
-      drawText(message);
-      if (follow) toEnd();
-      $("rate").textContent = rate(); // not a status: it would be read out all the time
-      say("");
+      const follow = isAtEnd();
+      drawMessage(message);
+      if (follow) scrollToEnd();
+      $("rate").textContent = rate(); // outside of the live region, or screen readers would read every update
+      setStatus("");
     }
   } catch (thrown) {
     error = thrown.name === "AbortError" ? null : thrown;
-    why = !error ? "stopped" : error instanceof TypeError ? "the server does not answer" : error.message;
-    // Requests of a page that is being left fail too. Such a page is gone before it stores a reason that is none.
+    reason = !error ? "stopped" : error instanceof TypeError ? "the server does not answer" : error.message;
+    // Leaving the page fails its requests too. The wait lets it unload before it stores that as an error.
     if (error instanceof TypeError) await new Promise((resume) => setTimeout(resume, 250));
   }
-  clearTimeout(saving);
-  if (!message.content && !why) why = "nothing came";
-  const wait = first ? `${duration(first - begun)} to the first` : "";
-  const left = dropped ? `without the oldest ${dropped > 1 ? `${dropped} messages` : "message"}` : "";
-  const counted = tokens ? `${tokens} tokens` : "";
-  Object.assign(message, { done: true, note: [counted, rate(), wait, left, why].filter(Boolean).join(" · ") });
-  // An answer that never began is no part of the conversation. Why is shown in its place until something else happens; where
-  // an earlier answer comes back instead, in the status line.
-  const isNothing = !message.content;
-  const comesBack = isNothing && before;
-  if (comesBack) conversation.head = before;
-  if ((error || isNothing) && !comesBack) answers.set(conversation.id, { message, failed: Boolean(error) });
+  clearTimeout(saveTimer);
+  if (!message.content && !reason) reason = "nothing came";
+  const latency = firstTokenAt ? `${duration(firstTokenAt - startedAt)} to the first` : "";
+  const droppedNote = dropped ? `without the oldest ${dropped > 1 ? `${dropped} messages` : "message"}` : "";
+  const tokenNote = tokens ? `${tokens} tokens` : "";
+  Object.assign(message, { done: true, note: [tokenNote, rate(), latency, droppedNote, reason].filter(Boolean).join(" · ") });
+  // An empty answer is not part of the conversation. Its error is shown in its place until the next action, or in the status
+  // line if the previous answer is restored.
+  const isBlank = !message.content;
+  const restoresPrevious = isBlank && previousHead;
+  if (restoresPrevious) conversation.head = previousHead;
+  if ((error || isBlank) && !restoresPrevious) answers.set(conversation.id, { message, failed: Boolean(error) });
   else answers.delete(conversation.id);
   store();
   if (isShown()) {
     draw();
-    say(comesBack ? why : "", Boolean(error));
+    setStatus(restoresPrevious ? reason : "", Boolean(error));
     if (matchMedia("(pointer: fine)").matches && !document.querySelector("dialog[open]") && !isElsewhere()) input.focus();
   } else {
     drawSidebar();
   }
-  if (error?.status === 401) askForKey();
+  if (error?.status === 401) requestApiKey();
 }
 
-// A user who writes elsewhere, or reads the list, is not disturbed.
+// Whether the focus must stay where it is: in the list, an editor, or scrollable content.
 const isElsewhere = () => document.activeElement.closest?.("#sidebar, .editor, .code, .table");
 
 const stop = () => answerOf(current).controller?.abort();
 
 addEventListener("pagehide", () => {
-  for (const [id, { controller, message, before }] of answers) {
+  for (const [id, { controller, message, previousHead }] of answers) {
     const conversation = archive.conversations.get(id);
     if (!controller || !conversation) continue;
-    // Of a new answer nothing has come: a reload shows the earlier one.
-    if (before && !message.content) conversation.head = before;
-    keep(conversation);
+    // The new answer is empty: a reload shows the previous one.
+    if (previousHead && !message.content) conversation.head = previousHead;
+    persist(conversation);
   }
 });
 
 // The composer
 
-function fit() {
+function resizeInput() {
   if (CSS.supports("field-sizing", "content")) return;
   input.style.height = "auto";
   input.style.height = `${input.scrollHeight}px`;
@@ -277,13 +278,13 @@ const draft = (text) => {
 };
 
 input.addEventListener("input", () => {
-  fit();
+  resizeInput();
   draft(input.value);
 });
 input.addEventListener("keydown", (event) => {
   if (event.key === "ArrowUp" && !input.value && !isBusy()) {
     const last = path(current).findLast(({ role }) => role === "user");
-    if (last) edit(last);
+    if (last) openEditor(last);
     event.preventDefault();
   }
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -295,17 +296,17 @@ $("composer").addEventListener("submit", (event) => {
   send();
 });
 $("stop").addEventListener("click", stop);
-$("new").addEventListener("click", begin);
+$("new").addEventListener("click", startConversation);
 
 // Shortcuts
 
 const shortcuts = $("shortcuts");
 const showShortcuts = () => (shortcuts.open ? shortcuts.close() : shortcuts.showModal());
-const SHORTCUTS = { "shift+o": begin, "k": focusSearch, "shift+s": toggleSidebar, "/": showShortcuts };
+const SHORTCUTS = { "shift+o": startConversation, "k": focusSearch, "shift+s": toggleSidebar, "/": showShortcuts };
 
 document.addEventListener("keydown", (event) => {
   const isOpen = document.querySelector("dialog[open]");
-  if (event.key === "Escape" && !isOpen && !$("menu").matches(":popover-open") && !uncover()) stop();
+  if (event.key === "Escape" && !isOpen && !$("menu").matches(":popover-open") && !closeOverlay()) stop();
   if (!(event.ctrlKey || event.metaKey) || event.altKey) return;
   const run = SHORTCUTS[(event.shiftKey && event.key !== "/" ? "shift+" : "") + event.key.toLowerCase()];
   if (!run || (isOpen && isOpen !== shortcuts)) return;
@@ -323,46 +324,46 @@ if (/Mac|iPhone|iPad/.test(navigator.platform))
 async function loadModels() {
   try {
     const response = await fetch("/v1/models", { headers: authorization() });
-    if (response.status === 401) return askForKey();
+    if (response.status === 401) return requestApiKey();
     const { data } = await response.json();
-    const before = archive.read("duck.model", "");
+    const previousHead = archive.readJson("duck.model", "");
     models = data;
-    model.replaceChildren(...data.map(({ id }) => new Option(id, id, false, id === before)));
+    model.replaceChildren(...data.map(({ id }) => new Option(id, id, false, id === previousHead)));
     model.disabled = data.length < 2;
-    say("");
+    setStatus("");
     draw();
   } catch {
-    say("The server does not answer.", true);
+    setStatus("The server does not answer.", true);
   }
 }
 
 model.addEventListener("change", () => {
-  archive.write("duck.model", model.value);
+  archive.writeJson("duck.model", model.value);
   draw();
 });
-whenKeyChanges(loadModels);
+setKeyListener(loadModels);
 
-// From here on
+// Start
 
-const taken = archive.open({
+const migrated = archive.open({
   onChange(id) {
     const theirs = archive.conversations.get(id);
     if (id !== current.id) return drawSidebar();
-    if (!theirs) return say("Another tab has deleted this conversation. The next message stores it again.");
+    if (!theirs) return setStatus("Another tab has deleted this conversation. The next message stores it again.");
     current = theirs;
-    const follow = atEnd();
+    const follow = isAtEnd();
     if (isBusy()) drawSidebar();
     else draw();
-    if (follow) toEnd();
+    if (follow) scrollToEnd();
   },
-  onTrouble(text) {
+  onStorageError(text) {
     $("trouble").textContent = text;
   },
 });
-watchSidebar(remove);
+initSidebar(remove);
 addEventListener("popstate", showAddressed);
-if (taken) history.replaceState(null, "", `#${taken.id}`);
+if (migrated) history.replaceState(null, "", `#${migrated.id}`);
 input.value = draft();
-fit();
+resizeInput();
 showAddressed();
 loadModels();

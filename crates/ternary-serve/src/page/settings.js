@@ -1,23 +1,23 @@
-// The settings dialog: how answers are drawn, the theme, and the API key.
+// The settings dialog: system message, sampling, theme and API key.
 
-import { read, write } from "./archive.js";
+import { readJson, writeJson } from "./archive.js";
 
 const DEFAULTS = { system: "", temperature: "0.8", top_p: "0.95", top_k: "0", min_p: "0.05", max_tokens: "", seed: "" };
 
 const dialog = document.getElementById("settings");
 const form = dialog.querySelector("form");
-const why = document.getElementById("why");
+const explanation = document.getElementById("why");
 
 const settings = {};
-let key = "";
-let onKey = () => {};
+let apiKey = "";
+let onKeyChange = () => {};
 try {
-  key = sessionStorage.getItem("duck.key") ?? "";
+  apiKey = sessionStorage.getItem("duck.key") ?? "";
 } catch { /* no storage */ }
 
 function load() {
   Object.assign(settings, DEFAULTS);
-  for (const [name, value] of Object.entries(read("duck.settings", {}) ?? {}))
+  for (const [name, value] of Object.entries(readJson("duck.settings", {}) ?? {}))
     if (name in DEFAULTS && typeof value === "string") settings[name] = value;
 }
 load();
@@ -27,37 +27,37 @@ addEventListener("storage", (event) => {
 
 export const systemMessage = () => settings.system.trim();
 
-/** How answers are drawn, as fields of a request. */
-export function sampling() {
+/** The sampling settings as fields of a request. */
+export function samplingFields() {
   const names = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"].filter((name) => settings[name] !== "");
   return Object.fromEntries(names.map((name) => [name, Number(settings[name])]));
 }
 
-export const authorization = () => (key ? { Authorization: `Bearer ${key}` } : {});
+export const authorization = () => (apiKey ? { Authorization: `Bearer ${apiKey}` } : {});
 
-/** `listener` is called when there is another key. */
-export const whenKeyChanges = (listener) => { onKey = listener; };
+/** `listener` is called when the API key changes. */
+export const setKeyListener = (listener) => { onKeyChange = listener; };
 
 export function openSettings(field, message = "") {
-  why.textContent = message;
+  explanation.textContent = message;
   for (const element of form.elements) if (element.name in settings) element.value = settings[element.name];
-  form.elements.key.value = key;
+  form.elements.key.value = apiKey;
   form.elements.theme.value = document.documentElement.dataset.theme;
   if (!dialog.open) dialog.showModal();
   if (field) form.elements[field].focus();
 }
 
-export const askForKey = () => openSettings("key", key ? "The API key is wrong." : "The server asks for an API key.");
+export const requestApiKey = () => openSettings("key", apiKey ? "The API key is wrong." : "The server asks for an API key.");
 
 document.getElementById("open-settings").addEventListener("click", () => openSettings());
 document.getElementById("reset").addEventListener("click", () => {
   for (const [name, value] of Object.entries(DEFAULTS)) form.elements[name].value = value;
 });
 form.elements.theme.addEventListener("change", ({ target }) => {
-  document.documentElement.dataset.theme = target.value; // theme.js reads it the next time
+  document.documentElement.dataset.theme = target.value; // theme.js reads the stored value at the next start
   try {
     localStorage.setItem("duck.theme", target.value);
-  } catch { /* then for this page only */ }
+  } catch { /* no storage: the choice lasts until the page is closed */ }
 });
 dialog.addEventListener("click", (event) => {
   if (event.target === dialog) dialog.close();
@@ -67,12 +67,12 @@ dialog.addEventListener("close", () => {
     const element = form.elements[name];
     if (element.checkValidity()) settings[name] = element.value;
   }
-  write("duck.settings", settings);
-  const shown = form.elements.key.value.trim();
-  if (shown === key) return;
-  key = shown;
+  writeJson("duck.settings", settings);
+  const entered = form.elements.key.value.trim();
+  if (entered === apiKey) return;
+  apiKey = entered;
   try {
-    sessionStorage.setItem("duck.key", key);
-  } catch { /* then for this page only */ }
-  onKey();
+    sessionStorage.setItem("duck.key", apiKey);
+  } catch { /* no storage: the key lasts until the page is closed */ }
+  onKeyChange();
 });

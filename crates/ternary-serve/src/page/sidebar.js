@@ -7,11 +7,11 @@ const $ = (id) => document.getElementById(id);
 const [sidebar, list, search, menu, toggle] = ["sidebar", "conversations", "search", "menu", "toggle-sidebar"].map($);
 const isNarrow = matchMedia("(max-width: 52rem)");
 
-let chosen = null; // the conversation that the menu is for
-let renaming = null; // the one whose title is being written
-let current = null; // the one that is shown
+let menuConversation = null; // the conversation whose menu is open
+let renaming = null; // the id of the conversation whose title is being edited
+let current = null; // the shown conversation
 
-const finds = (conversation, words) => {
+const matchesSearch = (conversation, words) => {
   const text = [titleOf(conversation), ...Object.values(conversation.messages).map(({ content }) => content)];
   const whole = text.join("\n").toLowerCase();
   return words.every((word) => whole.includes(word));
@@ -19,15 +19,15 @@ const finds = (conversation, words) => {
 
 export function drawSidebar(shown = current) {
   current = shown;
-  if (renaming && list.querySelector("form:not([hidden])")) return; // a name is being written
+  if (renaming && list.querySelector("form:not([hidden])")) return; // redrawing would close the title field
   const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const found = [...conversations.values()].filter((conversation) => finds(conversation, words));
+  const found = [...conversations.values()].filter((conversation) => matchesSearch(conversation, words));
   found.sort((a, b) => b.updated - a.updated);
-  list.replaceChildren(...found.map(entry));
+  list.replaceChildren(...found.map(listItem));
   $("none").textContent = found.length > 0 ? "" : words.length > 0 ? "Nothing found." : "No conversations yet.";
 }
 
-function entry(conversation) {
+function listItem(conversation) {
   const item = $("entry").content.firstElementChild.cloneNode(true);
   const [open, more, form] = ["a", ".more", "form"].map((selector) => item.querySelector(selector));
   const title = titleOf(conversation);
@@ -58,7 +58,7 @@ function entry(conversation) {
   field.addEventListener("blur", () => finish(true));
   field.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
-    event.stopPropagation(); // it stops no answer
+    event.stopPropagation(); // Escape would also stop the answer
     finish(false);
   });
   return item;
@@ -67,7 +67,7 @@ function entry(conversation) {
 // The menu of a conversation
 
 function openMenu(conversation, button) {
-  chosen = conversation;
+  menuConversation = conversation;
   const { left, bottom } = button.getBoundingClientRect();
   menu.showPopover();
   const room = (space, size) => Math.max(8, Math.min(space, size));
@@ -79,7 +79,7 @@ function openMenu(conversation, button) {
 function download(name, kind, text) {
   const address = URL.createObjectURL(new Blob([text], { type: kind }));
   Object.assign(document.createElement("a"), { href: address, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 60_000); // not sooner than the browser has read it
+  setTimeout(() => URL.revokeObjectURL(address), 60_000); // the browser may still be reading it
 }
 
 const fileName = (conversation, extension) => {
@@ -97,25 +97,25 @@ const ACTIONS = {
   json: (conversation) => download(fileName(conversation, "json"), "application/json", toJson(conversation)),
 };
 
-/** `onDelete(conversation)`: the user deletes it. */
-export function watchSidebar(onDelete) {
+/** Adds the event handlers. `onDelete(conversation)` is called when the user deletes a conversation. */
+export function initSidebar(onDelete) {
   menu.addEventListener("click", ({ target }) => {
     const action = target.closest("button")?.dataset.action;
     if (!action) return;
     menu.hidePopover();
-    if (action === "delete") onDelete(chosen);
-    else ACTIONS[action](chosen);
+    if (action === "delete") onDelete(menuConversation);
+    else ACTIONS[action](menuConversation);
   });
   search.addEventListener("input", () => drawSidebar());
   toggle.addEventListener("click", toggleSidebar);
   $("veil").addEventListener("click", () => showSidebar(false));
-  showSidebar(!isNarrow.matches && wanted(), false);
-  isNarrow.addEventListener("change", ({ matches }) => showSidebar(!matches && wanted(), false));
+  showSidebar(!isNarrow.matches && wasOpen(), false);
+  isNarrow.addEventListener("change", ({ matches }) => showSidebar(!matches && wasOpen(), false));
 }
 
-// Whether it is shown: next to the conversation if there is room, else over it until one is chosen.
+// Visibility: next to the conversation on a wide screen; on a narrow one over it, until a conversation is chosen.
 
-function wanted() {
+function wasOpen() {
   try {
     return localStorage.getItem("duck.sidebar") !== "closed";
   } catch {
@@ -130,7 +130,7 @@ function showSidebar(open, keep = !isNarrow.matches) {
   if (!keep) return;
   try {
     localStorage.setItem("duck.sidebar", open ? "open" : "closed");
-  } catch { /* then for this page only */ }
+  } catch { /* no storage: the choice lasts until the page is closed */ }
 }
 
 export function toggleSidebar() {
@@ -145,8 +145,8 @@ export function focusSearch() {
   search.select();
 }
 
-/** Closes it where it covers the conversation; whether it did. */
-export function uncover() {
+/** Closes the sidebar if it covers the conversation. Returns whether it did. */
+export function closeOverlay() {
   if (!isNarrow.matches || sidebar.hidden) return false;
   showSidebar(false);
   toggle.focus();

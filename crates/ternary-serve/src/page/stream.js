@@ -1,7 +1,7 @@
-// Answers of the server, as they come.
+// Streaming completions of the server.
 
-/** The JSON of server-sent events. */
-async function* events(body) {
+/** Yields the JSON of each server-sent event. */
+async function* serverSentEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
@@ -19,12 +19,13 @@ async function* events(body) {
 }
 
 /**
- * Asks for an answer, a chat's for `messages`, else the continuation of `prompt`. Yields `{ dropped }`, the messages that
- * the server left out; `{ text }`, a piece; `{ finish }`; `{ tokens }`, how many there were.
+ * Streams a chat completion of `body.messages`, or else a text completion of `body.prompt`. Yields `{ dropped }`, the number of
+ * messages that the server dropped from the prompt; `{ text }`, the next piece of text; `{ finish }`, the finish reason; and
+ * `{ tokens }`, the number of generated tokens.
  *
- * Throws errors with the server's message, and its `status` and `code`.
+ * Throws an error with the server's message, `status` and `code`.
  */
-export async function* ask(body, headers, signal) {
+export async function* streamCompletion(body, headers, signal) {
   const path = body.messages ? "/v1/chat/completions" : "/v1/completions";
   const response = await fetch(path, {
     method: "POST",
@@ -38,7 +39,7 @@ export async function* ask(body, headers, signal) {
     throw Object.assign(new Error(error.message ?? `status ${status}`), { status, code: error.code });
   }
   yield { dropped: Number(response.headers.get("x-dropped-messages") ?? 0) };
-  for await (const event of events(response.body)) {
+  for await (const event of serverSentEvents(response.body)) {
     if (event.error) throw new Error(event.error.message);
     if (event.usage) yield { tokens: event.usage.completion_tokens };
     const choice = event.choices?.[0];

@@ -1,14 +1,14 @@
 "use strict";
 
-// Not a module, so that it runs before the page is painted: a chosen theme does not flash up in the other one.
+// A classic script, not a module: it runs before the first paint, so the page does not flash in the other theme.
 {
-  const use = () => {
+  const apply = () => {
     let theme = null;
     try {
       theme = localStorage.getItem("duck.theme");
-    } catch { /* no storage: as the system has it */ }
+    } catch { /* no storage: the theme of the system */ }
     document.documentElement.dataset.theme = theme === "light" || theme === "dark" ? theme : "system";
   };
-  use();
-  addEventListener("storage", use); // another tab has changed it
+  apply();
+  addEventListener("storage", apply); // another tab changed it
 }

@@ -4,58 +4,61 @@ import { branches } from "./conversation.js";
 import { render } from "./markdown.js";
 
 const log = document.getElementById("log");
-const items = new WeakMap(); // of messages; what is drawn stays, with what is selected in it
+const items = new WeakMap(); // message to list item: reusing an item keeps the text selection in it
 let actions = {};
 
-/** `actions`: `copy`, `again`, `proceed` and `edit(message, text)`, `turn(message)` to another branch. */
-export const watchThread = (listeners) => { actions = listeners; };
+/**
+ * Sets what the buttons of a message call: `copy(text)`, `regenerate(message)`, `continueText()`, `edit(message, text)` and
+ * `switchBranch(message)`.
+ */
+export const setThreadActions = (listeners) => { actions = listeners; };
 
-function itemOf(message) {
+function itemFor(message) {
   const known = items.get(message);
   if (known) return known;
   const item = document.getElementById("turn").content.firstElementChild.cloneNode(true);
   item.classList.add(message.role);
   item.querySelector(".who").textContent = message.role === "user" ? "You said:" : "The model said:";
   item.querySelector(".copy").addEventListener("click", () => actions.copy(message.content));
-  item.querySelector(".edit").addEventListener("click", () => edit(message));
-  item.querySelector(".again").addEventListener("click", () => actions.again(message));
-  item.querySelector(".proceed").addEventListener("click", () => actions.proceed());
+  item.querySelector(".edit").addEventListener("click", () => openEditor(message));
+  item.querySelector(".again").addEventListener("click", () => actions.regenerate(message));
+  item.querySelector(".proceed").addEventListener("click", () => actions.continueText());
   items.set(message, item);
   return item;
 }
 
-/** Draws what a message says: of an answer, as Markdown. */
-export function drawText(message) {
-  const item = itemOf(message);
+/** Draws the text of a message: an answer as Markdown, others as plain text. */
+export function drawMessage(message) {
+  const item = itemFor(message);
   const text = item.querySelector(".text");
-  const isPlain = message.role === "user" || message.text === true;
-  text.classList.toggle("plain", isPlain);
-  if (!isPlain) render(text, message.content);
+  const isPlainText = message.role === "user" || message.text === true;
+  text.classList.toggle("plain", isPlainText);
+  if (!isPlainText) render(text, message.content);
   else if (text.textContent !== message.content) text.textContent = message.content;
   return item;
 }
 
 /**
- * Draws messages. `live` is the answer that is being written, `failed` one that could not be, `continues` whether the model
- * continues texts.
+ * Draws messages. `live` is the streaming answer, `failed` an answer with an error; `continues` is true if the model has no chat
+ * template.
  */
 export function drawThread(conversation, messages, { live, failed, continues }) {
   const drawn = messages.map((message, i) => {
-    const item = drawText(message);
+    const item = drawMessage(message);
     const isLast = i === messages.length - 1;
     item.classList.toggle("live", message === live);
     item.classList.toggle("error", message === failed);
     item.querySelector(".note").textContent = message === live ? "" : message.note;
-    const part = (selector, shown) => { item.querySelector(selector).hidden = !shown; };
+    const toggle = (selector, shown) => { item.querySelector(selector).hidden = !shown; };
     const isUser = message.role === "user";
-    part(".copy", message.content);
-    part(".edit", isUser);
-    part(".again", isUser ? isLast : !message.text || isLast);
-    part(".proceed", !isUser && message.text && isLast && continues);
+    toggle(".copy", message.content);
+    toggle(".edit", isUser);
+    toggle(".again", isUser ? isLast : !message.text || isLast);
+    toggle(".proceed", !isUser && message.text && isLast && continues);
     drawBranches(conversation, message, item);
     return item;
   });
-  // Only what is elsewhere is moved: moving takes the focus away.
+  // An item that is in its place is not moved, since moving it would lose the focus.
   drawn.forEach((item, i) => log.children[i] !== item && log.insertBefore(item, log.children[i] ?? null));
   while (log.children.length > drawn.length) log.lastElementChild.remove();
   log.setAttribute("aria-busy", String(Boolean(live)));
@@ -63,25 +66,25 @@ export function drawThread(conversation, messages, { live, failed, continues }) 
 
 function drawBranches(conversation, message, item) {
   const all = message.id in conversation.messages ? branches(conversation, message) : [message];
-  const place = all.indexOf(message);
+  const position = all.indexOf(message);
   const box = item.querySelector(".branches");
   box.hidden = all.length < 2;
-  box.querySelector(".place").textContent = `${place + 1}/${all.length}`;
-  for (const [selector, other] of [[".earlier", all[place - 1]], [".later", all[place + 1]]]) {
+  box.querySelector(".place").textContent = `${position + 1}/${all.length}`;
+  for (const [selector, other] of [[".earlier", all[position - 1]], [".later", all[position + 1]]]) {
     const button = box.querySelector(selector);
     button.disabled = !other;
     button.onclick = () => {
-      actions.turn(other);
-      // The arrows of the other branch are where those of this one were.
-      const arrows = itemOf(other).querySelector(".branches");
+      actions.switchBranch(other);
+      // The focus moves to the same arrow of the other branch.
+      const arrows = itemFor(other).querySelector(".branches");
       (arrows.querySelector(`${selector}:enabled`) ?? arrows.querySelector("button:enabled"))?.focus();
     };
   }
 }
 
-/** Lets a message be written anew, in its place. */
-export function edit(message) {
-  const item = itemOf(message);
+/** Opens an editor in place of a message's text. */
+export function openEditor(message) {
+  const item = itemFor(message);
   if (item.querySelector("form")) return item.querySelector("textarea").focus();
   const form = document.getElementById("edit").content.firstElementChild.cloneNode(true);
   const field = form.querySelector("textarea");
@@ -102,7 +105,7 @@ export function edit(message) {
   });
   field.addEventListener("keydown", (event) => {
     if (event.key === "Escape") {
-      event.stopPropagation(); // it stops no answer
+      event.stopPropagation(); // Escape would also stop the answer
       close();
       item.querySelector(".edit").focus();
     } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
