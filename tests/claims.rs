@@ -233,7 +233,7 @@ fn the_ablation_is_computed_from_the_committed_results() {
 }
 
 #[test]
-fn the_settings_of_compute_are_computed_from_the_committed_results() {
+fn the_matmul_precisions_are_computed_from_the_committed_results() {
     let rows = rows("docs/integer-training.md", "compute");
     assert_eq!(rows.len(), 8, "{rows:?}");
     let valid = |name: &str, seeds: &str| mean(&results_of(name, seeds), |result| result.valid_loss.unwrap());
@@ -249,7 +249,7 @@ fn the_settings_of_compute_are_computed_from_the_committed_results() {
 
 /// `tests/archive.rs` of ternary-format checks the format; this is the file that README and book mention.
 #[test]
-fn a_trained_file_of_half_a_bit_a_weight_unpacks_bit_for_bit_and_runs() {
+fn the_committed_archive_unpacks_bit_for_bit_and_runs() {
     let path = Path::new("experiments/results/50-zeros-93-1.ternary");
     let packed = fs::read(path).unwrap();
     let ratio = results("50-zeros-93")[0].fp32_bytes as f64 / packed.len() as f64;

@@ -255,7 +255,7 @@ fn readers_change_nothing() {
 
 /// A checkpoint with correct checksums, but without the tensors of this model.
 #[test]
-fn a_sealed_checkpoint_without_a_tensor_is_an_error_of_the_data() {
+fn a_checkpoint_that_lacks_a_tensor_is_a_data_error() {
     use burn::{module::Module, nn::LinearConfig};
     let out = tempfile::tempdir().unwrap();
     let short = command(out.path(), &["--steps", "4"]);

@@ -137,7 +137,7 @@ fn code(weight: f32, threshold: f32) -> f32 {
 }
 
 #[test]
-fn every_rule_and_granularity_gives_the_scales_codes_and_weights_of_float64() {
+fn scales_codes_and_weights_agree_with_float64() {
     let device = cpu();
     for seed in [1, 2] {
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
@@ -510,7 +510,7 @@ fn absmax_rounds_as_float64_does() {
 }
 
 #[test]
-fn rows_with_f16_scales_are_codes_times_scales_that_a_file_can_hold() {
+fn rows_are_codes_times_f16_scales() {
     let device = cpu();
     let rng = &mut ChaCha8Rng::seed_from_u64(9);
     for levels in [127.0f32, 7.0] {

@@ -324,7 +324,7 @@ fn a_trained_gpt2_sorts_every_input() {
 }
 
 #[test]
-fn a_trained_gpt2_sorts_nearly_every_input_when_it_has_become_ternary() {
+fn a_gpt2_made_ternary_still_sorts_nearly_every_input() {
     let Some(reference) = Reference::open("gpt_nano_sort") else { return };
     let float = gpt_nano_sort(&reference);
     let packed = export_for_inference(&float, None, "sort").unwrap();

@@ -91,7 +91,7 @@ fn child_process_of_the_kill_test() {
 }
 
 #[test]
-fn a_run_killed_twenty_times_ends_bit_for_bit_like_one_that_was_not() {
+fn a_run_killed_twenty_times_ends_like_an_uninterrupted_one() {
     let out = tempfile::tempdir().unwrap();
     let (whole, killed) = (out.path().join("whole"), out.path().join("killed"));
     let experiment_of = |out: &Path| experiment(out).run_dir();

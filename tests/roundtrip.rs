@@ -216,7 +216,7 @@ fn a_loaded_module_computes_what_the_exported_one_does_bit_for_bit() {
 }
 
 #[test]
-fn a_model_that_no_file_can_express_is_refused_with_the_setting_to_change() {
+fn an_inexpressible_model_is_an_error_that_names_the_setting() {
     let config = shape(Family::Llama);
     let normed = QuantConfig::default().with_input_norm(true);
     for quant in [normed.clone(), normed.float()] {

@@ -80,7 +80,7 @@ fn new_ids_are_the_mean_of_the_others() {
 }
 
 #[test]
-fn a_llama_becomes_a_bitnet_and_a_tied_head_a_head_of_its_own() {
+fn a_llama_starts_a_bitnet_and_a_tied_head_an_untied_one() {
     let packed = float(&shape(Family::Llama));
     let config = shape(Family::Bitnet).with_tied(false);
     let model = config.init_from(&packed, &QuantConfig::default(), 0, &device()).unwrap();
@@ -121,7 +121,7 @@ fn another_shape_is_refused_by_its_key() {
 }
 
 #[test]
-fn ternary_weights_are_trained_further_with_their_own_scales_only() {
+fn ternary_files_train_further_with_learned_scales_only() {
     let config = shape(Family::Llama);
     let ternary = config.init(&QuantConfig::default(), 3, &device());
     let packed = export_for_inference(&ternary, None, "duck").unwrap();

@@ -104,7 +104,7 @@ fn a_run_folder_of_version_0_opens_and_exports() {
 }
 
 #[test]
-fn a_run_folder_of_version_0_resumes_to_its_loss_and_refuses_other_settings() {
+fn a_run_folder_of_version_0_resumes_to_its_loss() {
     let (_home, experiment) = run_of_version_0();
     let run_dir = experiment.run_dir();
     let resume = RunOptions::default().with_quiet(true).with_resume(true);

@@ -35,7 +35,7 @@ fn loss(home: &TempDir, model: &str, flags: &[&str]) -> f64 {
 }
 
 #[test]
-fn every_command_uses_an_adapter_and_export_merges_it_into_a_float_model() {
+fn every_command_takes_an_adapter_and_export_merges_it() {
     let home = adapted();
     let beside = ["--adapter", "adapter"];
     for model in ["model.gguf", "float.gguf"] {

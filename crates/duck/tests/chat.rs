@@ -161,7 +161,7 @@ fn a_model_without_a_chat_template_continues_each_line_by_itself() {
 }
 
 #[test]
-fn the_built_in_duck_answers_the_question_and_not_the_turn_before() {
+fn the_built_in_duck_answers_the_last_question() {
     let answers =
         piped(&home(), &["chat", "--temperature", "0"], "Good morning!\nWhat is your name?\nI am sad\n");
     let answers: Vec<&str> = answers.lines().collect();
@@ -192,7 +192,7 @@ sys.stdout.buffer.write(shown)
 "#;
 
 #[test]
-fn a_terminal_has_a_greeting_several_lines_and_questions_of_earlier_sessions() {
+fn a_terminal_has_greeting_multiline_input_and_history() {
     let home = home();
     let history = home.path().join("state/history");
     let talk = |inputs: &[&str]| {

@@ -42,7 +42,7 @@ fn loss_perplexity_and_bits_per_byte_are_consistent() {
 }
 
 #[test]
-fn a_window_that_moves_less_sees_more_and_equal_seeds_give_equal_intervals() {
+fn the_stride_sets_the_context_of_scored_tokens() {
     let home = school();
     let text = "a b c d e f g h ".repeat(20);
     fs::write(home.path().join("long.txt"), text).unwrap();
@@ -57,6 +57,11 @@ fn a_window_that_moves_less_sees_more_and_equal_seeds_give_equal_intervals() {
     assert_eq!(loss(&[]), loss(&["--stride", "16"]));
     // One document has no interval.
     assert_eq!(run(&[])["files"][0]["models"][0]["loss"].get("low"), None);
+}
+
+#[test]
+fn equal_seeds_give_equal_intervals() {
+    let home = school();
     let texts = ["eval", "model.gguf", "--data", "texts.txt", "--json"];
     assert_eq!(output(&home, &texts), output(&home, &texts));
     assert_ne!(output(&home, &texts), output(&home, &[&texts[..], &["--seed", "2"]].concat()));
@@ -93,7 +98,7 @@ fn models_are_columns_of_one_table() {
 }
 
 #[test]
-fn without_data_run_folders_are_compared_on_their_validation_documents() {
+fn without_data_runs_are_compared_on_their_validation_documents() {
     let home = school();
     let one = "{\"text\": \"One duck.\"}\n{\"text\": \"Two ducks.\"}\n";
     for (run, documents) in

@@ -117,7 +117,7 @@ fn limits() -> Vec<u64> {
 }
 
 #[test]
-fn every_command_ends_with_exit_code_4_or_works_under_a_limit() {
+fn every_command_under_a_memory_limit_works_or_exits_with_4() {
     let home = home();
     texts(&home);
     let mut wrong = Vec::new();

@@ -22,7 +22,7 @@ fn has_template(home: &TempDir, model: &str) -> bool {
 }
 
 #[test]
-fn a_model_of_plain_text_is_proposed_trained_and_goes_on_with_what_is_written() {
+fn a_model_of_plain_text_is_trained_and_continues_text() {
     let home = home();
     let poems = home.path().join("poems");
     fs::create_dir(&poems).unwrap();
@@ -73,7 +73,7 @@ fn a_model_of_plain_text_is_proposed_trained_and_goes_on_with_what_is_written() 
 }
 
 #[test]
-fn a_model_of_dialogues_chats_and_keeps_doing_so_when_it_is_trained_on() {
+fn a_model_of_dialogues_still_chats_after_further_training() {
     let home = home();
     let lines = |i| format!("{{\"question\": \"Who is number {i}?\", \"answer\": \"A duck, it's me.\"}}\n");
     fs::write(home.path().join("talk.jsonl"), (0..200).map(lines).collect::<String>()).unwrap();
@@ -166,7 +166,7 @@ fn an_experiment_replaces_no_file_unless_told_to() {
 }
 
 #[test]
-fn a_conversion_keeps_the_chat_template_and_its_recipe_is_the_measured_one() {
+fn a_conversion_keeps_chat_template_and_measured_settings() {
     let home = home();
     let float = crate::model(ternary_format::Encoding::F32, ternary_format::Encoding::F32, 3);
     ternary_format::write_model(&float, &home.path().join("float.gguf"), &Default::default()).unwrap();
@@ -184,7 +184,7 @@ fn a_conversion_keeps_the_chat_template_and_its_recipe_is_the_measured_one() {
 }
 
 #[test]
-fn keys_that_an_experiment_leaves_out_have_the_values_of_the_recipe_of_conversions() {
+fn missing_keys_of_a_conversion_have_the_measured_settings() {
     let home = home();
     let float = crate::model(ternary_format::Encoding::F32, ternary_format::Encoding::F32, 3);
     ternary_format::write_model(&float, &home.path().join("float.gguf"), &Default::default()).unwrap();

@@ -156,7 +156,7 @@ fn time(address: &str) -> Duration {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn forty_prompts_of_a_megabyte_take_little_memory_and_delay_no_request() {
+fn large_prompts_take_little_memory_and_delay_no_request() {
     let home = home();
     // The Duck of the program, whose tokenizer is byte-pair encoding.
     let (mut server, address) = spawn(&home, &["--port", "0"], Stdio::null());
@@ -252,7 +252,7 @@ fn connections_without_the_key_do_not_keep_out_its_owner() {
 }
 
 #[test]
-fn killed_in_the_middle_of_streams_it_comes_back_with_the_same_answers() {
+fn a_killed_server_restarts_with_the_same_answers() {
     let home = home();
     let (mut server, address) = start(&home, "0");
     let text = |address: &str| {

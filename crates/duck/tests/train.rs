@@ -50,7 +50,7 @@ fn a_training_whose_errors_cannot_be_written_trains() {
 
 /// What is wrong with the command is said first, not what is in the folder.
 #[test]
-fn a_second_training_with_a_wrong_argument_reports_that_argument() {
+fn wrong_arguments_are_reported_before_an_existing_run() {
     let home = home();
     fs::create_dir_all(home.path().join("runs/00-default-1")).unwrap();
     fs::write(home.path().join("runs/00-default-1/metrics.jsonl"), "").unwrap();

@@ -63,7 +63,7 @@ fn completions_and_man_pages_are_printed() {
 
 #[cfg(unix)]
 #[test]
-fn a_reader_that_goes_away_is_no_error_and_a_full_disk_is_one() {
+fn a_closed_pipe_is_no_error_but_a_full_disk_is() {
     let home = home();
     let run = |arguments: &[&str], to: std::process::Stdio| {
         let program = env!("CARGO_BIN_EXE_duck");

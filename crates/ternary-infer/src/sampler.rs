@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn greedy_takes_the_first_of_the_likeliest_unless_it_is_penalized() {
+    fn greedy_takes_the_most_likely_token_after_penalties() {
         let logits = [f32::NAN, 1.0, 3.0, 3.0, f32::NEG_INFINITY];
         assert_eq!(Sampler::new(Sampling::greedy(), 5).unwrap().sample(&logits), 2);
         assert_eq!(Sampler::new(Sampling::greedy(), 5).unwrap().sample(&[f32::NAN; 5]), 0);

@@ -208,7 +208,7 @@ fn messages_come_as_strings_or_parts() {
 }
 
 #[test]
-fn max_tokens_defaults_to_the_context_in_chats_and_to_sixteen_in_texts() {
+fn default_max_tokens_of_chats_is_the_context_of_texts_sixteen() {
     let site = Site::new(|_| ());
     let greedy = json!({ "temperature": 0, "max_tokens": null });
     let body = site.post(CHAT, &chat(greedy)).json();

@@ -330,7 +330,7 @@ mod tests {
 
     /// The file is what the shipped Duck is measured on.
     #[test]
-    fn held_out_questions_are_in_no_dialogue_and_their_answers_are() {
+    fn held_out_questions_are_new_but_their_answers_are_known() {
         let letters = |text: &str| text.to_lowercase().replace(|c: char| !c.is_ascii_lowercase(), "");
         let dialogues = read("train", &["embedded:dialogues".into()]).unwrap();
         let [questions, answers] = [0, 1].map(|part| {

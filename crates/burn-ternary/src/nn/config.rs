@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn bitnet_adds_one_sub_norm_before_the_output_and_one_before_the_down_projection() {
+    fn bitnet_adds_sub_norms_before_output_and_down_projection() {
         let llama = DuckConfig::duck_tiny();
         let bitnet = DuckConfig { family: Family::Bitnet, ..llama.clone() };
         assert_eq!(bitnet.count().other - llama.count().other, 4 * (128 + 384));

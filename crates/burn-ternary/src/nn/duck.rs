@@ -535,7 +535,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_seed_gives_one_model_and_the_twin_starts_from_the_same_weights() {
+    fn equal_seeds_give_equal_weights_also_to_the_float_twin() {
         let config = tiny(Family::Bitnet);
         let weights = |quant: &QuantConfig, seed| {
             let model = config.init(quant, seed, &device());

@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_sees_what_the_weight_multiplies_and_its_gradients_are_central_differences() {
+    fn an_adapter_has_the_input_of_its_layer_and_exact_gradients() {
         let [tokens, d_input, rank, d_output] = SIZES;
         let device = device().autodiff();
         for quant in quants() {
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_adapter_changes_no_bit_and_a_seed_gives_the_same_one() {
+    fn a_new_adapter_changes_no_bit_and_follows_its_seed() {
         for family in FAMILIES {
             for quant in quants() {
                 let model = tiny(family).init(&quant, 1, &device());
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn all_but_the_adapters_is_frozen_and_their_size_is_arithmetic() {
+    fn only_adapters_are_trained_and_counted_as_such() {
         for family in FAMILIES {
             for (rank, targets) in
                 [(1, &["all"][..]), (3, &["query", "value"]), (4, &["key", "down", "up"]), (2, &["output"])]
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn freezing_the_base_saves_its_gradients_and_changes_no_bit_of_the_others() {
+    fn freezing_the_base_changes_no_adapter_gradient() {
         for family in FAMILIES {
             for quant in quants() {
                 let config = DuckConfig { tied: family == Family::Gpt2, ..tiny(family) };

@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_shows_and_leaves_the_average_alone() {
+    fn non_finite_values_are_shown_but_not_averaged() {
         let mut loss = metric("Loss");
         update(&mut loss, StepReport { loss: 2.0, tokens: 8, ..Default::default() });
         let entry = update(&mut loss, StepReport { loss: f64::NAN, tokens: 8, ..Default::default() });

@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn little_text_gets_a_short_context_and_too_little_is_an_error() {
+    fn little_text_gets_a_short_context_or_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("text.txt");
         let proposed = |text: String| {

@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_name_in_a_new_file_or_an_override_is_an_error_with_the_new_name() {
+    fn an_old_key_is_an_error_that_names_the_new_one() {
         for (section, old, new) in RENAMED {
             let expected = format!("it is named `{section}.{new}`");
             let message = error(&format!("version = 1\n{section}.{old} = 1\n"));

@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_and_columns_of_different_zero_fractions_cost_their_own_entropies() {
+    fn rows_and_columns_cost_their_own_entropies() {
         let (rows, cols) = (1024, 1024);
         let spread = |i: usize| 0.3 + 0.69 * (i * 619 % 1024) as f64 / 1023.0;
         let ideal = (0..1024).map(|i| entropy(spread(i))).sum::<f64>() / 1024.0;

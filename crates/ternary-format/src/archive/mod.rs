@@ -420,7 +420,7 @@ mod tests {
 
     /// 393 kB of packed zeros would expand to 69 MB, which would take seconds on all cores.
     #[test]
-    fn a_file_that_expands_without_bound_is_refused_before_it_is_unpacked() {
+    fn an_expansion_bomb_is_refused_before_it_is_unpacked() {
         let mut bomb = model::random(Family::Llama, None);
         let spec = &mut bomb.spec;
         (spec.d_model, spec.n_heads, spec.n_kv_heads, spec.d_ff) = (64, 1, 1, 1);

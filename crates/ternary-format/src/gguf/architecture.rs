@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_llama_cpp_computes_with_are_refused_where_they_change_the_model() {
+    fn unsupported_llama_cpp_keys_that_change_the_model_are_refused() {
         let text = |text: &str| Value::Text(text.into());
         let neutral: [&[(&str, Value)]; 7] = [
             &[],

@@ -540,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_and_values_are_rounded_to_the_nearest_f16_at_their_place() {
+    fn keys_and_values_are_stored_as_the_nearest_f16() {
         for isa in Isa::available() {
             for width in [1, 16, 37, 64] {
                 let row = |step: f32| (0..width).map(|i| (i as f32 * step).sin() * 3.0).collect::<Vec<_>>();
@@ -563,7 +563,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore)] // nothing here is unsafe, and it takes very long
-    fn attention_is_that_of_float64_and_the_same_bits_alone_or_among_others() {
+    fn attention_agrees_with_float64_and_is_the_same_in_a_batch() {
         for width in [2, 14, 16, 64, 72, 100] {
             let positions = 83;
             // Positions of very different size, one of zeros.

@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn softmax_weights_are_those_of_float64_and_equal_on_every_instruction_set() {
+    fn softmax_agrees_with_float64_on_every_instruction_set() {
         for n in [1, 15, 16, 37, 300] {
             for temperature in [0.3, 1.0, 7.0] {
                 let mut logits: Vec<f32> = (0..n).map(|i| ((i * 7919 % 1000) as f32 / 50.0) - 10.0).collect();

@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn moments_are_rounded_to_a_sixteenth_or_to_the_least_of_their_block() {
+    fn eight_bit_moments_are_within_their_rounding() {
         for len in [1, 17, MOMENT_BLOCK, 3 * MOMENT_BLOCK + 5] {
             // Magnitudes over seven decades.
             let grad: Vec<f32> =

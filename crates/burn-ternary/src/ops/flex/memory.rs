@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tensor_holds_what_was_written_and_its_copies_are_their_own() {
+    fn a_changed_copy_leaves_its_tensor_alone() {
         for n in [3, 100_000] {
             let mut buffer = TensorBuffer::new(2 * n);
             buffer.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);

@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loaded_record_goes_on_bit_for_bit_and_has_two_bytes_a_weight() {
+    fn an_int8_record_is_small_and_continues_bit_for_bit() {
         let mut whole = optimizer(Moments::Int8);
         let mut at = layer();
         for _ in 0..3 {
