@@ -1,4 +1,4 @@
-//! Batches: windows of tokens as tensors. Infallible.
+//! Batches: windows of tokens as tensors. Nothing here can fail.
 
 use super::window::{TokenWindows, Window};
 use burn::{

@@ -20,8 +20,8 @@ const DIALOGUES: &str = include_str!("../../data/duck_dialogues.jsonl");
 /// Minimum number of documents that are split between documents; with fewer, the validation set is cut from inside a text.
 const MIN_SPLIT_DOCUMENTS: usize = 20;
 
-/// Whether a model that is trained on these documents learns to chat: at least 1 % of them are dialogues. A few dialogues in a large
-/// text teach nothing, and would make every program that loads the model present it as a chat model.
+/// Whether a model that is trained on these documents is a chat model: at least 1 % of them are dialogues. A model does not learn to
+/// chat from fewer, and its chat template would make every program present it as a chat model.
 pub fn make_chat_model(dialogues: usize, documents: usize) -> bool {
     dialogues > 0 && dialogues >= documents.div_ceil(100)
 }
@@ -103,9 +103,9 @@ pub fn split(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<Documen
     }
 }
 
-/// Draws an order of the documents from `seed`, from 20 of them on.
+/// Shuffles 20 or more documents by `seed`; fewer keep their order.
 ///
-/// Neighbours share windows. In files they often share a subject or an answer as well, which a model then learns to copy.
+/// Consecutive documents share windows. In files they often share a subject or an answer too, which a model would learn to copy.
 pub fn shuffle(documents: &mut [Document], seed: u64) {
     if documents.len() >= MIN_SPLIT_DOCUMENTS {
         documents.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));

@@ -66,9 +66,9 @@ impl Default for DataConfig {
 /// A corpus that is ready to train on.
 #[derive(Clone, Debug)]
 pub struct Dataset {
-    /// Of the texts; an exported model takes it along.
+    /// The tokenizer of the texts, which exported model files contain.
     pub tokenizer: Tokenizer,
-    /// The training windows, shuffled, without end.
+    /// The training windows: an endless, shuffled sequence.
     pub train: TokenWindows,
     /// The validation windows, in the order of the text.
     pub valid: TokenWindows,
@@ -93,7 +93,7 @@ impl Dataset {
     }
 }
 
-/// The texts of a run and their tokenizer, in memory: nothing is written yet.
+/// The texts of a run and their tokenizer, in memory, before anything is written.
 #[derive(Clone, Debug)]
 pub struct Texts {
     /// Of the texts.
@@ -104,7 +104,7 @@ pub struct Texts {
 }
 
 impl Texts {
-    /// Looks whether the texts of `config` can be found, before a run folder is claimed for them.
+    /// Checks that the texts of `config` exist, before a run folder is locked for them.
     ///
     /// # Errors
     /// `Read`, `UnknownKind`, `NothingFound`, as [`read`](Self::read).
@@ -112,7 +112,7 @@ impl Texts {
         config.train.iter().chain(&config.valid).try_for_each(|source| corpus::expect_there(source))
     }
 
-    /// Reads and splits the texts of `config`, and makes their tokenizer.
+    /// Reads and splits the texts of `config`, and loads or trains their tokenizer.
     ///
     /// A `bpe` tokenizer that was trained on the same texts is taken from `cache_dir`. A run that goes on (`resumes`) takes the
     /// one that is there, whatever the texts are now, and never trains another: weights and ids belong together.

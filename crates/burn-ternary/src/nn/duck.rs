@@ -101,6 +101,9 @@ impl DuckQuantized {
 
     /// [`Self::forward`], and the hidden states of block `states_of` (counted from 0).
     ///
+    /// # Shapes
+    /// ids `[batch, seq]` to `[batch, seq, vocab]`; those of the states: [`BlockStates`]
+    ///
     /// # Panics
     /// If `seq` exceeds the context.
     pub fn forward_with_states(

@@ -1,4 +1,4 @@
-//! Makes the layers of one model.
+//! Creates the layers of a model from its configuration.
 
 use super::{
     DuckConfig, Family,
@@ -9,7 +9,7 @@ use super::{
 use crate::quant::{QuantConfig, ScheduleHandle};
 use burn::tensor::Device;
 
-/// Settings shared by the layers of a model, and the generator of their initial weights.
+/// Settings shared by the layers of a model.
 pub(super) struct LayerFactory<'a> {
     pub config: &'a DuckConfig,
     pub quant: &'a QuantConfig,
@@ -17,6 +17,7 @@ pub(super) struct LayerFactory<'a> {
 }
 
 impl LayerFactory<'_> {
+    /// The configuration of a linear layer.
     pub fn linear(&self, d_input: usize, d_output: usize) -> QuantizedLinearConfig {
         QuantizedLinearConfig {
             d_input,
@@ -29,12 +30,14 @@ impl LayerFactory<'_> {
         }
     }
 
-    /// A linear layer at the end of a residual branch: its initial weights are smaller the more branches add up (GPT-2).
+    /// A linear layer at the end of a residual branch. Its initial weights are divided by `sqrt(2 n_layers)`, as in GPT-2, since that
+    /// many branches are added.
     pub fn residual_linear(&self, d_input: usize, d_output: usize) -> QuantizedLinearConfig {
         let std = INIT_STD / (2.0 * self.config.n_layers as f64).sqrt();
         QuantizedLinearConfig { std, ..self.linear(d_input, d_output) }
     }
 
+    /// The norm of the family.
     pub fn norm(&self, device: &Device) -> Norm {
         let (d, eps) = (self.config.d_model, self.config.norm_eps);
         match self.config.family {

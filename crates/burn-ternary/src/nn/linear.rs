@@ -145,7 +145,10 @@ impl QuantizedLinear {
         self.config.mixed_precision.cast(input)
     }
 
-    /// The weight that the forward pass multiplies, `[d_input, d_output]`.
+    /// The weight that the forward pass multiplies: quantized, or blended while lambda is below 1; the latent one in a float twin.
+    ///
+    /// # Shapes
+    /// `[d_input, d_output]`
     pub fn effective_weight(&self) -> Tensor<2> {
         match &self.quantizer {
             Some(quantizer) => quantizer.fake_quantize(self.weight.val()),
@@ -153,7 +156,10 @@ impl QuantizedLinear {
         }
     }
 
-    /// The bias that the forward pass adds, `[d_output]`: the parameter plus that of dead weights (`quant.dead_bias`).
+    /// The bias that the forward pass adds: the parameter plus that of dead weights (`quant.dead_bias`).
+    ///
+    /// # Shapes
+    /// `[d_output]`
     pub fn effective_bias(&self) -> Option<Tensor<1>> {
         let bias = self.bias.as_ref().map(|bias| bias.val());
         let dead = self.quantizer.as_ref().and_then(|quantizer| quantizer.dead_bias(self.weight.val()));
@@ -163,7 +169,10 @@ impl QuantizedLinear {
         }
     }
 
-    /// The codes -1, 0, +1 as floats, `[d_input, d_output]`; `None` in a float twin.
+    /// The codes -1, 0, +1 as floats; `None` in a float twin.
+    ///
+    /// # Shapes
+    /// `[d_input, d_output]`
     pub fn codes(&self) -> Option<Tensor<2>> {
         self.quantizer.as_ref().map(|quantizer| quantizer.codes(self.weight.val()))
     }

@@ -86,7 +86,10 @@ impl Norm {
     }
 }
 
-/// RMS norm without parameters: `x / sqrt(mean(x^2) + eps)`, computed in f32.
+/// RMS norm without parameters: `x / sqrt(mean(x^2) + eps)` of each row, computed in f32.
+///
+/// # Shapes
+/// `[..., d]` to the same, in the type of the input
 pub fn rms_normalize<const D: usize>(input: Tensor<D>, eps: f64) -> Tensor<D> {
     in_f32(input, |rows| {
         let ones = Tensor::ones([rows.dims()[1]], &rows.device());

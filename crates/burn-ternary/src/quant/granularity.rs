@@ -19,7 +19,13 @@ impl Granularity {
         }
     }
 
-    /// The weight seen as `[groups, n, channels]`; moves no data.
+    /// The weight as a view in which the weights that share a scale lie along dimension 1. No data is moved.
+    ///
+    /// # Shapes
+    /// `[d_input, d_output]` to `[groups, n, channels]`
+    ///
+    /// # Panics
+    /// If a group size does not divide `d_input`.
     pub fn view(self, weight: Tensor<2>) -> Tensor<3> {
         let shape = self.shape(weight.dims());
         weight.reshape(shape)

@@ -98,7 +98,10 @@ impl TernaryQuantizer {
         self.scale_and_threshold(&weight).0.detach()
     }
 
-    /// The trained scale before rounding, in units of the codes, with its gradient: shape of [`scales`](Self::scales).
+    /// The trained scale before it is rounded to f16, with its gradient; `None` if the rule computes the scale.
+    ///
+    /// # Shapes
+    /// As [`scales`](Self::scales).
     pub fn learned_scale(&self) -> Option<Tensor<3>> {
         Some(self.config.rule.rule().trained_scale(self.scale.as_ref()?.val()))
     }

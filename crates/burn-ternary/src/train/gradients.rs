@@ -1,4 +1,4 @@
-//! What is done to gradients between the backward pass and the optimizer.
+//! Gradients between the backward pass and the optimizer: global norm, clipping, accumulation.
 
 use burn::{
     Tensor,
@@ -8,10 +8,10 @@ use burn::{
 
 use crate::ops::square_sum;
 
-/// The global L2 norm of the gradients of `module`, over all parameters together, `sqrt(sum g^2)`; and the gradients.
+/// Returns the gradients of `module` and their global L2 norm, `sqrt(sum g^2)` over all parameters.
 ///
-/// Each is summed on the device in its own type, and all sums are read by the host at once and added in f64. The norm is not finite
-/// where a NaN or an infinity is among the gradients, or squares beyond f32, that is a norm above 1.8e19.
+/// The device sums the squares of each gradient in the gradient's type; the host reads all sums at once and adds them in f64. The
+/// norm is not finite if a gradient has a NaN or an infinity, or if a sum of squares exceeds f32 (a norm above 1.8e19).
 pub fn global_norm<M: Module>(grads: GradientsParams, module: &M) -> (GradientsParams, f64) {
     let mut squares = SquareSum { from: grads, into: GradientsParams::new(), sums: Vec::new() };
     module.visit(&mut squares);
@@ -22,12 +22,12 @@ pub fn global_norm<M: Module>(grads: GradientsParams, module: &M) -> (GradientsP
     (grads, Tensor::cat(sums, 0).into_data().iter::<f64>().sum::<f64>().sqrt())
 }
 
-/// What gradients of this norm are multiplied by, so that it is at most `max_norm`; 0: leave them as they are.
+/// The factor that clips gradients of this norm to `max_norm`: `min(1, max_norm / norm)`. A `max_norm` of 0 does not clip.
 pub fn clip_factor(norm: f64, max_norm: f64) -> f32 {
     if max_norm > 0.0 && norm > max_norm { (max_norm / norm) as f32 } else { 1.0 }
 }
 
-/// Sums the squares of each gradient; moves the gradients, so that a parameter that a module holds twice counts once.
+/// Sums the squares of each gradient. It moves the gradients, so that a parameter that is twice in a module counts once.
 struct SquareSum {
     from: GradientsParams,
     into: GradientsParams,
@@ -43,8 +43,8 @@ impl ModuleVisitor for SquareSum {
     }
 }
 
-/// Add `grads` to `total`, parameter by parameter. Where each micro-batch's loss carries its share of
-/// the tokens as weight, the sum is the gradient of the mean over all tokens.
+/// Adds `grads` to `total`, parameter by parameter. If the loss of each micro-batch is weighted by its share of the step's tokens,
+/// the sum is the gradient of the mean over all tokens.
 pub fn accumulate<M: Module>(
     total: Option<GradientsParams>,
     grads: GradientsParams,

@@ -1,26 +1,27 @@
-//! Logits to a loss. Knows no model.
+//! The loss of a language model, computed from its logits.
 
 use crate::ops::log_likelihood;
 use burn::tensor::{Int, Tensor};
 
 /// The parts of the loss of a batch, each a tensor of one number.
 pub struct LmLoss {
-    /// Mean cross entropy over the targets that carry loss, in nats per token.
+    /// Mean cross entropy over the targets that count in the loss, in nats per token.
     pub cross_entropy: Tensor<1>,
     /// Mean squared log partition function over the same targets.
     pub z: Tensor<1>,
-    /// How many of those targets have the largest logit. No gradient.
+    /// Number of those targets that have the largest logit. No gradient.
     pub correct: Tensor<1>,
 }
 
-/// Cross entropy, z-loss term and hits of a batch, over the targets where the mask is 1.
+/// Cross entropy, z-loss and number of correct predictions of a batch, over the targets where the mask is 1.
 ///
-/// `cross_entropy = mean(log Z - logit[target])` and `z = mean((log Z)^2)` with `Z = sum exp(logits)`. Without any
-/// target under the mask, all three are 0.
+/// `cross_entropy = mean(log Z - logit[target])` and `z = mean((log Z)^2)` with `Z = sum exp(logits)`. `tokens` is the number of
+/// ones in the mask; if it is 0, all three results are 0.
 ///
 /// # Shapes
 /// - logits: `[batch, seq, vocab]`
 /// - targets, mask: `[batch, seq]`
+/// - each result: `[1]`
 ///
 /// # Source
 /// Chowdhery et al., PaLM, section 5, for the z-loss.

@@ -1,4 +1,4 @@
-//! What changes with the step: learning rate, weight decay, the share of the ternary weight, and sparsity.
+//! Schedules: learning rate, weight decay, the share of the ternary weight, and sparsity, as functions of the step.
 //!
 //! Steps count from 0: step `k` is the `k`-th optimizer update, and the last of `total` is `total - 1`.
 
@@ -54,7 +54,7 @@ pub struct ScheduleConfig {
 }
 
 impl Default for ScheduleConfig {
-    /// Float for the first 60 % of the steps, and a learning rate that falls to zero: what was best in our runs.
+    /// Float for the first 60 % of the steps, and a learning rate that falls to zero: the best values of our runs.
     fn default() -> Self {
         Self {
             shape: Shape::Cosine,
@@ -69,11 +69,10 @@ impl Default for ScheduleConfig {
     }
 }
 
-/// The factors of each step of a run: pure functions of the step, so that a resumed run needs nothing but its step.
+/// The scheduled factors of a run. They are pure functions of the step, so a resumed run needs only its step.
 ///
-/// Everything that rises or falls does so by
-/// `ramp(k, a, b) = clamp((k - a + 1) / (b - a + 1), 0, 1)` (1 for `k >= a` where `b <= a`): 0 before step `a`,
-/// 1 from step `b` on. The first step of a ramp moves already, hence warm-up does not waste one at a rate of 0.
+/// Every ramp is `ramp(k, a, b) = clamp((k - a + 1) / (b - a + 1), 0, 1)`: 0 before step `a`, 1 from step `b` on (from `a` on if
+/// `b <= a`). Its first step is above 0, so the warm-up has no step with a learning rate of 0.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schedule {
     shape: Shape,
@@ -91,7 +90,7 @@ impl Schedule {
     /// The schedule of a run of `total_steps`; fractions of it are rounded to the nearest step.
     pub fn new(config: &ScheduleConfig, total_steps: usize) -> Self {
         let at = |fraction: f64| (fraction * total_steps as f64).round() as usize;
-        // The first step after the warm-up has the peak rate, whatever the shape; decay starts behind it.
+        // In every shape, the first step after the warm-up has the peak rate, and the decay starts after that step.
         let peak = config.warmup_steps;
         let decay_from = match config.shape {
             Shape::Constant => usize::MAX,
@@ -113,15 +112,18 @@ impl Schedule {
 
     /// The learning rate of `step` over its peak, in [0, 1].
     ///
-    /// Warm-up of `w` steps: `(k + 1) / (w + 1)`, which is 1 at `k = w`. Then with `m` the `min_lr_ratio` and
-    /// `p = ramp(k, s, total - 1)`, hence exactly `m` at the last step:
+    /// Warm-up of `w` steps: `(k + 1) / (w + 1)`, which is 1 at `k = w`. Afterwards, with `m` the `min_lr_ratio` and
+    /// `p = ramp(k, s, total - 1)`; except for `constant`, the last step has exactly `m`:
     ///
     /// - constant: 1
     /// - cosine, `s = w + 1`: `m + (1 - m) (1 + cos(pi p)) / 2`
     /// - linear, `s = w + 1`: `m + (1 - m) (1 - p)`
     /// - warmup-stable-decay, `s = total - decay_fraction * total`: 1 before `s`, then as linear
     ///
-    /// A run that ends within its warm-up never reaches the peak, and a run of one step without warm-up has it.
+    /// A run that ends within its warm-up never reaches the peak. A run of one step without warm-up is at the peak.
+    ///
+    /// # Source
+    /// Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", equation 5, for the cosine.
     pub fn lr_factor(&self, step: usize) -> f64 {
         if step < self.decay_from {
             return ramp(step, 0, self.warmup);
@@ -134,7 +136,7 @@ impl Schedule {
         self.min_lr_ratio + (1.0 - self.min_lr_ratio) * remaining
     }
 
-    /// 1 while weight decay acts, 0 from step `weight_decay_until * total` on.
+    /// The factor of weight decay: 1, and 0 from step `weight_decay_until * total` on.
     ///
     /// # Source
     /// Late removal of weight decay: "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (BitNet b1.58, 2024).
@@ -148,8 +150,8 @@ impl Schedule {
         ramp(step, self.float_until, self.ramp_until)
     }
 
-    /// How far a sparsity that grows has come, in [0, 1]: `1 - (1 - ramp(k, f, s))^3` with `f` and `s` the steps of
-    /// `float_until` and `sparse_until`. Fast while many weights can be spared.
+    /// The progress of growing sparsity, in [0, 1]: `1 - (1 - ramp(k, f, s))^3` with `f` and `s` the steps of `float_until` and
+    /// `sparse_until`. It prunes fast at first, while many weights are redundant.
     ///
     /// # Source
     /// Zhu and Gupta, To prune, or not to prune, 2017, equation 1.
@@ -157,7 +159,7 @@ impl Schedule {
         1.0 - (1.0 - ramp(step, self.float_until, self.sparse_until)).powi(3)
     }
 
-    /// The first of the first `steps` steps at which two schedules of the same keys differ, and the key that makes them differ.
+    /// The first step below `steps` at which two schedules of one shape differ, with the key whose factor differs there.
     pub fn first_difference(&self, other: &Self, steps: usize) -> Option<(&'static str, usize)> {
         type Factor = fn(&Schedule, usize) -> f64;
         let rate = match self.shape {
@@ -190,14 +192,14 @@ fn ramp(step: usize, from: usize, to: usize) -> f64 {
     (done / (to.saturating_sub(from) + 1) as f64).min(1.0)
 }
 
-/// A [`Schedule`] as Burn's learner takes it: the `k`-th call of `step` gives `peak * lr_factor(k)`.
+/// A [`Schedule`] as a learning rate scheduler of Burn: the `k`-th call of `step` returns `peak * lr_factor(k)`.
 ///
-/// Its record is the step alone. `step` is the next one: a resumed run sets it to the steps already taken.
+/// Its record has the next step only, which is the number of steps that a resumed run has already taken.
 #[derive(Clone, Debug)]
 pub struct PeakSchedule {
     /// Peak learning rate.
     pub peak: LearningRate,
-    /// Its factor by step.
+    /// The factor of each step.
     pub schedule: Schedule,
     /// The next step, from 0.
     pub step: usize,

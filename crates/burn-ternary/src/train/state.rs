@@ -2,17 +2,17 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The position and running means of a run, apart from its tensors; floats come back bit for bit.
+/// The state of a run besides its tensors: step, counters and running means. A file restores its floats bit for bit.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainState {
-    /// Optimizer steps done, skipped ones included; names the checkpoint.
+    /// Number of optimizer steps done, including skipped ones; the name of the checkpoint.
     pub step: usize,
     /// Seed of the run.
     pub seed: u64,
     /// Training windows consumed: the position in the data order, which is a pure function of (seed, index).
     pub windows_seen: u64,
-    /// Target tokens trained on.
+    /// Number of learned tokens so far.
     pub tokens: u64,
     /// Running mean of the loss that the spike guard compares with, nats per token.
     #[serde(with = "exact_option")]
@@ -23,22 +23,22 @@ pub struct TrainState {
     /// Running share of steps whose loss was a spike.
     #[serde(default, with = "exact")]
     pub spike_share: f64,
-    /// Steps in a row whose loss was a spike or no finite number.
+    /// Number of consecutive steps whose loss was a spike or not finite.
     pub bad_steps: usize,
-    /// Skipped steps of the whole run.
+    /// Number of skipped steps of the whole run.
     pub skipped_steps: usize,
-    /// Steps of the whole run without a learned token, which changed nothing.
+    /// Number of steps of the whole run without a learned token, which changed nothing.
     #[serde(default)]
     pub empty_steps: usize,
-    /// Returns to an earlier checkpoint.
+    /// Number of rollbacks to an earlier checkpoint.
     pub rollbacks: usize,
-    /// Nats per token.
+    /// Lowest validation loss, in nats per token.
     #[serde(with = "exact_option")]
     pub best_valid_loss: Option<f64>,
-    /// The step of that loss; not known of a checkpoint of before this was kept.
+    /// The step of that loss; `None` in checkpoints of versions that did not record it.
     #[serde(default)]
     pub best_valid_step: Option<usize>,
-    /// Validation losses of the weights that the run started from, where it started from a model.
+    /// Validation losses of the initial weights, if the run started from a model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<StartLoss>,
     /// Wall time over all sessions of the run, seconds.
@@ -50,16 +50,16 @@ pub struct TrainState {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StartLoss {
-    /// In float.
+    /// Before quantization.
     #[serde(with = "exact")]
     pub float: f64,
-    /// Quantized.
+    /// After quantization.
     #[serde(with = "exact")]
     pub rounded: f64,
 }
 
-/// `f64` as the shortest decimal that the standard library parses back to the same bits (NaN stays NaN);
-/// serde_json's own float parser may be one unit in the last place off, and JSON has no infinities.
+/// `f64` as text: the shortest decimal that the standard library parses to the same bits (NaN stays NaN). The float parser of
+/// serde_json may be off by one unit in the last place, and JSON has no infinities.
 mod exact {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 

@@ -43,6 +43,7 @@ pub enum WeightGradientPrecision {
 /// - input: `[tokens, d_input]`; its gradient passes the rounding straight through
 /// - weight: `[d_input, d_output]`, each channel of `{-scale, 0, scale}`
 /// - bias: `[d_output]`
+/// - output: `[tokens, d_output]`
 pub fn ternary_linear(
     input: Tensor<2>,
     weight: Tensor<2>,
@@ -59,7 +60,8 @@ pub fn ternary_linear(
 /// quantized weight is never materialized, only its codes.
 ///
 /// # Shapes
-/// As there; scale and threshold, without gradients, are both `[1, 1, d_output]` or both `[1, 1, 1]`
+/// As [`ternary_linear`], with `latent` as the weight. Scale and threshold, without gradients, are both `[1, 1, d_output]` or both
+/// `[1, 1, 1]`.
 pub fn latent_linear(
     input: Tensor<2>,
     latent: Tensor<2>,

@@ -56,6 +56,9 @@ pub fn adamw<const D: usize>(
 /// [`adamw`] with 8-bit moments, initialized by [`int8_moments`]: returns weight and moments. The step uses the moments before
 /// they are rounded. No gradient.
 ///
+/// # Shapes
+/// weight and gradient of one shape, moments as of [`int8_moments`], to weight and moments of the same
+///
 /// # Panics
 /// On any backend except flex.
 pub fn adamw_int8<const D: usize>(
@@ -71,6 +74,9 @@ pub fn adamw_int8<const D: usize>(
 
 /// 8-bit moments of zero for a parameter of the shape of `of`: bytes and scales in blocks of 256 elements, stored as the bits of
 /// an f32 tensor. The tensor is opaque: only copies and the optimizer op may touch it.
+///
+/// # Shapes
+/// any to `[words]`, about two bytes per element
 pub fn int8_moments<const D: usize>(of: &Tensor<D>) -> Tensor<1> {
     let [numbers, words] = MOMENT_BLOCK;
     Tensor::zeros([of.shape().num_elements().div_ceil(numbers) * words], &of.device())
@@ -108,7 +114,10 @@ pub fn muon<const D: usize>(
     (Tensor::from_dispatch(weight), Tensor::from_dispatch(velocity))
 }
 
-/// `sum x^2`, `[1]`, with the same bits for any number of threads. No gradient.
+/// `sum x^2`, with the same bits for any number of threads. No gradient.
+///
+/// # Shapes
+/// any to `[1]`
 pub fn square_sum<const D: usize>(input: Tensor<D>) -> Tensor<1> {
     Tensor::from_dispatch(Dispatch::square_sum(input.into_dispatch()))
 }

@@ -20,13 +20,13 @@ use std::ops::Range;
 /// The first bytes of a file.
 pub(crate) const MAGIC: [u8; 8] = *b"BTLOGIT1";
 const TEXT: Range<usize> = 32..64;
-/// The place of the seal.
+/// The bytes of the seal.
 pub(crate) const SEAL: Range<usize> = 64..96;
 const HEADER: usize = SEAL.end;
 /// Bytes per token kept: its id and its log probability.
 pub(crate) const ENTRY: usize = 6;
 
-/// The memory-mapped logits of a teacher, checked completely: reading rows cannot fail.
+/// The memory-mapped logits of a teacher. The file is checked completely when it is opened, so reading rows cannot fail.
 #[derive(Debug)]
 pub struct CachedLogits {
     map: Mmap,
@@ -36,7 +36,7 @@ pub struct CachedLogits {
 }
 
 impl CachedLogits {
-    /// Checks the bytes of a file; `None` where it is damaged.
+    /// The logits of a mapped file; `None` if the file is damaged.
     pub(crate) fn from_map(map: Mmap) -> Option<Self> {
         if map.len() < HEADER || map[..8] != MAGIC {
             return None;
@@ -51,7 +51,7 @@ impl CachedLogits {
             return None;
         }
         let sealed = Sha256::new().chain_update(&map[..SEAL.start]).chain_update(&map[HEADER..]).finalize();
-        // Anyone can seal a file. The ids are looked up, so they must be in the vocabulary.
+        // A seal does not prove that the ids are valid. They index the logits of the student, so they must be in the vocabulary.
         let is_known =
             |id: &[u8]| (u32::from_le_bytes(id.try_into().expect("four bytes")) as usize) < vocab_size;
         let mut rows = map[HEADER..].chunks_exact(kept * ENTRY);

@@ -1,4 +1,4 @@
-//! How far a student is from its teacher: in logits, in hidden states, in the relations between positions.
+//! Distances of a student from its teacher: of logits, of hidden states, and of the relations between positions.
 
 use super::Divergence;
 use crate::nn::{Projections, rms_normalize};
@@ -38,12 +38,12 @@ pub(super) fn divergence(
     (each * mask.reshape([batch * seq, 1])).sum().mul_scalar(share)
 }
 
-/// The divergence of a student's logits from a teacher of whom the likeliest `ids` and their log probabilities are known:
-/// that of the distributions over these tokens and, as one more, all others together.
+/// The divergence of a student's logits from cached logits of a teacher: the log probabilities `log_p` of its most likely `ids`. Both
+/// distributions are over these tokens and one more, which stands for all others.
 ///
 /// # Shapes
 /// ids, log_p `[batch, seq, kept]`, student `[batch, seq, vocab]`, mask `[batch, seq]`
-pub(super) fn recorded_divergence(
+pub(super) fn cached_divergence(
     kind: Divergence,
     ids: Tensor<3, Int>,
     log_p: Tensor<3>,
@@ -52,8 +52,8 @@ pub(super) fn recorded_divergence(
     tokens: usize,
 ) -> Tensor<1> {
     let [batch, seq, vocab] = student.dims();
-    let likeliest = ids.clone().narrow(2, 0, 1).reshape([batch * seq, 1]);
-    let likelihood = log_likelihood(student.clone().reshape([batch * seq, vocab]), likeliest);
+    let most_likely = ids.clone().narrow(2, 0, 1).reshape([batch * seq, 1]);
+    let likelihood = log_likelihood(student.clone().reshape([batch * seq, vocab]), most_likely);
     let log_partition = likelihood.narrow(1, 0, 1).reshape([batch, seq, 1]);
     let log_q = student.gather(2, ids) - log_partition;
     mean_divergence(kind, with_rest(log_p), with_rest(log_q), mask, tokens)
@@ -83,8 +83,8 @@ fn mean_divergence(
     (sum * mask).sum().mul_scalar(1.0 / tokens.max(1) as f64)
 }
 
-/// Mean squared distance between hidden states, each brought to a root mean square of 1: how large a residual stream
-/// is, is its model's own affair.
+/// Mean squared distance of hidden states, after both are scaled to a root mean square of 1, since the size of the residual stream
+/// differs between models.
 ///
 /// # Shapes
 /// teacher, student `[batch, seq, d_model]` -> `[1]`
@@ -92,11 +92,14 @@ pub(super) fn hidden_distance(teacher: Tensor<3>, student: Tensor<3>) -> Tensor<
     (rms_normalize(teacher, EPSILON) - rms_normalize(student, EPSILON)).square().mean()
 }
 
-/// Divergence of the relations of the student from the teacher's, summed over queries, keys and values; the mean over
-/// positions, relation heads and sequences, in nats.
+/// KL divergence of the student's relations from the teacher's in nats: the sum over queries, keys and values, the mean over
+/// positions, relation heads and sequences.
 ///
-/// The relation of a position is the distribution `softmax(a Aᵀ)` over all positions of its sequence, where the rows of
-/// `A` are the queries (keys, values) cut into `heads` parts of length 1. So widths and heads of the two models may differ.
+/// The relation of a position is the distribution `softmax(a Aᵀ)` over all positions of its sequence. The rows of `A` are the queries
+/// (keys, values), split into `heads` parts, each normalized to length 1. So widths and heads of the two models may differ.
+///
+/// # Shapes
+/// query, key and value of both: `[batch, seq, width]`, to `[1]`
 ///
 /// # Source
 /// Wu et al., BitNet Distillation (2025), section 3.3, after Wang et al., MiniLMv2 (2021).
@@ -112,7 +115,10 @@ pub(super) fn relation_divergence(heads: usize, teacher: Projections, student: P
     query + key + value
 }
 
-/// Cosines between all pairs of positions, `[batch, heads, seq, seq]`.
+/// Cosine similarities of all pairs of positions.
+///
+/// # Shapes
+/// `[batch, seq, width]` to `[batch, heads, seq, seq]`
 fn relation(heads: usize, states: Tensor<3>) -> Tensor<4> {
     let [batch, seq, width] = states.dims();
     let parts = states.reshape([batch, seq, heads, width / heads]).swap_dims(1, 2);
@@ -238,7 +244,7 @@ mod tests {
         for kind in [Divergence::Forward, Divergence::Reverse, Divergence::Mean] {
             let logits =
                 Tensor::<3>::from_data(TensorData::new(student.clone(), SHAPE), &device).require_grad();
-            let found = recorded_divergence(
+            let found = cached_divergence(
                 kind,
                 Tensor::from_data(TensorData::new(ids.clone(), shape), &device),
                 Tensor::from_data(TensorData::new(logs.clone(), shape), &device),

@@ -9,7 +9,7 @@ use crate::device;
 use crate::nn::{BlockStates, DuckConfig, DuckQuantized};
 use burn::tensor::{Device, Tensor};
 pub use cached_logits::CachedLogits;
-use distance::{divergence, hidden_distance, recorded_divergence, relation_divergence};
+use distance::{cached_divergence, divergence, hidden_distance, relation_divergence};
 use getset::WithSetters;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -60,7 +60,7 @@ pub struct DistillConfig {
 }
 
 impl Default for DistillConfig {
-    /// No teacher; with one, the share of the loss that was best in our runs.
+    /// No teacher. The other values are the best of our runs.
     fn default() -> Self {
         Self {
             teacher: String::new(),
@@ -76,7 +76,7 @@ impl Default for DistillConfig {
 }
 
 impl DistillConfig {
-    /// The blocks of student and teacher, from 0, that are compared; `None`: none is.
+    /// The compared blocks of student and teacher, from 0; `None` if no blocks are compared.
     fn blocks(&self, student: usize, teacher: usize) -> Option<[usize; 2]> {
         let layer = if self.layer == 0 { student } else { self.layer };
         let compared = self.hidden_weight > 0.0 || self.relation_weight > 0.0;
@@ -84,11 +84,11 @@ impl DistillConfig {
     }
 }
 
-/// Why a teacher cannot teach a student.
+/// An error of a teacher that does not fit its student.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TeacherError {
-    /// Other ids, another text, a smaller context, or widths that cannot be compared: what was found and expected.
+    /// Different token ids, another text, a smaller context, or widths that cannot be compared; names what was found and expected.
     #[error("{0}")]
     Mismatch(String),
     /// The teacher does not fit into memory.
@@ -99,7 +99,7 @@ pub enum TeacherError {
     Model(#[from] ImportError),
 }
 
-/// What a student is compared with, and how.
+/// The teacher of a run, a model or cached logits, with the settings of the comparison.
 #[derive(Clone, Debug)]
 pub struct Teacher {
     source: Source,
@@ -113,22 +113,22 @@ enum Source {
     Logits(Arc<CachedLogits>),
 }
 
-/// How far a student is from its teacher, each a tensor of one number.
+/// Distances of a student from its teacher, each `[1]`.
 pub struct Distances {
-    /// Between next tokens, in nats; see [`Divergence`].
+    /// Of the distributions of the next token, in nats; see [`Divergence`].
     pub divergence: Tensor<1>,
-    /// Between hidden states: the mean square, where their root mean square is 1.
+    /// Mean squared distance of the hidden states, after both are scaled to a root mean square of 1.
     pub hidden: Option<Tensor<1>>,
-    /// Between relations of positions, in nats.
+    /// KL divergence of the relations between positions, in nats.
     pub relation: Option<Tensor<1>>,
 }
 
 impl Teacher {
-    /// A teacher that is a model, on `device`.
+    /// Creates a teacher from a model, on `device`.
     ///
     /// # Errors
-    /// `Mismatch`: other ids than those of `tokenizer` and the student, a smaller context, or widths that cannot be compared;
-    /// `Memory`, `Model`: a model that cannot be made.
+    /// `Mismatch`: token ids that differ from those of `tokenizer` and the student, a smaller context, or widths that cannot be
+    /// compared. `Memory`: the model does not fit into memory. `Model`: it is not a language model.
     pub fn from_model(
         packed: &PackedModel,
         config: &DistillConfig,
@@ -141,10 +141,10 @@ impl Teacher {
         Ok(Self { source: Source::Model(Box::new(model), blocks), config: config.clone() })
     }
 
-    /// A teacher whose logits on `text` were cached.
+    /// Creates a teacher from cached logits on `text`.
     ///
     /// # Errors
-    /// `Mismatch`: logits of another text, of more tokens than the student has, or settings that need a model.
+    /// `Mismatch`: logits of another text, a larger vocabulary than the student's, or settings that require a model.
     pub fn from_logits(
         logits: CachedLogits,
         config: &DistillConfig,
@@ -174,7 +174,7 @@ impl Teacher {
         Ok(Self { source: Source::Logits(Arc::new(logits)), config: config.clone() })
     }
 
-    /// The student's block whose states [`Self::compare`] requires, from 0.
+    /// The block of the student, from 0, whose hidden states [`Self::compare`] requires; `None` if it requires none.
     pub fn block(&self) -> Option<usize> {
         match self.source {
             Source::Model(_, Some([student, _])) => Some(student),
@@ -182,16 +182,18 @@ impl Teacher {
         }
     }
 
-    /// Distances of a student's `logits` and `states` from the teacher's on the same batch: that of logits a mean over
-    /// the targets that carry loss, those of states over all positions. No gradient reaches the teacher.
+    /// Distances of a student's `logits` and `states` from the teacher's on the same batch. The distance of the logits is a mean over
+    /// the targets that count in the loss, those of the states over all positions. No gradient reaches the teacher.
     ///
     /// # Shapes
-    /// logits `[batch, seq, vocab]`
+    /// - logits: `[batch, seq, vocab]`
+    /// - states: those of [`Self::block`], as [`BlockStates`]
+    /// - each distance: `[1]`
     pub fn compare(&self, batch: &LmBatch, logits: Tensor<3>, states: Option<BlockStates>) -> Distances {
         let LmBatch { inputs, mask, tokens, .. } = batch;
         let (mask, tokens) = (mask.clone(), *tokens);
         let DistillConfig { divergence: kind, temperature, .. } = self.config;
-        // Constants under autodiff if the student is.
+        // Under autodiff, an op requires all of its inputs there.
         let constant = |tensor: Tensor<3>| if logits.is_autodiff() { tensor.autodiff() } else { tensor };
         let (teacher, blocks) = match &self.source {
             Source::Model(teacher, blocks) => (teacher, blocks),
@@ -200,7 +202,7 @@ impl Teacher {
                 let (ids, log_p) = cached.rows(&batch.starts, inputs.dims()[1], &device);
                 let ids = if logits.is_autodiff() { ids.autodiff() } else { ids };
                 let log_p = constant(log_p);
-                let divergence = recorded_divergence(kind, ids, log_p, logits, mask, tokens);
+                let divergence = cached_divergence(kind, ids, log_p, logits, mask, tokens);
                 return Distances { divergence, hidden: None, relation: None };
             }
         };
@@ -220,8 +222,11 @@ impl Teacher {
         }
     }
 
-    /// The loss of a student with the cross entropy `loss` and these distances from its teacher:
+    /// The student's loss, from its cross entropy `loss` and its distances from the teacher:
     /// `(1 - weight) loss + weight divergence + hidden_weight hidden + relation_weight relation`.
+    ///
+    /// # Shapes
+    /// `[1]`
     pub fn blend(&self, loss: Tensor<1>, distances: &Distances) -> Tensor<1> {
         let DistillConfig { weight, hidden_weight, relation_weight, .. } = self.config;
         let mut total = loss.mul_scalar(1.0 - weight) + distances.divergence.clone().mul_scalar(weight);

@@ -1,11 +1,12 @@
-//! A tensor of an optimizer's state, which waits for its device after a checkpoint was read.
+//! A tensor of an optimizer's state that is placed on a device at the first step.
 
 use burn::optim::{StateSink, StateSource};
 use burn::tensor::{Device, Tensor, TensorData};
 
-/// Burn puts the tensors of a record on the default device of the build until the first step, whatever device the run
-/// is on: in a build with wgpu, a run on the processor would open the graphics card. So what was read stays data until
-/// the device is known.
+/// A moment of a parameter.
+///
+/// Burn loads the tensors of a record to the default device of the build, not to the device of the run: in a build with wgpu, a run
+/// on the CPU would open the GPU. So a loaded moment stays `Stored` until a step names the device.
 #[derive(Clone)]
 pub(super) enum Moment<const D: usize> {
     Stored(TensorData),
@@ -13,6 +14,7 @@ pub(super) enum Moment<const D: usize> {
 }
 
 impl<const D: usize> Moment<D> {
+    /// The moment as a tensor on `device`.
     pub fn placed(self, device: &Device) -> Self {
         Self::Placed(match self {
             Self::Stored(data) => Tensor::from_data(data, device),
@@ -20,8 +22,10 @@ impl<const D: usize> Moment<D> {
         })
     }
 
+    /// The tensor on its device.
+    ///
     /// # Panics
-    /// If it was never placed on a device, which Burn does before each step.
+    /// If it is `Stored`: Burn calls [`placed`](Self::placed) before each step.
     pub fn into_tensor(self) -> Tensor<D> {
         match self {
             Self::Placed(tensor) => tensor,
@@ -29,6 +33,7 @@ impl<const D: usize> Moment<D> {
         }
     }
 
+    /// Adds the moment to a record, under the name `leaf`.
     pub fn flatten(&self, prefix: &str, leaf: &str, out: &mut StateSink) {
         out.push_tensor(
             prefix,
@@ -40,7 +45,7 @@ impl<const D: usize> Moment<D> {
         );
     }
 
-    /// `None`: there is no such tensor, or one of another rank.
+    /// The moment `leaf` of a record; `None` if there is no such tensor, or one of another rank.
     pub fn unflatten(prefix: &str, leaf: &str, source: &mut StateSource) -> Option<Self> {
         let data = source.take_tensor(prefix, leaf)?;
         (data.rank() == D).then_some(Self::Stored(data))
