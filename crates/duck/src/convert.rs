@@ -11,7 +11,7 @@ use toml::Value;
 const EXAMPLES: &str = "\
 Examples:
   duck convert --from SmolLM2-135M --data my_texts/ --steps 2000
-  duck convert --from llama.gguf --data my_texts/ --set model.family=bitnet     adds norms before two of the matrix products
+  duck convert --from llama.gguf --data my_texts/ --set model.family=bitnet     a BitNet, with sub-norms
   duck convert --from SmolLM2-135M --experiment mine.toml
   duck export runs/converted-1 converted.gguf
 

@@ -20,7 +20,7 @@ extension, or one that ends in /, is a Hugging Face folder. Codes and scales are
 rounding; a model that the format cannot store is an error. An adapter is merged into float weights. It cannot be merged
 into ternary weights, and is stored next to them.";
 
-/// Write a model as GGUF, ONNX or a Hugging Face folder.
+/// Export a model as GGUF, ONNX, a Hugging Face folder or an archive (.ternary).
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Command {
