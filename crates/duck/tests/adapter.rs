@@ -1,4 +1,4 @@
-//! Adapters beside models.
+//! LoRA adapters applied to models.
 
 use crate::{duck, failure, home, json, model, output};
 use serde_json::Value;
@@ -10,7 +10,7 @@ use ternary_format::{
     read_model, write_model,
 };
 
-/// A home with `adapter`, of a pair beside the queries and values of `model.gguf`, and `float.gguf` of the same shape.
+/// A folder with `model.gguf`, `adapter` for its queries and values, and `float.gguf` of the same shape.
 fn adapted() -> TempDir {
     let home = home();
     let float = model(Encoding::F32, Encoding::F32, 3);

@@ -1,4 +1,4 @@
-//! Model files that are none, or half of one.
+//! Damaged, truncated and foreign model files.
 
 use crate::{duck, failure, home};
 use std::{fs, path::Path};

@@ -109,7 +109,7 @@ fn an_error_ends_a_pipe() {
     assert!(failure(&home, &["chat", "model.gguf", "--top-p", "2"], 2).contains("top_p"));
 }
 
-/// One line among thousands must not cost the answers to the others.
+/// One bad line among thousands must not end the pipe.
 #[test]
 fn a_question_that_is_too_long_does_not_end_a_pipe() {
     let home = home();

@@ -1,4 +1,4 @@
-//! Files that are not the program's stay as they are, and what is no plain file is refused.
+//! Existing files are not overwritten, and anything but a plain file is refused.
 
 use crate::{duck, failure, home, output, piped};
 use std::{
@@ -179,7 +179,7 @@ fn every_input_is_a_plain_file() {
     }
 }
 
-/// The commit in a result is that of the program: git, whose configuration names programs to run, is not run.
+/// The commit in a result is that of the program. Git is not run: its configuration may name programs to run.
 #[cfg(feature = "train")]
 #[test]
 fn a_repository_around_a_run_is_ignored() {

@@ -1,4 +1,4 @@
-//! Numbers about models.
+//! `duck eval`: loss, answers, choices and their intervals.
 
 use crate::{failure, home, json, output, shared, write};
 use serde_json::{Value, json};
@@ -207,7 +207,7 @@ fn a_story_model_reads_stories_better_than_other_texts() {
     assert!(bits[0] < 1.5 && bits[1] > 3.0, "{bits:?}");
 }
 
-/// Of a model that says the likeliest answer to everything it would be one in a hundred.
+/// A model that always gives the most frequent answer would match one in a hundred.
 #[test]
 fn the_built_in_duck_answers_most_held_out_questions() {
     let questions = concat!(env!("CARGO_MANIFEST_DIR"), "/../burn-ternary/data/duck_questions.jsonl");

@@ -1,4 +1,4 @@
-//! Model files: what is in them, how they are written, how fast they are, and what they say.
+//! Model files: `inspect`, `export`, `bench` and `generate`.
 
 use crate::{duck, failure, home, json, output, piped, shared, write};
 use std::fs;

@@ -1,4 +1,4 @@
-//! Promise: where memory is out, every command ends with exit code 4 and a sentence.
+//! Promise: every command that runs out of memory ends with exit code 4 and a message.
 
 use crate::{failure, home, output};
 use std::{
@@ -54,10 +54,10 @@ const TRAINING: [&[&str]; 4] = [
 ];
 #[cfg(feature = "train")]
 const DEVICE: &str = "--device=flex";
-/// A rate with which a run may be made longer.
+/// A learning rate schedule with which a run may be extended.
 #[cfg(feature = "train")]
 const CONSTANT: &str = "schedule.shape=constant";
-/// The scales of a start that is ternary.
+/// The scale rule that a ternary start model requires.
 #[cfg(feature = "train")]
 const LEARNED: &str = "quant.scale=learned";
 #[cfg(not(feature = "train"))]
@@ -110,7 +110,7 @@ fn texts(home: &TempDir) {
     fs::write(home.path().join("text.txt"), text).unwrap();
 }
 
-/// Some limits; `DUCK_LIMITS_MB`, numbers with spaces between them, for others.
+/// The tested limits; `DUCK_LIMITS_MB`, numbers separated by spaces, replaces them.
 fn limits() -> Vec<u64> {
     let asked = std::env::var("DUCK_LIMITS_MB").unwrap_or("100 200 400 800".into());
     asked.split_whitespace().map(|mb| mb.parse().expect("a number of MB")).collect()
@@ -169,7 +169,7 @@ fn threads_and_prompts_are_bounded() {
     assert!(error.contains("RAYON_NUM_THREADS is 100000, expected at most"), "{error}");
 }
 
-/// Memory that is not there, whatever the limit: sequences by the million.
+/// More memory than any machine has: millions of sequences.
 #[test]
 fn sequences_beyond_memory_are_exit_code_4() {
     let home = home();
@@ -179,7 +179,7 @@ fn sequences_beyond_memory_are_exit_code_4() {
     assert!(stderr.contains("ulimit -v"), "{stderr}");
 }
 
-/// A stranger's run folder with settings that no memory holds.
+/// A run folder whose settings require more memory than any machine has.
 #[cfg(feature = "train")]
 #[test]
 fn settings_that_the_checkpoint_does_not_fill_are_refused() {

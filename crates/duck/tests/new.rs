@@ -1,4 +1,4 @@
-//! From a text to a model: what `duck new` proposes trains, and the model does what its text taught it.
+//! From a text to a model: the experiment that `duck new` proposes trains, and the model chats or continues texts like its data.
 
 use crate::{duck, failure, home, json, output, piped};
 use std::{fs, path::Path};
@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 const FEW: [&str; 6] = ["--steps", "4", "--device", "flex", "--set", "run.eval_every=2"];
 
-/// Prints what a command that succeeds says beside its result.
+/// Standard error of a command that succeeds.
 fn said(home: &TempDir, arguments: &[&str], input: &str) -> String {
     let assert = duck(home, arguments).write_stdin(input).assert().success();
     String::from_utf8(assert.get_output().stderr.clone()).unwrap()

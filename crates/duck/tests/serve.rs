@@ -13,7 +13,7 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// Kills what a failed test leaves.
+/// Kills the server of a failed test.
 struct Server(Child);
 
 impl Drop for Server {
@@ -23,12 +23,12 @@ impl Drop for Server {
     }
 }
 
-/// A server of `pond`, and where it is.
+/// A server of the model `pond`, and its address.
 fn start(home: &TempDir, port: &str) -> (Server, String) {
     spawn(home, &["pond=model.gguf", "--port", port], Stdio::null())
 }
 
-/// A server, and where it is.
+/// A server, and its address.
 fn spawn(home: &TempDir, arguments: &[&str], stderr: Stdio) -> (Server, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_duck"));
     command.current_dir(home).arg("serve").args(arguments).env_remove("DUCK_API_KEY").env_remove("DUCK_LOG");
@@ -38,7 +38,7 @@ fn spawn(home: &TempDir, arguments: &[&str], stderr: Stdio) -> (Server, String) 
     (server, line.trim().strip_prefix("http://").unwrap().to_string())
 }
 
-/// What comes until the connection ends; nothing if there is none.
+/// The response until the connection ends; empty if the connection fails.
 fn ask(address: &str, method: &str, path: &str, body: &str) -> String {
     let mut bytes = Vec::new();
     if let Ok(mut stream) = TcpStream::connect(address) {
@@ -77,7 +77,7 @@ fn truncation_is_a_flag_of_the_server() {
     assert!(error.contains("auto"), "{error}");
 }
 
-/// Ends a server by SIGTERM, which it must hear in time and end well.
+/// Sends SIGTERM to a server, which must end in time and with success.
 #[track_caller]
 fn terminate(server: &mut Server) {
     let pid = server.0.id().to_string();
@@ -137,7 +137,7 @@ fn a_server_whose_log_cannot_be_written_serves() {
     }
 }
 
-/// The most memory that a process has had, in bytes.
+/// Peak resident memory of a process, in bytes.
 #[cfg(target_os = "linux")]
 fn peak(server: &Server) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.0.id())).unwrap();
@@ -145,7 +145,7 @@ fn peak(server: &Server) -> u64 {
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
 }
 
-/// The time of a request that has nothing to do with what else goes on.
+/// The time of a request that is independent of all others.
 fn time(address: &str) -> Duration {
     let begun = Instant::now();
     let body = r#"{"model": "duck", "prompt": "One", "max_tokens": 2}"#;

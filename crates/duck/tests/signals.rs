@@ -1,4 +1,4 @@
-//! Promise: a signal costs at most a step, and the terminal is as it was.
+//! Promise: a signal loses at most one step, and the terminal is restored.
 
 use serde_json::Value;
 use std::{
@@ -48,7 +48,7 @@ fn result(out: &Path) -> Value {
     serde_json::from_slice(&fs::read(out.join("x-1/result.json")).unwrap()).unwrap()
 }
 
-/// Every line without what is of the machine.
+/// The lines without their times and memory, which depend on the machine.
 fn metrics(out: &Path) -> Vec<Value> {
     let metrics = fs::read_to_string(out.join("x-1/metrics.jsonl")).unwrap();
     let lines = metrics.lines().map(|line| {
@@ -67,7 +67,7 @@ fn a_run_stopped_at_ten_moments_is_the_uninterrupted_one() {
     stop_at_ten_moments(&["--steps", "4000"]);
 }
 
-/// It falls back to the checkpoint that it would have fallen back to.
+/// A resumed run rolls back to the same checkpoint as the uninterrupted one.
 #[test]
 fn a_run_that_rolls_back_is_the_uninterrupted_one() {
     let home = tempfile::tempdir().unwrap();
@@ -92,7 +92,7 @@ fn a_run_that_rolls_back_is_the_uninterrupted_one() {
     assert!(result["rollbacks"].as_u64() > Some(10), "{result}");
 }
 
-/// The result of a run that is stopped by ten signals and resumed, after it was compared with the uninterrupted run.
+/// Stops a run by ten signals, resumes it, compares it with the uninterrupted run, and returns its result.
 fn stop_at_ten_moments(more: &[&str]) -> Value {
     let home = tempfile::tempdir().unwrap();
     let [whole, stopped] = ["whole", "stopped"].map(|name| home.path().join(name));
@@ -141,7 +141,7 @@ fn stop_at_ten_moments(more: &[&str]) -> Value {
     result
 }
 
-/// The files of its first end would be taken for the model of the run.
+/// Otherwise the files of its first end would be taken for the model of the run.
 #[test]
 fn a_run_that_goes_on_has_no_results_of_its_earlier_end() {
     let home = tempfile::tempdir().unwrap();
@@ -194,7 +194,7 @@ fn a_second_signal_ends_a_run_at_once() {
     assert!(!home.path().join("x-1/result.json").exists());
 }
 
-/// The validation of the step that was done last is left to the next session.
+/// The next session does the validation of the last step.
 #[test]
 fn an_evaluation_does_not_delay_the_end() {
     let home = tempfile::tempdir().unwrap();
@@ -284,7 +284,7 @@ print(json.dumps({"code": code, "same": before == termios.tcgetattr(slave), "scr
     "end": drawn[-4000:].decode(errors="replace"), "drawn": drawn.hex()}))
 "#;
 
-/// What [`TERMINAL`] says of a run of many steps; `None` without Python.
+/// The output of [`TERMINAL`] for a run of many steps; `None` without Python.
 fn in_terminal(out: &Path, term: &str, keys: &str, signal: i32, more: &[&str]) -> Option<Value> {
     let script = out.join("terminal.py");
     fs::File::create(&script).unwrap().write_all(TERMINAL.as_bytes()).unwrap();
@@ -303,7 +303,7 @@ fn in_terminal(out: &Path, term: &str, keys: &str, signal: i32, more: &[&str]) -
     Some(serde_json::from_slice(&python.stdout).unwrap())
 }
 
-/// The pictures that were drawn, as a person saw them: each ends by hiding the cursor.
+/// The frames that were drawn; each ends by hiding the cursor.
 fn pictures(seen: &Value) -> Vec<String> {
     let hex = seen["drawn"].as_str().unwrap().as_bytes().chunks(2);
     let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
@@ -429,7 +429,7 @@ fn a_run_whose_terminal_is_closed_ends_with_a_checkpoint() {
     }
 }
 
-/// The display goes with its last picture.
+/// The display is removed after its last frame.
 #[test]
 fn the_end_shows_samples_and_what_may_be_done_next() {
     for flags in [&[][..], &["--plain"]] {

@@ -1,4 +1,4 @@
-//! What scripts and people may rely on: outputs, exit codes, and errors of one line.
+//! The interface of the program for scripts and users: outputs, exit codes, and errors of one line.
 
 mod adapter;
 mod broken;
@@ -35,7 +35,7 @@ fn duck(home: &TempDir, arguments: &[&str]) -> Command {
     command
 }
 
-/// A folder with `model.gguf`: small, random, and able to talk in bytes.
+/// A folder with `model.gguf`: a small random model with a byte tokenizer.
 fn home() -> TempDir {
     let home = tempfile::tempdir().unwrap();
     write(&home.path().join("model.gguf"), 1);
@@ -82,7 +82,7 @@ fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap()
 }
 
-/// Runs a command that fails with `code`, and gives its error: one line, without anything on standard output.
+/// Runs a command that fails with `code`, and returns its error: one line, with an empty standard output.
 fn failure(home: &TempDir, arguments: &[&str], code: i32) -> String {
     let assert = duck(home, arguments).assert().code(code);
     let output = assert.get_output();
@@ -91,7 +91,7 @@ fn failure(home: &TempDir, arguments: &[&str], code: i32) -> String {
     error
 }
 
-/// A path of the shared test data; says so where it is absent.
+/// A path of the shared test data; prints that it is skipped if it is missing.
 fn shared(path: &str) -> Option<PathBuf> {
     let full = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data").join(path);
     if full.exists() {

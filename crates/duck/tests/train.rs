@@ -48,7 +48,7 @@ fn a_training_whose_errors_cannot_be_written_trains() {
     assert!(home.path().join("runs/00-default-1/result.json").exists());
 }
 
-/// What is wrong with the command is said first, not what is in the folder.
+/// Errors of the arguments are reported before those of the run folder.
 #[test]
 fn wrong_arguments_are_reported_before_an_existing_run() {
     let home = home();
@@ -60,7 +60,7 @@ fn wrong_arguments_are_reported_before_an_existing_run() {
     assert!(failure(&home, &["train", "--device", "abacus"], 2).contains("abacus"));
 }
 
-/// Its rows of 96 weights fit no ternary type of GGUF.
+/// Rows of 96 weights fit no ternary type of GGUF.
 #[test]
 fn a_model_that_fits_no_gguf_file_names_the_command_that_writes_it() {
     let home = home();

@@ -1,4 +1,4 @@
-//! Arguments, and the files for shells and manuals.
+//! Arguments, shell completions and man pages.
 
 use crate::{duck, failure, home, output};
 use std::fs;

@@ -1,4 +1,4 @@
-//! What clients of OpenAI's API send and get.
+//! Requests and responses of clients of OpenAI's API.
 
 use crate::site::{Site, alone, engine};
 use http_body_util::BodyExt;

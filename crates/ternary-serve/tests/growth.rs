@@ -1,4 +1,4 @@
-//! A server that is treated badly for a while takes no more memory than before.
+//! The memory of a server does not grow under hostile load.
 
 #[allow(dead_code)] // the other tests use more of it
 mod site;

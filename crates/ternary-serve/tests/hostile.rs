@@ -1,4 +1,4 @@
-//! Bytes of strangers: the right refusal, and the server goes on.
+//! Malformed and hostile requests: each gets its error, and the server continues.
 
 use crate::site::{Response, Site, overflowing_engine};
 use serde_json::{Value, json};

@@ -31,7 +31,7 @@ fn spec(family: Family, context: usize) -> ModelSpec {
         .with_rope_theta(1e4)
 }
 
-/// A model that speaks bytes.
+/// A random model with a byte tokenizer.
 fn model(spec: &ModelSpec, seed: u64) -> PackedModel {
     let mut model = random::model(spec, |group| Encoding::Ternary { group }, Encoding::F32, seed).unwrap();
     // The likeliest token is a byte, never an end: its logit is above zero, and those of the special tokens are zero.
@@ -60,7 +60,7 @@ pub fn engine_of(context: usize, seed: u64) -> Arc<Engine> {
     loaded(model(&spec(Family::Llama, context), seed))
 }
 
-/// Its weights are finite; at the given position a logit is not.
+/// A model with finite weights, of which one logit at the given position is not finite.
 pub fn overflowing_engine(position: usize) -> Arc<Engine> {
     let spec = spec(Family::Gpt2, 64).with_tied(false);
     let mut model = model(&spec, 1);
@@ -83,18 +83,18 @@ pub fn engine() -> Arc<Engine> {
     ENGINE.get_or_init(|| engine_of(512, 1)).clone()
 }
 
-/// What goes on until it is stopped when it takes the likeliest tokens: tens of thousands of them.
+/// An engine with a context of 32,768 tokens, so that a greedy completion runs until it is stopped.
 pub fn endless_engine() -> Arc<Engine> {
     static ENGINE: OnceLock<Arc<Engine>> = OnceLock::new();
     ENGINE.get_or_init(|| engine_of(1 << 15, 1)).clone()
 }
 
-/// Asks for what does not end by itself.
+/// A request whose completion does not end by itself.
 pub fn endless() -> Value {
     json!({ "model": "duck", "prompt": "quack", "temperature": 0, "max_tokens": 30_000 })
 }
 
-/// The text that an engine gives when it is asked alone.
+/// The text that an engine generates for one request alone.
 pub fn alone(
     engine: &Engine,
     prompt: &[u32],
@@ -117,7 +117,7 @@ pub fn alone(
     (text, tokens, if stopped { "stop" } else { "length" })
 }
 
-/// A server; when it is dropped it stops, and must have served well.
+/// A server. Dropping it stops it and checks that it ended without an error.
 pub struct Site {
     pub address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
@@ -125,7 +125,7 @@ pub struct Site {
 }
 
 impl Site {
-    /// `duck`, with options that are changed.
+    /// A server of the model `duck`, with changed options.
     pub fn new(change: impl FnOnce(&mut ServeOptions)) -> Self {
         Self::of([("duck".to_string(), engine())], change)
     }
@@ -158,7 +158,7 @@ impl Site {
         stream
     }
 
-    /// The answer to bytes.
+    /// The response to arbitrary bytes.
     pub fn send(&self, bytes: &[u8]) -> Response {
         let mut stream = self.connect();
         stream.write_all(bytes).unwrap();
@@ -298,7 +298,7 @@ impl Response {
     }
 }
 
-/// What chunks hold, as far as they came.
+/// The data of the chunks that were received.
 fn unchunked(mut bytes: &[u8]) -> Vec<u8> {
     let mut body = Vec::new();
     while let Some(end) = bytes.windows(2).position(|window| window == b"\r\n") {

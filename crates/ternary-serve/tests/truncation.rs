@@ -6,7 +6,7 @@ use ternary_serve::Truncation;
 
 const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
-/// Of the model; a token is a byte.
+/// Context of the model; a token is a byte.
 const CONTEXT: usize = 256;
 
 fn site(truncation: Truncation) -> Site {
@@ -29,7 +29,7 @@ fn body(messages: &[Value], more: Value) -> Value {
     body
 }
 
-/// The messages that were left out, and the tokens of the others.
+/// The number of dropped messages, and the tokens of the others.
 fn kept(response: &Response) -> (usize, u64) {
     assert_eq!(response.status, 200, "{}", response.text());
     let dropped = response.header("x-dropped-messages").map_or(0, |number| number.parse().unwrap());
