@@ -244,11 +244,13 @@ fn windows(length: usize, from: usize, context: usize, stride: usize) -> impl It
     })
 }
 
-/// `-ln softmax(logits)[id]`, in f64, and whether no other id has a higher probability.
+/// `-ln softmax(logits)[id]`, in f64, and whether it is the most likely id.
 fn negative_log_likelihood(logits: &[f32], id: usize) -> (f64, bool) {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let total: f64 = logits.iter().map(|logit| f64::from((logit - max).exp())).sum();
-    (total.ln() - f64::from(logits[id] - max), logits[id] == max)
+    // Of equal logits the first is taken, as greedy decoding does: a model whose logits are all equal predicts nothing.
+    let first = logits.iter().position(|&logit| logit == max);
+    (total.ln() - f64::from(logits[id] - max), first == Some(id))
 }
 
 #[cfg(test)]
@@ -285,6 +287,8 @@ mod tests {
         let total = 1f64.exp() + 2f64.exp() + 3f64.exp();
         assert!((nats - (total.ln() - 2.0)).abs() < 1e-6 && !hit);
         assert!(negative_log_likelihood(&[1.0, 2.0, 3.0], 2).1);
+        let ties = [0, 1, 2].map(|id| negative_log_likelihood(&[1.0, 4.0, 4.0], id).1);
+        assert_eq!(ties, [false, true, false], "one token is the likeliest");
     }
 
     #[test]

@@ -64,7 +64,7 @@ pub struct StepReport {
     /// FP32 bytes over packed bytes of the whole model.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub compression: Option<f64>,
-    /// Share of the ternary weight in the forward pass: 0 is float, 1 is ternary.
+    /// Share of the ternary weight in the forward pass: 0 is float, 1 is ternary; `None` for a model without a quantizer.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub lambda: Option<f64>,
     /// Share of codes that changed since the last evaluation.

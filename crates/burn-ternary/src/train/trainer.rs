@@ -97,7 +97,7 @@ impl QuantizationTrainer {
         StepReport {
             step: self.state.step,
             lr,
-            lambda: Some(self.schedule.lambda(step)),
+            lambda: self.model().quant().enabled.then(|| self.schedule.lambda(step)),
             skipped_steps: self.state.skipped_steps,
             ..report
         }
