@@ -21,8 +21,8 @@ pub enum ExportError {
     InputNorm,
     /// The float-first schedule has not ended.
     #[error(
-        "the weights are still a blend of float and ternary (lambda = {lambda}): continue training until `ramp_until` of \
-         [schedule]"
+        "the weights are not ternary yet (lambda = {lambda}; 0 is float, 1 is ternary): continue training until `float_until` \
+         and `ramp_until` of [schedule] have passed"
     )]
     Blend {
         /// The share of the ternary weight.

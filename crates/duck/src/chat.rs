@@ -328,7 +328,9 @@ impl Chat {
     }
 
     fn set(&mut self, assignment: &str) -> Result<(), Error> {
-        let (key, value) = assignment.split_once('=').unwrap_or((assignment, ""));
+        // `KEY VALUE` too, as other programs have it.
+        let pair = assignment.split_once('=').or_else(|| assignment.split_once(char::is_whitespace));
+        let (key, value) = pair.unwrap_or((assignment, ""));
         let (key, value) = (key.trim(), value.trim());
         let mut options = self.dialogue.options().clone();
         let sampling = &mut options.sampling;

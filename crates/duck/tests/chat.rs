@@ -92,6 +92,7 @@ fn an_error_ends_a_pipe() {
     for (input, code, found) in [
         ("/quack\n", 2, "not a command"),
         ("/set temperature=9\n", 2, "`temperature` is 9, expected 0 to 2"),
+        ("/set temperature 9\n", 2, "`temperature` is 9, expected 0 to 2"),
         ("/regenerate\n", 2, "no answer to regenerate"),
         ("/set warmth=1\n", 2, "`warmth` cannot be set"),
         ("/set temperature=warm\n", 2, "`warm`, expected a number"),

@@ -223,8 +223,8 @@ fn steps_differ(was: usize, now: usize, done: usize, schedule: &ScheduleConfig) 
     let [before, after] = [was, now].map(|steps| Schedule::new(schedule, steps));
     let (key, step) = before.first_difference(&after, done)?;
     Some(format!(
-        "run.steps is {now}, in the run {was}: {key} is a share of the steps, so that step {} of the {done} done would have \
-         been another",
+        "run.steps is {now}, in the run {was}: {key} depends on run.steps, and with {now} steps would have had another value at \
+         step {}, which is done ({done} are)",
         step + 1
     ))
 }

@@ -193,7 +193,7 @@ impl File {
                 return Err(Error::Data {
                     origin: run.display().to_string(),
                     expected,
-                    found: "others".into(),
+                    found: "other documents in its valid.jsonl".into(),
                 });
             }
         }

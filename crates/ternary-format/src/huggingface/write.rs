@@ -231,8 +231,9 @@ fn model_card(model: &PackedModel, weights: WeightType) -> String {
          width {width}, vocabulary {vocab}, context {context}. This folder contains {stored}.\n\n\
          ```python\n\
          from transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
-         tokenizer = AutoTokenizer.from_pretrained(\"{name}\")\n\
-         model = AutoModelForCausalLM.from_pretrained(\"{name}\")\n\
+         folder = \".\"  # the path of this folder\n\
+         tokenizer = AutoTokenizer.from_pretrained(folder)\n\
+         model = AutoModelForCausalLM.from_pretrained(folder)\n\
          ```\n",
         family = spec.family,
         layers = spec.n_layers,
