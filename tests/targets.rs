@@ -212,7 +212,7 @@ fn a_run_resumes_after_a_step_without_a_learned_token() {
         for later in step + 1..=40 {
             fs::remove_dir_all(checkpoint(later)).unwrap();
         }
-        run(experiment.clone(), &quiet.with_resume(true)).unwrap();
+        run(experiment.clone(), &quiet.clone().with_resume(true)).unwrap();
         let resumed = (losses(), crate::resume::tensors(&checkpoint(40)), of_the_run(&run_dir));
         assert!(whole == resumed, "resumed at step {step}: {:?} {:?}", whole.2, resumed.2);
     }

@@ -11,6 +11,7 @@ mod library;
 mod lora;
 mod oracle;
 mod parity;
+mod processes;
 mod resume;
 mod roundtrip;
 mod sparsity;

@@ -106,6 +106,28 @@ pub fn describe(device: &Device) -> String {
     }
 }
 
+/// The instruction sets of the processor that decide the last bits of floating-point results, as the libraries below choose among
+/// them at run time.
+pub(crate) fn instruction_sets() -> String {
+    #[cfg(target_arch = "x86_64")]
+    let found = {
+        let sets = [
+            ("avx2", is_x86_feature_detected!("avx2")),
+            ("fma", is_x86_feature_detected!("fma")),
+            ("f16c", is_x86_feature_detected!("f16c")),
+            ("avx512f", is_x86_feature_detected!("avx512f")),
+            ("avx512bw", is_x86_feature_detected!("avx512bw")),
+            ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
+        ];
+        sets.iter().filter(|(_, found)| *found).map(|(name, _)| *name).collect::<Vec<_>>().join(" ")
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let found = std::env::consts::ARCH;
+    // A choice of the user, for tests.
+    let chosen = std::env::var("TERNARY_ISA").unwrap_or_default();
+    format!("{} {found} {chosen}", std::env::consts::ARCH).trim().to_string()
+}
+
 /// Whether the device computes on the processor, in the memory of this process.
 pub fn is_cpu(device: &Device) -> bool {
     !["wgpu", "cuda"].iter().any(|name| construct(name).as_ref() == Some(device))

@@ -61,8 +61,11 @@ impl LmBatcher {
     }
 }
 
-/// The batches of a run or of an evaluation, by index: item `k` is micro-batch `k`, the windows from
-/// `k * batch_size` on. A run is resumed at micro-batch `k` by `slice(k, n)`; nothing is read to get there.
+/// The batches of a run or of an evaluation, by index: micro-batch `k` has the windows from `k * batch_size` on. A run is resumed
+/// at item `k` by `slice(k, n)`; nothing is read to get there.
+///
+/// Items are the micro-batches, or those of one process's share: of the `accumulation` micro-batches of each step, process `r`
+/// of `n` has the `r`-th part.
 #[derive(Clone)]
 pub struct LmLoader {
     windows: TokenWindows,
@@ -70,6 +73,8 @@ pub struct LmLoader {
     total: usize,
     batch_size: usize,
     accumulation: usize,
+    /// Which micro-batches of each step are items.
+    share: Range<usize>,
     range: Range<usize>,
     device: Device,
 }
@@ -87,7 +92,18 @@ impl LmLoader {
         device: &Device,
     ) -> Self {
         assert!(accumulation > 0, "a step has at least one batch");
-        Self { accumulation, ..Self::new(windows, batches * batch_size, batch_size, device) }
+        let share = 0..accumulation;
+        Self { accumulation, share, ..Self::new(windows, batches * batch_size, batch_size, device) }
+    }
+
+    /// The share of process `rank` of `size` in each step.
+    ///
+    /// # Panics
+    /// `size` does not divide the micro-batches of a step, or this is a slice.
+    pub fn share_of(self, rank: usize, size: usize) -> Self {
+        assert_eq!(self.range.start, 0, "a slice is part of a share");
+        let range = 0..self.range.end / size;
+        Self { share: ternary_parallel::share(self.accumulation, rank, size), range, ..self }
     }
 
     /// The first `limit` windows (0: all) of an epoch, once.
@@ -103,20 +119,22 @@ impl LmLoader {
     fn new(windows: TokenWindows, total: usize, batch_size: usize, device: &Device) -> Self {
         assert!(batch_size > 0, "a batch has at least one window");
         let range = 0..total.div_ceil(batch_size);
-        Self { windows, total, batch_size, accumulation: 1, range, device: device.clone() }
+        Self { windows, total, batch_size, accumulation: 1, share: 0..1, range, device: device.clone() }
     }
 
-    /// Micro-batch `k` of the run.
-    fn batch(&self, k: usize) -> LmBatch {
+    /// Item `item`.
+    fn batch(&self, item: usize) -> LmBatch {
+        let (step, place) = (item / self.share.len(), item % self.share.len());
+        let k = step * self.accumulation + self.share.start + place;
         let windows: Vec<Window> = self.indices(k).map(|i| self.windows.get(i)).collect();
         let mut batch = LmBatcher.batch(&windows, &self.device);
         if self.accumulation > 1 && batch.tokens > 0 {
-            let first = k / self.accumulation * self.accumulation;
-            let step: usize = (first..first + self.accumulation)
+            let first = step * self.accumulation;
+            let step_tokens: usize = (first..first + self.accumulation)
                 .flat_map(|k| self.indices(k))
                 .map(|i| self.windows.target_tokens(i))
                 .sum();
-            batch.weight = (batch.tokens as f64 / step as f64) as f32;
+            batch.weight = (batch.tokens as f64 / step_tokens as f64) as f32;
         }
         batch
     }
@@ -242,6 +260,22 @@ mod tests {
         let part = rest.slice(3, 5).to_device(&Device::default());
         assert_eq!(batches(&*part).iter().map(content).collect::<Vec<_>>(), all[10..12]);
         assert_eq!(loader.slice(40, 99).num_items(), 0);
+    }
+
+    #[test]
+    fn shares_of_processes_are_the_micro_batches_of_each_step_in_order() {
+        let loader = LmLoader::training(windows(10), 2, 6, 24, &Device::default());
+        let all: Vec<_> = batches(&loader).iter().map(content).collect();
+        for size in [1, 2, 3, 6] {
+            let shares: Vec<_> = (0..size).map(|rank| loader.clone().share_of(rank, size)).collect();
+            // The run continues after its first step.
+            let slices = shares.iter().map(|share| batches(&*share.slice(6 / size, 24 / size)));
+            let mut items: Vec<_> = slices.map(|items| items.into_iter()).collect();
+            for (step, expected) in all.chunks(6).enumerate().skip(1) {
+                let found = items.iter_mut().flat_map(|items| items.take(6 / size)).collect::<Vec<_>>();
+                assert_eq!(found.iter().map(content).collect::<Vec<_>>(), expected, "{size}, step {step}");
+            }
+        }
     }
 
     #[test]

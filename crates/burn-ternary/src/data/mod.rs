@@ -17,7 +17,7 @@ use getset::WithSetters;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{path::Path, sync::Arc};
-use ternary_format::{FormatError, Tokenizer};
+use ternary_format::{FormatError, Tokenizer, disk};
 use tokens::{TokenFile, source_digest};
 use window::{TokenWindows, training_windows};
 
@@ -178,6 +178,38 @@ impl Texts {
     pub fn windows(&self, seq_len: usize, cache_dir: &Path) -> Result<usize, DataError> {
         let tokens = tokens::count(&cache_dir.join(TRAIN), &self.train, &self.tokenizer, &self.recipe)?;
         Ok(training_windows(tokens, seq_len))
+    }
+
+    /// The windows of token files that [`prepare`](Self::prepare) has left in `cache_dir` from these texts, without writing anything;
+    /// `None` where there are none.
+    ///
+    /// # Errors
+    /// `Read`: a file cannot be mapped. `TooShort`: a text is shorter than a window.
+    pub fn prepared(
+        &self,
+        seq_len: usize,
+        seed: u64,
+        cache_dir: &Path,
+    ) -> Result<Option<Dataset>, DataError> {
+        let open = |name: &str, documents: &[Document]| {
+            let digest = source_digest(&self.tokenizer, &self.recipe, documents);
+            TokenFile::open(&cache_dir.join(name), &digest)
+        };
+        let (Some(train), Some(valid)) = (open(TRAIN, &self.train)?, open(VALID, &self.valid)?) else {
+            return Ok(None);
+        };
+        let train = TokenWindows::new(Arc::new(train), seq_len, seed)?;
+        let valid = TokenWindows::sequential(Arc::new(valid), seq_len)?;
+        Ok(Some(Dataset { tokenizer: self.tokenizer.clone(), train, valid }))
+    }
+
+    /// Writes the tokenizer to `cache_dir`, where [`read`](Self::read) finds it for a run that continues.
+    ///
+    /// # Errors
+    /// `Write`.
+    pub(crate) fn write_tokenizer(json: &[u8], cache_dir: &Path) -> Result<(), DataError> {
+        let path = cache_dir.join(TOKENIZER);
+        disk::write(&path, json).map_err(|source| DataError::Write { path, source })
     }
 
     /// Tokenizes the texts and cuts them into windows of `seq_len` inputs; writes what [`Dataset::prepare`] leaves.

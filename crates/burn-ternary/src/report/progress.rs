@@ -32,6 +32,9 @@ impl ProgressLine {
         if report.skipped_steps > 0 {
             line += &format!("  skipped {}", report.skipped_steps);
         }
+        if let Some(wait_s) = report.wait_s {
+            line += &format!("  wait {:.0} ms", 1e3 * wait_s);
+        }
         line + "  eta " + &duration(eta_s)
     }
 

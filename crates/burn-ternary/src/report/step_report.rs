@@ -73,6 +73,12 @@ pub struct StepReport {
     /// `mean |ln(scale now / scale at start)|`.
     #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
     pub scale_drift: Option<f64>,
+    /// Processes that share the run, if several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processes: Option<usize>,
+    /// How long the first process to finish its share of the step waited for the last one, in seconds.
+    #[serde(with = "real::option", default, skip_serializing_if = "Option::is_none")]
+    pub wait_s: Option<f64>,
     /// Largest resident set of the process so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_rss_bytes: Option<u64>,

@@ -3,6 +3,8 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
 };
 
 use super::claim::Claim;
@@ -11,6 +13,7 @@ use super::{
 };
 use crate::report::RunResult;
 use ternary_format::disk::{self, RunLock};
+use ternary_parallel::{Group, Launcher};
 use toml::Value;
 
 /// File of a run folder that `duck distill-logits` writes.
@@ -29,7 +32,7 @@ Examples:
 
 Ctrl-C, SIGTERM and SIGHUP stop the run after the current step, with a checkpoint; a second one stops it at once.
 Exit codes: 0 finished, 1 any other error, 2 usage or experiment, 3 data, 4 device or memory, 5 disk, 6 diverged,
-7 interrupted.
+7 interrupted, 8 no answer from the other processes of the run.
 
 On a terminal, a full-screen display shows the progress; its last line lists its keys. --plain prints lines instead.";
 
@@ -94,6 +97,17 @@ pub struct TrainCommand {
     /// Print lines instead of the full-screen display
     #[arg(long, conflicts_with = "quiet")]
     pub plain: bool,
+    /// Seconds that a process of several (mpirun, srun) waits for the others before it gives up, with exit code 8 [default:
+    /// 10 median steps, at least 60]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub timeout: Option<Duration>,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|&seconds: &f64| seconds > 0.0);
+    seconds
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .ok_or("expected a number above 0".into())
 }
 
 fn epochs(text: &str) -> Result<f64, String> {
@@ -163,14 +177,28 @@ impl TrainCommand {
         ])
     }
 
-    /// Claims the run folder and runs the experiment.
+    /// Claims the run folder and runs the experiment in this process.
     ///
     /// # Errors
     /// Every [`TrainError`].
     pub fn run(&self) -> Result<RunResult, TrainError> {
+        if let Some(Launcher { command, size }) =
+            Launcher::of_this_process().filter(|launcher| launcher.size > 1)
+        {
+            let reason = "it was built without MPI, so each of them would train the whole run";
+            return Err(TrainError::Launcher { command, size, reason });
+        }
+        self.run_in(None)
+    }
+
+    /// The same, shared among the processes of `group`; see [`RunOptions::group`].
+    ///
+    /// # Errors
+    /// Every [`TrainError`].
+    pub fn run_in(&self, group: Option<Arc<dyn Group>>) -> Result<RunResult, TrainError> {
         let experiment = self.experiment()?;
-        let Self { resume, quiet, plain, epochs, .. } = *self;
-        let options = RunOptions { resume, quiet, plain, epochs, signals: true };
+        let Self { resume, quiet, plain, epochs, timeout, .. } = *self;
+        let options = RunOptions { resume, quiet, plain, epochs, signals: true, group, timeout };
         ignore_file_limit();
         run_claimed(experiment, &options, |run_dir| self.claim(run_dir))
     }

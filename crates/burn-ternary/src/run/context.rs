@@ -3,21 +3,22 @@
 use super::TrainError;
 use super::checkpoint::Identity;
 use super::experiment::Experiment;
+use super::home::Home;
+use super::ranks::Ranks;
 use crate::data::Dataset;
 use crate::report::screen::Display;
 use burn::tensor::Device;
 use std::io::Write;
-use std::path::PathBuf;
-use ternary_format::disk::RunLock;
 
 /// A prepared run.
 pub(super) struct RunContext {
     /// The resolved settings.
     pub experiment: Experiment,
     pub identity: Identity,
-    pub run_dir: PathBuf,
-    /// Held until the run has written its result.
-    pub lock: RunLock,
+    /// The folder of this process.
+    pub home: Home,
+    /// The processes that share the run.
+    pub ranks: Ranks,
     /// Without autodiff.
     pub device: Device,
     pub data: Dataset,
@@ -46,9 +47,9 @@ impl RunContext {
     /// # Errors
     /// `Moved`.
     pub fn expect_in_place(&self) -> Result<(), TrainError> {
-        if self.lock.is_in_place() {
+        if self.home.is_in_place() {
             return Ok(());
         }
-        Err(TrainError::Moved { path: self.run_dir.clone() })
+        Err(TrainError::Moved { path: self.home.dir().into() })
     }
 }

@@ -116,6 +116,42 @@ pub enum TrainError {
         /// The last good checkpoint.
         checkpoint: Option<PathBuf>,
     },
+    /// The processes of a run are not equal.
+    #[error(
+        "the processes of a run must have the same program, processor, experiment and inputs, or their results differ: {}",
+        differences.join("; ")
+    )]
+    Ranks {
+        /// Each process and what differs there.
+        differences: Vec<String>,
+    },
+    /// An error of one process of several.
+    #[error("{name}: {source}")]
+    Rank {
+        /// The process and its host.
+        name: String,
+        /// Its error.
+        source: Box<TrainError>,
+    },
+    /// Another process of the run has failed, and reports why.
+    #[error("another process of the run has failed")]
+    Elsewhere {
+        /// Exit code of that process.
+        exit_code: u8,
+    },
+    /// A launcher started this process as one of several, and it cannot reach the others.
+    #[error(
+        "{command} started {size} processes, and this program cannot share a run among them: {reason}. Expected one process, or \
+         `duck` built with --features mpi for the MPI of {command}"
+    )]
+    Launcher {
+        /// The launcher's command.
+        command: &'static str,
+        /// Processes that it started.
+        size: usize,
+        /// Why they cannot share the run.
+        reason: &'static str,
+    },
     /// The full-screen display cannot be opened.
     #[error("the terminal: {0}; --plain runs without the full-screen display")]
     Terminal(#[source] io::Error),
@@ -129,7 +165,8 @@ pub enum TrainError {
 
 impl TrainError {
     /// Exit code of a program that stops with this error: 2 usage or experiment, 3 data, 4 device or memory, 5 disk,
-    /// 6 diverged, 7 interrupted, 1 anything else. A model that does not fit a file, a file that holds no model, and a
+    /// 6 diverged, 7 interrupted, 1 anything else (and 8 for a process that gave up waiting for the others of its run, which is no
+    /// error that is returned). A model that does not fit a file, a file that holds no model, and a
     /// checkpoint of another model are data; a run folder that another process writes is usage.
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -139,6 +176,8 @@ impl TrainError {
             Self::Experiment { .. }
             | Self::NotEmpty { .. }
             | Self::OtherRun { .. }
+            | Self::Ranks { .. }
+            | Self::Launcher { .. }
             | Self::Lock(LockError::Held { .. }) => 2,
             Self::Lock(_) | Self::Moved { .. } | Self::Data(DataError::Write { .. }) => 5,
             Self::Data(_)
@@ -154,8 +193,15 @@ impl TrainError {
             Self::Read { .. } | Self::Write { .. } | Self::Checkpoint(_) => 5,
             Self::Diverged { .. } => 6,
             Self::Interrupted { .. } => INTERRUPTED,
+            Self::Rank { source, .. } => source.exit_code(),
+            Self::Elsewhere { exit_code } => *exit_code,
             Self::Terminal(_) | Self::Signals(_) | Self::Burn(_) => 1,
         }
+    }
+
+    /// Whether another process of the run reports the cause, so that this one can be silent.
+    pub fn is_reported(&self) -> bool {
+        matches!(self, Self::Elsewhere { .. })
     }
 }
 
@@ -202,6 +248,8 @@ mod tests {
                 "after step 9 of 12; the same command with --resume continues runs/x-1",
             ),
             (TrainError::Burn("shape".into()), 1, "shape"),
+            (TrainError::Elsewhere { exit_code: 5 }, 5, "another process"),
+            (TrainError::Launcher { command: "srun", size: 4, reason: "why" }, 2, "srun started 4 processes"),
         ] {
             assert_eq!(error.exit_code(), code, "{error}");
             assert!(error.to_string().contains(fragment), "{error}");

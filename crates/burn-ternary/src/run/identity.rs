@@ -188,6 +188,36 @@ impl Inputs {
     }
 }
 
+/// Every key of an experiment that processes of one run must have in common, with its value; texts and models are compared by
+/// [`facts`], and process 0 has the run folder.
+pub(super) fn all_settings(experiment: &Experiment) -> BTreeMap<String, String> {
+    let table = Table::try_from(experiment).expect("an experiment is tables, lists, strings and numbers");
+    let mut settings = BTreeMap::new();
+    for (section, keys) in &table {
+        for (key, value) in keys.as_table().into_iter().flatten() {
+            settings.insert(format!("{section}.{key}"), value.to_string());
+        }
+    }
+    let by_process = COMPARED_BY_CONTENT.iter().chain(&[TOKENIZER, "run.out_dir"]);
+    by_process.for_each(|key| drop(settings.remove(*key)));
+    settings
+}
+
+/// The digests of a run's inputs by what they are of, for a comparison of processes.
+pub(super) fn facts(inputs: &Inputs) -> BTreeMap<String, String> {
+    let Inputs { train, valid, tokenizer, teacher, start } = inputs;
+    let missing = || "missing".to_string();
+    let facts = [
+        ("the training text (data.train)", train.clone()),
+        ("the validation text (data.valid)", valid.clone()),
+        ("the tokenizer (data.tokenizer)", tokenizer.clone()),
+        ("the teacher (distill.teacher)", teacher.clone().unwrap_or_else(missing)),
+        ("the model to start from (run.start_from)", start.clone().unwrap_or_else(missing)),
+    ];
+    // Enough digits to tell two apart.
+    facts.map(|(name, digest)| (name.into(), digest.chars().take(12).collect())).into()
+}
+
 /// The keys that are compared by value, with their values.
 fn settings(experiment: &Table) -> BTreeMap<String, String> {
     let mut settings = BTreeMap::new();

@@ -28,7 +28,7 @@ pub(super) struct Exported {
 impl Exported {
     /// Writes `model.gguf`. That no file can hold the model is no error of the run.
     pub fn write_model(&mut self, run: &RunContext, model: &DuckQuantized) {
-        let path = run.run_dir.join("model.gguf");
+        let path = run.home.dir().join("model.gguf");
         let name = &run.experiment.run.name;
         let packed = match export_for_inference(model, Some(&run.data.tokenizer), name) {
             Ok(packed) => packed.with_chat_template(run.chat_template.clone()),
@@ -57,7 +57,7 @@ impl Exported {
             return Ok(());
         }
         let Some(adapter) = export_quantized(model, None, "")?.adapter else { return Ok(()) };
-        let (path, base) = (run.run_dir.join("adapter"), &run.experiment.run.start_from);
+        let (path, base) = (run.home.dir().join("adapter"), &run.experiment.run.start_from);
         write_adapter(&adapter, &model.config().spec(), base, &path).map_err(ExportError::from)?;
         self.adapter_bytes = Some(adapter.bytes() as u64);
         Ok(())
@@ -99,12 +99,12 @@ pub(super) fn result(context: &RunContext, outcome: &Outcome) -> RunResult {
 #[cfg(feature = "plot")]
 pub(super) fn write_plots(run: &RunContext, outcome: &Outcome) -> Result<(), TrainError> {
     let History { train, valid } = &outcome.history;
-    let path = run.run_dir.join("loss.svg");
+    let path = run.home.dir().join("loss.svg");
     let settings = &run.experiment.run;
     let title = format!("{}, seed {}", settings.name, settings.seed);
     plot::loss_curve(&path, train, valid, &title).map_err(|source| TrainError::Write { path, source })?;
     if !outcome.counts.is_empty() {
-        let path = run.run_dir.join("codes.svg");
+        let path = run.home.dir().join("codes.svg");
         plot::code_histogram(&path, &outcome.counts).map_err(|source| TrainError::Write { path, source })?;
     }
     Ok(())

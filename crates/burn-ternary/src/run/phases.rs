@@ -1,18 +1,20 @@
 //! A whole run, in five phases: prepare, build, train, export, summarize.
 
 use super::checkpoint::{CheckpointError, Checkpoints, Identity, Inputs, Loaded};
-use super::claim::{Claim, move_aside};
+use super::claim::Claim;
 use super::context::RunContext;
+use super::home::Home;
 use super::initial_model::{init_from, load_initial_model};
 use super::memory::{check_memory, memory_estimate};
 use super::outputs::{self, Exported, write_plots};
+use super::ranks::{Facts, Ranks};
 use super::resolve::{check_device, resolve_steps, resolve_vocabulary};
 use super::run_folder::{chat_template, checkpoint_to_resume, remove_results, write, write_template};
 use super::signals::Signals;
 use super::teacher::TeacherSource;
 use super::training_loop::{Outcome, StepStrategy, TrainingLoop};
 use super::warnings::{doubtful_end, sample_prompts, without_effect};
-use super::{Experiment, TrainError};
+use super::{Experiment, TrainError, identity};
 use crate::data::{DataError, Dataset, LmLoader, Texts};
 use crate::device;
 use crate::report::code_stats::CodeTracker;
@@ -31,11 +33,12 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use ternary_format::{PackedModel, disk::RunLock, print_stderr};
+use ternary_parallel::Group;
 
 /// How a run is executed; what it computes depends on the experiment alone.
-#[derive(Clone, Copy, Debug, Default, WithSetters)]
+#[derive(Clone, Default, WithSetters)]
 #[getset(set_with = "pub")]
 #[non_exhaustive]
 pub struct RunOptions {
@@ -50,6 +53,13 @@ pub struct RunOptions {
     /// On INT, TERM and HUP, save a checkpoint after the current step and end with [`TrainError::Interrupted`]; another signal ends
     /// the process at once. For programs that do nothing else; after the run these signals are ignored.
     pub signals: bool,
+    /// The processes that share the run, this one included; `None`: it runs in this process alone. Every process of the group
+    /// runs the same experiment with the same options. Process 0 writes the run folder, and the results are those of one process,
+    /// bit for bit.
+    pub group: Option<Arc<dyn Group>>,
+    /// How long a process waits for the others before it ends with exit code 8. Without it, ten times the median duration of a
+    /// step, at least 60 s, and 30 minutes while process 0 writes files.
+    pub timeout: Option<Duration>,
 }
 
 /// Runs an experiment from its start, in an empty run folder.
@@ -96,7 +106,7 @@ pub(super) fn run_claimed(
     let started = Instant::now();
     let (run, inputs) = prepare(experiment, options, claim)?;
     let run = Arc::new(run);
-    let training = build(&run, inputs, options)?;
+    let training = run.ranks.agree(build(&run, inputs, options))?;
     let mut trained = train(&run, training, options, started)?;
     let exported = export(&run, &mut trained)?;
     summarize(&run, trained, exported)
@@ -114,70 +124,77 @@ struct LoadedInputs {
 }
 
 /// Claims the run folder, reads and checks all inputs, and writes the prepared texts and settings. Nothing is written before all
-/// inputs are known to be good.
+/// inputs are known to be good, on every process.
 fn prepare(
     mut experiment: Experiment,
     options: &RunOptions,
     claim: impl FnOnce(&Path) -> Result<Claim, TrainError>,
 ) -> Result<(RunContext, LoadedInputs), TrainError> {
-    device::start_threads()?;
-    let device = device::device(&experiment.run.device)?;
-    check_device(&experiment, &device)?;
-    Texts::expect_there(&experiment.data)?;
-    let run_dir = experiment.run_dir();
-    let Claim { lock, replaced } = claim(&run_dir)?;
-    let checkpoint = match options.resume {
-        true => checkpoint_to_resume(&run_dir)?,
-        false => None,
-    };
-    let texts = Texts::read(&experiment.data, &run_dir, checkpoint.is_some())?;
-    resolve_vocabulary(&mut experiment, &texts.tokenizer)?;
-    let teacher = TeacherSource::open(&experiment.distill)?;
-    let (initial, initial_digest) = load_initial_model(&experiment, checkpoint.as_ref())?;
-    print_reader_warnings(&experiment, initial.as_ref(), teacher.as_ref());
+    let ranks = Ranks::new(options.group.clone(), options.timeout);
+    let device = ranks.agree(check_start(&experiment, &ranks))?;
+    ranks.expect_same(&settings(&experiment, options, &device))?;
+    let home = ranks.agree(Home::new(&experiment.run_dir(), ranks.is_first(), claim))?;
+    let run_dir = home.dir();
+    let found = ranks.on_first(|| match options.resume {
+        true => checkpoint_to_resume(run_dir),
+        false => Ok(None),
+    });
+    let checkpoint = ranks.share_checkpoint(found, run_dir)?;
+    let texts = read_texts(&experiment, run_dir, checkpoint.is_some(), &ranks)?;
+    ranks.agree(resolve_vocabulary(&mut experiment, &texts.tokenizer))?;
+    let teacher = ranks.agree(TeacherSource::open(&experiment.distill))?;
+    let (initial, initial_digest) = ranks.agree(load_initial_model(&experiment, checkpoint.as_ref()))?;
+    if ranks.is_first() {
+        print_reader_warnings(&experiment, initial.as_ref(), teacher.as_ref());
+    }
     let inputs = Inputs {
         teacher: teacher.as_ref().map(TeacherSource::digest),
         start: initial_digest,
         ..Inputs::of(&texts)
     };
+    ranks.expect_same(&identity::facts(&inputs))?;
     let mut identity = Identity::new(&experiment, inputs, &device);
     if let Some(loaded) = &checkpoint {
-        expect_same_run(&experiment, options, &texts, &identity, loaded)?;
+        let checked = ranks.on_first(|| expect_same_run(&experiment, options, &texts, &identity, loaded));
+        ranks.agree(checked)?;
+        ranks.saved(
+            &experiment.run_dir().join("checkpoints").join(loaded.path.file_name().unwrap_or_default()),
+        );
     }
     let checkpoint_bytes = checkpoint.as_ref().map_or(0, |loaded| loaded.bytes);
     let teacher_bytes = teacher.as_ref().map_or(0, TeacherSource::bytes);
-    check_memory(&experiment, &device, teacher_bytes, checkpoint_bytes)?;
+    ranks.agree(check_memory(&experiment, &device, teacher_bytes, checkpoint_bytes))?;
     let text_prompts = texts.sample_prompts();
     if experiment.run.sample_prompts.is_empty() {
         experiment.run.sample_prompts = text_prompts.clone();
     }
     // From here on files are written.
-    move_aside(&run_dir, replaced).map_err(|source| TrainError::Write { path: run_dir.clone(), source })?;
-    let data = texts.prepare(experiment.model.context, experiment.run.seed, &run_dir)?;
-    resolve_steps(&mut experiment, options.epochs, data.train.per_epoch())?;
+    let data = prepare_texts(texts, &experiment, &home, &ranks)?;
+    ranks.agree(resolve_steps(&mut experiment, options.epochs, data.train.per_epoch()))?;
     identity.steps = experiment.run.steps;
-    preflight(&experiment, &data, &device, options)?;
+    ranks.agree(ranks.on_first(|| preflight(&experiment, &data, &device, options, &ranks)))?;
     let chats = data.train.tokens().makes_chat_model();
-    let chat_template = chat_template(chats, &experiment, initial.as_ref(), &run_dir)?;
+    let chat_template =
+        ranks.agree(ranks.on_first(|| chat_template(chats, &experiment, initial.as_ref(), run_dir)))?;
     let prompts = sample_prompts(&experiment.run, &data.tokenizer);
     let example_prompt = prompts.first().map(|(prompt, _)| prompt).or(text_prompts.first()).cloned();
-    let Experiment { distill, model, run, .. } = &experiment;
+    let Experiment { distill, model, .. } = &experiment;
     let text = data.train.tokens();
     let teacher =
-        teacher.map(|source| source.load(distill, &data.tokenizer, text, model, &device)).transpose()?;
-    let display = open_display(&experiment, options, &data);
-    // A folder that cannot be written must not cost the results of an earlier session.
-    let checkpoints =
-        Checkpoints::open(run_dir.join("checkpoints"), run.keep_checkpoints, run.checkpoint_every)?;
-    remove_results(&run_dir)?;
-    write(&run_dir.join("experiment.toml"), experiment.to_toml().as_bytes())?;
-    write_template(&run_dir, chat_template.as_deref())?;
-    let prints = display.is_none() && !options.quiet;
+        teacher.map(|source| source.load(distill, &data.tokenizer, text, model, &device)).transpose();
+    let teacher = ranks.agree(teacher)?;
+    let display = if ranks.is_first() { open_display(&experiment, options, &data) } else { None };
+    let opened = match ranks.is_first() {
+        true => open_folder(&experiment, run_dir, chat_template.as_deref()),
+        false => Ok(Checkpoints::existing(run_dir.join("checkpoints"))),
+    };
+    let checkpoints = ranks.agree(opened)?;
+    let prints = ranks.is_first() && display.is_none() && !options.quiet;
     let run = RunContext {
         experiment,
         identity,
-        run_dir,
-        lock,
+        home,
+        ranks,
         device,
         data,
         chat_template,
@@ -187,6 +204,103 @@ fn prepare(
         prints,
     };
     Ok((run, LoadedInputs { initial, checkpoint, teacher, checkpoints }))
+}
+
+/// What can be checked before a folder is locked: threads, device, texts, and the number of processes. Returns the device.
+fn check_start(experiment: &Experiment, ranks: &Ranks) -> Result<Device, TrainError> {
+    let micro_batches = experiment.run.gradient_accumulation;
+    if !micro_batches.is_multiple_of(ranks.size()) {
+        let counts = (1..=micro_batches).filter(|count| micro_batches.is_multiple_of(*count));
+        let counts = counts.map(|count| count.to_string()).collect::<Vec<_>>().join(", ");
+        return Err(TrainError::Experiment {
+            origin: format!("run.gradient_accumulation = {micro_batches}"),
+            message: format!(
+                "the micro-batches of a step are shared among {} processes; expected a number of processes that divides them: \
+                 {counts}",
+                ranks.size()
+            ),
+        });
+    }
+    device::start_threads()?;
+    let device = device::device(&experiment.run.device)?;
+    check_device(experiment, &device)?;
+    Texts::expect_there(&experiment.data)?;
+    Ok(device)
+}
+
+/// What must be equal on all processes before they begin: settings, program, and the instruction sets, which decide the last bits.
+fn settings(experiment: &Experiment, options: &RunOptions, device: &Device) -> Facts {
+    let mut facts = identity::all_settings(experiment);
+    let program = RunResult::new("", 0);
+    let commit = program.git.unwrap_or_default();
+    let changed = if program.git_dirty == Some(true) { " with changes" } else { "" };
+    facts.extend([
+        ("the program".into(), format!("{} {commit}{changed}", program.version)),
+        ("the device".into(), device::describe(device)),
+        ("the instruction sets".into(), device::instruction_sets()),
+        ("--resume".into(), options.resume.to_string()),
+        ("--epochs".into(), format!("{:?}", options.epochs)),
+    ]);
+    facts
+}
+
+/// The texts of a run, with the tokenizer of process 0.
+fn read_texts(
+    experiment: &Experiment,
+    run_dir: &Path,
+    resumes: bool,
+    ranks: &Ranks,
+) -> Result<Texts, TrainError> {
+    let first = ranks.agree(ranks.on_first(|| Ok(Some(Texts::read(&experiment.data, run_dir, resumes)?))))?;
+    if ranks.size() == 1 {
+        return first.ok_or_else(|| unreachable!("process 0 has read them"));
+    }
+    let json = first.as_ref().map(|texts| texts.tokenizer.to_json().into_bytes());
+    let json = ranks.broadcast(Ok(json.unwrap_or_default()))?;
+    ranks.agree(match first {
+        Some(texts) => Ok(texts),
+        None => Texts::write_tokenizer(&json, run_dir)
+            .and_then(|()| Texts::read(&experiment.data, run_dir, true))
+            .map_err(TrainError::from),
+    })
+}
+
+/// The windows of a run: process 0 writes the token files to the run folder, the others open them there, or make them in their
+/// scratch folder.
+fn prepare_texts(
+    texts: Texts,
+    experiment: &Experiment,
+    home: &Home,
+    ranks: &Ranks,
+) -> Result<Dataset, TrainError> {
+    let (context, seed) = (experiment.model.context, experiment.run.seed);
+    if ranks.is_first() {
+        let data = home.make_room().and_then(|()| Ok(texts.prepare(context, seed, home.dir())?));
+        let data = ranks.agree(data)?;
+        return ranks.agree(Ok(data));
+    }
+    ranks.agree(Ok(()))?;
+    let shared = texts.prepared(context, seed, &experiment.run_dir());
+    ranks.agree(match shared.unwrap_or_default() {
+        Some(data) => Ok(data),
+        None => texts.prepare(context, seed, home.dir()).map_err(TrainError::from),
+    })
+}
+
+/// Opens the folder of checkpoints, and writes the settings of the run. A folder that cannot be written must not cost the results
+/// of an earlier session, so that it comes first.
+fn open_folder(
+    experiment: &Experiment,
+    run_dir: &Path,
+    chat_template: Option<&str>,
+) -> Result<Checkpoints, TrainError> {
+    let run = &experiment.run;
+    let checkpoints =
+        Checkpoints::open(run_dir.join("checkpoints"), run.keep_checkpoints, run.checkpoint_every)?;
+    remove_results(run_dir)?;
+    write(&run_dir.join("experiment.toml"), experiment.to_toml().as_bytes())?;
+    write_template(run_dir, chat_template)?;
+    Ok(checkpoints)
 }
 
 /// Prints what the readers of the initial model and of the teacher warned of, once where they are one file, as in `duck convert`.
@@ -261,8 +375,8 @@ fn build(
     inputs: LoadedInputs,
     options: &RunOptions,
 ) -> Result<TrainingLoop, TrainError> {
-    let RunContext { experiment, run_dir, .. } = &**context;
-    let Experiment { run, .. } = experiment;
+    let RunContext { experiment, home, ranks, .. } = &**context;
+    let (run_dir, Experiment { run, .. }) = (home.dir(), experiment);
     let LoadedInputs { initial, checkpoint, teacher, checkpoints } = inputs;
     let autodiff = context.device.clone().autodiff();
     let model = match (initial, &checkpoint) {
@@ -272,6 +386,7 @@ fn build(
     };
     let model = model.with_lora(&experiment.lora, run.seed);
     let codes = match checkpoint.as_ref().and_then(|loaded| Some((loaded, loaded.codes.as_ref()?))) {
+        _ if !ranks.is_first() => None,
         Some((loaded, bytes)) => {
             let unfit = || CheckpointError::unfit_codes(&loaded.path);
             Some(CodeTracker::from_bytes(bytes, &model.valid()).ok_or_else(unfit)?)
@@ -279,7 +394,7 @@ fn build(
         None => CodeTracker::new(&model.valid()),
     };
     let schedule = Schedule::new(&experiment.schedule, run.steps);
-    let plan = TrainPlan { optim: experiment.optim.clone(), schedule, teacher };
+    let plan = TrainPlan { optim: experiment.optim.clone(), schedule, teacher, group: ranks.group() };
     let guard = SpikeGuard { factor: run.spike_factor };
     let trainer = match checkpoint {
         None => plan.trainer(model, TrainState { seed: run.seed, ..TrainState::default() }, guard),
@@ -316,12 +431,13 @@ fn train(
     options: &RunOptions,
     started: Instant,
 ) -> Result<Trained, TrainError> {
-    let RunContext { experiment, run_dir, data, device, display, .. } = &**context;
-    let run = &experiment.run;
+    let RunContext { experiment, home, ranks, data, device, display, .. } = &**context;
+    let (run_dir, run) = (home.dir(), &experiment.run);
     let batches = run.steps * run.gradient_accumulation;
     let autodiff = device.clone().autodiff();
     let train =
-        LmLoader::training(data.train.clone(), run.batch_size, run.gradient_accumulation, batches, &autodiff);
+        LmLoader::training(data.train.clone(), run.batch_size, run.gradient_accumulation, batches, &autodiff)
+            .share_of(ranks.rank(), ranks.size());
     let valid = LmLoader::evaluation(data.valid.clone(), run.batch_size, run.eval_windows, device);
     let TrainState { step, elapsed_s: earlier, .. } = *training_loop.trainer().state();
     let learner = training_loop.trainer().learner();
@@ -339,21 +455,16 @@ fn train(
         }
     }
     let interrupter = training.interrupter();
-    let signals =
-        options.signals.then(|| Signals::listen(interrupter.clone(), display.is_none())).transpose();
-    let signals = signals.map_err(TrainError::Signals)?;
-    let screen = match display {
-        Some(display) => {
-            training = training.renderer(display.renderer());
-            let interrupts = signals.as_ref().is_some_and(Signals::interrupts);
-            let opened = Screen::open(display.clone(), interrupter, interrupts);
-            Some(opened.map_err(TrainError::Terminal)?)
-        }
-        None => {
-            training = training.renderer(Box::new(PlainRenderer));
-            None
-        }
-    };
+    let speaks = ranks.is_first() && display.is_none();
+    let signals = options.signals.then(|| Signals::listen(interrupter.clone(), speaks)).transpose();
+    let signals = ranks.agree(signals.map_err(TrainError::Signals))?;
+    let interrupts = signals.as_ref().is_some_and(Signals::interrupts);
+    let screen = display.clone().map(|display| Screen::open(display, interrupter, interrupts)).transpose();
+    let screen = ranks.agree(screen.map_err(TrainError::Terminal))?;
+    training = training.renderer(match display {
+        Some(display) => display.renderer(),
+        None => Box::new(PlainRenderer),
+    });
     let learned = training.launch(learner);
     let (outcome, error) = StepStrategy::finish(strategy);
     if let Some(screen) = screen {
@@ -366,9 +477,10 @@ fn train(
     // The first error is the cause of the others.
     let error = error.or_else(|| Some(TrainError::Burn(learned.error?.into())));
     let error = error.or_else(|| {
-        let (step, steps, path) = (outcome.state.step, run.steps, run_dir.clone());
+        let (step, steps, path) = (outcome.state.step, run.steps, experiment.run_dir());
         outcome.interrupted.then_some(TrainError::Interrupted { step, steps, path })
     });
+    let error = error.map(|error| ranks.reported_once(error));
     let wall_s = earlier + started.elapsed().as_secs_f64();
     Ok(Trained { model: learned.model, outcome, error, wall_s, peak_rss_bytes: device::peak_rss_bytes() })
 }
@@ -378,6 +490,9 @@ fn train(
 /// # Errors
 /// `Moved`.
 fn export(run: &RunContext, trained: &mut Trained) -> Result<Exported, TrainError> {
+    if !run.ranks.is_first() {
+        return Ok(Exported::default());
+    }
     for warning in doubtful_end(&trained.outcome.state) {
         print_stderr(format_args!("warning: {warning}"));
     }
@@ -413,7 +528,11 @@ fn summarize(run: &RunContext, trained: Trained, exported: Exported) -> Result<R
         error: error.as_ref().map(ToString::to_string),
         ..outputs::result(run, &outcome)
     };
-    let path = run.run_dir.join("result.json");
+    if !run.ranks.is_first() {
+        return error.map_or(Ok(result), Err);
+    }
+    let run_dir = run.home.dir();
+    let path = run_dir.join("result.json");
     let written = result.write(&path).map_err(|source| TrainError::Write { path, source });
     let drawn = write_plots(run, &outcome);
     if let Some(error) = error {
@@ -422,7 +541,7 @@ fn summarize(run: &RunContext, trained: Trained, exported: Exported) -> Result<R
     written?;
     drawn?;
     result.place = Some(Place {
-        run_dir: run.run_dir.clone(),
+        run_dir: run_dir.into(),
         chats: run.data.train.tokens().makes_chat_model(),
         prompt: run.example_prompt.clone(),
         archive: exported.archive,
@@ -437,6 +556,7 @@ fn preflight(
     data: &Dataset,
     device: &Device,
     options: &RunOptions,
+    ranks: &Ranks,
 ) -> Result<(), TrainError> {
     let needed = memory_estimate(experiment, device);
     let run = &experiment.run;
@@ -467,6 +587,9 @@ fn preflight(
             needed >> 20,
             device::describe(device)
         );
+        if ranks.size() > 1 {
+            line += &format!(", shared by {} processes", ranks.size());
+        }
         if empty > 0 {
             let share = 100.0 * empty as f64 / windows as f64;
             line += &format!(

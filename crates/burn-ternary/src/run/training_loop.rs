@@ -4,7 +4,7 @@
 //! instead of restarting the shuffle.
 
 use super::TrainError;
-use super::checkpoint::Checkpoints;
+use super::checkpoint::{self, Checkpoints};
 use super::context::RunContext;
 use super::events::Events;
 use crate::ImportError;
@@ -27,6 +27,7 @@ use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use ternary_format::disk;
+use ternary_parallel::Phase;
 
 /// Temperature of the text samples.
 const SAMPLE_TEMPERATURE: f64 = 0.7;
@@ -142,6 +143,8 @@ pub(super) struct TrainingLoop {
     /// Steps of this session.
     session: StepSums,
     interrupted: bool,
+    /// The first error in writing a file since the processes last agreed.
+    unwritten: Option<TrainError>,
     error: Option<TrainError>,
 }
 
@@ -169,6 +172,7 @@ impl TrainingLoop {
             since_log: StepSums::default(),
             session: StepSums::default(),
             interrupted: false,
+            unwritten: None,
             error: None,
         }
     }
@@ -183,33 +187,39 @@ impl TrainingLoop {
         train: TrainLoader<LanguageModel>,
         valid: ValidLoader<LanguageModel>,
     ) -> Result<(), TrainError> {
-        let run = self.run.experiment.run.clone();
+        let context = self.run.clone();
+        let (run, ranks) = (&context.experiment.run, &context.ranks);
         let (steps, first) = (run.steps, self.trainer.state().step);
+        let micro_batches = run.gradient_accumulation / ranks.size();
         let train = train
-            .slice(first * run.gradient_accumulation, steps * run.gradient_accumulation)
-            .to_device(&self.run.device.clone().autodiff());
-        let valid = valid.to_device(&self.run.device);
+            .slice(first * micro_batches, steps * micro_batches)
+            .to_device(&context.device.clone().autodiff());
+        let valid = valid.to_device(&context.device);
         let mut batches = train.iter();
         self.start_session(events, &valid, first)?;
         for step in first + 1..=steps {
-            let micro_batches: Vec<LmBatch> = (0..run.gradient_accumulation)
+            ranks.enter(Phase::Step(step));
+            let batches: Vec<LmBatch> = (0..micro_batches)
                 .map(|_| batches.next().expect("the loader holds every step of the run"))
                 .collect::<Result<_, _>>()
                 .map_err(|error| TrainError::Burn(error.into()))?;
-            let report = self.train_step(micro_batches)?;
+            let report = self.train_step(batches)?;
+            let (report, stopped) = self.agree_to_stop(report, events);
             events.trained(report);
 
             let last = step == steps;
-            if step % run.log_every == 0 || last {
-                self.log_train(report)?;
+            let logs = step % run.log_every == 0 || last;
+            if logs {
+                self.write(|this| this.log_train(report))?;
             }
             let rolled_back = self.trainer.state().bad_steps >= run.max_bad_steps.max(1);
             if rolled_back {
                 self.roll_back(step)?;
             }
             // A step that went back to the last checkpoint is not saved: the run stops after the next.
-            let mut stop = events.interrupter.should_stop() && !rolled_back;
-            if step % run.eval_every == 0 || last {
+            let mut stop = stopped && !rolled_back;
+            let evaluates = step % run.eval_every == 0 || last;
+            if evaluates {
                 let evaluated = self.evaluate(events, &valid, !last && !rolled_back)?;
                 stop |= !evaluated;
                 events.end_interval(step);
@@ -217,14 +227,49 @@ impl TrainingLoop {
                     events.start_interval(step);
                 }
             }
-            if (step % run.checkpoint_every == 0 || last || stop) && !rolled_back {
-                self.save()?;
+            let saves = (step % run.checkpoint_every == 0 || last || stop) && !rolled_back;
+            if saves {
+                self.write(Self::save)?;
+            }
+            if logs || evaluates || saves {
+                ranks.enter(Phase::Files(step));
+                ranks.agree(self.unwritten.take().map_or(Ok(()), Err))?;
+            }
+            if saves {
+                ranks.saved(&checkpoint::path(&context.experiment.run_dir(), step));
             }
             if stop {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// Does work that writes files, on process 0. The other processes go on and learn of an error when they next agree.
+    fn write(&mut self, work: impl FnOnce(&mut Self) -> Result<(), TrainError>) -> Result<(), TrainError> {
+        if !self.run.ranks.is_first() {
+            return Ok(());
+        }
+        match work(self) {
+            Err(error) if self.run.ranks.size() > 1 => {
+                self.unwritten.get_or_insert(error);
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    /// Whether any process is to stop after this step, and the report with the time that the processes waited for the slowest.
+    fn agree_to_stop(&self, report: StepReport, events: &Events) -> (StepReport, bool) {
+        let (ranks, stop) = (&self.run.ranks, events.interrupter.should_stop());
+        if ranks.size() == 1 {
+            return (report, stop);
+        }
+        let own = [f64::from(stop), self.trainer.waited().as_secs_f64()];
+        let all = ranks.group().gather_numbers(&own);
+        let wait_s = all.chunks_exact(2).fold(0.0, |longest: f64, own| longest.max(own[1]));
+        let stop = all.chunks_exact(2).any(|own| own[0] == 1.0);
+        (StepReport { processes: Some(ranks.size()), wait_s: Some(wait_s), ..report }, stop)
     }
 
     /// Evaluates the initial weights of a new run, shows the reports of earlier sessions, and catches up on the evaluation that an
@@ -250,8 +295,10 @@ impl TrainingLoop {
         }
         events.start_interval(first);
         let evaluated = self.history.valid.last().map_or(0, |report| report.step);
+        let evaluated = self.run.ranks.number_of_first(evaluated);
         if first.is_multiple_of(eval_every) && evaluated < first {
             self.evaluate(events, valid, false)?;
+            self.run.ranks.agree(self.unwritten.take().map_or(Ok(()), Err))?;
         }
         Ok(())
     }
@@ -267,6 +314,7 @@ impl TrainingLoop {
         }
         self.since_log.add(&report, duration);
         self.session.add(&report, duration);
+        self.run.ranks.stepped(duration);
         Ok(self.complete(report))
     }
 
@@ -315,37 +363,70 @@ impl TrainingLoop {
         let steps = self.run.experiment.run.steps;
         let model = self.trainer.validation_model();
         let step = self.trainer.state().step;
-        let mut sum = StepReport { step, ..StepReport::default() };
         let batches = valid.num_items();
         events.start_validation(step, batches);
-        for (index, part) in losses(&model, valid).enumerate() {
-            let part = part?;
-            if can_wait && events.interrupter.should_stop() {
-                return Ok(false);
-            }
-            sum.tokens += part.tokens;
-            sum.loss += part.loss * part.tokens as f64;
-            sum.accuracy += part.accuracy * part.tokens as f64;
-            events.validated(self.complete(StepReport { step, ..part }), index + 1, batches);
-        }
+        let alone = self.run.ranks.size() == 1;
+        let stops = |events: &Events| can_wait && alone && events.interrupter.should_stop();
+        let sum = self.validate(&model, valid, |report, done| {
+            events.validated(self.complete(StepReport { step, ..report }), done, batches);
+            !stops(events)
+        })?;
+        let Some(sum) = sum else { return Ok(false) };
         events.end_validation(step);
         self.update_code_stats();
-        // NaN where no window has a learned token.
-        let tokens = sum.tokens as f64;
-        let loss = sum.loss / tokens;
         let report = StepReport {
-            bits_per_byte: Some(self.run.data.valid.tokens().bits_per_byte(loss)),
-            ..self.complete(StepReport { loss, accuracy: sum.accuracy / tokens, ..sum })
+            bits_per_byte: Some(self.run.data.valid.tokens().bits_per_byte(sum.loss)),
+            ..self.complete(StepReport { step, ..sum })
         };
-        self.log(Split::Valid, report)?;
+        let loss = report.loss;
+        self.write(|this| this.log(Split::Valid, report))?;
         self.run.print(|| ProgressLine::valid(&report, steps));
         let state = self.trainer.state_mut();
         if loss.is_finite() && state.best_valid_loss.is_none_or(|best| loss < best) {
             state.best_valid_loss = Some(loss);
             state.best_valid_step = Some(step);
         }
-        self.sample(&model.model, step)?;
+        self.write(|this| this.sample(&model.model, step))?;
         Ok(true)
+    }
+
+    /// Tokens, and means over them of loss and accuracy, on the validation windows; NaN where no window has a learned token. Process `r`
+    /// of `n` computes batch `r` of every `n`, and the sums are made in the order of batches. `each` gets the report of every batch
+    /// of this process, and the number of batches so far; `None` where it returns false.
+    fn validate(
+        &self,
+        model: &LanguageModel,
+        valid: &ValidLoader<LanguageModel>,
+        mut each: impl FnMut(StepReport, usize) -> bool,
+    ) -> Result<Option<StepReport>, TrainError> {
+        const NUMBERS: usize = 3;
+        let ranks = &self.run.ranks;
+        let (rank, size) = (ranks.rank(), ranks.size());
+        let mut own = Vec::new();
+        let learned = |batch: &Result<LmBatch, _>| batch.as_ref().map_or(true, |batch| batch.tokens > 0);
+        for (index, batch) in valid.iter().filter(learned).enumerate().skip(rank).step_by(size) {
+            let batch = batch.map_err(|error| TrainError::Burn(error.into()))?;
+            let LmItem(part) = InferenceStep::step(model, batch);
+            own.extend([part.tokens as f64, part.loss, part.accuracy]);
+            if !each(part, index + 1) {
+                return Ok(None);
+            }
+        }
+        let own: Vec<u8> = own.iter().flat_map(|number| number.to_le_bytes()).collect();
+        let shares = ranks.group().gather(&own);
+        let mut sum = StepReport::default();
+        for batch in 0.. {
+            let Some(bytes) = shares[batch % size].chunks_exact(8 * NUMBERS).nth(batch / size) else { break };
+            let numbers: Vec<f64> = bytes
+                .chunks_exact(8)
+                .map(|bytes| f64::from_le_bytes(bytes.try_into().expect("eight bytes")))
+                .collect();
+            sum.tokens += numbers[0] as usize;
+            sum.loss += numbers[1] * numbers[0];
+            sum.accuracy += numbers[2] * numbers[0];
+        }
+        let tokens = sum.tokens as f64;
+        Ok(Some(StepReport { loss: sum.loss / tokens, accuracy: sum.accuracy / tokens, ..sum }))
     }
 
     /// Validation loss of the weights that the run starts from, in float and rounded.
@@ -355,13 +436,7 @@ impl TrainingLoop {
         let before = lambda.get();
         let loss_at = |share: f32| -> Result<f64, TrainError> {
             lambda.set(share);
-            let (mut sum, mut tokens) = (0.0, 0);
-            for part in losses(&model, valid) {
-                let part = part?;
-                sum += part.loss * part.tokens as f64;
-                tokens += part.tokens;
-            }
-            Ok(sum / tokens as f64)
+            Ok(self.validate(&model, valid, |_, _| true)?.map_or(f64::NAN, |sum| sum.loss))
         };
         let start = StartLoss { float: loss_at(0.0)?, rounded: loss_at(1.0)? };
         lambda.set(before);
@@ -384,7 +459,7 @@ impl TrainingLoop {
             let text =
                 tokenizer.decode(&model.sample(ids, run.sample_tokens, SAMPLE_TEMPERATURE, stop, &mut rng));
             let line = ProgressLine::sample(prompt, &text);
-            let path = self.run.run_dir.join("samples.txt");
+            let path = self.run.home.dir().join("samples.txt");
             disk::open_in_place(&path, File::options().create(true).append(true))
                 .and_then(|mut file| writeln!(file, "step {step}  {line}"))
                 .map_err(|source| TrainError::Write { path, source })?;
@@ -412,7 +487,7 @@ impl TrainingLoop {
         }
         self.metrics
             .append(split, &report)
-            .map_err(|source| TrainError::Write { path: self.run.run_dir.join("metrics.jsonl"), source })
+            .map_err(|source| TrainError::Write { path: self.run.home.dir().join("metrics.jsonl"), source })
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
@@ -429,11 +504,18 @@ impl TrainingLoop {
     /// Restores the weights of the last good regular checkpoint; the run continues with the next texts.
     fn roll_back(&mut self, step: usize) -> Result<(), TrainError> {
         let rollbacks = self.trainer.state().rollbacks;
-        let loaded = self.checkpoints.latest_regular()?;
-        let Some(loaded) = loaded.filter(|_| rollbacks < self.run.experiment.run.max_rollbacks) else {
+        let context = self.run.clone();
+        context.ranks.enter(Phase::Files(step));
+        let found = context.ranks.on_first(|| {
+            let loaded = self.checkpoints.latest_regular()?;
+            if loaded.is_some() && rollbacks < context.experiment.run.max_rollbacks {
+                return Ok(loaded);
+            }
             let checkpoint = self.checkpoints.latest_good()?.map(|loaded| loaded.path);
-            return Err(TrainError::Diverged { step, rollbacks, checkpoint });
-        };
+            Err(TrainError::Diverged { step, rollbacks, checkpoint })
+        });
+        let loaded = context.ranks.share_checkpoint(found, context.home.dir())?;
+        let loaded = loaded.expect("process 0 has found a checkpoint");
         self.run.print(|| {
             format!("step {step}: too many bad steps, back to the weights of {}", loaded.path.display())
         });
@@ -447,17 +529,4 @@ impl TrainingLoop {
     fn elapsed(&self) -> f64 {
         self.elapsed_before + self.started.elapsed().as_secs_f64()
     }
-}
-
-/// The losses of the validation batches that have a learned token.
-fn losses<'a>(
-    model: &'a LanguageModel,
-    valid: &'a ValidLoader<LanguageModel>,
-) -> impl Iterator<Item = Result<StepReport, TrainError>> + 'a {
-    let learned = |batch: &Result<LmBatch, _>| batch.as_ref().map_or(true, |batch| batch.tokens > 0);
-    valid.iter().filter(learned).map(|batch| {
-        let batch = batch.map_err(|error| TrainError::Burn(error.into()))?;
-        let LmItem(part) = InferenceStep::step(model, batch);
-        Ok(part)
-    })
 }

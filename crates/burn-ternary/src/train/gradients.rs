@@ -1,10 +1,13 @@
-//! Gradients between the backward pass and the optimizer: global norm, clipping, accumulation.
+//! Gradients between the backward pass and the optimizer: accumulation, sums over processes, global norm, clipping.
 
 use burn::{
     Tensor,
-    module::{Module, ModuleVisitor, Param},
+    module::{Module, ModuleVisitor, Param, ParamId},
     optim::{GradientsAccumulator, GradientsParams},
+    tensor::TensorData,
 };
+use std::collections::BTreeSet;
+use ternary_parallel::{Group, TreeSum, sum_over_ranks};
 
 use crate::ops::square_sum;
 
@@ -43,18 +46,88 @@ impl ModuleVisitor for SquareSum {
     }
 }
 
-/// Adds `grads` to `total`, parameter by parameter. If the loss of each micro-batch is weighted by its share of the step's tokens,
-/// the sum is the gradient of the mean over all tokens.
-pub fn accumulate<M: Module>(
-    total: Option<GradientsParams>,
-    grads: GradientsParams,
-    module: &M,
-) -> GradientsParams {
-    let Some(total) = total else { return grads };
+/// The sum of two gradients, parameter by parameter. If the loss of each micro-batch is weighted by its share of the step's tokens,
+/// the sum over them is the gradient of the mean over all tokens.
+pub fn accumulate<M: Module>(left: GradientsParams, right: GradientsParams, module: &M) -> GradientsParams {
     let mut sum = GradientsAccumulator::new();
-    sum.accumulate(module, total);
-    sum.accumulate(module, grads);
+    sum.accumulate(module, left);
+    sum.accumulate(module, right);
     sum.grads()
+}
+
+/// The sum over the micro-batches of all processes, from the sums of this one's micro-batches: the gradients that a single process
+/// would have, bit for bit. `present` has a flag per micro-batch of the step; `None` where no micro-batch has a gradient.
+pub fn sum_over_processes<M: Module>(
+    group: &dyn Group,
+    present: &[bool],
+    sums: TreeSum<GradientsParams>,
+    module: &M,
+) -> Option<GradientsParams> {
+    if group.size() == 1 {
+        return sums.finish(&mut |left, right| accumulate(left, right, module));
+    }
+    if !present.contains(&true) {
+        return None;
+    }
+    let mut nodes = Vec::new();
+    let mut trained = Vec::new();
+    for grads in sums.into_values() {
+        nodes.push(grads.map(|grads| {
+            let mut flat = Flat { grads, trained: Vec::new(), numbers: Vec::new() };
+            module.visit(&mut flat);
+            trained = flat.trained;
+            flat.numbers
+        }));
+    }
+    // A process whose micro-batches have no target does not know which parameters have a gradient.
+    let flags = group.gather(&trained);
+    let flags = flags.iter().find(|flags| !flags.is_empty()).expect("a micro-batch has a gradient");
+    let numbers = sum_over_ranks(group, present, nodes);
+    let mut parts = Parts { flags, numbers: &numbers, seen: BTreeSet::new(), grads: GradientsParams::new() };
+    module.visit(&mut parts);
+    Some(parts.grads)
+}
+
+/// Copies the gradients of a module into one vector, in the order in which the module has its parameters: ids are drawn at random
+/// in each process.
+struct Flat {
+    grads: GradientsParams,
+    /// A flag per parameter: 1 if it has a gradient (and comes for the first time).
+    trained: Vec<u8>,
+    numbers: Vec<f32>,
+}
+
+impl ModuleVisitor for Flat {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let grad = self.grads.remove::<D>(param.id);
+        self.trained.push(grad.is_some().into());
+        if let Some(grad) = grad {
+            self.numbers.extend(grad.into_data().iter::<f32>());
+        }
+    }
+}
+
+/// Cuts such a vector into gradients again.
+struct Parts<'a> {
+    flags: &'a [u8],
+    numbers: &'a [f32],
+    seen: BTreeSet<ParamId>,
+    grads: GradientsParams,
+}
+
+impl ModuleVisitor for Parts<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let (flag, flags) = self.flags.split_first().expect("a flag per parameter");
+        self.flags = flags;
+        if *flag == 0 || !self.seen.insert(param.id) {
+            return;
+        }
+        let weight = param.val();
+        let (numbers, rest) = self.numbers.split_at(weight.shape().num_elements());
+        self.numbers = rest;
+        let grad = TensorData::new(numbers.to_vec(), weight.shape());
+        self.grads.register(param.id, Tensor::<D>::from_data(grad, &weight.device().inner()));
+    }
 }
 
 #[cfg(test)]
@@ -143,14 +216,17 @@ mod tests {
     fn accumulated_gradients_are_the_sum() {
         let rng = &mut rng();
         let net = Net::new(rng);
-        let mut total = None;
+        let mut total: Option<GradientsParams> = None;
         let mut expected: [Vec<f64>; 5] = net.values().map(|values| vec![0.0; values.len()]);
         for _ in 0..3 {
             let grads = net.grads(|shape| random(rng, shape));
             for (sum, grad) in expected.iter_mut().zip(net.grad_values(&grads)) {
                 sum.iter_mut().zip(grad).for_each(|(sum, g)| *sum += f64::from(g));
             }
-            total = Some(accumulate(total, grads, &net));
+            total = Some(match total {
+                Some(total) => accumulate(total, grads, &net),
+                None => grads,
+            });
         }
         for (found, expected) in net.grad_values(&total.unwrap()).iter().zip(&expected) {
             assert_close("sum", found, expected, 1e-5);

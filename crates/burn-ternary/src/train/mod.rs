@@ -4,6 +4,7 @@ pub mod distill;
 mod gradients;
 mod language_model;
 pub mod loss;
+mod micro_batch;
 pub mod optim;
 pub mod schedule;
 mod spike_guard;

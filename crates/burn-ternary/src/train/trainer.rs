@@ -2,8 +2,9 @@
 
 use super::TrainState;
 use super::distill::Teacher;
-use super::gradients::{accumulate, clip_factor, global_norm};
+use super::gradients::{accumulate, clip_factor, global_norm, sum_over_processes};
 use super::language_model::LanguageModel;
+use super::micro_batch::MicroBatchReport;
 use super::optim::{OptimConfig, OptimScheduleHandle};
 use super::schedule::{Schedule, ScheduleConfig};
 use super::spike_guard::SpikeGuard;
@@ -15,6 +16,9 @@ use burn::module::{Module, ParamGroup};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
 use burn::store::{ModuleRecord, RecordError};
 use burn::train::{Learner, TrainStep};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use ternary_parallel::{Alone, Group, TreeSum};
 
 /// Message of a panic that cannot occur: only an update takes the model out, and puts it back.
 const BETWEEN_STEPS: &str = "a trainer has a model between steps";
@@ -45,6 +49,9 @@ pub struct QuantizationTrainer {
     clip_norm: f64,
     guard: SpikeGuard,
     state: TrainState,
+    group: Arc<dyn Group>,
+    /// What the last step waited for the slowest process.
+    waited: Duration,
 }
 
 impl QuantizationTrainer {
@@ -57,30 +64,37 @@ impl QuantizationTrainer {
         steps: usize,
         seed: u64,
     ) -> Self {
-        let plan =
-            TrainPlan { optim: optim.clone(), schedule: Schedule::new(schedule, steps), teacher: None };
+        let plan = TrainPlan {
+            optim: optim.clone(),
+            schedule: Schedule::new(schedule, steps),
+            teacher: None,
+            group: Arc::new(Alone),
+        };
         plan.trainer(model, TrainState { seed, ..TrainState::default() }, SpikeGuard { factor: 0.0 })
+    }
+
+    /// Shares each step among the processes of `group`; see [`train_step`](Self::train_step).
+    pub fn with_group(self, group: Arc<dyn Group>) -> Self {
+        Self { group, ..self }
     }
 
     /// One optimizer step on micro-batches whose weights sum to 1 (or a single batch).
     ///
+    /// In a group of processes every process makes the step, with its own share of the micro-batches, in order: process 0
+    /// has the first ones. All get the same report, and the same weights, which are those of a single process bit for bit.
+    ///
     /// The step is skipped, and counted, when the loss or the gradient norm is not finite or the guard sees a spike;
     /// schedule and data order go on all the same. So they do in a step without a learned token, which changes neither weights nor
     /// moments nor the mean of the guard; its loss is NaN. A pure function of the trainer's state and the batches: dropout
-    /// draws from a generator that is seeded with (seed, step).
+    /// draws from a generator that is seeded with (seed, step, micro-batch).
     ///
     /// # Panics
     /// Without a batch.
     pub fn train_step(&mut self, batches: Vec<LmBatch>) -> StepReport {
         assert!(!batches.is_empty(), "a step has at least one batch");
         let step = self.state.step;
-        let model = self.model();
-        self.schedule.apply(step, model.schedule_handle());
+        self.schedule.apply(step, self.model().schedule_handle());
         self.handle.decay.set(self.schedule.weight_decay_factor(step) as f32);
-        // A device has one generator per process: a run without dropout leaves it to those with dropout.
-        if model.config().dropout > 0.0 {
-            batches[0].inputs.device().seed(crate::seed::mix(self.state.seed, step as u64));
-        }
 
         let (mut report, grads) = self.forward_backward(batches);
         let rate = self.lr_scheduler.step();
@@ -103,35 +117,43 @@ impl QuantizationTrainer {
         }
     }
 
-    /// Losses and gradients of micro-batches, each times the weight of its batch; no gradients without a learned token.
+    /// Losses and gradients of the step's micro-batches, each times the weight of its batch; no gradients without a learned token.
     fn forward_backward(&mut self, batches: Vec<LmBatch>) -> (StepReport, Option<GradientsParams>) {
-        let mut report = StepReport::default();
-        let mut grads = None;
-        for batch in batches {
-            let weight = f64::from(batch.weight);
-            self.state.windows_seen += batch.inputs.dims()[0] as u64;
+        let seed = crate::seed::mix(self.state.seed, self.state.step as u64);
+        let first = self.group.rank() * batches.len();
+        let mut reports = Vec::new();
+        let mut sums = TreeSum::default();
+        for (index, batch) in (first..).zip(batches) {
+            let (weight, windows) = (f64::from(batch.weight), batch.inputs.dims()[0]);
             // A mean over no tokens has no gradient.
             if batch.tokens == 0 {
+                reports.extend(MicroBatchReport::empty(windows).to_numbers());
+                sums.push(index, None, &mut |left, _| left);
                 continue;
             }
-            let output = TrainStep::step(self.language_model(), batch);
-            let LmItem(part) = output.item;
-            report.tokens += part.tokens;
-            report.loss += part.loss * weight;
-            report.accuracy += part.accuracy * weight;
-            for (sum, part) in [
-                (&mut report.z_loss, part.z_loss),
-                (&mut report.divergence, part.divergence),
-                (&mut report.hidden, part.hidden),
-                (&mut report.relation, part.relation),
-            ] {
-                if let Some(part) = part {
-                    *sum = Some(sum.unwrap_or(0.0) + part * weight);
-                }
+            // A device has one generator per process: a run without dropout leaves it to those with dropout.
+            if self.model().config().dropout > 0.0 {
+                batch.inputs.device().seed(crate::seed::mix(seed, index as u64));
             }
-            grads = Some(accumulate(grads, output.grads, self.model()));
+            let output = TrainStep::step(self.language_model(), batch);
+            let LmItem(report) = output.item;
+            reports.extend(MicroBatchReport::new(windows, weight, &report).to_numbers());
+            sums.push(index, Some(output.grads), &mut |left, right| accumulate(left, right, self.model()));
         }
-        (report, grads)
+        let began = Instant::now();
+        let numbers = self.group.gather_numbers(&reports);
+        self.waited = began.elapsed();
+        let reports: Vec<_> =
+            numbers.chunks_exact(MicroBatchReport::NUMBERS).map(MicroBatchReport::from_numbers).collect();
+        self.state.windows_seen += reports.iter().map(|report| report.windows as u64).sum::<u64>();
+        let present: Vec<bool> = reports.iter().map(|report| report.tokens > 0).collect();
+        let grads = sum_over_processes(&*self.group, &present, sums, self.model());
+        (MicroBatchReport::sum(&reports), grads)
+    }
+
+    /// What the last step waited for the slowest process of the group.
+    pub(crate) fn waited(&self) -> Duration {
+        self.waited
     }
 
     /// Takes the step, or skips it; returns the norm of the gradient.
@@ -215,6 +237,8 @@ pub(crate) struct TrainPlan {
     pub optim: OptimConfig,
     pub schedule: Schedule,
     pub teacher: Option<Teacher>,
+    /// The processes that share each step.
+    pub group: Arc<dyn Group>,
 }
 
 impl TrainPlan {
@@ -228,7 +252,7 @@ impl TrainPlan {
         decayed.push(model.embedding.id);
         decayed.extend(model.head.as_ref().map(|head| head.id));
         let matrices = ParamGroup::from_ids(weights);
-        let Self { optim, schedule, teacher } = self;
+        let Self { optim, schedule, teacher, group } = self;
         let handle = OptimScheduleHandle::default();
         let optimizer = optim.init(matrices.clone(), ParamGroup::from_ids(decayed), &handle);
         let lr_scheduler = optim.lr_scheduler(matrices, &schedule, state.step);
@@ -243,6 +267,8 @@ impl TrainPlan {
             clip_norm,
             guard,
             state,
+            group,
+            waited: Duration::ZERO,
         }
     }
 

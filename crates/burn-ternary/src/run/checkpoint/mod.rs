@@ -395,6 +395,11 @@ pub fn sha256(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
 }
 
+/// The checkpoint of `step` in a run folder.
+pub(super) fn path(run_dir: &Path, step: usize) -> PathBuf {
+    run_dir.join("checkpoints").join(folder_name(step))
+}
+
 fn folder_name(step: usize) -> String {
     format!("{STEP_PREFIX}{step:08}")
 }
