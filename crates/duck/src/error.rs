@@ -68,6 +68,15 @@ impl Error {
         matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
     }
 
+    /// Whether another process of a training reports the cause.
+    pub fn is_reported(&self) -> bool {
+        match self {
+            #[cfg(feature = "train")]
+            Self::Train(error) => error.is_reported(),
+            _ => false,
+        }
+    }
+
     /// 2 usage, 3 data or model file, 4 device or memory, 5 disk, 1 other errors; 0 if the reader of the output has gone.
     pub fn exit_code(&self) -> u8 {
         use EngineError::{ContextFull, EmptyPrompt, MessageTooLong, Option as OutOfRange};

@@ -15,6 +15,8 @@ mod log;
 mod model;
 #[cfg(feature = "train")]
 mod new;
+#[cfg(feature = "train")]
+mod processes;
 mod serve;
 mod shell;
 mod terminal;
@@ -42,7 +44,7 @@ Examples:
 
 A MODEL is a file (.gguf, .ternary), a Hugging Face folder, or a run folder. Without one, most commands use the built-in
 Duck. Exit codes: 0 success, 2 usage, 3 data or model file, 4 device or memory, 5 disk, 6 training diverged, 7 training
-interrupted, 1 other errors.";
+interrupted, 8 a training's other processes do not answer, 1 other errors.";
 
 /// Train, convert, evaluate, serve and chat with language models with ternary weights.
 #[derive(Parser)]
@@ -76,8 +78,12 @@ enum Command {
 
 impl Command {
     fn run(self) -> Result<(), Error> {
-        if !matches!(self, Self::Completions(_) | Self::Man(_)) {
-            threads::start()?;
+        match self {
+            // MPI begins before threads: `train::run`.
+            #[cfg(feature = "train")]
+            Self::Train(_) | Self::Convert(_) => (),
+            Self::Completions(_) | Self::Man(_) => (),
+            _ => drop(threads::start()?),
         }
         match self {
             #[cfg(feature = "train")]
@@ -103,7 +109,7 @@ impl Command {
 
 fn main() -> ExitCode {
     let Err(error) = Duck::parse().command.run() else { return ExitCode::SUCCESS };
-    if !error.is_closed_pipe() {
+    if !error.is_closed_pipe() && !error.is_reported() {
         terminal::print_stderr(format_args!("error: {}", terminal::line(&error)));
     }
     ExitCode::from(error.exit_code())

@@ -1,7 +1,8 @@
 //! `duck train`: trains a model as an experiment file describes.
 
-use crate::{Error, terminal};
+use crate::{Error, processes, terminal};
 use burn_ternary::run::TrainCommand;
+use ternary_format::threads;
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -13,9 +14,21 @@ Examples:
 
 `duck new` writes an experiment. Ctrl-C, SIGTERM and SIGHUP stop the run after the current step, with a checkpoint; a
 second signal stops it immediately. Exit codes: 0 finished, 2 usage or experiment, 3 data, 4 device or memory, 5 disk,
-6 diverged, 7 interrupted, 1 other errors.";
+6 diverged, 7 interrupted, 8 no answer from the other processes of the run, 1 other errors.
+
+A program built with --features mpi shares a run among processes: mpirun --bind-to none -n 4 duck train mine.toml. Their number
+divides run.gradient_accumulation and changes no bit of the result.";
 
 pub fn run(command: &TrainCommand) -> Result<(), Error> {
-    let result = command.run()?;
-    terminal::print(result.summary())
+    // MPI begins before threads.
+    let group = processes::group()?;
+    threads::start()?;
+    let result = match &group {
+        Some(group) => command.run_in(Some(group.clone()))?,
+        None => command.run()?,
+    };
+    match group.is_none_or(|group| group.is_first()) {
+        true => terminal::print(result.summary()),
+        false => Ok(()),
+    }
 }
