@@ -1,4 +1,4 @@
-//! [`Mpi`]: the processes of a training run over MPI, as a [`Group`](ternary_parallel::Group).
+//! `Mpi`: the processes of a training run over MPI, as a [`Group`](ternary_parallel::Group).
 //!
 //! It moves bytes and numbers; `ternary-parallel` adds them. With the feature `mpi` it links the MPI that `mpicc` belongs to (Open
 //! MPI, MPICH, Intel MPI ...), and its build needs libclang. Without the feature the crate is empty.

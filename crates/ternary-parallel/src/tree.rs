@@ -70,7 +70,7 @@ impl<T> TreeSum<T> {
         self.nodes.pop()?.value
     }
 
-    /// The sums of the subtrees so far, in the order of their leaves, as [`subtrees`] lists them.
+    /// The sums of the subtrees so far, in the order of their leaves.
     pub fn into_values(self) -> Vec<Option<T>> {
         self.nodes.into_iter().map(|node| node.value).collect()
     }
