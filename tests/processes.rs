@@ -235,16 +235,18 @@ fn a_bad_or_empty_micro_batch_of_one_process_counts_once() {
     let device = Device::default().autodiff();
     let loader = LmLoader::training(data.train, 1, 4, 4, &device);
     let batches: Vec<LmBatch> = loader.iter().map(Result::unwrap).collect();
-    let changed = |change: &dyn Fn(&mut LmBatch)| {
+    let changed = |from: usize, change: &dyn Fn(&mut LmBatch)| {
         let mut batches = batches.clone();
-        batches[2..].iter_mut().for_each(change);
+        batches[from..].iter_mut().for_each(change);
         batches
     };
-    let empty = changed(&|batch| (batch.tokens, batch.weight) = (0, 0.0));
+    let empty = |batch: &mut LmBatch| (batch.tokens, batch.weight) = (0, 0.0);
     for (name, batches, skipped) in [
         ("good", batches.clone(), 0),
-        ("NaN", changed(&|batch| batch.weight = f32::NAN), 1),
-        ("empty", empty, 0),
+        ("NaN", changed(2, &|batch| batch.weight = f32::NAN), 1),
+        ("two empty", changed(2, &empty), 0),
+        // It completes the tree of the three others.
+        ("one empty", changed(3, &empty), 0),
     ] {
         let alone = trainer_of(&batches, None);
         assert_eq!(alone.0.skipped_steps, skipped, "{name}");

@@ -10,6 +10,9 @@ use ternary_parallel::Group;
 /// Bytes per call of a broadcast: counts of MPI are 32-bit.
 const CHUNK: usize = 64 << 20;
 
+/// Memory for an empty message.
+static NOTHING: [u8; 1] = [0];
+
 /// All processes of an MPI job. Dropping it ends MPI; a process that ends without that makes `mpirun` call a good run a failure.
 pub struct Mpi {
     universe: Universe,
@@ -52,8 +55,13 @@ impl Group for Mpi {
             starts.push(total);
             total = total.checked_add(*length).expect("messages are below 2 GiB");
         }
+        if total == 0 {
+            return vec![Vec::new(); lengths.len()];
+        }
         let mut all = vec![0u8; total as usize];
         let mut parts = PartitionMut::new(&mut all[..], &lengths[..], &starts[..]);
+        // The pointer of an empty slice may be 1, which is MPI_IN_PLACE.
+        let bytes = if bytes.is_empty() { &NOTHING[..0] } else { bytes };
         self.world().all_gather_varcount_into(bytes, &mut parts);
         lengths.iter().zip(starts).map(|(&n, start)| all[start as usize..][..n as usize].to_vec()).collect()
     }

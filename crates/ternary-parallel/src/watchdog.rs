@@ -1,8 +1,9 @@
 //! [`Watchdog`]: a group that ends this process when the others do not answer.
 
 use crate::Group;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::SIGTERM;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ const TICK: Duration = Duration::from_millis(100);
 const AFTER_SIGNAL: Duration = Duration::from_millis(500);
 /// The least limit of a step.
 const LEAST: Duration = Duration::from_secs(60);
-/// The least limit while rank 0 writes files: a large checkpoint on a slow disk takes minutes.
+/// The least limit of evaluations and checkpoints: a large checkpoint on a slow disk takes minutes.
 const LEAST_FILES: Duration = Duration::from_secs(30 * 60);
 /// The limit of a step, as a multiple of the median duration of steps.
 const MEDIANS: u32 = 10;
@@ -29,16 +30,17 @@ pub enum Phase {
     Preparing,
     /// All ranks compute this step.
     Step(usize),
-    /// Rank 0 writes files after this step.
+    /// An evaluation and a checkpoint after this step.
     Files(usize),
 }
 
 /// A group that ends this process, with a line on standard error, when a collective takes too long: then another process is dead,
-/// stopped, or cut off, and the collective would wait for ever. A process that waits when it gets SIGTERM, SIGINT or SIGHUP
-/// prints such a line as well and waits on, since a launcher that found a dead process will kill it.
+/// stopped, or cut off, and the collective would wait for ever. A process that waits when it gets SIGTERM prints such a line as
+/// well and waits on, since a launcher that found a dead process will kill it. In the preparation SIGTERM ends the process, as
+/// without a watchdog.
 ///
 /// The limit is that of the constructor. Without one it is ten times the median duration of a step, at least 60 s, and 30 minutes
-/// while rank 0 writes files; there is none in the preparation, which may take hours.
+/// in [`Phase::Files`]. There is none in the preparation, which may take hours.
 ///
 /// A second thread watches; the group's own thread only notes when it enters and leaves a collective. The exit is immediate (no
 /// destructors): a thread that waits for another process cannot be stopped.
@@ -62,6 +64,8 @@ struct State {
     phase: Phase,
     /// Where the last checkpoint is.
     advice: String,
+    /// Removed at an exit.
+    folder: Option<PathBuf>,
     /// The collective that the process is in, and since when.
     waiting: Option<(&'static str, Instant)>,
     /// The last durations of steps.
@@ -76,16 +80,26 @@ impl Shared {
 }
 
 impl State {
-    fn limit(&self) -> Option<Duration> {
+    fn limit(&self, given: Option<Duration>) -> Option<Duration> {
         let least = match self.phase {
             Phase::Preparing => return None,
             Phase::Step(_) => LEAST,
             Phase::Files(_) => LEAST_FILES,
         };
+        if given.is_some() {
+            return given;
+        }
         let mut steps = self.steps.clone();
         steps.sort();
         let median = steps.get(steps.len() / 2).copied().unwrap_or_default();
         Some((median * MEDIANS).max(least))
+    }
+
+    /// What destructors would do.
+    fn clean_up(&self) {
+        if let Some(folder) = &self.folder {
+            let _ = std::fs::remove_dir_all(folder);
+        }
     }
 
     fn sentence(&self, name: &str, reason: &str, collective: &str) -> String {
@@ -126,6 +140,11 @@ impl<G: Group> Watchdog<G> {
         self.shared.state().advice = advice;
     }
 
+    /// Sets a folder that the watchdog removes when it ends the process.
+    pub fn remove_at_exit(&self, folder: &Path) {
+        self.shared.state().folder = Some(folder.into());
+    }
+
     /// Notes the duration of a step, for the limit.
     pub fn stepped(&self, duration: Duration) {
         let state = &mut *self.shared.state();
@@ -153,10 +172,8 @@ impl<G> Drop for Watchdog<G> {
 /// Looks at the collective until the watchdog is dropped.
 fn watch(shared: &Shared) {
     let signaled: Arc<AtomicBool> = Arc::default();
-    for signal in [SIGTERM, SIGINT, SIGHUP] {
-        // Without it, a terminated process says nothing; the limit holds all the same.
-        let _ = signal_hook::flag::register(signal, signaled.clone());
-    }
+    // Without it, a terminated process says nothing; the limit holds all the same.
+    let _ = signal_hook::flag::register(SIGTERM, signaled.clone());
     let mut since_signal: Option<Instant> = None;
     let mut reported = false;
     while !shared.closed.load(Ordering::Relaxed) {
@@ -165,6 +182,10 @@ fn watch(shared: &Shared) {
             since_signal.get_or_insert_with(Instant::now);
         }
         let state = shared.state();
+        if since_signal.is_some() && state.phase == Phase::Preparing {
+            state.clean_up();
+            let _ = signal_hook::low_level::emulate_default_handler(SIGTERM);
+        }
         let Some((collective, began)) = state.waiting else { continue };
         let waited = began.elapsed();
         // Standard error that cannot be written must not keep the process alive.
@@ -174,9 +195,10 @@ fn watch(shared: &Shared) {
             let reason = "was told to end while it waits for the other processes";
             print(state.sentence(&shared.name, reason, collective));
         }
-        if let Some(limit) = shared.limit.or_else(|| state.limit()).filter(|&limit| waited > limit) {
+        if let Some(limit) = state.limit(shared.limit).filter(|&limit| waited > limit) {
             let reason = format!("has had no answer from the other processes for {} s", limit.as_secs_f32());
             print(format!("error: {}", state.sentence(&shared.name, &reason, collective)));
+            state.clean_up();
             signal_hook::low_level::exit(shared.exit_code.into());
         }
     }

@@ -97,8 +97,8 @@ pub struct TrainCommand {
     /// Print lines instead of the full-screen display
     #[arg(long, conflicts_with = "quiet")]
     pub plain: bool,
-    /// Seconds that a process of several (mpirun, srun) waits for the others before it gives up, with exit code 8 [default:
-    /// 10 median steps, at least 60]
+    /// Seconds that a process of several (mpirun, srun) waits for the others, after the preparation, before it gives up with exit
+    /// code 8 [default: 10 median steps, at least 60; 1800 at evaluations and checkpoints]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<Duration>,
 }
@@ -196,11 +196,10 @@ impl TrainCommand {
     /// # Errors
     /// Every [`TrainError`].
     pub fn run_in(&self, group: Option<Arc<dyn Group>>) -> Result<RunResult, TrainError> {
-        let experiment = self.experiment()?;
         let Self { resume, quiet, plain, epochs, timeout, .. } = *self;
         let options = RunOptions { resume, quiet, plain, epochs, signals: true, group, timeout };
         ignore_file_limit();
-        run_claimed(experiment, &options, |run_dir| self.claim(run_dir))
+        run_claimed(self.experiment(), &options, |run_dir| self.claim(run_dir))
     }
 
     /// Locks `run_dir` for a run: a folder that is missing, empty or holds only prepared texts (which a run that could not

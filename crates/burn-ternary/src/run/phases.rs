@@ -35,7 +35,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use ternary_format::{PackedModel, disk::RunLock, print_stderr};
-use ternary_parallel::Group;
+use ternary_parallel::{Group, Phase};
 
 /// How a run is executed; what it computes depends on the experiment alone.
 #[derive(Clone, Default, WithSetters)]
@@ -57,8 +57,8 @@ pub struct RunOptions {
     /// runs the same experiment with the same options. Process 0 writes the run folder, and the results are those of one process,
     /// bit for bit.
     pub group: Option<Arc<dyn Group>>,
-    /// How long a process waits for the others before it ends with exit code 8. Without it, ten times the median duration of a
-    /// step, at least 60 s, and 30 minutes while process 0 writes files.
+    /// How long a process waits for the others, after the preparation, before it ends with exit code 8. Without it, ten times the
+    /// median duration of a step, at least 60 s, and 30 minutes at evaluations and checkpoints.
     pub timeout: Option<Duration>,
 }
 
@@ -93,12 +93,12 @@ impl Drop for AllocatorGuard {
 /// # Errors
 /// Every [`TrainError`].
 pub fn run(experiment: Experiment, options: &RunOptions) -> Result<RunResult, TrainError> {
-    run_claimed(experiment, options, |run_dir| Ok(RunLock::acquire(run_dir)?.into()))
+    run_claimed(Ok(experiment), options, |run_dir| Ok(RunLock::acquire(run_dir)?.into()))
 }
 
-/// The same, in a folder that `claim` locks before anything is written.
+/// The same, in a folder that `claim` locks before anything is written. An experiment that one process cannot read ends all.
 pub(super) fn run_claimed(
-    experiment: Experiment,
+    experiment: Result<Experiment, TrainError>,
     options: &RunOptions,
     claim: impl FnOnce(&Path) -> Result<Claim, TrainError>,
 ) -> Result<RunResult, TrainError> {
@@ -126,15 +126,19 @@ struct LoadedInputs {
 /// Claims the run folder, reads and checks all inputs, and writes the prepared texts and settings. Nothing is written before all
 /// inputs are known to be good, on every process.
 fn prepare(
-    mut experiment: Experiment,
+    experiment: Result<Experiment, TrainError>,
     options: &RunOptions,
     claim: impl FnOnce(&Path) -> Result<Claim, TrainError>,
 ) -> Result<(RunContext, LoadedInputs), TrainError> {
     let ranks = Ranks::new(options.group.clone(), options.timeout);
+    let mut experiment = ranks.agree(experiment)?;
     let device = ranks.agree(check_start(&experiment, &ranks))?;
     ranks.expect_same(&settings(&experiment, options, &device))?;
     let home = ranks.agree(Home::new(&experiment.run_dir(), ranks.is_first(), claim))?;
     let run_dir = home.dir();
+    if let Home::Scratch(scratch) = &home {
+        ranks.remove_at_exit(scratch.path());
+    }
     let found = ranks.on_first(|| match options.resume {
         true => checkpoint_to_resume(run_dir),
         false => Ok(None),
@@ -239,7 +243,7 @@ fn settings(experiment: &Experiment, options: &RunOptions, device: &Device) -> F
         ("the device".into(), device::describe(device)),
         ("the instruction sets".into(), device::instruction_sets()),
         ("--resume".into(), options.resume.to_string()),
-        ("--epochs".into(), format!("{:?}", options.epochs)),
+        ("--epochs".into(), options.epochs.map_or("missing".into(), |epochs| epochs.to_string())),
     ]);
     facts
 }
@@ -455,6 +459,8 @@ fn train(
         }
     }
     let interrupter = training.interrupter();
+    // From here on a signal stops the run well.
+    ranks.enter(Phase::Files(step));
     let speaks = ranks.is_first() && display.is_none();
     let signals = options.signals.then(|| Signals::listen(interrupter.clone(), speaks)).transpose();
     let signals = ranks.agree(signals.map_err(TrainError::Signals))?;

@@ -62,6 +62,11 @@ impl Ranks {
         self.group.stepped(duration);
     }
 
+    /// Sets the folder that is removed if this process gives up waiting.
+    pub fn remove_at_exit(&self, folder: &Path) {
+        self.group.remove_at_exit(folder);
+    }
+
     /// Sets where the last checkpoint is.
     pub fn saved(&self, checkpoint: &Path) {
         let checkpoint = checkpoint.display();

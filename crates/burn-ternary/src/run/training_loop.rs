@@ -90,7 +90,7 @@ impl SupervisedLearningStrategy<LanguageModel> for StepStrategy {
         training.started = Instant::now();
         training.error = training.run(&mut events, train, valid).err();
         let done = training.trainer.state().step == events.steps;
-        training.interrupted = !done && events.interrupter.interruption().is_some();
+        training.interrupted = !done && (training.stopped || events.interrupter.interruption().is_some());
         let elapsed = training.elapsed();
         training.trainer.state_mut().elapsed_s = elapsed;
         (training.trainer.language_model().clone(), events.processor)
@@ -143,6 +143,8 @@ pub(super) struct TrainingLoop {
     /// Steps of this session.
     session: StepSums,
     interrupted: bool,
+    /// Whether a process was to stop after the last step.
+    stopped: bool,
     /// The first error in writing a file since the processes last agreed.
     unwritten: Option<TrainError>,
     error: Option<TrainError>,
@@ -172,6 +174,7 @@ impl TrainingLoop {
             since_log: StepSums::default(),
             session: StepSums::default(),
             interrupted: false,
+            stopped: false,
             unwritten: None,
             error: None,
         }
@@ -205,6 +208,7 @@ impl TrainingLoop {
                 .map_err(|error| TrainError::Burn(error.into()))?;
             let report = self.train_step(batches)?;
             let (report, stopped) = self.agree_to_stop(report, events);
+            self.stopped = stopped;
             events.trained(report);
 
             let last = step == steps;
@@ -219,6 +223,10 @@ impl TrainingLoop {
             // A step that went back to the last checkpoint is not saved: the run stops after the next.
             let mut stop = stopped && !rolled_back;
             let evaluates = step % run.eval_every == 0 || last;
+            let saves = (step % run.checkpoint_every == 0 || last || stop) && !rolled_back;
+            if evaluates || saves {
+                ranks.enter(Phase::Files(step));
+            }
             if evaluates {
                 let evaluated = self.evaluate(events, &valid, !last && !rolled_back)?;
                 stop |= !evaluated;
@@ -227,12 +235,12 @@ impl TrainingLoop {
                     events.start_interval(step);
                 }
             }
-            let saves = (step % run.checkpoint_every == 0 || last || stop) && !rolled_back;
+            // An evaluation may have been left to the next session.
+            let saves = saves || (stop && !rolled_back);
             if saves {
                 self.write(Self::save)?;
             }
             if logs || evaluates || saves {
-                ranks.enter(Phase::Files(step));
                 ranks.agree(self.unwritten.take().map_or(Ok(()), Err))?;
             }
             if saves {

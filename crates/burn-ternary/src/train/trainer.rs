@@ -124,11 +124,13 @@ impl QuantizationTrainer {
         let mut reports = Vec::new();
         let mut sums = TreeSum::default();
         for (index, batch) in (first..).zip(batches) {
+            // Also where this micro-batch has no gradient: it may complete a subtree of others that have one.
+            let add = &mut |left, right| accumulate(left, right, self.model());
             let (weight, windows) = (f64::from(batch.weight), batch.inputs.dims()[0]);
             // A mean over no tokens has no gradient.
             if batch.tokens == 0 {
                 reports.extend(MicroBatchReport::empty(windows).to_numbers());
-                sums.push(index, None, &mut |left, _| left);
+                sums.push(index, None, add);
                 continue;
             }
             // A device has one generator per process: a run without dropout leaves it to those with dropout.
@@ -138,7 +140,7 @@ impl QuantizationTrainer {
             let output = TrainStep::step(self.language_model(), batch);
             let LmItem(report) = output.item;
             reports.extend(MicroBatchReport::new(windows, weight, &report).to_numbers());
-            sums.push(index, Some(output.grads), &mut |left, right| accumulate(left, right, self.model()));
+            sums.push(index, Some(output.grads), add);
         }
         let began = Instant::now();
         let numbers = self.group.gather_numbers(&reports);
