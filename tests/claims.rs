@@ -109,11 +109,13 @@ fn the_front_page_has_figures_of_the_committed_results() {
     let loss = |name: &str| mean(&results(name), |result| result.valid_loss.unwrap());
     let ratio =
         |name: &str| mean(&results(name), |result| result.fp32_bytes as f64 / result.packed_bytes as f64);
-    let controlled = rows("docs/results.md", "controls");
-    let controlled: Vec<f64> = controlled
-        .iter()
-        .filter(|row| row[0] == "`13-shakespeare-distilled`" && row[1].starts_with("`13-float-taught`"))
-        .map(|row| row[6].parse().unwrap())
+    let controlled: Vec<f64> = (1..=3)
+        .map(|seed| {
+            let name = format!("eval-13-float-taught-13-shakespeare-distilled-{seed}.json");
+            let text = page(&format!("experiments/results/controls/{name}"));
+            let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+            value.pointer("/files/0/models/1/loss/difference/value").unwrap().as_f64().unwrap()
+        })
         .collect();
     for claim in [
         format!("{:.3} nats per character", loss("11-shakespeare-ternary") - loss("10-shakespeare-float")),
